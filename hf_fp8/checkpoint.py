@@ -1,0 +1,104 @@
+"""The tensors of a checkpoint, read without a model: names, dtypes and shapes, and single small tensors.
+
+Nothing here executes code from a checkpoint: safetensors holds none, and pickles are read with
+``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import CorruptFileError, UnsupportedError
+
+# safetensors' dtype names; those it has and torch lacks stay without a torch dtype
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
+SCALE_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype is safetensors' name of it ("F8_E4M3", "BF16", ...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Checkpoint:
+    """What the files of a checkpoint hold.
+
+    Raises CorruptFileError, naming the file, for one that is truncated or no checkpoint.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self._pickled: dict[str, dict[str, torch.Tensor]] = {}
+        for file in files:
+            self.tensors.update(self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file))
+
+    @staticmethod
+    def _read_safetensors(file: str) -> dict[str, TensorInfo]:
+        found = {}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    found[name] = TensorInfo(str(part.get_dtype()), tuple(part.get_shape()), file)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(
+                f"{file} cannot be read as safetensors ({error}). It is truncated or damaged: download or write it again."
+            ) from error
+        return found
+
+    def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
+        if not file.endswith((".bin", ".pt", ".pth")):
+            raise UnsupportedError(f"{file}: hf_fp8 reads .safetensors and .bin checkpoints")
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({error})") from error
+        self._pickled[file] = state
+        return {
+            name: TensorInfo(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
+            for name, tensor in state.items()
+        }
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, on CPU; each file is opened once."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            if file in self._pickled:
+                found.update({name: self._pickled[file][name].clone() for name in wanted})
+                continue
+            with safe_open(file, framework="pt") as opened:
+                found.update({name: opened.get_tensor(name).clone() for name in wanted})
+        return found

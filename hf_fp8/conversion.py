@@ -1,0 +1,259 @@
+"""Weight-conversion ops for `transformers`' loader and saver.
+
+The host renames keys by regexes. Here the files' headers have been read first, so keys are routed
+by name instead: exact, fast for tens of thousands of experts, and exactly reversible.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+
+from . import numerics
+from .scheme import Granularity
+from .stored import StoredWeight
+
+WEIGHT = "weight"
+
+
+def companion(pattern: str, role: str) -> str:
+    """The name of the tensor `role` that goes with a weight named, or matched by, `pattern`."""
+    if pattern == WEIGHT or pattern.endswith(f".{WEIGHT}"):
+        return pattern.removesuffix(WEIGHT) + role
+    return f"{pattern}.{role}"
+
+
+@dataclass
+class Parameter:
+    """A dense parameter of the model that is made from quantized weights of the file.
+
+    sources: the weights that each source pattern of the host's converter collects, in the order
+    in which it collects them; None stands for one that is dense in the file.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sources: dict[str, list[StoredWeight | None]] = field(default_factory=dict)
+
+
+class KeyRenaming(WeightRenaming):  # type: ignore[misc]
+    """Renames exactly the given keys; reversed, it gives them back the names of the file."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__("hf_fp8_key", "hf_fp8_key")
+        self.names = dict(names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed = self.names.get(source_key)
+        if renamed is None:
+            return source_key, None
+        self._was_used = True
+        return renamed, source_key
+
+    def reverse_transform(self) -> KeyRenaming:
+        return KeyRenaming({new: old for old, new in self.names.items()})
+
+
+class RoutedConverter(WeightConverter):  # type: ignore[misc]
+    """Routes the given keys, each to a (target, source pattern); other keys as `base` would, if there is one.
+
+    `reverse` is the transform that undoes this one on saving.
+    """
+
+    __slots__ = ("routes", "base", "reverse")
+
+    def __init__(
+        self,
+        routes: Mapping[str, tuple[str, str]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        operations: list[ConversionOps],
+        base: WeightConverter | None = None,
+        reverse: WeightTransform | None = None,
+    ) -> None:
+        super().__init__(source_patterns, target_patterns, operations, force_cpu=bool(base and base.force_cpu))
+        self.routes, self.base, self.reverse = routes, base, reverse
+        if base is not None:
+            self.scope_prefix, self.base_model_prefix = base.scope_prefix, base.base_model_prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        route = self.routes.get(source_key)
+        if route is not None:
+            self._was_used = True
+            return route
+        if self.base is None:
+            return source_key, None
+        renamed, pattern = self.base.rename_source_key(source_key)
+        self._was_used |= pattern is not None
+        return renamed, pattern
+
+    def reverse_transform(self) -> WeightTransform:
+        assert self.reverse is not None
+        return self.reverse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
+        # The loader copies a converter for each parameter it makes; the routes of all keys are shared.
+        copy = object.__new__(type(self))
+        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__, *RoutedConverter.__slots__):
+            if hasattr(self, slot):
+                object.__setattr__(copy, slot, getattr(self, slot))
+        copy.collected_tensors = defaultdict(list)
+        copy.layer_targets = defaultdict(set)
+        return copy
+
+
+class _Shared(ConversionOps):  # type: ignore[misc]
+    """An op whose state is planned once and never changes with the tensor at hand."""
+
+    supports_many_to_many = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+def _only(value: Any) -> torch.Tensor:
+    tensor: torch.Tensor = value[0] if isinstance(value, list) else value
+    return tensor
+
+
+class Reshape(_Shared):
+    """Gives each scale the shape planned for it: the module's on loading, the file's on saving."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = dict(shapes)
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        scale = _only(next(iter(input_dict.values())))
+        return {full_layer_name: scale.reshape(self.shapes[full_layer_name])}
+
+
+class Dequantize(_Shared):
+    """Multiplies quantized weights out to the dtype of the parameter they go into.
+
+    Per-expert weights are written one by one into one stacked tensor, which the host's merge passes
+    through: no expert is held twice. `scales` collects the small tensors that `Requantize` needs.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], scales: dict[str, dict[str, torch.Tensor]] | None) -> None:
+        self.parameters, self.scales = parameters, scales
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        parameter = self.parameters[full_layer_name]
+        converted: dict[str, Any] = {}
+        for pattern, stored in parameter.sources.items():
+            tensors = {
+                role: input_dict.pop(companion(pattern, role), [])
+                for role in {WEIGHT, *(role for weight in stored if weight for role in weight.keys)}
+            }
+            if len(tensors[WEIGHT]) != len(stored):
+                raise RuntimeError(
+                    f"{full_layer_name}: {len(tensors[WEIGHT])} tensors arrived for {pattern}, {len(stored)} are in the files"
+                )
+            converted[pattern] = self._stack(stored, tensors, parameter.dtype)
+        if set(converted) == {WEIGHT}:
+            return {full_layer_name: _only(converted[WEIGHT])}
+        return converted
+
+    def _stack(
+        self, stored: list[StoredWeight | None], tensors: dict[str, list[torch.Tensor]], dtype: torch.dtype
+    ) -> list[torch.Tensor] | torch.Tensor:
+        out: torch.Tensor | None = None
+        taken = dict.fromkeys(tensors, 0)
+        for index, weight in enumerate(stored):
+            parts: dict[str, torch.Tensor] = {}
+            for role in {WEIGHT} if weight is None else weight.keys:
+                parts[role] = tensors[role][taken[role]]
+                tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
+                taken[role] += 1
+            dense = parts[WEIGHT].to(dtype) if weight is None else weight_from(weight, parts, dtype)
+            if weight is not None and self.scales is not None:
+                self.scales[weight.name] = {r: t.to("cpu", copy=True) for r, t in parts.items() if r != WEIGHT}
+            if len(stored) == 1:
+                return [dense]
+            if out is None:
+                out = torch.empty((len(stored), *dense.shape), dtype=dtype, device=dense.device)
+            out[index].copy_(dense)
+        assert out is not None
+        return out
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise AssertionError("RoutedConverter.reverse says how to save")
+
+
+class Requantize(_Shared):
+    """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
+
+    A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
+    scales of the same granularity, and is named in `changed`.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], scales: Mapping[str, dict[str, torch.Tensor]]) -> None:
+        self.parameters, self.scales = parameters, scales
+        self.changed: list[str] = []
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, target_patterns: list[str],
+        source_patterns: list[str], **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        if full_layer_name in self.parameters:
+            parameter = self.parameters[full_layer_name]
+            ((_, stored),) = parameter.sources.items()
+            return self._codes(full_layer_name, _only(next(iter(input_dict.values()))), stored[0], parameter.dtype)
+        prefix = full_layer_name.partition(target_patterns[0])[0]
+        parameter = self.parameters[prefix + source_patterns[0]]
+        for pattern, weights in parameter.sources.items():
+            for index, weight in enumerate(weights):
+                key = pattern.replace("*", str(index))
+                out.update(self._codes(key, _only(input_dict.pop(key)), weight, parameter.dtype))
+        return out | input_dict
+
+    def _codes(
+        self, key: str, dense: torch.Tensor, weight: StoredWeight | None, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        if weight is None:
+            return {key: dense}
+        scales = self.scales[weight.name]
+        parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
+        # Through the dtype it was loaded in, in case the model has been cast since.
+        same = torch.equal(weight_from(weight, parts, dtype).to(dense), dense)
+        if not same:
+            self.changed.append(weight.name)
+            fresh = numerics.compute_scale(dense.float(), weight.scheme.weight.granularity)
+            scale = fresh.to(scales["weight_scale"].dtype).reshape(weight.shapes["weight_scale"])
+            parts["weight_scale"] = scale
+            parts[WEIGHT] = codes_from(weight, dense, parts)
+        return {name: parts[role] for role, name in weight.names_beside(key).items()}
+
+
+
+def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight, multiplied out in float32 and rounded once to `dtype`."""
+    if weight.group.scheme is None:
+        compressor = BaseCompressor.get_value_from_registry(weight.host_format)
+        return compressor.decompress(dict(parts), weight.group.parsed)[WEIGHT].to(dtype)
+    q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)
+    if len(weight.shape) == 3:
+        return (q.float() * weight.stacked_scale(scale)).to(dtype)
+    return numerics.dequantize(q, scale, weight.scheme.weight.granularity, dtype)
+
+
+def codes_from(weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The E4M3 codes of a dense weight under the scale in `parts`."""
+    scale = parts["weight_scale"].to(dense.device)
+    if len(weight.shape) == 3:
+        wide = weight.stacked_scale(scale).expand(dense.shape).reshape(-1, dense.shape[-1])
+        flat = dense.reshape(-1, dense.shape[-1])
+        return numerics.quantize(flat, wide, Granularity(1, 1)).view(dense.shape)
+    return numerics.quantize(dense, scale, weight.scheme.weight.granularity)

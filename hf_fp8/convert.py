@@ -1,0 +1,58 @@
+"""Swapping modules: a Linear for an FP8Linear that awaits its tensors, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .linear import FP8Linear
+from .scheme import Scheme
+
+
+def swap_linear(
+    model: nn.Module,
+    name: str,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype,
+    input_scale_dtype: torch.dtype | None,
+    backend: str,
+) -> FP8Linear:
+    """Put an empty FP8Linear on the meta device in the place of the `nn.Linear` called `name`."""
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    new = FP8Linear(
+        old.in_features,
+        old.out_features,
+        scheme,
+        bias=old.bias is not None,
+        bias_dtype=old.weight.dtype if old.bias is None else old.bias.dtype,
+        scale_dtype=scale_dtype,
+        input_scale_dtype=input_scale_dtype,
+        backend=backend,
+        device="meta",
+    )
+    new.train(old.training)
+    model.set_submodule(name, new)
+    return new
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every FP8Linear of `model` by an `nn.Linear` with the weight multiplied out, in place.
+
+    dtype: of the new weights and biases; by default that of the model's dense parameters (bfloat16
+    if it has none). One layer is held twice at a time, never the model. Returns `model`.
+    """
+    if dtype is None:
+        frozen = {id(p) for m in model.modules() if isinstance(m, FP8Linear) for p in m.parameters(recurse=False)}
+        dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
+        dtype = next(dense, torch.bfloat16)
+    if isinstance(model, FP8Linear):
+        return model.to_linear(dtype)
+    made: dict[int, nn.Linear] = {}  # a module that sits in two places stays one module
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, FP8Linear):
+            made.setdefault(id(module), module.to_linear(dtype))
+            model.set_submodule(name, made[id(module)])
+    return model

@@ -1,0 +1,45 @@
+"""The exception tree. Every error says what was found, what is supported, and what to do."""
+
+
+class FP8Error(Exception):
+    """Base of every error that hf_fp8 raises on purpose."""
+
+
+class CheckpointError(FP8Error, ValueError):
+    """The files or the config of a checkpoint are wrong, or contradict each other."""
+
+
+class ConfigError(CheckpointError):
+    """A key of `quantization_config` has a value that is unknown or makes no sense."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the config calls for is not in the files."""
+
+
+class UnusedTensorError(CheckpointError):
+    """A scale in the files belongs to no quantized weight."""
+
+
+class ScaleError(CheckpointError):
+    """A scale has the wrong shape or dtype, or a value that is not finite and positive."""
+
+
+class MismatchError(CheckpointError):
+    """A weight is stored otherwise than the config says: dense, or in another 8-bit type."""
+
+
+class CorruptFileError(CheckpointError):
+    """A file cannot be read: truncated, or not what its name says."""
+
+
+class UnsupportedError(FP8Error, NotImplementedError):
+    """Well-formed, but outside what hf_fp8 (or this device) can run correctly."""
+
+
+class KernelError(FP8Error, RuntimeError):
+    """No kernel can run a layer, or one was forced that cannot."""
+
+
+class InputError(FP8Error, TypeError):
+    """A layer was called with an input whose dtype or shape it cannot take."""

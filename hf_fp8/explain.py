@@ -1,0 +1,87 @@
+"""`explain(model)`: what runs where, and why, module by module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .kernels import Problem, select
+from .linear import FP8Linear
+
+# Where the loader leaves what it decided: module or parameter name -> (scheme, reason).
+NOTES = "_hf_fp8_notes"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module (or merged parameter). bytes: what it holds in memory, scales and bias included."""
+
+    name: str
+    scheme: str
+    kernel: str
+    reason: str
+    bytes: int
+
+
+class Explanation(list[Row]):
+    """The rows of `explain`, as a list; printed, a table with equal layers of a model folded into one line."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no FP8 modules"
+        folded: dict[tuple[str, str, str, str], list[Row]] = {}
+        for row in self:
+            pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+            folded.setdefault((pattern, row.scheme, row.kernel, row.reason), []).append(row)
+        lines = [("module", "count", "scheme", "kernel", "bytes", "reason")]
+        for (pattern, scheme, kernel, reason), rows in folded.items():
+            size = f"{sum(row.bytes for row in rows):,}"
+            lines.append((pattern, str(len(rows)), scheme, kernel, size, reason))
+        lines.append(("total", str(len(self)), "", "", f"{sum(row.bytes for row in self):,}", ""))
+        widths = [max(len(line[column]) for line in lines) for column in range(6)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def _bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
+    """Per FP8 module of `model`: its scheme, the kernel chosen for it on its device, why, and its bytes.
+
+    dtype: that of the inputs; by default the first one found among the model's dense parameters.
+    Weights that were multiplied out while loading are listed too, with the reason.
+    """
+    if dtype is None:
+        dense = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32))
+        dtype = next(dense, torch.bfloat16)
+    rows = Explanation()
+    for name, module in model.named_modules():
+        if isinstance(module, FP8Linear):
+            device = _execution_device(module)
+            choice = select(Problem(device, module.scheme, *module.weight.shape, dtype), module.backend)
+            size = _bytes(*module.parameters(recurse=False))
+            rows.append(Row(name, module.scheme.describe(), choice.kernel.name, choice.reason, size))
+    for name, (scheme, reason) in getattr(model, NOTES, {}).items():
+        try:
+            held: nn.Module | nn.Parameter = model.get_submodule(name)
+        except AttributeError:
+            held = model.get_parameter(name)
+        if isinstance(held, FP8Linear):
+            continue
+        tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
+        rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
+    return rows
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where the module computes: accelerate moves offloaded weights there for the call."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    found = next(module.parameters()).device
+    return torch.device("cpu") if found.type == "meta" else found

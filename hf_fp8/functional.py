@@ -1,0 +1,109 @@
+"""`scaled_linear`: quantize the input as the scheme says, multiply, add the bias; one custom op.
+
+One opaque op keeps kernel selection out of the traced graph: `torch.compile(fullgraph=True)` sees
+a single node, and the choice of kernel is made from the real device at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import numerics
+from .errors import InputError
+from .kernels import Problem, select
+from .scheme import Scheme
+
+
+@torch.library.custom_op("hf_fp8::scaled_linear", mutates_args=())
+def _scaled_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    backend: str,
+) -> torch.Tensor:
+    parsed = Scheme.parse(scheme)
+    n, k = weight.shape
+    rows = x.reshape(-1, k)
+    if rows.shape[0] == 0:
+        return x.new_zeros((*x.shape[:-1], n))
+    kernel = select(Problem(x.device, parsed, n, k, x.dtype), backend).kernel
+    out = kernel.run(rows, weight, weight_scale, input_scale, parsed)
+    if bias is not None:
+        out = out.add_(bias.to(out.dtype))
+    return out.view(*x.shape[:-1], n)
+
+
+@_scaled_linear.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    backend: str,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, weight_scale, _, bias, scheme, _ = inputs
+    ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) is made
+    ctx.scheme = scheme
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise InputError(
+            "FP8 weights and their scales have no gradient. Train adapters (LoRA) on top of them, or load with "
+            "FP8Config(dequantize=True) to train the weights themselves."
+        )
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        granularity = Scheme.parse(ctx.scheme).weight.granularity
+        grad_x = grad @ numerics.dequantize(weight, weight_scale, granularity, grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+_scaled_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scheme: Scheme,
+    *,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
+
+    x: (..., K) in bf16, fp16 or float32, any strides, M = 0 allowed; a per-token scale is one per
+    row of the last dimension. weight: (N, K) E4M3. weight_scale: `scale_shape` elements of bf16,
+    fp16 or float32. input_scale: one element, for static schemes. bias: (N,). Returns (..., N) in
+    the dtype of x. Gradients flow to x (through the dequantized weight) and bias.
+
+    Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
+    that cannot run.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
+        raise InputError(
+            f"an FP8 linear takes inputs in bfloat16, float16, float32 or float64, got {x.dtype}.{hint} "
+            "Load with FP8Config(dequantize=True) if the model cannot be changed."
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise InputError(f"the input's last dimension is {x.shape[-1]}, the weight {tuple(weight.shape)} takes {weight.shape[1]}")
+    out: torch.Tensor = _scaled_linear(x, weight, weight_scale, input_scale, bias, scheme.text, backend)
+    return out

@@ -1,0 +1,376 @@
+"""Lays a checkpoint out on a model: where each quantized weight goes, kept in FP8 or multiplied out.
+
+The host's own renamings and converters are run over the keys of the files, so that names are
+matched as they will be when loading, whatever the model is called inside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_converters,
+    apply_renamings,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .checkpoint import Checkpoint
+from .config import FP8Config
+from .conversion import (
+    Dequantize,
+    KeyRenaming,
+    Parameter,
+    Requantize,
+    Reshape,
+    RoutedConverter,
+    companion,
+)
+from .errors import MissingTensorError, UnsupportedError
+from .expert_names import ExpertsLayout, hub_name
+from .scan import Owner, Scan, scan
+from .scheme import scale_shape
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, check_shape
+
+
+class KeyMap:
+    """What the host's loader will call a key of the files: `resolve`, with the same rules in the same order."""
+
+    def __init__(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
+        conversions = deepcopy(list(conversions))  # they note which of them were used, and some are stateful
+        self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self.params = model.state_dict()
+        self.prefix = model.base_model_prefix
+        self.aliases: dict[str, str] = {}
+
+    def rename(self, key: str) -> str:
+        """`key` after all renamings, before any converter."""
+        renamed = apply_renamings(key, self.renamings)
+        return self.aliases.get(renamed, renamed)
+
+    def convert(self, renamed: str) -> tuple[str, str | None]:
+        """(parameter of the model, source pattern of the converter that makes it or None) of a renamed key."""
+        target, pattern = apply_converters(renamed, self.converters)
+        return rename_source_key(target, [], [], self.prefix, self.params)[0], pattern
+
+    def resolve(self, key: str) -> tuple[str, str | None]:
+        target, pattern = self.convert(self.rename(key))
+        if target not in self.params and key in self.params:
+            return rename_source_key(key, [], [], self.prefix, self.params)[0], None
+        return target, pattern
+
+
+@dataclass
+class Layout:
+    """kept: module -> weight that stays in FP8. dense: parameter -> the weights multiplied out into it.
+
+    reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
+    the model -> keys in the files, of tensors that no module uses and that are written back.
+    """
+
+    kept: dict[str, StoredWeight] = field(default_factory=dict)
+    dense: dict[str, Parameter] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    passengers: dict[str, str] = field(default_factory=dict)
+    conversions: list[WeightTransform] = field(default_factory=list)
+    scan: Scan = field(default_factory=Scan)
+    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def lay_out(
+    model: PreTrainedModel,
+    conversions: Sequence[WeightTransform],
+    checkpoint: Checkpoint,
+    config: FP8Config,
+    *,
+    dense_because: str | None,
+    dtype: torch.dtype,
+) -> Layout:
+    """The plan of loading `checkpoint` into `model`, which is on the meta device.
+
+    conversions: the host's. dense_because: why no weight can stay in FP8, None if they can. dtype: the
+    model's. Raises CheckpointError of the fitting kind for files, config and model that contradict each other.
+    """
+    extra = _map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
+    scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params))
+    layout = Layout(scan=scanned)
+    late = dict(keymap.aliases)
+    weights = scanned.weights + (scanned.host if config.dequantize else [])
+    for weight in weights:
+        _place(weight, keymap, late)
+        weight.transposed = _is_transposed(model, weight)
+    _check_coverage(model, keymap, checkpoint, config, scanned)
+    fp32 = model._get_dtype_plan(dtype)
+    # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
+    first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for weight in weights:
+        if not weight.target:
+            continue  # this class of model has no such module: the host reports the key as unexpected
+        if weight.group.scheme is not None:
+            check_shape(weight, tuple(keymap.params[weight.target].shape))
+        module = _module(model, weight.module)
+        reason = dense_because or _why_not_kept(first, module, weight, fp32)
+        if reason is None:
+            layout.kept[weight.module] = weight
+            continue
+        layout.reasons[weight.module] = reason
+        if weight.target not in layout.dense:
+            layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
+    _collect(layout, weights, keymap, checkpoint)
+    layout.passengers = {keymap.rename(key): key for key in scanned.cache}
+    layout.conversions = _conversions(layout, weights, conversions, extra, late, keymap, restore=dense_because is None)
+    return layout
+
+
+def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) -> list[WeightConverter]:
+    """Aliases and converters for expert keys that the host's mapping leaves without a home."""
+    extra: list[WeightConverter] = []
+    for key in checkpoint.tensors:
+        renamed = keymap.rename(key)
+        other = hub_name(renamed)
+        if other is None or keymap.convert(renamed)[0] in keymap.params:
+            continue
+        weight = other.rpartition(".")[0] + f".{WEIGHT}"
+        if keymap.convert(weight)[0] in keymap.params:
+            keymap.aliases[renamed] = other
+        elif not extra:
+            path = renamed[: renamed.index("experts.") + len("experts")]
+            layout = ExpertsLayout.of(_module(model, path) or _module(model, f"{keymap.prefix}.{path}"))
+            if layout is not None:
+                extra = layout.converters()
+                keymap.converters += extra
+    return extra
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _owner(model: PreTrainedModel, keymap: KeyMap, key: str) -> Owner:
+    if key.endswith("weight_packed"):
+        key = key.removesuffix("_packed")
+    target, pattern = keymap.resolve(key)
+    name = target.removesuffix(f".{WEIGHT}")
+    module = _module(model, name)
+    if module is None and target in keymap.params:
+        module = _module(model, name.rpartition(".")[0])
+    if pattern is not None:
+        name = keymap.rename(key).removesuffix(f".{WEIGHT}")  # experts are spoken of one by one
+    return Owner(name, module)
+
+
+def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
+    """Fill in what the host's renamings make of a weight's keys; note those that do not follow their weight."""
+    if WEIGHT not in weight.keys:
+        weight.renamed = {role: keymap.rename(key) for role, key in weight.keys.items()}
+        target, weight.pattern = keymap.convert(weight.renamed["weight_packed"].removesuffix("_packed"))
+        weight.target = target if target in keymap.params else ""
+        return
+    target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])
+    weight.target = target if target in keymap.params else ""
+    renamed = keymap.rename(weight.keys[WEIGHT])
+    weight.renamed = {WEIGHT: renamed}
+    for role, key in weight.keys.items():
+        if role == WEIGHT:
+            continue
+        plain = apply_renamings(key, keymap.renamings)
+        if renamed == WEIGHT or renamed.endswith(f".{WEIGHT}"):
+            wanted = companion(renamed, role)
+        else:
+            wanted = keymap.aliases.get(plain, plain)
+        weight.renamed[role] = wanted
+        if plain != wanted:
+            late[plain] = wanted
+
+
+def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
+    if len(weight.shapes.get(WEIGHT, ())) != 3:
+        return False
+    layout = ExpertsLayout.of(_module(model, weight.target.rpartition(".")[0]))
+    return layout is not None and layout.is_transposed
+
+
+def _why_not_kept(
+    first: dict[int, PreTrainedModel], module: nn.Module | None, weight: StoredWeight, fp32: dict[str, torch.dtype]
+) -> str | None:
+    if weight.group.scheme is None:
+        return "not an FP8 group"
+    if weight.pattern is not None or module is None:
+        return "merged with others into one parameter of the model"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is not a plain nn.Linear"
+    if _planned_dtype(weight.target, fp32, torch.bfloat16) == torch.float32:
+        return "the model keeps this module in float32"
+    if id(module.weight) in first:
+        return f"{type(first[id(module.weight)]).__name__} reads its dtype off this weight"
+    return None
+
+
+def _planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the host would load parameter `name` in."""
+    if not fp32:
+        return dtype
+    pattern, groups, _ = build_glob_alternation(list(fp32))
+    found = pattern.search(name)
+    return fp32[groups[found.lastgroup]] if found and found.lastgroup else dtype
+
+
+def _check_coverage(
+    model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan
+) -> None:
+    """Raise for FP8 weights that find no module while modules find no weights: the host would leave those random."""
+    filled = {keymap.resolve(key)[0] for key in checkpoint.tensors}
+    filled |= {weight.module + f".{WEIGHT}" for weight in scanned.host}
+    filled |= {keymap.resolve(f"{weight.name}.{WEIGHT}")[0] for weight in scanned.host}
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    tied = model.all_tied_weights_keys
+    missing = [
+        name
+        for name in keymap.params
+        if name not in filled and name not in tied and name not in tied.values()
+        and not any(p.search(name) for p in ignored)
+    ]
+    digits = re.compile(r"(?<=\.)\d+(?=\.|$)")
+    siblings = {digits.sub("*", weight.target): weight.target for weight in scanned.weights if weight.target}
+    for name in missing:
+        sibling = siblings.get(digits.sub("*", name))
+        if sibling is not None:
+            raise MissingTensorError(
+                f"no tensor in the files goes into {name}, though its sibling {sibling} is there: the checkpoint is "
+                "incomplete (a shard may be missing), and the host would leave it random"
+            )
+    extra = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    prefix = f"{model.base_model_prefix}."
+    homeless = [
+        w.keys[WEIGHT]
+        for w in scanned.weights
+        if not w.target and w.renamed[WEIGHT].startswith(prefix) and not any(p.search(w.keys[WEIGHT]) for p in extra)
+    ]
+    inside = [name for name in missing if name.startswith(prefix)]
+    if homeless and inside:
+        raise MissingTensorError(
+            f"{len(homeless)} FP8 weights of the files have no place in {type(model).__name__} (such as {homeless[0]}), while "
+            f"{len(inside)} of its parameters find none (such as {inside[0]}): their names do not fit together"
+        )
+
+
+def _collect(layout: Layout, weights: list[StoredWeight], keymap: KeyMap, checkpoint: Checkpoint) -> None:
+    """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order."""
+    by_key = {weight.keys.get(WEIGHT, weight.renamed.get(WEIGHT, "")): weight for weight in weights}
+    for weight in weights:
+        if weight.target in layout.dense and weight.pattern is None:
+            layout.dense[weight.target].sources = {WEIGHT: [weight]}
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        target, pattern = keymap.resolve(key)
+        if pattern is not None and target in layout.dense:
+            if WEIGHT not in by_key.get(key, _PLAIN).keys:
+                raise UnsupportedError(f"{key}: merged weights of this format cannot be dequantized while loading")
+            layout.dense[target].sources.setdefault(pattern, []).append(by_key.get(key))
+
+
+class _Plain:
+    keys = {WEIGHT: ""}
+
+
+_PLAIN = _Plain()
+
+
+def _conversions(
+    layout: Layout, weights: list[StoredWeight], host: Sequence[WeightTransform], extra: list[WeightConverter],
+    late: dict[str, str], keymap: KeyMap, *, restore: bool,
+) -> list[WeightTransform]:
+    scales = layout.scales if restore else None
+    op, back = Dequantize(layout.dense, scales), Requantize(layout.dense, layout.scales)
+    ours: list[WeightTransform] = [KeyRenaming(late)] if late else []
+    ours += _plain_converters(layout, op, back)
+    ours += _scale_converters(layout, keymap)
+    merged: list[WeightTransform] = []
+    for converter in [*host, *extra]:
+        if isinstance(converter, WeightConverter):
+            converter = _merged_converter(converter, layout, weights, op, back)
+        merged.append(converter)
+    return _renamings_last(merged, ours)
+
+
+def _renamings_last(host: list[WeightTransform], ours: list[WeightTransform]) -> list[WeightTransform]:
+    """Our converters before the host's (the first match wins), our renaming after the host's."""
+    renamings = [c for c in ours if isinstance(c, WeightRenaming)]
+    converters = [c for c in ours if not isinstance(c, WeightRenaming)]
+    return [*converters, *host, *renamings]
+
+
+def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
+    """For weights that fill one parameter each."""
+    routes, targets, roles = {}, {}, {WEIGHT}
+    for parameter in layout.dense.values():
+        if set(parameter.sources) != {WEIGHT}:
+            continue
+        (weight,) = parameter.sources[WEIGHT]
+        assert weight is not None
+        for role, key in weight.renamed.items():
+            routes[key] = (_before_prefix(weight, role), companion(WEIGHT, role))
+            roles.add(role)
+        targets[parameter.name] = (parameter.name, WEIGHT)
+    if not routes:
+        return []
+    sources = [companion(WEIGHT, role) for role in sorted(roles)]
+    reverse = RoutedConverter(targets, [WEIGHT], [WEIGHT], [back])
+    return [RoutedConverter(routes, sources, [WEIGHT], [op], reverse=reverse)]
+
+
+def _before_prefix(weight: StoredWeight, role: str) -> str:
+    """What a companion is to be renamed to, so that the host's last step, the base model's prefix, reaches the target."""
+    return weight.renamed.get(WEIGHT) or weight.renamed["weight_packed"].removesuffix("_packed")
+
+
+def _merged_converter(
+    base: WeightConverter, layout: Layout, weights: list[StoredWeight], op: Dequantize, back: Requantize
+) -> WeightConverter:
+    """`base`, dequantizing first, if any FP8 weight passes through it."""
+    through = [w for w in weights if w.pattern in base.source_patterns and w.target in layout.dense]
+    if not through:
+        return base
+    probe = deepcopy(base)
+    routes, roles = {}, {}
+    for weight in through:
+        assert weight.pattern is not None
+        renamed = probe.rename_source_key(weight.renamed[WEIGHT])[0]
+        for role, key in weight.renamed.items():
+            if role != WEIGHT:
+                routes[key] = (renamed, companion(weight.pattern, role))
+                roles[companion(weight.pattern, role)] = None
+    reverse = base.reverse_transform()
+    reverse.operations.append(back)
+    return RoutedConverter(
+        routes, [*base.source_patterns, *roles], list(base.target_patterns), [op, *base.operations], base=base, reverse=reverse
+    )
+
+
+def _scale_converters(layout: Layout, keymap: KeyMap) -> list[WeightTransform]:
+    """For scales that the file holds in another shape than the module does."""
+    forth, back, routes = {}, {}, {}
+    for module, weight in layout.kept.items():
+        shapes = {WEIGHT_SCALE: scale_shape(weight.scheme.weight.granularity, *weight.shape), INPUT_SCALE: (1,)}
+        for role, shape in shapes.items():
+            if role in weight.keys and weight.shapes[role] != shape:
+                name = f"{module}.{role}"
+                forth[name], back[name] = shape, weight.shapes[role]
+                routes[weight.renamed[role]] = (weight.renamed[role], "hf_fp8_scale")
+    if not routes:
+        return []
+    reverse = RoutedConverter({n: (n, "hf_fp8_scale") for n in back}, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(back)])
+    return [RoutedConverter(routes, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(forth)], reverse=reverse)]

@@ -1,0 +1,110 @@
+"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import numerics
+from .functional import scaled_linear
+from .scheme import FP8, Scheme, scale_shape
+
+
+class FP8Linear(nn.Linear):
+    """Linear layer with `weight` (N, K) in E4M3, `weight_scale` and, for static schemes, `input_scale` (1,).
+
+    The parameters are the tensors of the file, so `state_dict` and `save_pretrained` need no code.
+    Outputs have the dtype of the input. `.to(dtype)`, `.half()` and the like cast the bias alone:
+    the weight and the scales keep their dtype, since a cast would change or lose the values.
+
+    Args:
+        in_features, out_features: K and N.
+        scheme: how the weight is stored and the input quantized.
+        bias: whether there is a bias, of dtype `bias_dtype`.
+        scale_dtype, input_scale_dtype: dtypes in which the scales are held (bf16, fp16 or float32).
+        backend: "auto", "scaled_mm" or "weight_only", see `kernels.select`.
+    """
+
+    QUANTIZED = ("weight", "weight_scale", "input_scale")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = False,
+        bias_dtype: torch.dtype = torch.bfloat16,
+        scale_dtype: torch.dtype = torch.float32,
+        input_scale_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would initialise the weight, which E4M3 cannot
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.backend = scheme, backend
+
+        def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = frozen((out_features, in_features), FP8)
+        self.weight_scale = frozen(scale_shape(scheme.weight.granularity, out_features, in_features), scale_dtype)
+        if scheme.has_static_input:
+            self.input_scale = frozen((1,), input_scale_dtype or scale_dtype)
+        else:
+            self.register_parameter("input_scale", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=bias_dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Nothing: FP8 weights come from a checkpoint."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., K) in bf16, fp16 or float32. Returns (..., N) in the same dtype (or autocast's)."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return scaled_linear(
+            input,
+            self.weight,
+            self.weight_scale,
+            self.scheme,
+            input_scale=self.input_scale,
+            bias=self.bias,
+            backend=self.backend,
+        )
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
+        return numerics.dequantize(self.weight, self.weight_scale, self.scheme.weight.granularity, dtype)
+
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain `nn.Linear` with the dequantized weight, on the same device."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype
+        )
+        linear.weight = nn.Parameter(self.dequantized_weight(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            if not any(tensor is getattr(self, name) for name in self.QUANTIZED):
+                return fn(tensor)
+            # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
+            device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
+            if device == tensor.device:
+                moved = fn(tensor)
+                return moved if moved.dtype == tensor.dtype else tensor
+            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"

@@ -1,0 +1,257 @@
+"""FP8HfQuantizer: the door through which `from_pretrained` and `save_pretrained` reach all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import logging
+
+from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
+from .config import FP8Config
+from .conversion import RoutedConverter
+from .convert import dequantize_model, swap_linear
+from .errors import UnsupportedError
+from .explain import NOTES
+from .kernels import has_fp8_matmul
+from .layout import Layout, lay_out
+from .linear import FP8Linear
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+
+logger = logging.get_logger(__name__)
+
+
+class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads compressed-tensors FP8 checkpoints: FP8 groups here, other groups through the host's quantizer.
+
+    The model is changed in `update_weight_conversions`, not in `preprocess_model`: only there are all
+    of the loader's renamings known, the user's `key_mapping` among them, and so which tensor goes where.
+    """
+
+    quantization_config: FP8Config
+
+    def __init__(self, quantization_config: FP8Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.layout: Layout | None = None
+        self.host: CompressedTensorsHfQuantizer | None = None
+        self.passengers: dict[str, torch.Tensor] = {}
+        self._files: list[str] = []
+        self._device_map: Any = None
+        self._dtype = torch.bfloat16
+        self._host_conversions: list[WeightTransform] = []
+
+    # -- what the host asks before and after loading --
+
+    def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
+        if not weights_only:
+            raise UnsupportedError("weights_only=False lets a pickled checkpoint execute code; leave it at True")
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise UnsupportedError(
+                "hf_fp8 reads FP8 checkpoints from files, to hold them against their config before anything is loaded; "
+                "save the state dict with its config and load the folder"
+            )
+        self._files, self._device_map = list(files), kwargs.get("device_map")
+        self._dtype = dtype or torch.get_default_dtype()
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Not the host's swap of Llama-4's experts for a list of Linears: experts are merged like any other family's."""
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        if self.layout is None:
+            self._host_conversions = list(weight_conversions)
+            self._lay_out(model, weight_conversions)
+        assert self.layout is not None
+        if self.host is None:
+            return list(self.layout.conversions)
+        ours = [c for c in self.layout.conversions if isinstance(c, RoutedConverter)]
+        rest = [c for c in self.layout.conversions if not isinstance(c, RoutedConverter)]
+        return [*ours, *self.host.update_weight_conversions(rest, model)]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """FP8 weights and scales arrive as they are stored; what is multiplied out is cast by its op."""
+        if isinstance(converter, RoutedConverter):
+            return None
+        target = converter.target_patterns[0]
+        module, _, role = target.rpartition(".")
+        if self.layout is not None and module in self.layout.kept and role in FP8Linear.QUANTIZED:
+            return None
+        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+
+    def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
+        config, checkpoint = self.quantization_config, Checkpoint(self._files)
+        because = self._why_dense()
+        self.layout = layout = lay_out(
+            model, conversions, checkpoint, config, dense_because=because, dtype=self._dtype
+        )
+        for name, weight in layout.kept.items():
+            dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
+            swap_linear(
+                model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE],
+                input_scale_dtype=dtypes.get(INPUT_SCALE), backend=config.backend,
+            )
+            self._untie(model, weight.target)
+        dense = [w.module for w in layout.scan.weights if w.target and w.module not in layout.kept]
+        if config.host_groups and not config.dequantize:
+            packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
+            self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=dense, compressed=packed))
+            self.host.validate_environment()
+            self.host._process_model_before_weight_loading(model)
+        if because is None or self.host is not None:
+            self._carry(model, checkpoint, layout)
+        elif not config.dequantize:
+            config.dequantize = True  # all of it: what is saved is a plain dense model
+        # Tensors known to be of no use to the model are no news in the loading report.
+        silent = {f"^{name.replace('.', chr(92) + '.')}$" for name in layout.passengers}
+        if silent:
+            model._keys_to_ignore_on_load_unexpected = (model._keys_to_ignore_on_load_unexpected or set()) | silent
+        self.update_parallel_plan(model, model.tp_plan)
+        self.update_parallel_plan(model, model.ep_plan)
+        setattr(model, NOTES, {w.module: (w.scheme.describe(), layout.reasons.get(w.module, "")) for w in layout.scan.weights if w.target})
+        self._say(because, layout)
+
+    def _why_dense(self) -> str | None:
+        """The reason why every FP8 weight is multiplied out while loading, None if they stay in FP8."""
+        config = self.quantization_config
+        if config.dequantize:
+            return "dequantize=True"
+        if config.backend != "auto":
+            return None
+        device = _compute_device(self._device_map)
+        reason = has_fp8_matmul(device)
+        return None if reason is None else f"backend='auto' on {device.type}: {reason}"
+
+    @staticmethod
+    def _untie(model: PreTrainedModel, target: str) -> None:
+        """A weight that the file holds in FP8 is its own: tying would overwrite its codes with another's values."""
+        if target in model.all_tied_weights_keys:
+            del model.all_tied_weights_keys[target]
+            model.config.get_text_config().tie_word_embeddings = False
+            model.config.tie_word_embeddings = False
+
+    def _carry(self, model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> None:
+        """Take along the tensors that no module uses, and what the host would lose of its own scales."""
+        tensors = checkpoint.read(list(layout.passengers.values()))
+        self.passengers = {name: tensors[key] for name, key in layout.passengers.items()}
+
+    def _say(self, because: str | None, layout: Layout) -> None:
+        if because is not None and layout.dense and because != "dequantize=True":
+            logger.warning(
+                f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} while "
+                f"loading ({because}). FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8."
+            )
+        elif because is None and layout.dense:
+            sample = next(iter(layout.dense))
+            logger.warning(
+                f"hf_fp8: {len(layout.dense)} parameters are held in {self._dtype} and written back in FP8, "
+                f"such as {sample} ({next(iter(layout.reasons.values()))})."
+            )
+        if layout.passengers and because is None:
+            logger.warning(
+                "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: "
+                "the cache stays in the dtype of the model."
+            )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, FP8Linear):
+                for name in FP8Linear.QUANTIZED:
+                    if getattr(module, name) is not None:
+                        getattr(module, name).requires_grad_(False)
+        if self.layout is not None and not self.layout.kept and self._all_dense:
+            model._weight_conversions = self._native_conversions()
+        elif self.host is not None and self._why_dense() is not None:
+            dense = [w.module for w in self.layout.scan.weights if w.target] if self.layout else []
+            model.config.quantization_config = self.quantization_config.without_fp8_groups(dense)
+        return model
+
+    @property
+    def _all_dense(self) -> bool:
+        return bool(self.quantization_config.dequantize)
+
+    def _native_conversions(self) -> list[WeightTransform]:
+        """The host's own transforms, for a model that has become dense: what a plain checkpoint of it looks like.
+
+        Renamings only if the files used them, as in the host: what was not renamed is not renamed back.
+        """
+        return [c for c in self._host_conversions if isinstance(c, WeightConverter) or c.was_used()]
+
+    # -- saving and converting back --
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        if not self.passengers and self.host is None:
+            return None, {}
+        state = dict(model.state_dict())
+        if self.host is not None and self.layout is not None:
+            _recompress(model, state)
+            self._restore_host_dtypes(state)
+        return {**state, **self.passengers}, {}
+
+    def _restore_host_dtypes(self, state: dict[str, torch.Tensor]) -> None:
+        assert self.layout is not None
+        for weight in self.layout.scan.host:
+            for role, dtype in weight.dtypes.items():
+                name = f"{weight.renamed.get(role, weight.keys[role])}"
+                if name in state and state[name].dtype != TORCH_DTYPES[dtype]:
+                    state[name] = state[name].to(TORCH_DTYPES[dtype])
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if self.host is not None:
+            raise UnsupportedError(
+                "model.dequantize(): the checkpoint mixes FP8 with other formats, which transformers runs; "
+                "load it with FP8Config(dequantize=True) instead"
+            )
+        dequantize_model(model, dtype)
+        model._weight_conversions = self._native_conversions()
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    # A weight's companions, for the host's tensor-parallel plans.
+    serialized_names = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}
+
+
+def _recompress(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Give the host's modules, which it decompresses at the first forward, their stored form back in `state`."""
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
+            continue
+        own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
+        compressed = BaseCompressor.get_value_from_registry(scheme.format).compress(own, scheme)
+        state.update({f"{name}.{key}": value for key, value in compressed.items()})
+
+
+def _compute_device(device_map: Any) -> torch.device:
+    """Where the model will compute. Offloaded parts compute on the accelerator; without a map the model
+    is loaded on CPU, from where users move it to the accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device_map is None or isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cpu") if accelerator is None else accelerator
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    for device in devices:
+        if device not in ("cpu", "disk", torch.device("cpu")):
+            return torch.device(accelerator.type, device) if isinstance(device, int) and accelerator else torch.device(device)
+    return torch.device("cpu")
+

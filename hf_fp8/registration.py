@@ -1,0 +1,119 @@
+"""Puts hf_fp8 in the host's place for compressed-tensors checkpoints with FP8 groups, and takes it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from .config import FP8Config, concerns_fp8
+from .errors import ConfigError
+from .quantizer import FP8HfQuantizer
+
+METHOD = "compressed-tensors"
+OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
+
+_host_door = modeling_utils.get_hf_quantizer
+_HOST_OPTIONS = ("dequantize", "run_compressed", "use_optimized_inference")
+
+
+def register() -> None:
+    """Take over checkpoints with FP8 groups in `from_pretrained`. Called on import; harmless when repeated."""
+    # register_quantizer refuses a method that the host has, so its entry is replaced.
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_for
+    auto.AUTO_QUANTIZER_MAPPING[OUR_METHOD] = quantizer_for
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OUR_METHOD] = FP8Config
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
+
+
+def unregister() -> None:
+    """Give the host its own behaviour back."""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = CompressedTensorsHfQuantizer
+    auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
+    modeling_utils.get_hf_quantizer = _host_door
+
+
+def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+    """Ours for a config with FP8 groups, the host's for any other."""
+    if not isinstance(quantization_config, FP8Config):
+        written = quantization_config.to_dict()
+        if not concerns_fp8(written):
+            return CompressedTensorsHfQuantizer(quantization_config, **kwargs)
+        quantization_config = merge(written, quantization_config)
+    return FP8HfQuantizer(quantization_config, **kwargs)
+
+
+def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's function, with the checkpoint's config and the user's merged by us where FP8 is concerned.
+
+    The host's own merge demands that both are of one class, and so refuses an FP8Config, or a dict,
+    for a checkpoint whose config it reads as its own class.
+    """
+    written = checkpoint_config(config)
+    if written is not None and concerns_fp8(written):
+        config.quantization_config = merge(written, quantization_config)
+        return _host_door(config, None, *args, **kwargs)
+    if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == OUR_METHOD:
+        quantization_config = FP8Config(**quantization_config)
+    if isinstance(quantization_config, FP8Config):
+        if written is None:
+            raise ConfigError(
+                "FP8Config was passed, but the checkpoint's config.json has no compressed-tensors `quantization_config`: "
+                "hf_fp8 loads checkpoints that are quantized already. Load this one without FP8Config."
+            )
+        if quantization_config.backend != "auto":
+            raise ConfigError(
+                f"FP8Config(backend={quantization_config.backend!r}) was passed, but no config group of the checkpoint is FP8 "
+                f"({', '.join(written.get('config_groups') or ['none'])}): there is nothing for that backend to run"
+            )
+        quantization_config = CompressedTensorsConfig(dequantize=quantization_config.dequantize)
+    return _host_door(config, quantization_config, *args, **kwargs)
+
+
+def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The compressed-tensors config of a model, as JSON; None if it has none, or one of another method.
+
+    Looks where the host does, and under `compression_config`, the key that writers used in 2024.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in ("quantization_config", "compression_config"):
+            found = getattr(part, key, None)
+            if found is None:
+                continue
+            written = found if isinstance(found, dict) else found.to_dict()
+            method = written.get("quant_method", METHOD if key == "compression_config" or "config_groups" in written else None)
+            return written if getattr(method, "value", method) in (METHOD, "sparseml") else None
+    return None
+
+
+def merge(written: dict[str, Any], passed: Any) -> FP8Config:
+    """The checkpoint's config with the user's loading options; the rest of what the user passed has no say."""
+    if passed is None:
+        return FP8Config(checkpoint=written)
+    if isinstance(passed, FP8Config):
+        return FP8Config(**passed.get_loading_attributes(), checkpoint=written)
+    if isinstance(passed, CompressedTensorsConfig):
+        # `use_optimized_inference` asks for what "auto" does anyway where the hardware can.
+        return FP8Config(dequantize=passed.dequantize, checkpoint=written)
+    if isinstance(passed, dict):
+        method = passed.get("quant_method", OUR_METHOD)
+        if getattr(method, "value", method) not in (METHOD, OUR_METHOD):
+            raise ConfigError(f"quantization_config says {method!r}, but the checkpoint is compressed-tensors FP8")
+        options = {k: v for k, v in passed.items() if k in ("dequantize", "backend", "experts")}
+        if passed.get("run_compressed") is not None:
+            options["dequantize"] = options.get("dequantize", False) or not passed["run_compressed"]
+        unknown = set(passed) - set(options) - set(_HOST_OPTIONS) - {"quant_method"} - set(written)
+        if unknown:
+            raise ConfigError(
+                f"quantization_config has no option {', '.join(sorted(map(repr, unknown)))}; "
+                "a dict may set dequantize, backend and experts"
+            )
+        return FP8Config(**options, checkpoint=written)
+    raise ConfigError(
+        f"the checkpoint is compressed-tensors FP8, but a {type(passed).__name__} was passed: "
+        "pass FP8Config, CompressedTensorsConfig, a dict, or nothing"
+    )

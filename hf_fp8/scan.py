@@ -1,0 +1,174 @@
+"""Holds the files against the config: every weight that is quantized, and every contradiction, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .checkpoint import DENSE_DTYPES, Checkpoint
+from .config import FP8Config, Group, match
+from .errors import ConfigError, MismatchError, UnusedTensorError
+from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, check_scale_values, stored
+
+# `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
+CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
+ORPHAN = re.compile(rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)})$")
+# A stack of experts has no ".weight": what its scales are called beside it.
+STACK_SUFFIXES = {
+    WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
+    INPUT_SCALE: ("_input_scale", ".input_scale"),
+}
+
+
+@dataclass
+class Scan:
+    """weights: those of FP8 groups. host: those of other groups. cache: keys of the KV cache's scales."""
+
+    weights: list[StoredWeight] = field(default_factory=list)
+    host: list[StoredWeight] = field(default_factory=list)
+    cache: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The module of the model that a key of the file belongs to: its name there, and itself if there is one."""
+
+    name: str
+    module: nn.Module | None
+
+
+def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner], params: set[str]) -> Scan:
+    """Sort out every tensor of the files.
+
+    owner: a weight's key in the file -> its module. params: keys that the model takes as they are.
+
+    Raises the error that fits, naming the tensor or the config key, for the first contradiction.
+    """
+    found, used = Scan(), set[str]()
+    candidates = []
+    for key, info in checkpoint.tensors.items():
+        name = _module_of(key, info.dtype, len(info.shape))
+        if name is not None:
+            place = owner(key)
+            names = tuple(dict.fromkeys((name, place.name)))
+            candidates.append((name, key, names, _group_of(config, names, place, info.dtype)))
+    _check_groups(config, {group.name for *_, group in candidates if group is not None})
+    for name, key, names, group in candidates:
+        if group is not None and group.scheme is None:
+            host = {role: f"{name}.{role}" for role in HOST_ROLES if f"{name}.{role}" in checkpoint.tensors}
+            if len(host) > 1:  # a target may be a regex that takes in norms as well
+                found.host.append(stored(name, host, checkpoint, group))
+                used.update(host.values())
+            continue
+        if key.endswith("weight_packed"):
+            continue
+        keys = _companions(name, key, checkpoint)
+        if _is_fp8(key, keys, checkpoint, config, group, names):
+            assert group is not None
+            found.weights.append(stored(name, keys, checkpoint, group))
+            used.update(keys.values())
+    for key in checkpoint.tensors:
+        if CACHE_SCALE.search(key):
+            found.cache.append(key)
+        elif key not in used and key not in params and (
+            ORPHAN.search(key) or (key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors)
+        ):
+            raise UnusedTensorError(
+                f"{key} is a scale in the files, but no weight beside it is quantized by any config group: nobody would "
+                "use it. Either the weight is missing, or `targets` and `ignore` do not say what was quantized."
+            )
+    for weight in found.weights:
+        weight.check()
+    check_scale_values(found.weights, checkpoint)
+    return found
+
+
+def _module_of(key: str, dtype: str, ndim: int) -> str | None:
+    """The module in the file that `key` is the (possibly packed) weight of; None if it is no weight."""
+    for suffix in (f".{WEIGHT}", ".weight_packed"):
+        if key.endswith(suffix):
+            return key.removesuffix(suffix)
+    if key in (WEIGHT, "weight_packed"):
+        return ""
+    # A stack of experts is a parameter of its own. No scale is stored in FP8 with three dimensions.
+    return key if ndim == 3 and dtype.startswith("F8_") else None
+
+
+def _companions(name: str, key: str, checkpoint: Checkpoint) -> dict[str, str]:
+    keys = {WEIGHT: key}
+    dot = f"{name}." if name else ""
+    for role, spellings in SPELLINGS.items():
+        candidates = [dot + spelling for spelling in spellings]
+        if key == name:
+            candidates = [name + suffix for suffix in STACK_SUFFIXES.get(role, ())]
+        present = [candidate for candidate in candidates if candidate in checkpoint.tensors]
+        if len(present) > 1:
+            raise UnusedTensorError(f"{' and '.join(present)} are both in the files: only one can be the {role} of {name}")
+        if present:
+            keys[role] = present[0]
+    return keys
+
+
+def _group_of(config: FP8Config, names: tuple[str, ...], place: Owner, dtype: str) -> Group | None:
+    """The group of a weight. Targets may speak of it by the file's name, by the model's, or by class."""
+    classes = () if place.module is None else tuple(cls.__name__ for cls in type(place.module).__mro__)
+    group = config.group_of(names, classes)
+    if group is None and dtype not in DENSE_DTYPES and not isinstance(place.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
+        # Experts and routers were Linears when they were quantized, and may be parts of another module
+        # in the model; a module that this class of model lacks has no class here. The file decides.
+        group = config.group_of(names, ("Linear",))
+    return group
+
+
+def _is_fp8(
+    key: str, keys: dict[str, str], checkpoint: Checkpoint, config: FP8Config, group: Group | None,
+    names: tuple[str, ...],
+) -> bool:
+    """Whether a weight is stored in FP8, after holding that against what the config says."""
+    info = checkpoint.tensors[key]
+    scale = keys.get(WEIGHT_SCALE)
+    if info.dtype == "F8_E4M3":
+        if group is None:
+            raise MismatchError(
+                f"{key} is stored in FP8 ({info}), but no config group quantizes {' / '.join(names)}"
+                f"{' (it is in `ignore`)' if match(names, (), config.ignore) else ''}: its codes would be taken for values"
+            )
+        return True
+    if info.dtype in DENSE_DTYPES:
+        if scale is not None:
+            raise MismatchError(
+                f"{key} is stored dense ({info}), yet {scale} is beside it: the weight has been dequantized already and "
+                "its scale was left in, or the file holds unquantized weights. Multiplying again would be wrong."
+            )
+        if group is not None and len(info.shape) == 2 and not _excused(names, config):
+            raise MismatchError(
+                f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {' / '.join(names)}: "
+                "add it to `ignore` if it was left out on purpose"
+            )
+        return False
+    if group is not None or scale is not None or info.dtype.startswith("F8_"):
+        raise MismatchError(f"{key} is stored as {info}; hf_fp8 reads FP8 weights stored as F8_E4M3 (float8_e4m3fn)")
+    return False
+
+
+def _excused(names: tuple[str, ...], config: FP8Config) -> bool:
+    """Whether `ignore` speaks of a dense module by a shorter or longer path than the file and the model do."""
+    for entry in config.ignore:
+        if entry.startswith("re:"):
+            if any(re.search(entry.removeprefix("re:"), name) for name in names):
+                return True
+        elif any(name.endswith(f".{entry}") or entry.endswith(f".{name}") for name in names):
+            return True
+    return False
+
+
+def _check_groups(config: FP8Config, matched: set[str]) -> None:
+    for group in config.groups:
+        if group.name not in matched:
+            raise ConfigError(
+                f"quantization_config.config_groups[{group.name!r}].targets is {list(group.targets)}: "
+                "that matches no weight in the files that is not in `ignore`"
+            )

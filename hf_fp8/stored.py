@@ -1,0 +1,192 @@
+"""One quantized weight as the files store it, with the scales that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .checkpoint import SCALE_DTYPES, Checkpoint
+from .config import Group
+from .errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from .scheme import Scheme, scale_shape
+
+WEIGHT, WEIGHT_SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
+ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+
+# Other spellings of the same factors. DeepSeek-style files call the factor that a stored value is
+# multiplied by `weight_scale_inv`; the rest are names that older quantizers wrote.
+SPELLINGS = {
+    WEIGHT_SCALE: ("weight_scale", "weight_scale_inv", "scale_weight"),
+    INPUT_SCALE: ("input_scale", "act_scale", "activation_scale", "input_activation_scale", "scale_input"),
+    **{name: (name,) for name in ZERO_POINTS},
+}
+# What a group that is not FP8 may keep beside a weight (compressed-tensors' compressors).
+HOST_ROLES = (
+    WEIGHT, "weight_packed", WEIGHT_SCALE, "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", INPUT_SCALE, "input_global_scale",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class StoredWeight:
+    """A weight of the file that a config group quantizes.
+
+    name: the module's name in the file. keys: role ("weight", "weight_scale", ...) -> key in the file.
+    renamed: role -> that key after the host's renamings. target: the parameter of the model that it
+    goes into, "" if the model has none. pattern: the source pattern of the host's converter that
+    takes it there, None if it goes there as it is. transposed: (in, out) instead of (out, in).
+    """
+
+    name: str
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    group: Group
+    renamed: dict[str, str] = field(default_factory=dict)
+    target: str = ""
+    pattern: str | None = None
+    transposed: bool = False
+    host_format: str = ""
+
+    @property
+    def scheme(self) -> Scheme:
+        assert self.group.scheme is not None
+        return self.group.scheme
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[WEIGHT]
+
+    @property
+    def module(self) -> str:
+        return self.target.removesuffix(f".{WEIGHT}")
+
+    def names_beside(self, key: str) -> dict[str, str]:
+        """role -> name, for a weight that is called `key` in the model."""
+        stem, _, last = key.rpartition(".")
+        if last == WEIGHT:
+            return {role: f"{stem}.{role}" for role in self.keys}
+        start = len(self.renamed[WEIGHT])  # a stack of experts: `down_proj`, `down_proj_scale`
+        return {role: key + self.renamed[role][start:] for role in self.keys}
+
+    def stacked_scale(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scale of a stack (E, A, B) of weights in float32, broadcastable to it."""
+        experts, rows, cols = self.shape
+        scale, granularity = scale.float(), self.scheme.weight.granularity
+        if granularity.is_tensor:
+            return scale.reshape(-1, 1, 1)
+        if granularity.is_row:
+            if scale.ndim == 3:
+                return scale
+            return scale.reshape((experts, 1, cols) if self.transposed else (experts, rows, 1))
+        step_rows, step_cols = granularity.rows, granularity.cols
+        if self.transposed:
+            step_rows, step_cols = step_cols, step_rows
+        return scale.repeat_interleave(step_rows, 1)[:, :rows].repeat_interleave(step_cols, 2)[..., :cols]
+
+    def check(self) -> None:
+        """Raises, naming the tensor, for companions that are missing, unused, or of a wrong dtype or shape."""
+        if WEIGHT_SCALE not in self.keys:
+            raise MissingTensorError(
+                f"{self.name}.{WEIGHT_SCALE} is not in the files, though {self.keys[WEIGHT]} is stored in FP8 "
+                f"({self.scheme.describe()}). Without it the codes mean nothing: the checkpoint is incomplete."
+            )
+        if self.scheme.has_static_input and INPUT_SCALE not in self.keys:
+            raise MissingTensorError(
+                f"{self.name}.{INPUT_SCALE} is not in the files, though config group {self.group.name!r} quantizes "
+                "inputs with static scales. The checkpoint is incomplete, or its input_activations should be dynamic."
+            )
+        if not self.scheme.has_static_input and INPUT_SCALE in self.keys:
+            raise UnusedTensorError(
+                f"{self.keys[INPUT_SCALE]} is in the files, but config group {self.group.name!r} has no static inputs "
+                f"({self.scheme.describe()}): nobody would use it. Set input_activations.dynamic to false if it should be."
+            )
+        for role in (WEIGHT_SCALE, INPUT_SCALE):
+            if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
+                raise ScaleError(
+                    f"{self.keys[role]} has dtype {self.dtypes[role]}; scales come as {', '.join(SCALE_DTYPES)}"
+                )
+        allowed = self._weight_scale_shapes()
+        if self.shapes[WEIGHT_SCALE] not in allowed:
+            raise ScaleError(
+                f"{self.keys[WEIGHT_SCALE]} has shape {list(self.shapes[WEIGHT_SCALE])}; for a weight of shape "
+                f"{list(self.shape)} and {self.scheme.describe()} it must be {' or '.join(str(list(s)) for s in allowed)}"
+            )
+        scalars: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
+        if len(self.shape) == 3:
+            scalars += ((self.shape[0],), (self.shape[0], 1), (self.shape[0], 1, 1))
+        if INPUT_SCALE in self.keys and self.shapes[INPUT_SCALE] not in scalars:
+            raise ScaleError(
+                f"{self.keys[INPUT_SCALE]} has shape {list(self.shapes[INPUT_SCALE])}; a static input has one scale per tensor"
+            )
+
+    def _weight_scale_shapes(self) -> list[tuple[int, ...]]:
+        granularity = self.scheme.weight.granularity
+        if len(self.shape) == 2:
+            rows, cols = self.shape
+            shapes = [scale_shape(granularity, rows, cols)]
+            if granularity.is_tensor:
+                shapes += [(), (1, 1)]
+            elif granularity.is_row:
+                shapes += [(rows,)]
+            return shapes
+        if len(self.shape) != 3:
+            raise UnsupportedError(
+                f"{self.keys[WEIGHT]} has {len(self.shape)} dimensions; hf_fp8 reads FP8 matrices and stacks of them"
+            )
+        experts, rows, cols = self.shape
+        if granularity.is_tensor:
+            return [(), (1,), (experts,), (experts, 1), (experts, 1, 1)]
+        if granularity.is_row:
+            out = cols if self.transposed else rows
+            return [(experts, 1, cols) if self.transposed else (experts, rows, 1), (experts, out)]
+        grid = granularity.grid(cols, rows)[::-1] if self.transposed else granularity.grid(rows, cols)
+        return [(experts, *grid)]
+
+
+def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> None:
+    """Raises ScaleError for the first scale that is not finite and positive; CheckpointError for zero points.
+
+    Scales are read for this before any weight is: they are small (at most 1/64 of the bytes).
+    """
+    names = [w.keys[role] for w in weights for role in (WEIGHT_SCALE, INPUT_SCALE, *ZERO_POINTS) if role in w.keys]
+    for name, scale in checkpoint.read(names).items():
+        if "zero_point" in name:
+            if scale.float().count_nonzero():
+                raise UnsupportedError(f"{name} is not zero: hf_fp8 runs symmetric FP8, without zero points")
+            continue
+        scale = scale.float()
+        bad = ~(scale.isfinite() & (scale > 0))
+        if bad.any():
+            value = scale[bad][0].item()
+            raise ScaleError(
+                f"{name} holds {value} ({int(bad.sum())} of {scale.numel()} values are not finite and positive): "
+                "weights multiplied by it would be wrong. The checkpoint was damaged or badly calibrated."
+            )
+
+
+def check_shape(weight: StoredWeight, expected: tuple[int, ...]) -> None:
+    """Raises MismatchError if the file's weight does not fit the model's parameter."""
+    if weight.pattern is None and weight.shape != expected:
+        raise MismatchError(
+            f"{weight.keys[WEIGHT]} has shape {list(weight.shape)} in the files, the model's {weight.target} has "
+            f"{list(expected)}: the config of the model is not that of the checkpoint"
+        )
+
+
+def stored(
+    name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group
+) -> StoredWeight:
+    """The record of one weight, from its keys by role."""
+    infos = {role: checkpoint.tensors[key] for role, key in keys.items()}
+    if WEIGHT not in keys and group.scheme is not None:
+        raise CheckpointError(f"{name} has no weight")
+    return StoredWeight(
+        name,
+        dict(keys),
+        {role: info.shape for role, info in infos.items()},
+        {role: info.dtype for role, info in infos.items()},
+        group,
+    )
