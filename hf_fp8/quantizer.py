@@ -45,6 +45,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: list[str] = []
         self._device_map: Any = None
         self._dtype = torch.bfloat16
+        self._dense_because: str | None = None
         self._host_conversions: list[WeightTransform] = []
 
     # -- what the host asks before and after loading --
@@ -92,7 +93,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
         config, checkpoint = self.quantization_config, Checkpoint(self._files)
-        because = self._why_dense()
+        because = self._dense_because = self._why_dense()
         self.layout = layout = lay_out(
             model, conversions, checkpoint, config, dense_because=because, dtype=self._dtype
         )
@@ -170,16 +171,12 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 for name in FP8Linear.QUANTIZED:
                     if getattr(module, name) is not None:
                         getattr(module, name).requires_grad_(False)
-        if self.layout is not None and not self.layout.kept and self._all_dense:
+        if self._dense_because is not None and self.layout is not None:
             model._weight_conversions = self._native_conversions()
-        elif self.host is not None and self._why_dense() is not None:
-            dense = [w.module for w in self.layout.scan.weights if w.target] if self.layout else []
-            model.config.quantization_config = self.quantization_config.without_fp8_groups(dense)
+            if self.host is not None:
+                dense = [weight.module for weight in self.layout.scan.weights if weight.target]
+                model.config.quantization_config = self.quantization_config.without_fp8_groups(dense)
         return model
-
-    @property
-    def _all_dense(self) -> bool:
-        return bool(self.quantization_config.dequantize)
 
     def _native_conversions(self) -> list[WeightTransform]:
         """The host's own transforms, for a model that has become dense: what a plain checkpoint of it looks like.
@@ -196,7 +193,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         state = dict(model.state_dict())
         if self.host is not None and self.layout is not None:
             _recompress(model, state)
-            self._restore_host_dtypes(state)
+            if self._dense_because is None:  # else what is left is a checkpoint of the host's, written as it does
+                self._restore_host_dtypes(state)
         return {**state, **self.passengers}, {}
 
     def _restore_host_dtypes(self, state: dict[str, torch.Tensor]) -> None:

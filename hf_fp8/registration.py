@@ -56,6 +56,9 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     written = checkpoint_config(config)
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
+        for part in (config, config.get_text_config(decoder=True)):
+            if hasattr(part, "compression_config"):
+                del part.compression_config  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
     if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == OUR_METHOD:
         quantization_config = FP8Config(**quantization_config)

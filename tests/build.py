@@ -1,0 +1,135 @@
+"""Makes small FP8 checkpoints: any model class, any scheme, the names and shapes that files have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hf_fp8 import numerics
+from hf_fp8.scheme import ROW, TENSOR, Granularity
+
+State = dict[str, torch.Tensor]
+
+TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+DYNAMIC_TENSOR = {**TOKEN, "strategy": "tensor"}
+STATIC_TENSOR = {**TOKEN, "strategy": "tensor", "dynamic": False}
+
+
+def group_input(size: int = 128) -> dict[str, Any]:
+    return {**TOKEN, "strategy": "group", "group_size": size}
+
+
+def weights_json(granularity: Granularity) -> dict[str, Any]:
+    base: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+    if granularity == TENSOR:
+        return {**base, "strategy": "tensor"}
+    if granularity == ROW:
+        return {**base, "strategy": "channel"}
+    if granularity.rows == 1:
+        return {**base, "strategy": "group", "group_size": granularity.cols}
+    return {**base, "strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    config = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1,
+    } | changes  # fmt: skip
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16).eval()
+
+
+def is_linear(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def write(
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    weight: Granularity = ROW,
+    inputs: dict[str, Any] | None = TOKEN,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    quantized: Callable[[str], bool] = is_linear,
+    targets: list[str] | None = None,
+    ignore: list[str] | None = None,
+    scale_shape: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
+    edit: Callable[[State], State] = lambda state: state,
+    config_edit: Callable[[dict[str, Any]], Any] = lambda config: None,
+) -> tuple[State, State]:
+    """Save `model` dense, then quantize the files. Returns (tensors written, tensors of the dequantized model)."""
+    model.save_pretrained(path)
+    state = load_file(path / "model.safetensors")
+    out: State = {}
+    dense: State = {}
+    for name, tensor in state.items():
+        dense[name] = tensor
+        if not quantized(name) or tensor.ndim != 2:
+            out[name] = tensor
+            continue
+        scale = numerics.compute_scale(tensor, weight).to(scale_dtype)
+        q = numerics.quantize(tensor, scale, weight)
+        stem = name.removesuffix("weight")
+        out[name] = q
+        out[stem + "weight_scale"] = scale_shape(scale.reshape(1) if weight == TENSOR else scale)
+        if inputs is not None and not inputs["dynamic"]:
+            out[stem + "input_scale"] = torch.tensor([3.0 / 448], dtype=scale_dtype)
+        dense[name] = numerics.dequantize(q, scale, weight, torch.float32)
+    out = edit(out)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "config_groups": {
+            "group_0": {
+                "targets": targets or ["Linear"],
+                "weights": weights_json(weight),
+                "input_activations": inputs,
+                "output_activations": None,
+            }
+        },
+        "format": "float-quantized",
+        "ignore": ["lm_head"] if ignore is None else ignore,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+    config_edit(config)
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+    return out, dense
+
+
+def tensors(path: Path) -> State:
+    """Every tensor of a checkpoint folder."""
+    found: State = {}
+    for file in path.glob("model*.safetensors"):
+        found.update(load_file(file))
+    return found
+
+
+def differing(a: State, b: State) -> list[str]:
+    """Names that are not equal in presence, dtype, shape and bytes."""
+
+    def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+        if x.dtype != y.dtype or x.shape != y.shape:
+            return False
+        return torch.equal(x.reshape(-1).contiguous().view(torch.uint8), y.reshape(-1).contiguous().view(torch.uint8))
+
+    return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name]))
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Signal to quantization noise in dB."""
+    found, expected = found.double(), expected.double()
+    return float(20 * torch.log10(expected.norm() / (found - expected).norm()))

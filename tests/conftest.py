@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+DATA = Path(__file__).parent / "data"
+FOLDERS = sorted(p.name for p in DATA.iterdir() if p.is_dir())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # two workers on two cores: more threads only fight
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return checkpoint(request.param, tmp_path)
+
+
+def checkpoint(name: str, tmp_path: Path) -> Path:
+    """A copy of a checkpoint of `tests/data`, with its reference beside it, not in it."""
+    path = tmp_path / name
+    shutil.copytree(DATA / name, path)
+    (path / "reference.safetensors").rename(tmp_path / "reference.safetensors")
+    return path
