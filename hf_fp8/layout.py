@@ -38,9 +38,10 @@ from .conversion import (
 )
 from .errors import MissingTensorError, UnsupportedError
 from .expert_names import ExpertsLayout, hub_name
+from .reads import weights_read_directly
 from .scan import Owner, Scan, scan
 from .scheme import scale_shape
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, check_shape
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, check_scale_values, check_shape
 
 
 class KeyMap:
@@ -110,24 +111,28 @@ def lay_out(
     for weight in weights:
         _place(weight, keymap, late)
         weight.transposed = _is_transposed(model, weight)
+    for weight in scanned.weights:
+        weight.check()
+    check_scale_values(scanned.weights, checkpoint)
     _check_coverage(model, keymap, checkpoint, config, scanned)
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
     first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
+    read = weights_read_directly(model) if dense_because is None else {}
     for weight in weights:
         if not weight.target:
             continue  # this class of model has no such module: the host reports the key as unexpected
         if weight.group.scheme is not None:
             check_shape(weight, tuple(keymap.params[weight.target].shape))
         module = _module(model, weight.module)
-        reason = dense_because or _why_not_kept(first, module, weight, fp32)
+        reason = dense_because or _why_not_kept(first, read, module, weight, fp32)
         if reason is None:
             layout.kept[weight.module] = weight
             continue
         layout.reasons[weight.module] = reason
         if weight.target not in layout.dense:
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
-    _collect(layout, weights, keymap, checkpoint)
+    _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
     layout.conversions = _conversions(layout, weights, conversions, extra, late, keymap, restore=dense_because is None)
     return layout
@@ -205,7 +210,8 @@ def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
 
 
 def _why_not_kept(
-    first: dict[int, PreTrainedModel], module: nn.Module | None, weight: StoredWeight, fp32: dict[str, torch.dtype]
+    first: dict[int, PreTrainedModel], read: dict[str, str], module: nn.Module | None, weight: StoredWeight,
+    fp32: dict[str, torch.dtype],
 ) -> str | None:
     if weight.group.scheme is None:
         return "not an FP8 group"
@@ -215,6 +221,8 @@ def _why_not_kept(
         return f"{type(module).__name__} is not a plain nn.Linear"
     if _planned_dtype(weight.target, fp32, torch.bfloat16) == torch.float32:
         return "the model keeps this module in float32"
+    if weight.module in read:
+        return f"{read[weight.module]} reads its weight instead of calling it"
     if id(module.weight) in first:
         return f"{type(first[id(module.weight)]).__name__} reads its dtype off this weight"
     return None
@@ -268,25 +276,22 @@ def _check_coverage(
         )
 
 
-def _collect(layout: Layout, weights: list[StoredWeight], keymap: KeyMap, checkpoint: Checkpoint) -> None:
+def _collect(
+    layout: Layout, weights: list[StoredWeight], keymap: KeyMap, checkpoint: Checkpoint, fp32: dict[str, torch.dtype],
+    dtype: torch.dtype,
+) -> None:
     """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order."""
-    by_key = {weight.keys.get(WEIGHT, weight.renamed.get(WEIGHT, "")): weight for weight in weights}
+    by_key = {weight.keys[WEIGHT]: weight for weight in weights if WEIGHT in weight.keys}
     for weight in weights:
         if weight.target in layout.dense and weight.pattern is None:
             layout.dense[weight.target].sources = {WEIGHT: [weight]}
+    merging = {weight.pattern for weight in weights if weight.target and weight.pattern is not None}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         target, pattern = keymap.resolve(key)
-        if pattern is not None and target in layout.dense:
-            if WEIGHT not in by_key.get(key, _PLAIN).keys:
-                raise UnsupportedError(f"{key}: merged weights of this format cannot be dequantized while loading")
-            layout.dense[target].sources.setdefault(pattern, []).append(by_key.get(key))
-
-
-class _Plain:
-    keys = {WEIGHT: ""}
-
-
-_PLAIN = _Plain()
+        if pattern in merging and target in keymap.params:
+            # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
+            parameter = layout.dense.setdefault(target, Parameter(target, _planned_dtype(target, fp32, dtype)))
+            parameter.sources.setdefault(str(pattern), []).append(by_key.get(key))
 
 
 def _conversions(

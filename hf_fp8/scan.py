@@ -11,7 +11,7 @@ from torch import nn
 from .checkpoint import DENSE_DTYPES, Checkpoint
 from .config import FP8Config, Group, match
 from .errors import ConfigError, MismatchError, UnusedTensorError
-from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, check_scale_values, stored
+from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
 # `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
 CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
@@ -80,9 +80,6 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
                 f"{key} is a scale in the files, but no weight beside it is quantized by any config group: nobody would "
                 "use it. Either the weight is missing, or `targets` and `ignore` do not say what was quantized."
             )
-    for weight in found.weights:
-        weight.check()
-    check_scale_values(found.weights, checkpoint)
     return found
 
 
