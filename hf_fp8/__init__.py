@@ -33,8 +33,7 @@ from .scheme import (
     Scheme,
     TensorScheme,
 )
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "FP8_BLOCK",
@@ -58,6 +57,7 @@ __all__ = [
     "TensorScheme",
     "UnsupportedError",
     "UnusedTensorError",
+    "__version__",
     "dequantize_model",
     "explain",
     "kernels",

@@ -67,7 +67,7 @@ class Checkpoint:
         found = {}
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
                     part = opened.get_slice(name)
                     found[name] = TensorInfo(str(part.get_dtype()), tuple(part.get_shape()), file)
         except (SafetensorError, OSError) as error:

@@ -155,10 +155,7 @@ def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) 
     ordered = sorted(targets, key=lambda target: ("re:" in target, target))
     names, classes = tuple(names), set(classes)
     for target in ordered:
-        if any(
-            re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target == name
-            for name in names
-        ):
+        if any(re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target == name for name in names):
             return target
     return next((target for target in ordered if target in classes), None)
 
@@ -295,7 +292,8 @@ def _scheme(name: str, group: QuantizationScheme) -> Scheme:
     if kind is None:
         how = "dynamic" if inputs.dynamic is True else _value(inputs.dynamic) or "static"
         raise refuse(
-            "input_activations.strategy", f"{_value(inputs.strategy)} ({how})",
+            "input_activations.strategy",
+            f"{_value(inputs.strategy)} ({how})",
             "tensor (static or dynamic), token and group (dynamic)",
         )
     return Scheme(stored, TensorScheme(kind(), dynamic=bool(inputs.dynamic)))

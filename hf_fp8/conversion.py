@@ -45,8 +45,6 @@ class Parameter:
 class KeyRenaming(WeightRenaming):  # type: ignore[misc]
     """Renames exactly the given keys; reversed, it gives them back the names of the file."""
 
-    __slots__ = ("names",)
-
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__("hf_fp8_key", "hf_fp8_key")
         self.names = dict(names)
@@ -67,8 +65,6 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
 
     `reverse` is the transform that undoes this one on saving.
     """
-
-    __slots__ = ("routes", "base", "reverse")
 
     def __init__(
         self,
@@ -102,7 +98,8 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
         # The loader copies a converter for each parameter it makes; the routes of all keys are shared.
         copy = object.__new__(type(self))
-        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__, *RoutedConverter.__slots__):
+        copy.__dict__.update(self.__dict__)
+        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__):
             if hasattr(self, slot):
                 object.__setattr__(copy, slot, getattr(self, slot))
         copy.collected_tensors = defaultdict(list)
@@ -145,7 +142,7 @@ class Dequantize(_Shared):
     def __init__(self, parameters: Mapping[str, Parameter], scales: dict[str, dict[str, torch.Tensor]] | None) -> None:
         self.parameters, self.scales = parameters, scales
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
         parameter = self.parameters[full_layer_name]
         converted: dict[str, Any] = {}
@@ -201,10 +198,15 @@ class Requantize(_Shared):
         self.parameters, self.scales = parameters, scales
         self.changed: list[str] = []
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, target_patterns: list[str],
-        source_patterns: list[str], **kwargs: Any,
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str,
+        target_patterns: list[str],
+        source_patterns: list[str],
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
         if full_layer_name in self.parameters:
@@ -219,9 +221,7 @@ class Requantize(_Shared):
                 out.update(self._codes(key, _only(input_dict.pop(key)), weight, parameter.dtype))
         return out | input_dict
 
-    def _codes(
-        self, key: str, dense: torch.Tensor, weight: StoredWeight | None, dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
+    def _codes(self, key: str, dense: torch.Tensor, weight: StoredWeight | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if weight is None:
             return {key: dense}
         scales = self.scales[weight.name]
@@ -237,12 +237,12 @@ class Requantize(_Shared):
         return {name: parts[role] for role, name in weight.names_beside(key).items()}
 
 
-
 def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The dense weight, multiplied out in float32 and rounded once to `dtype`."""
     if weight.group.scheme is None:
         compressor = BaseCompressor.get_value_from_registry(weight.host_format)
-        return compressor.decompress(dict(parts), weight.group.parsed)[WEIGHT].to(dtype)
+        dense: torch.Tensor = compressor.decompress(dict(parts), weight.group.parsed)[WEIGHT]
+        return dense.to(dtype)
     q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)
     if len(weight.shape) == 3:
         return (q.float() * weight.stacked_scale(scale)).to(dtype)

@@ -20,7 +20,9 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)\.(?P<rest>.+)$")
+EXPERT = re.compile(
+    r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)\.(?P<rest>.+)$"
+)
 HUB_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 

@@ -41,7 +41,9 @@ class Explanation(list[Row]):
             lines.append((pattern, str(len(rows)), scheme, kernel, size, reason))
         lines.append(("total", str(len(self)), "", "", f"{sum(row.bytes for row in self):,}", ""))
         widths = [max(len(line[column]) for line in lines) for column in range(6)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
 
     __repr__ = __str__
 
@@ -63,7 +65,7 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, FP8Linear):
             device = _execution_device(module)
-            choice = select(Problem(device, module.scheme, *module.weight.shape, dtype), module.backend)
+            choice = select(Problem(device, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), choice.kernel.name, choice.reason, size))
     for name, (scheme, reason) in getattr(model, NOTES, {}).items():

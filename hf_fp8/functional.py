@@ -52,7 +52,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, weight_scale, _, bias, scheme, _ = inputs
+    _, weight, weight_scale, _, bias, scheme, _ = inputs
     ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) is made
     ctx.scheme = scheme
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -104,6 +104,6 @@ def scaled_linear(
             "Load with FP8Config(dequantize=True) if the model cannot be changed."
         )
     if x.shape[-1] != weight.shape[1]:
-        raise InputError(f"the input's last dimension is {x.shape[-1]}, the weight {tuple(weight.shape)} takes {weight.shape[1]}")
+        raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
     out: torch.Tensor = _scaled_linear(x, weight, weight_scale, input_scale, bias, scheme.text, backend)
     return out

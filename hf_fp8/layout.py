@@ -8,85 +8,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
-    WeightRenaming,
     WeightTransform,
-    apply_converters,
     apply_renamings,
     build_glob_alternation,
     dot_natural_key,
-    rename_source_key,
 )
 
 from .checkpoint import Checkpoint
 from .config import FP8Config
-from .conversion import (
-    Dequantize,
-    KeyRenaming,
-    Parameter,
-    Requantize,
-    Reshape,
-    RoutedConverter,
-    companion,
-)
-from .errors import MissingTensorError, UnsupportedError
+from .conversion import Parameter, companion
+from .errors import MissingTensorError
 from .expert_names import ExpertsLayout, hub_name
+from .keymap import KeyMap
 from .reads import weights_read_directly
 from .scan import Owner, Scan, scan
-from .scheme import scale_shape
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, check_scale_values, check_shape
-
-
-class KeyMap:
-    """What the host's loader will call a key of the files: `resolve`, with the same rules in the same order."""
-
-    def __init__(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
-        conversions = deepcopy(list(conversions))  # they note which of them were used, and some are stateful
-        self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        self.params = model.state_dict()
-        self.prefix = model.base_model_prefix
-        self.aliases: dict[str, str] = {}
-
-    def rename(self, key: str) -> str:
-        """`key` after all renamings, before any converter."""
-        renamed = apply_renamings(key, self.renamings)
-        return self.aliases.get(renamed, renamed)
-
-    def convert(self, renamed: str) -> tuple[str, str | None]:
-        """(parameter of the model, source pattern of the converter that makes it or None) of a renamed key."""
-        target, pattern = apply_converters(renamed, self.converters)
-        return rename_source_key(target, [], [], self.prefix, self.params)[0], pattern
-
-    def resolve(self, key: str) -> tuple[str, str | None]:
-        target, pattern = self.convert(self.rename(key))
-        if target not in self.params and key in self.params:
-            return rename_source_key(key, [], [], self.prefix, self.params)[0], None
-        return target, pattern
-
-
-@dataclass
-class Layout:
-    """kept: module -> weight that stays in FP8. dense: parameter -> the weights multiplied out into it.
-
-    reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
-    the model -> keys in the files, of tensors that no module uses and that are written back.
-    """
-
-    kept: dict[str, StoredWeight] = field(default_factory=dict)
-    dense: dict[str, Parameter] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    passengers: dict[str, str] = field(default_factory=dict)
-    conversions: list[WeightTransform] = field(default_factory=list)
-    scan: Scan = field(default_factory=Scan)
-    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+from .stored import WEIGHT, StoredWeight, check_scale_values, check_shape
+from .transforms import Layout, transforms
 
 
 def lay_out(
@@ -134,7 +77,7 @@ def lay_out(
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
-    layout.conversions = _conversions(layout, weights, conversions, extra, late, keymap, restore=dense_because is None)
+    layout.conversions = transforms(layout, weights, conversions, extra, late, restore=dense_because is None)
     return layout
 
 
@@ -210,7 +153,10 @@ def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
 
 
 def _why_not_kept(
-    first: dict[int, PreTrainedModel], read: dict[str, str], module: nn.Module | None, weight: StoredWeight,
+    first: dict[int, PreTrainedModel],
+    read: dict[str, str],
+    module: nn.Module | None,
+    weight: StoredWeight,
     fp32: dict[str, torch.dtype],
 ) -> str | None:
     if weight.group.scheme is None:
@@ -237,9 +183,7 @@ def _planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) 
     return fp32[groups[found.lastgroup]] if found and found.lastgroup else dtype
 
 
-def _check_coverage(
-    model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan
-) -> None:
+def _check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan) -> None:
     """Raise for FP8 weights that find no module while modules find no weights: the host would leave those random."""
     filled = {keymap.resolve(key)[0] for key in checkpoint.tensors}
     filled |= {weight.module + f".{WEIGHT}" for weight in scanned.host}
@@ -249,8 +193,7 @@ def _check_coverage(
     missing = [
         name
         for name in keymap.params
-        if name not in filled and name not in tied and name not in tied.values()
-        and not any(p.search(name) for p in ignored)
+        if name not in filled and name not in tied and name not in tied.values() and not any(p.search(name) for p in ignored)
     ]
     digits = re.compile(r"(?<=\.)\d+(?=\.|$)")
     siblings = {digits.sub("*", weight.target): weight.target for weight in scanned.weights if weight.target}
@@ -277,7 +220,11 @@ def _check_coverage(
 
 
 def _collect(
-    layout: Layout, weights: list[StoredWeight], keymap: KeyMap, checkpoint: Checkpoint, fp32: dict[str, torch.dtype],
+    layout: Layout,
+    weights: list[StoredWeight],
+    keymap: KeyMap,
+    checkpoint: Checkpoint,
+    fp32: dict[str, torch.dtype],
     dtype: torch.dtype,
 ) -> None:
     """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order."""
@@ -292,90 +239,3 @@ def _collect(
             # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
             parameter = layout.dense.setdefault(target, Parameter(target, _planned_dtype(target, fp32, dtype)))
             parameter.sources.setdefault(str(pattern), []).append(by_key.get(key))
-
-
-def _conversions(
-    layout: Layout, weights: list[StoredWeight], host: Sequence[WeightTransform], extra: list[WeightConverter],
-    late: dict[str, str], keymap: KeyMap, *, restore: bool,
-) -> list[WeightTransform]:
-    scales = layout.scales if restore else None
-    op, back = Dequantize(layout.dense, scales), Requantize(layout.dense, layout.scales)
-    ours: list[WeightTransform] = [KeyRenaming(late)] if late else []
-    ours += _plain_converters(layout, op, back)
-    ours += _scale_converters(layout, keymap)
-    merged: list[WeightTransform] = []
-    for converter in [*host, *extra]:
-        if isinstance(converter, WeightConverter):
-            converter = _merged_converter(converter, layout, weights, op, back)
-        merged.append(converter)
-    return _renamings_last(merged, ours)
-
-
-def _renamings_last(host: list[WeightTransform], ours: list[WeightTransform]) -> list[WeightTransform]:
-    """Our converters before the host's (the first match wins), our renaming after the host's."""
-    renamings = [c for c in ours if isinstance(c, WeightRenaming)]
-    converters = [c for c in ours if not isinstance(c, WeightRenaming)]
-    return [*converters, *host, *renamings]
-
-
-def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
-    """For weights that fill one parameter each."""
-    routes, targets, roles = {}, {}, {WEIGHT}
-    for parameter in layout.dense.values():
-        if set(parameter.sources) != {WEIGHT}:
-            continue
-        (weight,) = parameter.sources[WEIGHT]
-        assert weight is not None
-        for role, key in weight.renamed.items():
-            routes[key] = (_before_prefix(weight, role), companion(WEIGHT, role))
-            roles.add(role)
-        targets[parameter.name] = (parameter.name, WEIGHT)
-    if not routes:
-        return []
-    sources = [companion(WEIGHT, role) for role in sorted(roles)]
-    reverse = RoutedConverter(targets, [WEIGHT], [WEIGHT], [back])
-    return [RoutedConverter(routes, sources, [WEIGHT], [op], reverse=reverse)]
-
-
-def _before_prefix(weight: StoredWeight, role: str) -> str:
-    """What a companion is to be renamed to, so that the host's last step, the base model's prefix, reaches the target."""
-    return weight.renamed.get(WEIGHT) or weight.renamed["weight_packed"].removesuffix("_packed")
-
-
-def _merged_converter(
-    base: WeightConverter, layout: Layout, weights: list[StoredWeight], op: Dequantize, back: Requantize
-) -> WeightConverter:
-    """`base`, dequantizing first, if any FP8 weight passes through it."""
-    through = [w for w in weights if w.pattern in base.source_patterns and w.target in layout.dense]
-    if not through:
-        return base
-    probe = deepcopy(base)
-    routes, roles = {}, {}
-    for weight in through:
-        assert weight.pattern is not None
-        renamed = probe.rename_source_key(weight.renamed[WEIGHT])[0]
-        for role, key in weight.renamed.items():
-            if role != WEIGHT:
-                routes[key] = (renamed, companion(weight.pattern, role))
-                roles[companion(weight.pattern, role)] = None
-    reverse = base.reverse_transform()
-    reverse.operations.append(back)
-    return RoutedConverter(
-        routes, [*base.source_patterns, *roles], list(base.target_patterns), [op, *base.operations], base=base, reverse=reverse
-    )
-
-
-def _scale_converters(layout: Layout, keymap: KeyMap) -> list[WeightTransform]:
-    """For scales that the file holds in another shape than the module does."""
-    forth, back, routes = {}, {}, {}
-    for module, weight in layout.kept.items():
-        shapes = {WEIGHT_SCALE: scale_shape(weight.scheme.weight.granularity, *weight.shape), INPUT_SCALE: (1,)}
-        for role, shape in shapes.items():
-            if role in weight.keys and weight.shapes[role] != shape:
-                name = f"{module}.{role}"
-                forth[name], back[name] = shape, weight.shapes[role]
-                routes[weight.renamed[role]] = (weight.renamed[role], "hf_fp8_scale")
-    if not routes:
-        return []
-    reverse = RoutedConverter({n: (n, "hf_fp8_scale") for n in back}, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(back)])
-    return [RoutedConverter(routes, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(forth)], reverse=reverse)]

@@ -85,9 +85,7 @@ class FP8Linear(nn.Linear):
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """A plain `nn.Linear` with the dequantized weight, on the same device."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype
-        )
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self.dequantized_weight(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))
@@ -104,7 +102,7 @@ class FP8Linear(nn.Linear):
                 return moved if moved.dtype == tensor.dtype else tensor
             return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"

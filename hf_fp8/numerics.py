@@ -82,8 +82,6 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity
     return dequantize(quantize(x, scale, granularity), scale, granularity, x.dtype)
 
 
-def input_scale_for(
-    x: torch.Tensor, granularity: Granularity, static: torch.Tensor | None
-) -> torch.Tensor:
+def input_scale_for(x: torch.Tensor, granularity: Granularity, static: torch.Tensor | None) -> torch.Tensor:
     """The scale of an input x (M, K): the checkpoint's `input_scale` if there is one, else from x itself."""
     return compute_scale(x, granularity) if static is None else static.float()

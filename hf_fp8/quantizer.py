@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -21,9 +21,10 @@ from .convert import dequantize_model, swap_linear
 from .errors import UnsupportedError
 from .explain import NOTES
 from .kernels import has_fp8_matmul
-from .layout import Layout, lay_out
+from .layout import lay_out
 from .linear import FP8Linear
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from .transforms import Layout
 
 logger = logging.get_logger(__name__)
 
@@ -94,14 +95,16 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
         config, checkpoint = self.quantization_config, Checkpoint(self._files)
         because = self._dense_because = self._why_dense()
-        self.layout = layout = lay_out(
-            model, conversions, checkpoint, config, dense_because=because, dtype=self._dtype
-        )
+        self.layout = layout = lay_out(model, conversions, checkpoint, config, dense_because=because, dtype=self._dtype)
         for name, weight in layout.kept.items():
             dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
             swap_linear(
-                model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE],
-                input_scale_dtype=dtypes.get(INPUT_SCALE), backend=config.backend,
+                model,
+                name,
+                weight.scheme,
+                scale_dtype=dtypes[WEIGHT_SCALE],
+                input_scale_dtype=dtypes.get(INPUT_SCALE),
+                backend=config.backend,
             )
             self._untie(model, weight.target)
         dense = [w.module for w in layout.scan.weights if w.target and w.module not in layout.kept]
@@ -120,7 +123,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             model._keys_to_ignore_on_load_unexpected = (model._keys_to_ignore_on_load_unexpected or set()) | silent
         self.update_parallel_plan(model, model.tp_plan)
         self.update_parallel_plan(model, model.ep_plan)
-        setattr(model, NOTES, {w.module: (w.scheme.describe(), layout.reasons.get(w.module, "")) for w in layout.scan.weights if w.target})
+        notes = {w.module: (w.scheme.describe(), layout.reasons.get(w.module, "")) for w in layout.scan.weights if w.target}
+        setattr(model, NOTES, notes)
         self._say(because, layout)
 
     def _why_dense(self) -> str | None:
@@ -150,8 +154,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _say(self, because: str | None, layout: Layout) -> None:
         if because is not None and layout.dense and because != "dequantize=True":
             logger.warning(
-                f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} while "
-                f"loading ({because}). FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8."
+                f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "
+                f"while loading ({because}). FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8."
             )
         elif because is None and layout.dense:
             sample = next(iter(layout.dense))
@@ -227,7 +231,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     # A weight's companions, for the host's tensor-parallel plans.
-    serialized_names = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}
+    serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}
 
 
 def _recompress(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
@@ -241,15 +245,17 @@ def _recompress(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
         state.update({f"{name}.{key}": value for key, value in compressed.items()})
 
 
+_PLACED_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def _compute_device(device_map: Any) -> torch.device:
     """Where the model will compute. Offloaded parts compute on the accelerator; without a map the model
     is loaded on CPU, from where users move it to the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device_map is None or isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if device_map is None or device_map in _PLACED_BY_SIZE:
         return torch.device("cpu") if accelerator is None else accelerator
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
     for device in devices:
         if device not in ("cpu", "disk", torch.device("cpu")):
             return torch.device(accelerator.type, device) if isinstance(device, int) and accelerator else torch.device(device)
     return torch.device("cpu")
-

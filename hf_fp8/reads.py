@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from functools import lru_cache
+from functools import cache
 
 from torch import nn
 
 _READ = re.compile(r"\bself\.((?:\w+\.)*\w+)\.weight\b(?!\s*=[^=])")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _file_reads(module: str) -> bool:
     """Whether a source file has such code at all: cutting one class out of it takes far longer."""
     if module.partition(".")[0] == "torch" or re.match(r"transformers\.(?!models\.)", module):
@@ -27,7 +27,7 @@ def _file_reads(module: str) -> bool:
         return False
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reads(cls: type[nn.Module]) -> frozenset[str]:
     """Paths below `cls` whose weight its own methods, or those of its bases, use."""
     found: set[str] = set()
@@ -41,6 +41,6 @@ def weights_read_directly(model: nn.Module) -> dict[str, str]:
     """Name of a module of `model` -> name of the class whose code reads its weight."""
     found = {}
     for name, module in model.named_modules():
-        for path in _reads(type(module)):
+        for path in _reads(type(module)):  # type: ignore[arg-type]  # typeshed thinks that classes cannot be hashed
             found[f"{name}.{path}" if name else path] = type(module).__name__
     return found

@@ -73,8 +73,10 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
     for key in checkpoint.tensors:
         if CACHE_SCALE.search(key):
             found.cache.append(key)
-        elif key not in used and key not in params and (
-            ORPHAN.search(key) or (key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors)
+        elif (
+            key not in used
+            and key not in params
+            and (ORPHAN.search(key) or (key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors))
         ):
             raise UnusedTensorError(
                 f"{key} is a scale in the files, but no weight beside it is quantized by any config group: nobody would "
@@ -121,7 +123,11 @@ def _group_of(config: FP8Config, names: tuple[str, ...], place: Owner, dtype: st
 
 
 def _is_fp8(
-    key: str, keys: dict[str, str], checkpoint: Checkpoint, config: FP8Config, group: Group | None,
+    key: str,
+    keys: dict[str, str],
+    checkpoint: Checkpoint,
+    config: FP8Config,
+    group: Group | None,
     names: tuple[str, ...],
 ) -> bool:
     """Whether a weight is stored in FP8, after holding that against what the config says."""

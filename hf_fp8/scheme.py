@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -83,7 +83,7 @@ class Scheme:
         return self.text
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Scheme:
         """The scheme whose ``text`` is `text`, e.g. ``1x-1s|1x-1d`` (channel weights, per-token inputs)."""
 
@@ -103,15 +103,11 @@ class Scheme:
         weight = {"-1x-1": "tensor", "1x-1": "channel"}.get(str(self.weight.granularity))
         if weight is None:
             weight = ("group " if self.weight.granularity.rows == 1 else "block ") + (
-                str(self.weight.granularity.cols)
-                if self.weight.granularity.rows == 1
-                else str(self.weight.granularity)
+                str(self.weight.granularity.cols) if self.weight.granularity.rows == 1 else str(self.weight.granularity)
             )
         if self.input is None:
             return f"{weight} weights, inputs not quantized"
-        kind = {"-1x-1": "tensor", "1x-1": "token"}.get(
-            str(self.input.granularity), f"group {self.input.granularity.cols}"
-        )
+        kind = {"-1x-1": "tensor", "1x-1": "token"}.get(str(self.input.granularity), f"group {self.input.granularity.cols}")
         return f"{weight} x {kind} ({'dynamic' if self.input.dynamic else 'static'})"
 
 

@@ -105,9 +105,7 @@ class StoredWeight:
             )
         for role in (WEIGHT_SCALE, INPUT_SCALE):
             if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
-                raise ScaleError(
-                    f"{self.keys[role]} has dtype {self.dtypes[role]}; scales come as {', '.join(SCALE_DTYPES)}"
-                )
+                raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; scales come as {', '.join(SCALE_DTYPES)}")
         allowed = self._weight_scale_shapes()
         if self.shapes[WEIGHT_SCALE] not in allowed:
             raise ScaleError(
@@ -176,9 +174,7 @@ def check_shape(weight: StoredWeight, expected: tuple[int, ...]) -> None:
         )
 
 
-def stored(
-    name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group
-) -> StoredWeight:
+def stored(name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group) -> StoredWeight:
     """The record of one weight, from its keys by role."""
     infos = {role: checkpoint.tensors[key] for role, key in keys.items()}
     if WEIGHT not in keys and group.scheme is not None:

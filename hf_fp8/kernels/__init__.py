@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
+from .. import numerics
 from ..errors import KernelError
 from ..scheme import FP8, ROW, TENSOR, Scheme, TensorScheme
 from . import torch_mm
@@ -37,12 +38,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to multiply. `declines` gives the reason why it cannot serve a problem, or None."""
+    """A way to multiply. Each of its two questions is answered with a reason to decline, or None."""
 
     name: str
     run: Run
-    declines: Callable[[Problem], str | None]
-    quantizes_input: bool
+    wrong_scheme: Callable[[Scheme], str | None]
+    wrong_device: Callable[[Problem], str | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ _PROBES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def probe(layout: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Run one `scaled_mm` layout on `device` with operands whose result is known exactly.
 
@@ -83,13 +84,16 @@ def probe(layout: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if scheme.has_static_input:
         static, row_factor = torch.tensor([0.5]), torch.tensor([[0.5]])
     x = x * row_factor
-    wide = torch_mm.numerics.expand_scale(w_scale, scheme.weight.granularity, n, k)
+    wide = numerics.expand_scale(w_scale, scheme.weight.granularity, n, k)
     expected = (x.double() @ (w.double() * wide.double()).t()).to(dtype)
     try:
         run: Run = getattr(torch_mm, layout)
         found = run(
-            x.to(device, dtype), w.to(FP8).to(device), w_scale.to(device),
-            None if static is None else static.to(device), scheme,
+            x.to(device, dtype),
+            w.to(FP8).to(device),
+            w_scale.to(device),
+            None if static is None else static.to(device),
+            scheme,
         )
         found = found.cpu()
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
@@ -100,35 +104,28 @@ def probe(layout: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _scaled_mm_declines(layout: str, of_scheme: Callable[[Scheme], str | None]) -> Callable[[Problem], str | None]:
-    def declines(problem: Problem) -> str | None:
-        reason = of_scheme(problem.scheme)
-        if reason is not None:
-            return reason
+def _scaled_mm_device(layout: str) -> Callable[[Problem], str | None]:
+    def wrong_device(problem: Problem) -> str | None:
         if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"{layout} scaled_mm has no {problem.dtype} output"
+            return f"no {problem.dtype} output"
         # The CPU kernel takes any size; cuBLAS, CUTLASS and oneDNN want 16-byte rows on both sides.
         if problem.device.type != "cpu" and (problem.n % 16 or problem.k % 16):
             return f"N={problem.n} and K={problem.k} must be multiples of 16 on {problem.device.type}"
         return probe(layout, problem.device, problem.dtype)
 
-    return declines
+    return wrong_device
 
 
-def _takes_all(problem: Problem) -> str | None:
+def _never(_: object) -> None:
     return None
 
 
-def _wants_no_input(problem: Problem) -> str | None:
-    return None if problem.scheme.input is None else "the scheme quantizes inputs"
-
-
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("scaled_mm_tensorwise", torch_mm.tensorwise, _scaled_mm_declines("tensorwise", torch_mm.tensor_scheme), True),
-    Kernel("scaled_mm_rowwise", torch_mm.rowwise, _scaled_mm_declines("rowwise", torch_mm.row_scheme), True),
-    Kernel("scaled_mm_blockwise", torch_mm.blockwise, _scaled_mm_declines("blockwise", torch_mm.block_scheme), True),
-    Kernel("weight_only", torch_mm.weight_only, _wants_no_input, False),
-    Kernel("dequantize", torch_mm.dequantize, _takes_all, True),
+    Kernel("scaled_mm_tensorwise", torch_mm.tensorwise, torch_mm.tensor_scheme, _scaled_mm_device("tensorwise")),
+    Kernel("scaled_mm_rowwise", torch_mm.rowwise, torch_mm.row_scheme, _scaled_mm_device("rowwise")),
+    Kernel("scaled_mm_blockwise", torch_mm.blockwise, torch_mm.block_scheme, _scaled_mm_device("blockwise")),
+    Kernel("weight_only", torch_mm.weight_only, torch_mm.weight_only_scheme, _never),
+    Kernel("dequantize", torch_mm.dequantize, _never, _never),
 )
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 _WEIGHT_ONLY = _BY_NAME["weight_only"]
@@ -161,7 +158,9 @@ def select(problem: Problem, backend: str = "auto") -> Choice:
     if forced is not None:
         kernel = _BY_NAME[forced]
         # Forcing weight_only on a scheme with quantized inputs is what `backend="weight_only"` does too.
-        reason = None if kernel is _WEIGHT_ONLY else kernel.declines(problem)
+        reason = None
+        if kernel is not _WEIGHT_ONLY:
+            reason = kernel.wrong_scheme(problem.scheme) or kernel.wrong_device(problem)
         if reason is not None:
             raise KernelError(f"kernel {forced!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
         return Choice(kernel, "forced")
@@ -176,27 +175,18 @@ def _select(problem: Problem, backend: str) -> Choice:
         raise KernelError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
     if problem.scheme.input is None:
         return Choice(_WEIGHT_ONLY, "the checkpoint does not quantize inputs (W8A16)")
-    reasons = []
+    reasons: list[str] = []
     for kernel in KERNELS:
-        reason = kernel.declines(problem)
+        if kernel.wrong_scheme(problem.scheme) is not None:
+            continue  # made for other schemes: no news
+        reason = kernel.wrong_device(problem)
         if reason is None:
             return Choice(kernel, "; ".join(reasons) or "first choice")
-        # Layouts of other schemes are no news; what the device lacks is.
-        if kernel.quantizes_input and _fits_scheme(kernel, problem.scheme):
-            reasons.append(f"{kernel.name}: {reason}")
+        reasons.append(f"{kernel.name}: {reason}")
     raise AssertionError("the last kernel takes every problem")
 
 
-def _fits_scheme(kernel: Kernel, scheme: Scheme) -> bool:
-    of_scheme = {
-        "scaled_mm_tensorwise": torch_mm.tensor_scheme,
-        "scaled_mm_rowwise": torch_mm.row_scheme,
-        "scaled_mm_blockwise": torch_mm.block_scheme,
-    }.get(kernel.name)
-    return of_scheme is not None and of_scheme(scheme) is None
-
-
-@lru_cache(maxsize=None)
+@cache
 def has_fp8_matmul(device: torch.device) -> str | None:
     """None if FP8 matmuls run on `device` in hardware, else the reason why not."""
     if device.type == "cpu":

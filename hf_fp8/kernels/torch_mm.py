@@ -17,11 +17,15 @@ BLOCK_WEIGHT = Granularity(128, 128)
 
 
 def _scaled_mm(
-    q: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, recipes: tuple[str, str],
+    q: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    recipes: tuple[str, str],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    types = torch.nn.functional.ScalingType  # type: ignore[attr-defined]
-    out: torch.Tensor = F.scaled_mm(  # type: ignore[attr-defined]
+    types = torch.nn.functional.ScalingType
+    out: torch.Tensor = F.scaled_mm(
         q, weight.t(), x_scale, getattr(types, recipes[0]), w_scale, getattr(types, recipes[1]), output_dtype=dtype
     )
     return out
@@ -47,9 +51,7 @@ def tensorwise(
     assert scheme.input is not None
     x_scale = numerics.input_scale_for(x, TENSOR, input_scale)
     q = numerics.quantize(x, x_scale, TENSOR)
-    return _scaled_mm(
-        q, x_scale.reshape(1), weight, weight_scale.float().reshape(1), ("TensorWise", "TensorWise"), x.dtype
-    )
+    return _scaled_mm(q, x_scale.reshape(1), weight, weight_scale.float().reshape(1), ("TensorWise", "TensorWise"), x.dtype)
 
 
 def blockwise(
@@ -104,3 +106,8 @@ def block_scheme(scheme: Scheme) -> str | None:
     if scheme.weight.granularity != BLOCK_WEIGHT or scheme.input.granularity != BLOCK_INPUT:
         return "block-wise scaled_mm takes 1x128 inputs by 128x128 weights"
     return None
+
+
+def weight_only_scheme(scheme: Scheme) -> str | None:
+    """Why the weight-only kernel would not compute what `scheme` says; None if it would."""
+    return None if scheme.input is None else "the scheme quantizes inputs"

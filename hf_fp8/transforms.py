@@ -1,0 +1,113 @@
+"""The transforms that carry out a layout: handed to the host's loader, reversed by its saver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from transformers.core_model_loading import WeightConverter, WeightTransform
+
+from .conversion import Dequantize, KeyRenaming, Parameter, Requantize, Reshape, RoutedConverter, companion
+from .scan import Scan
+from .scheme import scale_shape
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+
+
+@dataclass
+class Layout:
+    """kept: module -> weight that stays in FP8. dense: parameter -> the weights multiplied out into it.
+
+    reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
+    the model -> keys in the files, of tensors that no module uses and that are written back.
+    """
+
+    kept: dict[str, StoredWeight] = field(default_factory=dict)
+    dense: dict[str, Parameter] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    passengers: dict[str, str] = field(default_factory=dict)
+    conversions: list[WeightTransform] = field(default_factory=list)
+    scan: Scan = field(default_factory=Scan)
+    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def transforms(
+    layout: Layout,
+    weights: list[StoredWeight],
+    host: Sequence[WeightTransform],
+    extra: list[WeightConverter],
+    late: dict[str, str],
+    *,
+    restore: bool,
+) -> list[WeightTransform]:
+    scales = layout.scales if restore else None
+    op, back = Dequantize(layout.dense, scales), Requantize(layout.dense, layout.scales)
+    converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
+    for transform in [*host, *extra]:
+        if isinstance(transform, WeightConverter):
+            transform = _merged_converter(transform, layout, weights, op, back)
+        converters.append(transform)
+    # Of converters the first match wins: ours stand before the host's. Renamings all run: ours is the last.
+    return [*converters, KeyRenaming(late)] if late else converters
+
+
+def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
+    """For weights that fill one parameter each."""
+    routes, targets, roles = {}, {}, {WEIGHT}
+    for parameter in layout.dense.values():
+        if set(parameter.sources) != {WEIGHT}:
+            continue
+        (weight,) = parameter.sources[WEIGHT]
+        assert weight is not None
+        # The host adds or strips the base model's prefix after this.
+        target = weight.renamed.get(WEIGHT) or weight.renamed["weight_packed"].removesuffix("_packed")
+        for role, key in weight.renamed.items():
+            routes[key] = (target, companion(WEIGHT, role))
+            roles.add(role)
+        targets[parameter.name] = (parameter.name, WEIGHT)
+    if not routes:
+        return []
+    sources = [companion(WEIGHT, role) for role in sorted(roles)]
+    reverse = RoutedConverter(targets, [WEIGHT], [WEIGHT], [back])
+    return [RoutedConverter(routes, sources, [WEIGHT], [op], reverse=reverse)]
+
+
+def _merged_converter(
+    base: WeightConverter, layout: Layout, weights: list[StoredWeight], op: Dequantize, back: Requantize
+) -> WeightConverter:
+    """`base`, dequantizing first, if any FP8 weight passes through it."""
+    through = [w for w in weights if w.pattern in base.source_patterns and w.target in layout.dense]
+    if not through:
+        return base
+    probe = deepcopy(base)
+    routes: dict[str, tuple[str, str]] = {}
+    roles: dict[str, None] = {}
+    for weight in through:
+        assert weight.pattern is not None
+        renamed = probe.rename_source_key(weight.renamed[WEIGHT])[0]
+        for role, key in weight.renamed.items():
+            if role != WEIGHT:
+                routes[key] = (renamed, companion(weight.pattern, role))
+                roles[companion(weight.pattern, role)] = None
+    reverse = base.reverse_transform()
+    reverse.operations.append(back)
+    return RoutedConverter(
+        routes, [*base.source_patterns, *roles], list(base.target_patterns), [op, *base.operations], base=base, reverse=reverse
+    )
+
+
+def _scale_converters(layout: Layout) -> list[WeightTransform]:
+    """For scales that the file holds in another shape than the module does."""
+    forth, back, routes = {}, {}, {}
+    for module, weight in layout.kept.items():
+        shapes = {WEIGHT_SCALE: scale_shape(weight.scheme.weight.granularity, *weight.shape), INPUT_SCALE: (1,)}
+        for role, shape in shapes.items():
+            if role in weight.keys and weight.shapes[role] != shape:
+                name = f"{module}.{role}"
+                forth[name], back[name] = shape, weight.shapes[role]
+                routes[weight.renamed[role]] = (weight.renamed[role], "hf_fp8_scale")
+    if not routes:
+        return []
+    reverse = RoutedConverter({n: (n, "hf_fp8_scale") for n in back}, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(back)])
+    return [RoutedConverter(routes, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(forth)], reverse=reverse)]
