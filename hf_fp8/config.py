@@ -32,12 +32,16 @@ KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
 
 @dataclass(frozen=True)
 class Group:
-    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it."""
+    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it.
+
+    format: compressed-tensors' name of how the group is stored, its own or the whole checkpoint's.
+    """
 
     name: str
     targets: tuple[str, ...]
     scheme: Scheme | None
     parsed: QuantizationScheme
+    format: str
 
 
 class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
@@ -84,7 +88,9 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         self.groups: tuple[Group, ...] = ()
         if checkpoint is not None:
             self.quantization_config = parse(checkpoint)
-            self.groups = tuple(_group(name, group) for name, group in self.quantization_config.config_groups.items())
+            self.groups = tuple(
+                _group(name, group, self.quantization_config) for name, group in self.quantization_config.config_groups.items()
+            )
 
     @property
     def fp8_groups(self) -> tuple[Group, ...]:
@@ -132,7 +138,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         left = {group.name for group in self.host_groups}
         checkpoint["config_groups"] = {k: v for k, v in checkpoint["config_groups"].items() if k in left}
         checkpoint["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
-        formats = {_value(group.parsed.format) for group in self.host_groups} - {None}
+        formats = {group.format for group in self.host_groups}
         if len(formats) == 1:
             checkpoint["format"] = formats.pop()
         return FP8Config(experts=self.experts, checkpoint=checkpoint)
@@ -244,10 +250,11 @@ def _value(x: Any) -> Any:
     return getattr(x, "value", x)
 
 
-def _group(name: str, parsed: QuantizationScheme) -> Group:
+def _group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
     weights = json.loads(parsed.weights.model_dump_json())
     fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
-    return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed)
+    fmt = _value(parsed.format) or _value(config.format)
+    return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)
 
 
 def _scheme(name: str, group: QuantizationScheme) -> Scheme:

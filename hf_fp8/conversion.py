@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.utils import logging
 
 from . import numerics
 from .scheme import Granularity
 from .stored import StoredWeight
+
+logger = logging.get_logger(__name__)
 
 WEIGHT = "weight"
 
@@ -151,9 +154,10 @@ class Dequantize(_Shared):
                 role: input_dict.pop(companion(pattern, role), [])
                 for role in {WEIGHT, *(role for weight in stored if weight for role in weight.keys)}
             }
-            if len(tensors[WEIGHT]) != len(stored):
+            arrived = len(tensors[stored[0].primary if stored[0] else WEIGHT])
+            if arrived != len(stored):
                 raise RuntimeError(
-                    f"{full_layer_name}: {len(tensors[WEIGHT])} tensors arrived for {pattern}, {len(stored)} are in the files"
+                    f"{full_layer_name}: {arrived} tensors arrived for {pattern}, {len(stored)} are in the files"
                 )
             converted[pattern] = self._stack(stored, tensors, parameter.dtype)
         if set(converted) == {WEIGHT}:
@@ -212,14 +216,25 @@ class Requantize(_Shared):
         if full_layer_name in self.parameters:
             parameter = self.parameters[full_layer_name]
             ((_, stored),) = parameter.sources.items()
-            return self._codes(full_layer_name, _only(next(iter(input_dict.values()))), stored[0], parameter.dtype)
+            start = len(self.changed)
+            codes = self._codes(full_layer_name, _only(next(iter(input_dict.values()))), stored[0], parameter.dtype)
+            self._tell(start)
+            return codes
+        start = len(self.changed)
         prefix = full_layer_name.partition(target_patterns[0])[0]
         parameter = self.parameters[prefix + source_patterns[0]]
         for pattern, weights in parameter.sources.items():
             for index, weight in enumerate(weights):
                 key = pattern.replace("*", str(index))
                 out.update(self._codes(key, _only(input_dict.pop(key)), weight, parameter.dtype))
+        self._tell(start)
         return out | input_dict
+
+    def _tell(self, start: int) -> None:
+        if names := self.changed[start:]:
+            logger.warning(
+                f"hf_fp8: {', '.join(names)}: changed since loading, and written with new FP8 scales, not those of the checkpoint"
+            )
 
     def _codes(self, key: str, dense: torch.Tensor, weight: StoredWeight | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if weight is None:
@@ -240,7 +255,7 @@ class Requantize(_Shared):
 def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The dense weight, multiplied out in float32 and rounded once to `dtype`."""
     if weight.group.scheme is None:
-        compressor = BaseCompressor.get_value_from_registry(weight.host_format)
+        compressor = BaseCompressor.get_value_from_registry(weight.group.format)
         dense: torch.Tensor = compressor.decompress(dict(parts), weight.group.parsed)[WEIGHT]
         return dense.to(dtype)
     q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)

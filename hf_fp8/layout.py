@@ -125,7 +125,7 @@ def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
     """Fill in what the host's renamings make of a weight's keys; note those that do not follow their weight."""
     if WEIGHT not in weight.keys:
         weight.renamed = {role: keymap.rename(key) for role, key in weight.keys.items()}
-        target, weight.pattern = keymap.convert(weight.renamed["weight_packed"].removesuffix("_packed"))
+        target, weight.pattern = keymap.convert(weight.renamed[weight.primary].removesuffix("_packed"))
         weight.target = target if target in keymap.params else ""
         return
     target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])

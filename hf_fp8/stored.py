@@ -48,12 +48,16 @@ class StoredWeight:
     target: str = ""
     pattern: str | None = None
     transposed: bool = False
-    host_format: str = ""
 
     @property
     def scheme(self) -> Scheme:
         assert self.group.scheme is not None
         return self.group.scheme
+
+    @property
+    def primary(self) -> str:
+        """The role of the tensor that holds the values: packed formats have no "weight"."""
+        return WEIGHT if WEIGHT in self.keys else "weight_packed"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[
         (weight,) = parameter.sources[WEIGHT]
         assert weight is not None
         # The host adds or strips the base model's prefix after this.
-        target = weight.renamed.get(WEIGHT) or weight.renamed["weight_packed"].removesuffix("_packed")
+        target = weight.renamed[weight.primary].removesuffix("_packed")
         for role, key in weight.renamed.items():
             routes[key] = (target, companion(WEIGHT, role))
             roles.add(role)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,7 @@ def write(
             "group_0": {
                 "targets": targets or ["Linear"],
                 "weights": weights_json(weight),
-                "input_activations": inputs,
+                "input_activations": copy.deepcopy(inputs),  # callers edit it
                 "output_activations": None,
             }
         },

@@ -1,0 +1,93 @@
+"""Imports point down a written list; importing the package starts no GPU and no Triton."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_fp8
+
+PACKAGE = Path(hf_fp8.__file__).parent
+
+# Each line imports only from lines above it.
+LAYERS = [
+    {"errors", "version"},
+    {"scheme"},
+    {"numerics"},
+    {"kernels.torch_mm"},
+    {"kernels"},
+    {"functional"},
+    {"linear"},
+    {"convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap"},
+    {"stored"},
+    {"conversion", "scan"},
+    {"transforms"},
+    {"layout"},
+    {"quantizer"},
+    {"registration"},
+    {""},
+]
+# The rest serves any PyTorch model.
+MAY_IMPORT_TRANSFORMERS = {
+    "config", "expert_names", "keymap", "conversion", "transforms", "layout", "quantizer", "registration",
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path) -> tuple[set[str], set[str]]:
+    """(modules of the package, packages outside) that a file imports, anywhere in it."""
+    inside, outside = set(), set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            outside |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            outside.add(str(node.module).partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".") if package else []
+            base = base[: len(base) - node.level + 1]
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                below = f"{target}.{alias.name}" if target else alias.name
+                inside.add(below if below in modules() else target)
+    return inside, outside
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set().union(*LAYERS) == set(modules())
+
+
+def test_imports_point_down() -> None:
+    level = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    for name, path in modules().items():
+        for target in imports(name, path)[0]:
+            assert level[target] < level[name], f"{name or 'hf_fp8'} imports {target}"
+
+
+def test_who_knows_transformers() -> None:
+    found = {name for name, path in modules().items() if "transformers" in imports(name, path)[1]}
+    assert found == MAY_IMPORT_TRANSFORMERS
+
+
+def test_no_file_grows_beyond_one_job() -> None:
+    assert {name: n for name, path in modules().items() if (n := len(path.read_text().splitlines())) > 400} == {}
+
+
+def test_import_is_lean() -> None:
+    code = (
+        "import sys, torch; before = torch.cuda.is_initialized();"
+        "import hf_fp8;"
+        "assert not torch.cuda.is_initialized() and not before;"
+        "assert 'triton' not in sys.modules, 'triton';"
+        "print('lean')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "lean\n"

@@ -1,0 +1,422 @@
+"""Through the host's doors: ways of calling, devices, files, and what PyTorch and users do to a loaded model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import STATIC_TENSOR, differing, error, tensors, tiny_llama, write
+from conftest import checkpoint
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+import hf_fp8
+from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8.quantizer import _compute_device
+from hf_fp8.scheme import FP8, TENSOR
+
+IDS = torch.arange(24).reshape(2, 12)
+KEEP = FP8Config(backend="weight_only")
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+@pytest.fixture
+def fp8(tmp_path: Path) -> Path:
+    """A small Llama with channel weights and per-token inputs."""
+    path = tmp_path / "fp8"
+    write(tiny_llama(), path)
+    return path
+
+
+def load(path: Path, config: Any = KEEP, **kwargs: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **{"dtype": torch.float32} | kwargs)
+
+
+WAYS: dict[str, Any] = {
+    "FP8Config": FP8Config(),
+    "dequantize": FP8Config(dequantize=True),
+    "stock": CompressedTensorsConfig(),
+    "stock, dequantize": CompressedTensorsConfig(dequantize=True),
+    "stock, run_compressed": CompressedTensorsConfig(run_compressed=True),
+    "stock, not run_compressed": CompressedTensorsConfig(run_compressed=False),
+    "stock, optimized": CompressedTensorsConfig(use_optimized_inference=True),
+    "stock, both": CompressedTensorsConfig(use_optimized_inference=True, dequantize=True),
+    "dict": {"quant_method": "compressed-tensors"},
+    "dict, dequantize": {"quant_method": "compressed-tensors", "dequantize": True},
+    "dict, run_compressed": {"run_compressed": False},
+    "our dict": {"quant_method": "hf_fp8", "experts": "auto"},
+    "dict of two": {"dequantize": True, "use_optimized_inference": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_calling(way: str, fp8: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32)
+    found = load(fp8, WAYS[way])
+    assert torch.equal(logits(found), logits(plain))
+    assert not any(isinstance(module, FP8Linear) for module in found.modules())  # this is a CPU
+    assert not hasattr(found.config, "quantization_config")
+
+
+@pytest.mark.parametrize("way", [KEEP, {"backend": "weight_only"}, {"quant_method": "hf_fp8", "backend": "weight_only"}])
+def test_ways_of_keeping(way: Any, fp8: Path) -> None:
+    model = load(fp8, way)
+    assert sum(isinstance(module, FP8Linear) for module in model.modules()) == 14
+    assert model.config.quantization_config.backend == "weight_only"
+    assert "backend" not in json.dumps(model.config.to_dict()["quantization_config"])
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ({"bits": 8}, "'bits'"),
+        ({"quant_method": "gptq"}, "'gptq'"),
+        (object(), "object"),
+    ],
+)
+def test_other_configs_are_refused(way: Any, words: str, fp8: Path) -> None:
+    with pytest.raises(hf_fp8.ConfigError, match=words):
+        load(fp8, way)
+
+
+def test_the_config_of_a_loaded_model_loads_again(fp8: Path) -> None:
+    first = load(fp8)
+    again = LlamaForCausalLM.from_pretrained(fp8, config=first.config, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(first))
+    assert isinstance(AutoConfig.from_pretrained(fp8).quantization_config, dict)
+
+
+def test_what_happened_is_said_once(fp8: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.enable_propagation()
+    try:
+        load(fp8, FP8Config())
+        assert caplog.text.count("dequantized to torch.float32") == 1
+        caplog.clear()
+        load(fp8, FP8Config(dequantize=True))
+        load(fp8)
+        assert "hf_fp8" not in caplog.text
+    finally:
+        logging.disable_propagation()
+
+
+@pytest.mark.parametrize("backend", ["auto", "weight_only"])
+def test_cache_scales_travel(backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = checkpoint("llama-static-kv", tmp_path)
+    logging.enable_propagation()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=FP8Config(backend=backend))
+    finally:
+        logging.disable_propagation()
+    assert caplog.text.count("not applied") == (backend != "auto")
+    assert "UNEXPECTED" not in caplog.text
+    model.save_pretrained(tmp_path / "saved")
+    saved, read = tensors(tmp_path / "saved"), tensors(path)
+    scales = {name for name in read if name.endswith(("k_scale", "v_scale"))}
+    assert scales and (scales <= set(saved)) == (backend != "auto")
+    assert not scales & set(differing(saved, read)) or backend == "auto"
+
+
+OFFLOAD = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+           "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", [FP8Config(), KEEP, FP8Config(backend="scaled_mm")], ids=["auto", "weight_only", "scaled_mm"]
+)
+def test_disk_offload(config: FP8Config, fp8: Path, tmp_path: Path) -> None:
+    plain = load(fp8, config)
+    model = load(fp8, config, device_map=OFFLOAD, offload_folder=tmp_path / "offload")
+    assert torch.equal(logits(model), logits(plain))
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    model.save_pretrained(tmp_path / "saved")
+    plain.save_pretrained(tmp_path / "plain")
+    assert differing(tensors(tmp_path / "saved"), tensors(tmp_path / "plain")) == []
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": torch.device("cpu")}])
+@pytest.mark.parametrize("config", [FP8Config(), KEEP], ids=["auto", "weight_only"])
+def test_device_maps(device_map: Any, config: FP8Config, fp8: Path) -> None:
+    assert torch.equal(logits(load(fp8, config, device_map=device_map)), logits(load(fp8, config)))
+
+
+def test_where_a_device_map_computes() -> None:
+    assert _compute_device({"": "cpu"}) == torch.device("cpu")
+    assert _compute_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
+    assert _compute_device({"a": "cpu", "b": "cuda:1"}) == torch.device("cuda:1")
+    assert _compute_device("cuda") == torch.device("cuda")
+    assert _compute_device(torch.device("xpu", 0)) == torch.device("xpu:0")
+
+
+def test_shards(fp8: Path, tmp_path: Path) -> None:
+    """A weight and its scale in different files, as the host splits them."""
+    model = load(fp8, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
+    weights = [name for name in index if name.endswith("_scale")]
+    assert any(index[name] != index[name.removesuffix("_scale")] for name in weights)
+    assert differing(tensors(tmp_path / "shards"), tensors(fp8)) == []
+    assert torch.equal(logits(load(tmp_path / "shards", dtype=torch.bfloat16)), logits(model))
+
+
+def test_a_missing_shard(fp8: Path, tmp_path: Path) -> None:
+    load(fp8, dtype=torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="9KB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    written = json.loads(index.read_text())
+    lost = written["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    written["weight_map"] = {name: file for name, file in written["weight_map"].items() if file != lost}
+    index.write_text(json.dumps(written))
+    with pytest.raises(hf_fp8.CheckpointError, match=r"layers\.1"):
+        load(tmp_path / "shards")
+
+
+def test_offline_cache(fp8: Path, tmp_path: Path) -> None:
+    """The layout that huggingface_hub leaves: blobs, and links to them in a snapshot."""
+    cache = tmp_path / "hub"
+    repo, commit = cache / "models--someone--tiny", "0" * 40
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(fp8.iterdir())):
+        shutil.copy(file, repo / "blobs" / str(number))
+        os.symlink(repo / "blobs" / str(number), snapshot / file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        "someone/tiny", cache_dir=cache, local_files_only=True, quantization_config=KEEP, dtype=torch.float32
+    )
+    assert torch.equal(logits(model), logits(load(fp8)))
+
+
+@pytest.mark.parametrize("config", [FP8Config(), KEEP], ids=["auto", "weight_only"])
+def test_pickled_checkpoint(config: FP8Config, fp8: Path, tmp_path: Path) -> None:
+    wanted = logits(load(fp8, config))
+    torch.save(load_file(fp8 / "model.safetensors"), fp8 / "pytorch_model.bin")
+    (fp8 / "model.safetensors").unlink()
+    assert torch.equal(logits(load(fp8, config)), wanted)
+
+
+def test_key_mapping(fp8: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    wanted = logits(load(fp8))
+    state = {name.replace("model.layers", "trunk.blocks"): t for name, t in load_file(fp8 / "model.safetensors").items()}
+    save_file(state, fp8 / "model.safetensors", metadata={"format": "pt"})
+    model = load(fp8, key_mapping={r"^trunk\.blocks": "model.layers"})
+    assert torch.equal(logits(model), wanted)
+
+
+SPELLINGS: dict[str, Any] = {
+    "weight_scale_inv": {"edit": lambda s: {k.replace("weight_scale", "weight_scale_inv"): v for k, v in s.items()}},
+    "flat": {"scale_shape": lambda s: s.reshape(-1)},
+    "scalar": {"scale_shape": lambda s: s.reshape(()), "weight": TENSOR, "inputs": STATIC_TENSOR},
+    "act_scale": {
+        "edit": lambda s: {k.replace("input_scale", "act_scale"): v for k, v in s.items()}, "weight": TENSOR,
+        "inputs": STATIC_TENSOR,
+    },
+    "fp16": {"scale_dtype": torch.float16},
+    "f32": {"scale_dtype": torch.float32},
+    "zero zero points": {
+        "edit": lambda s: s | {"model.layers.0.mlp.up_proj.weight_zero_point": torch.zeros(96, 1).to(FP8)},
+    },
+    "frozen": {"config_edit": lambda c: c["quantization_config"].update(quantization_status="frozen")},
+    "no status": {"config_edit": lambda c: c["quantization_config"].pop("quantization_status")},
+    "compression_config": {"config_edit": lambda c: c.update(compression_config=c.pop("quantization_config"))},
+    "no method": {"config_edit": lambda c: c.update(compression_config=_without(c.pop("quantization_config"), "quant_method"))},
+    "preset": {"config_edit": lambda c: c["quantization_config"].update(config_groups={"FP8_DYNAMIC": ["Linear"]})},
+    "ignore by a shorter name": {"quantized": lambda n: n.endswith("up_proj.weight"), "targets": ["re:.*mlp.*"],
+                                 "ignore": ["lm_head", "gate_proj", "re:down_proj"]},
+}  # fmt: skip
+
+
+def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != key}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("backend", ["auto", "weight_only", "scaled_mm"])
+def test_spellings(name: str, backend: str, tmp_path: Path) -> None:
+    written, dense = write(tiny_llama(), tmp_path / "fp8", **SPELLINGS[name])
+    model = load(tmp_path / "fp8", FP8Config(backend=backend), dtype=torch.bfloat16)
+    proj = model.model.layers[1].mlp.up_proj
+    found = proj.dequantized_weight() if backend != "auto" else proj.weight.float()
+    wanted = dense["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(found, wanted if backend != "auto" else wanted.bfloat16().float())
+    if backend == "auto":
+        return
+    model.save_pretrained(tmp_path / "saved")
+    saved = tensors(tmp_path / "saved")
+    if name == "zero zero points":  # all zeros say nothing: they are not written back
+        written = {k: v for k, v in written.items() if "zero_point" not in k}
+    assert differing(saved, written) == []
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_config"]["quantization_status"] == "compressed"
+    again = load(tmp_path / "saved", FP8Config(backend=backend), dtype=torch.bfloat16)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("config", [KEEP, FP8Config(backend="scaled_mm")], ids=["weight_only", "scaled_mm"])
+def test_what_is_done_to_models(config: FP8Config, fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8, config)
+    wanted = logits(model)
+    torch.save(model, tmp_path / "whole.pt")
+    others = {
+        "deepcopy": copy.deepcopy(model),
+        "torch.save": torch.load(tmp_path / "whole.pt", weights_only=False),
+        "to cpu": load(fp8, config).to("cpu"),
+        "state_dict": load(fp8, config),
+    }
+    others["state_dict"].load_state_dict(model.state_dict())
+    for name, other in others.items():
+        assert torch.equal(logits(other), wanted), name
+        other.save_pretrained(tmp_path / name)
+        assert not [n for n in differing(tensors(tmp_path / name), tensors(fp8)) if "_proj" in n], name
+
+
+def test_compiled_in_one_graph(fp8: Path) -> None:
+    model = load(fp8, FP8Config(backend="scaled_mm"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert error(compiled(IDS, use_cache=False).logits, logits(model)) < 1e-5
+
+
+def test_inductor(fp8: Path) -> None:
+    model = load(fp8, FP8Config(backend="scaled_mm"))
+    mlp = torch.compile(model.model.layers[0].mlp, fullgraph=True)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        assert error(mlp(x), model.model.layers[0].mlp(x)) < 0.05  # fused norms may move a value to the next code
+
+
+def test_generate(fp8: Path) -> None:
+    model = load(fp8)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(IDS, **greedy)
+    assert out.shape == (2, 17)
+    assert torch.equal(out, load(fp8, FP8Config(dequantize=True)).generate(IDS, **greedy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_first_call_through_a_submodule_and_casts(dtype: torch.dtype, fp8: Path) -> None:
+    model = load(fp8)
+    x = torch.randn(1, 3, 64)
+    first = model.model.layers[0].mlp(x)
+    assert first.isfinite().all()
+    model.to(dtype)
+    assert model.model.layers[0].mlp(x.to(dtype)).dtype == dtype
+    assert error(model.model.layers[0].mlp(x.to(dtype)), first) < 0.02
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, FP8Linear)} == {FP8}
+    assert {m.weight_scale.dtype for m in model.modules() if isinstance(m, FP8Linear)} == {torch.bfloat16}
+
+
+def test_threads_on_first_call(fp8: Path) -> None:
+    model = load(fp8)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: logits(model), range(8)))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dequantize_afterwards(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    wanted = logits(model)
+    model.dequantize()
+    assert torch.equal(logits(model), wanted)
+    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+    model.save_pretrained(tmp_path / "dense")
+    hf_fp8.unregister()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    finally:
+        hf_fp8.register()
+    assert torch.equal(logits(stock), wanted)
+
+
+@pytest.mark.parametrize("folder_name", ["mixtral-dyn", "llama-static-kv"])
+def test_dequantize_afterwards_writes_native_names(folder_name: str, tmp_path: Path) -> None:
+    path = checkpoint(folder_name, tmp_path)
+    model = load(path)
+    wanted = logits(model)
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    assert not any("scale" in name for name in tensors(tmp_path / "dense"))
+    hf_fp8.unregister()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    finally:
+        hf_fp8.register()
+    assert torch.equal(logits(stock), wanted)
+
+
+def test_dequantizing_to_float32_does_not_round_through_bf16(tmp_path: Path) -> None:
+    written, _ = write(tiny_llama(), tmp_path, scale_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj.weight"
+    exact = written[name].double() * written[f"{name}_scale"].double()
+    assert torch.equal(model.get_parameter(name).double(), exact)
+
+
+@pytest.mark.parametrize("config", [FP8Config(), FP8Config(dequantize=True), KEEP], ids=["auto", "dequantize", "weight_only"])
+def test_mixed(config: FP8Config, tmp_path: Path) -> None:
+    path = checkpoint("llama-mixed", tmp_path)
+    reference = load_file(tmp_path / "reference.safetensors")
+    model = load(path, config)
+    with torch.no_grad():
+        found = model(reference["input_ids"], use_cache=False).logits
+    assert error(found, reference["logits"]) < 1e-2
+    model.save_pretrained(tmp_path / "saved")
+    if config.dequantize:
+        assert not hasattr(model.config, "quantization_config")
+        assert not any("packed" in name for name in tensors(tmp_path / "saved"))
+    hf_fp8.unregister()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        with torch.no_grad():
+            read = stock(reference["input_ids"], use_cache=False).logits
+    finally:
+        hf_fp8.register()
+    if config is KEEP:  # stock quantizes the inputs of this one, as the checkpoint says
+        assert error(read, reference["logits_quantized_input"]) < 1e-2
+    else:
+        assert error(read, found) < 1e-5
+
+
+def test_adapters_learn_and_leave_the_base_alone(fp8: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = load(fp8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = tuned(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = tuned.get_base_model().state_dict()
+    for name, tensor in before.items():
+        found = next(t for n, t in after.items() if n.replace(".base_layer", "") == name)
+        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_explain(fp8: Path) -> None:
+    kept, dense = hf_fp8.explain(load(fp8, FP8Config(backend="scaled_mm"))), hf_fp8.explain(load(fp8, FP8Config()))
+    assert len(kept) == len(dense) == 14
+    assert {row.kernel for row in kept} == {"scaled_mm_rowwise"} and {row.kernel for row in dense} == {"dense"}
+    assert all("no FP8 units" in row.reason for row in dense)
+    first = next(row for row in kept if row.name == "model.layers.0.mlp.up_proj")
+    assert first.bytes == 96 * 64 + 96 * 2 and first.scheme == "channel x token (dynamic)"
+    table = str(kept)
+    assert "model.layers.*.mlp.up_proj" in table and f"{sum(row.bytes for row in kept):,}" in table
+    assert str(hf_fp8.explain(torch.nn.Linear(2, 2))) == "no FP8 modules"
