@@ -62,6 +62,10 @@ class Checkpoint:
         for file in files:
             self.tensors.update(self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file))
 
+    @property
+    def has_fp8(self) -> bool:
+        return any(info.dtype == "F8_E4M3" for info in self.tensors.values())
+
     @staticmethod
     def _read_safetensors(file: str) -> dict[str, TensorInfo]:
         found = {}
@@ -80,9 +84,15 @@ class Checkpoint:
         if not file.endswith((".bin", ".pt", ".pth")):
             raise UnsupportedError(f"{file}: hf_fp8 reads .safetensors and .bin checkpoints")
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files from before torch 1.6 cannot be mapped
+                state = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({error})") from error
+        if not isinstance(state, dict):
+            raise CorruptFileError(f"{file} holds a {type(state).__name__}, not tensors by name")
+        state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         self._pickled[file] = state
         return {
             name: TensorInfo(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)

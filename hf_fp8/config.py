@@ -84,13 +84,16 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             raise ConfigError(f"dequantize=True leaves nothing for backend={backend!r} to run on: pass one of them")
         super().__init__(dequantize=dequantize)
         self.backend, self.experts = backend, experts
-        self.checkpoint = checkpoint
+        self.of_another_load = False  # whether `checkpoint` was remembered from another load, and may not be this one's
+        self.checkpoint: dict[str, Any] | None = None
         self.groups: tuple[Group, ...] = ()
         if checkpoint is not None:
-            self.quantization_config = parse(checkpoint)
-            self.groups = tuple(
-                _group(name, group, self.quantization_config) for name, group in self.quantization_config.config_groups.items()
-            )
+            self._read(checkpoint)
+
+    def _read(self, checkpoint: dict[str, Any]) -> None:
+        self.checkpoint = checkpoint
+        self.quantization_config = config = parse(checkpoint)
+        self.groups = tuple(_group(name, group, config) for name, group in config.config_groups.items())
 
     @property
     def fp8_groups(self) -> tuple[Group, ...]:
@@ -132,6 +135,13 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             written["quantization_status"] = "compressed"
         return written
 
+    def leave_out(self, dense: Iterable[str], gone: Iterable[str]) -> None:
+        """Make what `to_dict` writes fit a model: modules `dense` are not quantized, groups `gone` have none in it."""
+        assert self.checkpoint is not None
+        groups = {k: v for k, v in self.checkpoint["config_groups"].items() if k not in set(gone)}
+        ignore = list(dict.fromkeys([*self.ignore, *dense]))
+        self._read({**self.checkpoint, "config_groups": groups, "ignore": ignore})
+
     def without_fp8_groups(self, dense: Iterable[str] = ()) -> FP8Config:
         """What is left of this config for a model whose FP8 modules, named `dense`, have been dequantized."""
         checkpoint = self.to_dict()
@@ -156,6 +166,29 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         return CompressedTensorsConfig(**checkpoint)
 
 
+class _Name(str):
+    """The name of a checkpoint, with how it was quantized."""
+
+    quantized: dict[str, Any]
+
+
+def remember(config: Any, quantized: FP8Config) -> None:
+    """Leave a note of `quantized` on the config of a model that has become dense.
+
+    Users pass such a config on: ``from_pretrained(same_checkpoint, config=model.config)``. Nothing in
+    it says FP8 any more, and the host would take the codes for values. The note sits on the name of
+    the checkpoint, which the host copies with the config and sets anew at the next load.
+    """
+    name = _Name(getattr(config, "_name_or_path", "") or "")
+    name.quantized = quantized.to_dict()
+    config._name_or_path = name
+
+
+def remembered(config: Any) -> dict[str, Any] | None:
+    """The note that `remember` left on a config, None if there is none."""
+    return getattr(getattr(config, "_name_or_path", None), "quantized", None)
+
+
 def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> str | None:
     """The first of `targets` that matches, in compressed-tensors' order: exact name, ``re:`` regex, class."""
     ordered = sorted(targets, key=lambda target: ("re:" in target, target))
@@ -168,7 +201,7 @@ def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) 
 
 def is_fp8(weights: Any) -> bool:
     """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
-    if not isinstance(weights, dict) or weights.get("type") != "float" or weights.get("num_bits") != 8:
+    if not isinstance(weights, dict) or weights.get("type") != "float" or str(weights.get("num_bits")) != "8":
         return False
     return "uint8" not in str(weights.get("scale_dtype"))
 
@@ -178,7 +211,7 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
     groups = _with_presets(checkpoint.get("config_groups"))
     if any(isinstance(g, dict) and is_fp8(g.get("weights")) and _is_plain(g.get("format")) for g in groups.values()):
         return True
-    no_weights = not groups or any(isinstance(g, dict) and not g.get("weights") for g in groups.values())
+    no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
     return checkpoint.get("format") == "float-quantized" and no_weights
 
 
@@ -213,23 +246,24 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
             f"{checkpoint.get('format')!r}: nothing says how the weights are quantized"
         )
     for name, group in groups.items():
-        if isinstance(group, dict) and not group.get("weights"):
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise ConfigError(
                 f"quantization_config.config_groups[{name!r}] has no `weights`: "
                 "hf_fp8 runs groups that say how weights are quantized"
             )
-        if isinstance(group, dict) and not group.get("targets"):
+        if not group.get("targets"):
             raise ConfigError(f"quantization_config.config_groups[{name!r}] has no `targets`")
+        _check_patterns(f"config_groups[{name!r}].targets", group["targets"])
+    _check_patterns("ignore", checkpoint.get("ignore") or [])
     if checkpoint.get("transform_config"):
         raise UnsupportedError(
             "quantization_config.transform_config asks for run-time transforms (such as rotations), which "
             "transformers would leave out: the outputs would be wrong. hf_fp8 runs checkpoints without them."
         )
     sparsity = checkpoint.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise UnsupportedError(
-            f"quantization_config.sparsity_config.format is {sparsity['format']!r}: hf_fp8 reads dense weights only"
-        )
+    sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if sparse != "dense":
+        raise UnsupportedError(f"quantization_config.sparsity_config is {sparse!r}: hf_fp8 reads dense weights only")
     only_fp8 = all(is_fp8(group.get("weights")) for group in groups.values())
     if checkpoint.get("format") not in (FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
         raise ConfigError(
@@ -243,6 +277,16 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
         where = "".join(f".{part}" for part in first["loc"] if "[" not in str(part))
         message = first["msg"].split("\n")[0]
         raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
+
+
+def _check_patterns(key: str, targets: Any) -> None:
+    for target in targets if isinstance(targets, list) else [targets]:
+        if not isinstance(target, str):
+            raise ConfigError(f"quantization_config.{key} is {targets!r}: it is a list of names, classes and re: patterns")
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
 
 
 def _value(x: Any) -> Any:

@@ -233,7 +233,7 @@ class Requantize(_Shared):
     def _tell(self, start: int) -> None:
         if names := self.changed[start:]:
             logger.warning(
-                f"hf_fp8: {', '.join(names)}: changed since loading, and written with new FP8 scales, not those of the checkpoint"
+                f"hf_fp8: {', '.join(names)}: changed since loading, written with new FP8 scales instead of the checkpoint's"
             )
 
     def _codes(self, key: str, dense: torch.Tensor, weight: StoredWeight | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -245,9 +245,7 @@ class Requantize(_Shared):
         same = torch.equal(weight_from(weight, parts, dtype).to(dense), dense)
         if not same:
             self.changed.append(weight.name)
-            fresh = numerics.compute_scale(dense.float(), weight.scheme.weight.granularity)
-            scale = fresh.to(scales["weight_scale"].dtype).reshape(weight.shapes["weight_scale"])
-            parts["weight_scale"] = scale
+            parts["weight_scale"] = fresh_scale(weight, dense, scales["weight_scale"])
             parts[WEIGHT] = codes_from(weight, dense, parts)
         return {name: parts[role] for role, name in weight.names_beside(key).items()}
 
@@ -262,6 +260,17 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
     if len(weight.shape) == 3:
         return (q.float() * weight.stacked_scale(scale)).to(dtype)
     return numerics.dequantize(q, scale, weight.scheme.weight.granularity, dtype)
+
+
+def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A scale for `dense`, of the shape and dtype of the one that the weight came with, on its device."""
+    granularity = weight.scheme.weight.granularity
+    matrices = dense.float().unsqueeze(0) if dense.ndim == 2 else dense.float()
+    grids = [numerics.compute_scale(m.t() if weight.transposed else m, granularity) for m in matrices]
+    stacked = torch.stack([grid.t() if weight.transposed else grid for grid in grids])
+    if old.numel() == 1:
+        stacked = stacked.amax()
+    return stacked.to(old.dtype).clamp(min=torch.finfo(old.dtype).tiny).reshape(old.shape).to(old.device)
 
 
 def codes_from(weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -37,22 +39,43 @@ def swap_linear(
     return new
 
 
-@torch.no_grad()
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
     """Replace every FP8Linear of `model` by an `nn.Linear` with the weight multiplied out, in place.
 
     dtype: of the new weights and biases; by default that of the model's dense parameters (bfloat16
-    if it has none). One layer is held twice at a time, never the model. Returns `model`.
+    if it has none). One layer is held twice at a time, never the model. Returns `model` (or, if
+    `model` is an FP8Linear itself, the new layer). A transformers model that was loaded in FP8 is
+    also told that it is dense now, so that it saves as such: it is the same as `model.dequantize()`.
+
+    Raises UnsupportedError, before anything is changed, if a layer is offloaded.
     """
+    if getattr(model, "hf_quantizer", None) is not None:
+        dequantize: Any = model.dequantize
+        dequantized: nn.Module = dequantize(dtype)
+        return dequantized
+    return swap_back(model, dtype)
+
+
+@torch.no_grad()
+def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+    """`dequantize_model`, without a word to transformers."""
+    layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
-        frozen = {id(p) for m in model.modules() if isinstance(m, FP8Linear) for p in m.parameters(recurse=False)}
+        frozen = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
         dtype = next(dense, torch.bfloat16)
+    assert isinstance(dtype, torch.dtype)
+    for layer in layers:
+        if layer.weight.is_meta:
+            layer.to_linear(dtype)  # raises
     if isinstance(model, FP8Linear):
         return model.to_linear(dtype)
     made: dict[int, nn.Linear] = {}  # a module that sits in two places stays one module
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FP8Linear):
-            made.setdefault(id(module), module.to_linear(dtype))
+            if id(module) not in made:
+                made[id(module)] = module.to_linear(dtype)
             model.set_submodule(name, made[id(module)])
     return model

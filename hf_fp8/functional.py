@@ -28,14 +28,11 @@ def _scaled_linear(
 ) -> torch.Tensor:
     parsed = Scheme.parse(scheme)
     n, k = weight.shape
-    rows = x.reshape(-1, k)
-    if rows.shape[0] == 0:
-        return x.new_zeros((*x.shape[:-1], n))
+    if x.shape[0] == 0:
+        return x.new_zeros((0, n))
     kernel = select(Problem(x.device, parsed, n, k, x.dtype), backend).kernel
-    out = kernel.run(rows, weight, weight_scale, input_scale, parsed)
-    if bias is not None:
-        out = out.add_(bias.to(out.dtype))
-    return out.view(*x.shape[:-1], n)
+    out = kernel.run(x, weight, weight_scale, input_scale, parsed)
+    return out if bias is None else out.add_(bias.to(out.dtype))
 
 
 @_scaled_linear.register_fake
@@ -48,7 +45,7 @@ def _(
     scheme: str,
     backend: str,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -70,7 +67,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         granularity = Scheme.parse(ctx.scheme).weight.granularity
         grad_x = grad @ numerics.dequantize(weight, weight_scale, granularity, grad.dtype)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None
 
 
@@ -105,5 +102,7 @@ def scaled_linear(
         )
     if x.shape[-1] != weight.shape[1]:
         raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
-    out: torch.Tensor = _scaled_linear(x, weight, weight_scale, input_scale, bias, scheme.text, backend)
-    return out
+    # Reshaped outside of the op: a view that it returned could not be changed in place under autograd.
+    rows = x.reshape(-1, x.shape[-1])
+    out: torch.Tensor = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])

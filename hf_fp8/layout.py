@@ -28,7 +28,7 @@ from .expert_names import ExpertsLayout, hub_name
 from .keymap import KeyMap
 from .reads import weights_read_directly
 from .scan import Owner, Scan, scan
-from .stored import WEIGHT, StoredWeight, check_scale_values, check_shape
+from .stored import WEIGHT, ZERO_POINTS, StoredWeight, check_scale_values, check_shape
 from .transforms import Layout, transforms
 
 
@@ -47,11 +47,11 @@ def lay_out(
     model's. Raises CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
     extra = _map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params))
+    scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params), keymap.prefix)
     layout = Layout(scan=scanned)
     late = dict(keymap.aliases)
     weights = scanned.weights + (scanned.host if config.dequantize else [])
-    for weight in weights:
+    for weight in [*scanned.weights, *scanned.host]:
         _place(weight, keymap, late)
         weight.transposed = _is_transposed(model, weight)
     for weight in scanned.weights:
@@ -77,6 +77,8 @@ def lay_out(
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
+    for module, weight in layout.kept.items():
+        layout.passengers.update({f"{module}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
     layout.conversions = transforms(layout, weights, conversions, extra, late, restore=dense_because is None)
     return layout
 
@@ -205,18 +207,29 @@ def _check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoi
                 "incomplete (a shard may be missing), and the host would leave it random"
             )
     extra = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    homeless = [w.keys[WEIGHT] for w in scanned.weights if not w.target and not any(p.search(w.keys[WEIGHT]) for p in extra)]
+    # A head that this class lacks may be homeless, one that it adds may be missing: not the same names of both.
     prefix = f"{model.base_model_prefix}."
-    homeless = [
-        w.keys[WEIGHT]
-        for w in scanned.weights
-        if not w.target and w.renamed[WEIGHT].startswith(prefix) and not any(p.search(w.keys[WEIGHT]) for p in extra)
-    ]
     inside = [name for name in missing if name.startswith(prefix)]
-    if homeless and inside:
-        raise MissingTensorError(
-            f"{len(homeless)} FP8 weights of the files have no place in {type(model).__name__} (such as {homeless[0]}), while "
-            f"{len(inside)} of its parameters find none (such as {inside[0]}): their names do not fit together"
-        )
+    ends = {tuple(parameter.split(".")[-3:]): parameter for parameter in missing}
+    for key in homeless:
+        other = ends.get(tuple(key.split(".")[-3:]))
+        if other is None and key.startswith(prefix) and inside:
+            other = inside[0]
+        if other is not None:
+            raise MissingTensorError(
+                f"{len(homeless)} FP8 weights of the files have no place in {type(model).__name__} (such as {key}), while "
+                f"{len(missing)} of its parameters find none (such as {other}): their names do not fit together"
+            )
+    # A layer of which the files hold a part is a layer that they ought to hold.
+    begun = {match.group() for name in filled if (match := re.match(r".*?\.\d+\.", name))}
+    for name in missing:
+        match = re.match(r".*?\.\d+\.", name)
+        if match and match.group() in begun and keymap.params[name].ndim > 1 and scanned.weights:
+            raise MissingTensorError(
+                f"no tensor in the files goes into {name}, though they hold other tensors of {match.group()[:-1]}: the "
+                "checkpoint is incomplete, or its names do not fit the model, and the host would leave it random"
+            )
 
 
 def _collect(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import numerics
+from .errors import UnsupportedError
 from .functional import scaled_linear
 from .scheme import FP8, Scheme, scale_shape
 
@@ -84,7 +85,14 @@ class FP8Linear(nn.Linear):
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A plain `nn.Linear` with the dequantized weight, on the same device."""
+        """A plain `nn.Linear` with the dequantized weight, on the same device.
+
+        Raises UnsupportedError for an offloaded layer, whose weight is not here to be read.
+        """
+        if self.weight.is_meta:
+            raise UnsupportedError(
+                "an offloaded FP8Linear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
+            )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self.dequantized_weight(dtype))
         if self.bias is not None:
@@ -103,6 +111,29 @@ class FP8Linear(nn.Linear):
             return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: list[str],
+    ) -> None:
+        codes = state_dict.get(f"{prefix}weight")
+        if codes is not None and codes.dtype != FP8:
+            errors.append(f"{prefix}weight is {codes.dtype}: an FP8Linear holds E4M3 codes, and a cast would not quantize it")
+            return
+        if codes is not None and f"{prefix}weight_scale" not in state_dict:
+            errors.append(f"{prefix}weight comes without its {prefix}weight_scale")
+            return
+        for name in ("weight_scale", "input_scale"):
+            scale, held = state_dict.get(prefix + name), getattr(self, name)
+            if scale is not None and held is not None and scale.dtype != held.dtype:
+                held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"

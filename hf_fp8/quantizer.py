@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
@@ -15,9 +16,9 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import logging
 
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
-from .config import FP8Config
+from .config import FP8Config, remember
 from .conversion import RoutedConverter
-from .convert import dequantize_model, swap_linear
+from .convert import swap_back, swap_linear
 from .errors import UnsupportedError
 from .explain import NOTES
 from .kernels import has_fp8_matmul
@@ -74,7 +75,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> list[WeightTransform]:
         if self.layout is None:
             self._host_conversions = list(weight_conversions)
-            self._lay_out(model, weight_conversions)
+            checkpoint = Checkpoint(self._files)
+            if self.quantization_config.of_another_load and not checkpoint.has_fp8:
+                self.quantization_config.dequantize = True  # a plain checkpoint after all
+                return list(weight_conversions)
+            self._lay_out(model, weight_conversions, checkpoint)
         assert self.layout is not None
         if self.host is None:
             return list(self.layout.conversions)
@@ -92,8 +97,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
-    def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
-        config, checkpoint = self.quantization_config, Checkpoint(self._files)
+    def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
+        config = self.quantization_config
         because = self._dense_because = self._why_dense()
         self.layout = layout = lay_out(model, conversions, checkpoint, config, dense_because=because, dtype=self._dtype)
         for name, weight in layout.kept.items():
@@ -163,7 +168,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"hf_fp8: {len(layout.dense)} parameters are held in {self._dtype} and written back in FP8, "
                 f"such as {sample} ({next(iter(layout.reasons.values()))})."
             )
-        if layout.passengers and because is None:
+        if layout.scan.cache and because is None:
             logger.warning(
                 "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: "
                 "the cache stays in the dtype of the model."
@@ -177,7 +182,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                         getattr(module, name).requires_grad_(False)
         if self._dense_because is not None and self.layout is not None:
             model._weight_conversions = self._native_conversions()
-            if self.host is not None:
+            if self.host is None:
+                remember(model.config, self.quantization_config)
+            else:
                 dense = [weight.module for weight in self.layout.scan.weights if weight.target]
                 model.config.quantization_config = self.quantization_config.without_fp8_groups(dense)
         return model
@@ -192,6 +199,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     # -- saving and converting back --
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        self._fit_config(model)
         if not self.passengers and self.host is None:
             return None, {}
         state = dict(model.state_dict())
@@ -200,6 +208,25 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if self._dense_because is None:  # else what is left is a checkpoint of the host's, written as it does
                 self._restore_host_dtypes(state)
         return {**state, **self.passengers}, {}
+
+    def _fit_config(self, model: PreTrainedModel) -> None:
+        """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one."""
+        if self._dense_because is not None or self.layout is None:
+            return
+        config, found, dense = self.quantization_config, set[str](), []
+        restored = {weight.module for weight in self.layout.scan.weights if weight.target in self.layout.dense}
+        for name, module in model.named_modules():
+            classes = [cls.__name__ for cls in type(module).__mro__]
+            group = config.group_of((name,), classes) if isinstance(module, nn.Linear) else None
+            quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
+            if group is not None and not quantized:
+                dense.append(name)
+        for weight in [*self.layout.scan.weights, *self.layout.scan.host]:
+            if weight.target and weight.module not in dense:
+                found.add(weight.group.name)
+        gone = {group.name for group in config.groups} - found
+        if dense or gone:
+            config.leave_out(dense, gone)
 
     def _restore_host_dtypes(self, state: dict[str, torch.Tensor]) -> None:
         assert self.layout is not None
@@ -215,8 +242,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "model.dequantize(): the checkpoint mixes FP8 with other formats, which transformers runs; "
                 "load it with FP8Config(dequantize=True) instead"
             )
-        dequantize_model(model, dtype)
+        swap_back(model, dtype)
         model._weight_conversions = self._native_conversions()
+        remember(model.config, self.quantization_config)
         return model
 
     def is_serializable(self) -> bool:
@@ -241,7 +269,13 @@ def _recompress(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
         if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
             continue
         own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
-        compressed = BaseCompressor.get_value_from_registry(scheme.format).compress(own, scheme)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        compressed = compressor.compress(own, scheme)
+        if not torch.equal(compressor.decompress(compressed, scheme)[WEIGHT].to(own[WEIGHT]), own[WEIGHT]):
+            raise UnsupportedError(
+                f"{name}.weight was changed since loading, and does not fit the {scheme.format} codes and scales that it came "
+                "with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+            )
         state.update({f"{name}.{key}": value for key, value in compressed.items()})
 
 

@@ -13,7 +13,7 @@ from functools import cache
 
 from torch import nn
 
-_READ = re.compile(r"\bself\.((?:\w+\.)*\w+)\.weight\b(?!\s*=[^=])")
+_READ = re.compile(r"\bself\.((?:\w+(?:\[\d+\])?\.)*\w+(?:\[\d+\])?)\.weight\b(?!\s*=[^=])")
 
 
 @cache
@@ -33,7 +33,7 @@ def _reads(cls: type[nn.Module]) -> frozenset[str]:
     found: set[str] = set()
     for base in cls.__mro__:
         if _file_reads(base.__module__):
-            found.update(_READ.findall(inspect.getsource(base)))
+            found.update(re.sub(r"\[(\d+)\]", r".\1", path) for path in _READ.findall(inspect.getsource(base)))
     return frozenset(found)
 
 

@@ -9,7 +9,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from .config import FP8Config, concerns_fp8
+from .config import FP8Config, concerns_fp8, remembered
 from .errors import ConfigError
 from .quantizer import FP8HfQuantizer
 
@@ -54,11 +54,17 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     for a checkpoint whose config it reads as its own class.
     """
     written = checkpoint_config(config)
+    if written is None and (written := remembered(config)) is not None:
+        # The config of a model that was loaded from FP8 and made dense: the files will tell which they are.
+        config.quantization_config = merge(written, quantization_config)
+        config.quantization_config.of_another_load = True
+        return _host_door(config, None, *args, **kwargs)
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):
-            if hasattr(part, "compression_config"):
-                del part.compression_config  # else a model saved dense would still say that it is quantized
+            for key in ("quantization_config", "compression_config"):
+                if hasattr(part, key) and not (part is config and key == "quantization_config"):
+                    delattr(part, key)  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
     if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == OUR_METHOD:
         quantization_config = FP8Config(**quantization_config)

@@ -15,7 +15,9 @@ from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, St
 
 # `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
 CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
-ORPHAN = re.compile(rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)})$")
+ORPHAN = re.compile(
+    rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)}|(weight|input)_global_scale|weight_g_idx)$"
+)
 # A stack of experts has no ".weight": what its scales are called beside it.
 STACK_SUFFIXES = {
     WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
@@ -40,10 +42,11 @@ class Owner:
     module: nn.Module | None
 
 
-def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner], params: set[str]) -> Scan:
+def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner], params: set[str], prefix: str) -> Scan:
     """Sort out every tensor of the files.
 
     owner: a weight's key in the file -> its module. params: keys that the model takes as they are.
+    prefix: that of the base model, which names may have or lack.
 
     Raises the error that fits, naming the tensor or the config key, for the first contradiction.
     """
@@ -53,7 +56,8 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
         name = _module_of(key, info.dtype, len(info.shape))
         if name is not None:
             place = owner(key)
-            names = tuple(dict.fromkeys((name, place.name)))
+            bare = [n.removeprefix(f"{prefix}.") for n in (name, place.name)]
+            names = tuple(dict.fromkeys((name, place.name, *bare, *(f"{prefix}.{n}" for n in bare))))
             candidates.append((name, key, names, _group_of(config, names, place, info.dtype)))
     _check_groups(config, {group.name for *_, group in candidates if group is not None})
     for name, key, names, group in candidates:
@@ -136,7 +140,7 @@ def _is_fp8(
     if info.dtype == "F8_E4M3":
         if group is None:
             raise MismatchError(
-                f"{key} is stored in FP8 ({info}), but no config group quantizes {' / '.join(names)}"
+                f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}"
                 f"{' (it is in `ignore`)' if match(names, (), config.ignore) else ''}: its codes would be taken for values"
             )
         return True
@@ -148,7 +152,7 @@ def _is_fp8(
             )
         if group is not None and len(info.shape) == 2 and not _excused(names, config):
             raise MismatchError(
-                f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {' / '.join(names)}: "
+                f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
                 "add it to `ignore` if it was left out on purpose"
             )
         return False
