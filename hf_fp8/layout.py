@@ -77,8 +77,8 @@ def lay_out(
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
-    for module, weight in layout.kept.items():
-        layout.passengers.update({f"{module}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+    for name, weight in layout.kept.items():
+        layout.passengers.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
     layout.conversions = transforms(layout, weights, conversions, extra, late, restore=dense_because is None)
     return layout
 

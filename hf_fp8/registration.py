@@ -17,6 +17,7 @@ METHOD = "compressed-tensors"
 OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
 
 _host_door = modeling_utils.get_hf_quantizer
+_CONFIG_KEYS = ("quantization_config", "compression_config")
 _HOST_OPTIONS = ("dequantize", "run_compressed", "use_optimized_inference")
 
 
@@ -53,7 +54,7 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     The host's own merge demands that both are of one class, and so refuses an FP8Config, or a dict,
     for a checkpoint whose config it reads as its own class.
     """
-    written = checkpoint_config(config)
+    written = checkpoint_config(config) or _dropped_config(config)
     if written is None and (written := remembered(config)) is not None:
         # The config of a model that was loaded from FP8 and made dense: the files will tell which they are.
         config.quantization_config = merge(written, quantization_config)
@@ -62,7 +63,7 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):
-            for key in ("quantization_config", "compression_config"):
+            for key in _CONFIG_KEYS:
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
@@ -89,7 +90,7 @@ def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     Looks where the host does, and under `compression_config`, the key that writers used in 2024.
     """
     for part in (config, config.get_text_config(decoder=True)):
-        for key in ("quantization_config", "compression_config"):
+        for key in _CONFIG_KEYS:
             found = getattr(part, key, None)
             if found is None:
                 continue
@@ -97,6 +98,20 @@ def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
             method = written.get("quant_method", METHOD if key == "compression_config" or "config_groups" in written else None)
             return written if getattr(method, "value", method) in (METHOD, "sparseml") else None
     return None
+
+
+def _dropped_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The checkpoint's own config, where ``quantization_config=None`` made the host's Auto classes overwrite it.
+
+    They take the argument for a setting of the model's config; the codes would be loaded as values.
+    """
+    if vars(config).get("quantization_config", ...) is not None or not config.name_or_path:
+        return None
+    try:
+        on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)
+    except OSError:  # not in the default cache: nothing to hold against
+        return None
+    return checkpoint_config(PreTrainedConfig(**{key: on_disk.get(key) for key in _CONFIG_KEYS}))
 
 
 def merge(written: dict[str, Any], passed: Any) -> FP8Config:

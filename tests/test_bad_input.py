@@ -142,6 +142,10 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]]
     "no groups": (lambda c: c["quantization_config"].update(config_groups={}), ConfigError, "config_groups"),
     "no targets": (lambda c: group(c).update(targets=[]), ConfigError, "targets"),
     "targets that match nothing": (lambda c: group(c).update(targets=["re:.*nowhere.*"]), ConfigError, "nowhere"),
+    "a target that is no regex": (lambda c: group(c).update(targets=["re:(("]), ConfigError, "re:(("),
+    "an ignore that is no regex": (lambda c: c["quantization_config"].update(ignore=["re:["]), ConfigError, "re:["),
+    "weights that are no dict": (lambda c: group(c).update(weights="fp8"), ConfigError, "'group_0'"),
+    "sparsity that is no dict": (lambda c: c["quantization_config"].update(sparsity_config="x"), UnsupportedError, "sparsity"),
     "block without structure": (lambda c: group(c)["weights"].update(strategy="block"), ConfigError, "weights"),
     "asymmetric": (lambda c: group(c)["weights"].update(symmetric=False), UnsupportedError, "weights.symmetric"),
     "asymmetric inputs": (
@@ -188,6 +192,28 @@ def test_truncated_file(tmp_path: Path, keep: float) -> None:
 def test_weights_that_have_no_place_while_parameters_find_none(tmp_path: Path) -> None:
     write(tiny_llama(), tmp_path, edit=lambda s: {k.replace("self_attn.", "attention."): v for k, v in s.items()})
     with pytest.raises(MissingTensorError, match="do not fit together"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "transformer.", "base_model.model."])
+def test_names_under_a_prefix_that_the_model_lacks(prefix: str, tmp_path: Path) -> None:
+    write(tiny_llama(), tmp_path, edit=lambda s: {prefix + k: v for k, v in s.items()}, ignore=["re:.*lm_head"])
+    with pytest.raises(MissingTensorError, match="do not fit together"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_projection_missing_from_every_layer(tmp_path: Path) -> None:
+    write(tiny_llama(), tmp_path, edit=lambda s: {k: v for k, v in s.items() if "q_proj" not in k})
+    with pytest.raises(MissingTensorError, match="q_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("holds", [["a list"], {"step": 3}])
+def test_pickles_of_something_else(holds: Any, tmp_path: Path) -> None:
+    write(tiny_llama(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(holds, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

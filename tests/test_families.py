@@ -240,6 +240,20 @@ def test_edited_experts_are_quantized_anew_and_named(tmp_path: Path, caplog: pyt
     assert error(causal(again), causal(Qwen3MoeForCausalLM.from_pretrained(tmp_path / "fp8", **options))) > 0.05
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
+def test_an_edited_expert_of_a_stack(family: str, tmp_path: Path) -> None:
+    model = {"gpt_oss": gpt_oss, "llama4": llama4}[family]()
+    state, _ = write(model, tmp_path, quantized=is_linear, ignore=["lm_head", "re:.*router"])
+    save_file({k: v.contiguous() for k, v in stack_experts(state)[0].items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    options: dict[str, Any] = {"quantization_config": FP8Config(backend="weight_only"), "dtype": torch.float32}
+    loaded = type(model).from_pretrained(tmp_path, **options)
+    name = "model.layers.0.mlp.experts.down_proj" if family == "gpt_oss" else "model.layers.0.feed_forward.experts.down_proj"
+    loaded.get_parameter(name).data[1].mul_(1.7)
+    edited = causal(loaded)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert error(causal(type(model).from_pretrained(tmp_path / "saved", **options)), edited) < 0.05
+
+
 def test_experts_survive_a_cast_of_the_model(tmp_path: Path) -> None:
     written, _ = write(mixtral(), tmp_path / "fp8", quantized=is_linear)
     model = MixtralForCausalLM.from_pretrained(
@@ -346,6 +360,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 def test_new_head(backend: str, tmp_path: Path) -> None:
+    """It is dense, in the model and in what is saved."""
     write(tiny_llama(pad_token_id=0), tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=3, quantization_config=FP8Config(backend=backend)
@@ -353,6 +368,10 @@ def test_new_head(backend: str, tmp_path: Path) -> None:
     assert type(model.score) is torch.nn.Linear
     assert model(IDS).logits.shape == (2, 3)
     assert sum(isinstance(m, FP8Linear) for m in model.modules()) == (14 if backend == "weight_only" else 0)
+    model.save_pretrained(tmp_path / "saved")
+    options = {} if backend == "auto" else {"quantization_config": FP8Config(backend=backend)}
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", **options)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_base_model_and_back(tmp_path: Path) -> None:

@@ -141,6 +141,27 @@ def test_backward_keeps_no_copy_of_the_weight() -> None:
     assert {t.data_ptr() for t in saved} == {module.weight.data_ptr(), module.weight_scale.data_ptr()}
 
 
+@pytest.mark.parametrize("shape", [(3, 200), (2, 3, 200)])
+def test_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    module, x = layer(FP8_DYNAMIC), torch.randn(shape, requires_grad=True)
+    out = module(x)
+    out += 1
+    out.mul_(2).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_state_dicts_that_do_not_fit() -> None:
+    module, state = layer(FP8_STATIC), layer(FP8_STATIC).state_dict()
+    before = module(torch.ones(1, 200))
+    with pytest.raises(RuntimeError, match="would not quantize"):
+        module.load_state_dict({**state, "weight": torch.randn(72, 200)}, strict=False)
+    with pytest.raises(RuntimeError, match="without its weight_scale"):
+        module.load_state_dict({"weight": state["weight"]}, strict=False)
+    assert torch.equal(module(torch.ones(1, 200)), before)
+    module.to(torch.float32).load_state_dict({**state, "weight_scale": state["weight_scale"].bfloat16()})
+    assert module.weight_scale.dtype == torch.bfloat16
+
+
 def test_autocast() -> None:
     module = layer(FP8_DYNAMIC)
     with torch.autocast("cpu", dtype=torch.bfloat16):

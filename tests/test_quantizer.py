@@ -388,6 +388,104 @@ def test_mixed(config: FP8Config, tmp_path: Path) -> None:
         assert error(read, found) < 1e-5
 
 
+def test_dequantizing_an_offloaded_model_is_refused(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8, device_map=OFFLOAD, offload_folder=tmp_path / "offload")
+    wanted = logits(model)
+    with pytest.raises(hf_fp8.UnsupportedError, match="offloaded"):
+        model.dequantize()
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize("first", [None, FP8Config(dequantize=True), "afterwards"], ids=str)
+@pytest.mark.parametrize("second", [None, KEEP], ids=["auto", "weight_only"])
+def test_the_config_of_a_dequantized_model(first: Any, second: Any, fp8: Path, tmp_path: Path) -> None:
+    """Nothing in it says FP8 any more; passed on, it must not make codes into values."""
+    model = load(fp8).dequantize() if first == "afterwards" else load(fp8, first)
+    wanted = logits(model)
+    options = {} if second is None else {"quantization_config": second}
+    again = LlamaForCausalLM.from_pretrained(fp8, config=model.config, dtype=torch.float32, **options)
+    assert torch.equal(logits(again), wanted)
+    assert any(isinstance(m, FP8Linear) for m in again.modules()) == (second is not None)
+    model.save_pretrained(tmp_path / "dense")
+    assert "_name_or_path" not in (tmp_path / "dense" / "config.json").read_text()
+    if second is None:
+        dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense", config=model.config, dtype=torch.float32)
+        assert torch.equal(logits(dense), wanted)
+        assert not hasattr(dense.config, "quantization_config")
+
+
+def test_an_edited_weight_of_another_format_is_not_lost(tmp_path: Path) -> None:
+    model = load(checkpoint("llama-mixed", tmp_path))
+    logits(model)  # the host decompresses
+    model.model.layers[0].mlp.gate_proj.weight.data.mul_(2)
+    with pytest.raises(hf_fp8.UnsupportedError, match=r"layers\.0\.mlp\.gate_proj"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("how", [lambda m: m.dequantize(), hf_fp8.dequantize_model], ids=["method", "function"])
+def test_dequantize_after_saving(how: Any, fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    model.save_pretrained(tmp_path / "fp8 again")
+    wanted = logits(model)
+    how(model).save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert error(logits(again), wanted) < 1e-2  # the host wrote the model's dtype, bfloat16
+
+
+def test_one_layer_replaced(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = mlp.up_proj.to_linear(torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert type(again.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("backend", ["auto", "weight_only"])
+def test_a_config_inside_text_config(backend: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    path = checkpoint("qwen2vl-dyn", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    options = {"quantization_config": FP8Config(backend=backend), "dtype": torch.float32}
+    model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").read_text().count("config_groups") == (backend != "auto")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)))
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "exact": {"targets": [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)],
+              "quantized": lambda n: n.endswith("q_proj.weight")},
+    "regex": {"targets": [r"re:model\.layers\..*_proj"]},
+    "head group": {
+        "quantized": lambda n: n.endswith(("_proj.weight", "lm_head.weight")), "ignore": [], "targets": ["re:.*_proj"],
+        "config_edit": lambda c: c["quantization_config"]["config_groups"].update(
+            head={**c["quantization_config"]["config_groups"]["group_0"], "targets": ["lm_head"]}
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_saved_as_another_class(name: str, tmp_path: Path) -> None:
+    """The names lose their prefix, and a group may lose all of its modules."""
+    from transformers import AutoModel
+
+    write(tiny_llama(), tmp_path / "causal", **NAMED[name])
+    options = {"quantization_config": KEEP, "dtype": torch.float32}
+    base = AutoModel.from_pretrained(tmp_path / "causal", **options)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base", **options)
+    assert torch.equal(again(IDS).last_hidden_state, base(IDS).last_hidden_state)
+    assert any(isinstance(m, FP8Linear) for m in again.modules())
+
+
 def test_adapters_learn_and_leave_the_base_alone(fp8: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = load(fp8)
