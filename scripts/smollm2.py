@@ -7,8 +7,8 @@ hf_fp8: what hf_fp8 reads here is what others write.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,14 +62,29 @@ def write_dense(path: Path) -> Path:
 
 
 def prose(tokenizer: Any) -> torch.Tensor:
-    """Token ids of real English prose: the Python language reference, which every Python carries as help topics."""
+    """Token ids of real English prose: the Python language reference, which every Python carries as help topics.
+
+    Its running text only: paragraphs of some length, without code, grammar and tables.
+    """
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = tokenizer(text[: 8 * (CALIBRATION_TOKENS + EVALUATION_TOKENS)], return_tensors="pt").input_ids[0]
-    if len(ids) < CALIBRATION_TOKENS + EVALUATION_TOKENS:
-        raise SystemExit(f"only {len(ids)} tokens of prose")
+    paragraphs = (block for name in sorted(topics) for block in topics[name].split("\n\n"))
+    running = [
+        " ".join(line.strip() for line in block.split("\n"))
+        for block in paragraphs
+        if len(block) > 200 and not block.startswith("   ") and not re.search(r"\||\+--|::=", block)
+    ]
+    ids: torch.Tensor = tokenizer("\n\n".join(running), return_tensors="pt").input_ids[0]
     return ids
+
+
+def calibration(ids: torch.Tensor) -> torch.Tensor:
+    return ids[:CALIBRATION_TOKENS]
+
+
+def evaluation(ids: torch.Tensor, tokens: int = EVALUATION_TOKENS) -> torch.Tensor:
+    """The text after that of the calibration."""
+    return ids[CALIBRATION_TOKENS : CALIBRATION_TOKENS + tokens]
 
 
 def windows(ids: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -106,7 +121,7 @@ def write_fp8(dense: Path, path: Path, kind: str, tick: Callable[[], Any] = lamb
     try:
         model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(dense)
-        largest = _largest_inputs(model, prose(tokenizer)[:CALIBRATION_TOKENS], tick) if kind == "static" else {}
+        largest = _largest_inputs(model, calibration(prose(tokenizer)), tick) if kind == "static" else {}
         scheme = preset_name_to_scheme(KINDS[kind], ["Linear"])
         config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="float-quantized")
         apply_quantization_config(model, config, show_progress=False)
@@ -153,7 +168,3 @@ def memory_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters and buffers, each counted once."""
     held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in held.values())
-
-
-def save_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))
