@@ -1,0 +1,133 @@
+"""Numbers of docs/accuracy.md: checkpoints against stored references, round trips, and perplexity of a real model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import build
+import compressed_tensors
+import smollm2
+import torch
+import transformers
+from loguru import logger as loguru
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+import hf_fp8
+from hf_fp8 import FP8Config
+
+BACKENDS = ("auto", "weight_only", "scaled_mm")
+
+
+def load(path: Path, dtype: Any, backend: str) -> Any:
+    cls = AutoModelForImageTextToText if "vl" in path.name else AutoModelForCausalLM
+    return cls.from_pretrained(path, dtype=dtype, quantization_config=FP8Config(backend=backend))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(ids, use_cache=False).logits.float()
+    return out
+
+
+def stock_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    cls = AutoModelForImageTextToText if "vl" in path.name else AutoModelForCausalLM
+    hf_fp8.unregister()
+    try:
+        return logits(cls.from_pretrained(path, dtype=torch.float32), ids)
+    finally:
+        hf_fp8.register()
+
+
+def references(folder: Path, work: Path) -> list[str]:
+    """One line of the first table for each backend."""
+    path = work / folder.name
+    shutil.copytree(folder, path)
+    (path / "reference.safetensors").unlink()
+    stored = load_file(folder / "reference.safetensors")
+    lines = []
+    for backend in BACKENDS:
+        cells = []
+        for dtype in (torch.float32, torch.bfloat16):
+            found = logits(load(path, dtype, backend), stored["input_ids"])
+            for name in ("logits", "logits_quantized_input"):
+                cells.append(f"{build.error(found, stored[name]):.1e}" if name in stored else "-")
+        first = load(path, "auto", backend)
+        before = logits(first, stored["input_ids"])
+        first.save_pretrained(work / "once" / folder.name)
+        again = load(work / "once" / folder.name, "auto", backend) if backend != "auto" else None
+        if again is None:
+            cls = type(first)
+            again = cls.from_pretrained(work / "once" / folder.name, dtype="auto")
+        again.save_pretrained(work / "twice" / folder.name)
+        once, twice = build.tensors(work / "once" / folder.name), build.tensors(work / "twice" / folder.name)
+        lost = "-" if backend == "auto" else str(len(build.differing(build.tensors(path), once)))
+        same = torch.equal(before, logits(again, stored["input_ids"]))
+        stock = stock_logits(work / "once" / folder.name, stored["input_ids"])
+        wanted = stored.get("logits_quantized_input", stored["logits"]) if backend != "auto" else stored["logits"]
+        read = f"{build.error(stock, wanted):.0e}" if "logits_quantized_input" in stored or backend == "auto" else "-"
+        lines.append(
+            f"| {folder.name} | {backend} | {' | '.join(cells)} | {lost} | {len(build.differing(once, twice))} "
+            f"| {'equal' if same else 'DIFFER'} | {read} |"
+        )
+        shutil.rmtree(work / "once")
+        shutil.rmtree(work / "twice")
+    return lines
+
+
+def perplexities(folder: Path, counts: list[int]) -> list[str]:
+    dense = smollm2.write_dense(folder / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    ids = smollm2.prose(tokenizer)
+    lines = []
+    for count in counts:
+        text = smollm2.evaluation(ids, count)
+        reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+        base = smollm2.perplexity(reference, text)
+        lines.append(f"| BF16 | - | {len(text):,} | {base:.3f} | |")
+        for kind in smollm2.KINDS:
+            path = smollm2.write_fp8(dense, folder / kind, kind)
+            for backend in BACKENDS:
+                found = smollm2.perplexity(load(path, torch.bfloat16, backend), text)
+                lines.append(f"| {kind} | {backend} | {len(text):,} | {found:.3f} | {100 * (found / base - 1):+.2f}% |")
+                print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="how much prose to measure perplexity on")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where SmolLM2's checkpoints are kept")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.set_verbosity(50)
+    loguru.remove()
+    with tempfile.TemporaryDirectory() as work:
+        table = [line for folder in sorted((ROOT / "tests" / "data").iterdir()) for line in references(folder, Path(work))]
+    print("\n".join(table), flush=True)
+    perplexity = perplexities(options.folder, options.tokens)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    text = (ROOT / "docs" / "accuracy.template.md").read_text()
+    versions = (
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, compressed-tensors {compressed_tensors.__version__}; commit {commit}"
+    )
+    for name, value in {"VERSIONS": versions, "REFERENCES": "\n".join(table), "PERPLEXITY": "\n".join(perplexity)}.items():
+        text = text.replace(f"<!-- {name} -->", value)
+    (ROOT / "docs" / "accuracy.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
