@@ -139,11 +139,11 @@ class Dequantize(_Shared):
     """Multiplies quantized weights out to the dtype of the parameter they go into.
 
     Per-expert weights are written one by one into one stacked tensor, which the host's merge passes
-    through: no expert is held twice. `scales` collects the small tensors that `Requantize` needs.
+    through: no expert is held twice.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], scales: dict[str, dict[str, torch.Tensor]] | None) -> None:
-        self.parameters, self.scales = parameters, scales
+    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
+        self.parameters = parameters
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
@@ -176,8 +176,6 @@ class Dequantize(_Shared):
                 tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
                 taken[role] += 1
             dense = parts[WEIGHT].to(dtype) if weight is None else weight_from(weight, parts, dtype)
-            if weight is not None and self.scales is not None:
-                self.scales[weight.name] = {r: t.to("cpu", copy=True) for r, t in parts.items() if r != WEIGHT}
             if len(stored) == 1:
                 return [dense]
             if out is None:

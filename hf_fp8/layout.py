@@ -56,7 +56,7 @@ def lay_out(
         weight.transposed = _is_transposed(model, weight)
     for weight in scanned.weights:
         weight.check()
-    check_scale_values(scanned.weights, checkpoint)
+    scales = check_scale_values(scanned.weights, checkpoint)
     _check_coverage(model, keymap, checkpoint, config, scanned)
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
@@ -76,10 +76,13 @@ def lay_out(
         if weight.target not in layout.dense:
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
+    if dense_because is None:
+        dense = [weight for weight in scanned.weights if weight.module not in layout.kept]
+        layout.scales = {w.name: {r: scales[key] for r, key in w.keys.items() if r != WEIGHT} for w in dense}
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
     for name, weight in layout.kept.items():
         layout.passengers.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
-    layout.conversions = transforms(layout, weights, conversions, extra, late, restore=dense_because is None)
+    layout.conversions = transforms(layout, weights, conversions, extra, late)
     return layout
 
 

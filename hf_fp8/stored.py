@@ -148,13 +148,14 @@ class StoredWeight:
         return [(experts, *grid)]
 
 
-def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> None:
-    """Raises ScaleError for the first scale that is not finite and positive; CheckpointError for zero points.
+def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Key -> scale (or zero point) of all the weights, on CPU: they are small beside what they scale.
 
-    Scales are read for this before any weight is: they are small (at most 1/64 of the bytes).
+    Raises ScaleError for the first that is not finite and positive, UnsupportedError for zero points.
     """
     names = [w.keys[role] for w in weights for role in (WEIGHT_SCALE, INPUT_SCALE, *ZERO_POINTS) if role in w.keys]
-    for name, scale in checkpoint.read(names).items():
+    found = checkpoint.read(names)
+    for name, scale in found.items():
         if "zero_point" in name:
             if scale.float().count_nonzero():
                 raise UnsupportedError(f"{name} is not zero: hf_fp8 runs symmetric FP8, without zero points")
@@ -167,6 +168,7 @@ def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> N
                 f"{name} holds {value} ({int(bad.sum())} of {scale.numel()} values are not finite and positive): "
                 "weights multiplied by it would be wrong. The checkpoint was damaged or badly calibrated."
             )
+    return found
 
 
 def check_shape(weight: StoredWeight, expected: tuple[int, ...]) -> None:

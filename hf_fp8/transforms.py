@@ -20,7 +20,8 @@ class Layout:
     """kept: module -> weight that stays in FP8. dense: parameter -> the weights multiplied out into it.
 
     reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
-    the model -> keys in the files, of tensors that no module uses and that are written back.
+    the model -> keys in the files, of tensors that no module uses and that are written back. scales:
+    name of a dense weight -> what its codes were multiplied by, for writing it back.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
@@ -38,11 +39,8 @@ def transforms(
     host: Sequence[WeightTransform],
     extra: list[WeightConverter],
     late: dict[str, str],
-    *,
-    restore: bool,
 ) -> list[WeightTransform]:
-    scales = layout.scales if restore else None
-    op, back = Dequantize(layout.dense, scales), Requantize(layout.dense, layout.scales)
+    op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
     for transform in [*host, *extra]:
         if isinstance(transform, WeightConverter):
