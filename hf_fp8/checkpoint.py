@@ -6,6 +6,7 @@ Nothing here executes code from a checkpoint: safetensors holds none, and pickle
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import CorruptFileError, UnsupportedError
+from .errors import CorruptFileError, MissingTensorError, UnsupportedError
 
 # safetensors' dtype names; those it has and torch lacks stay without a torch dtype
 TORCH_DTYPES = {
@@ -69,6 +70,8 @@ class Checkpoint:
     @staticmethod
     def _read_safetensors(file: str) -> dict[str, TensorInfo]:
         found = {}
+        if not os.path.exists(file):
+            raise MissingTensorError(f"{file} is not there, though the checkpoint's index lists it: a shard is missing")
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (no mapping)

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
 from pydantic import ValidationError
 from transformers import CompressedTensorsConfig
 
@@ -118,6 +123,10 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"dequantize": self.dequantize, "backend": self.backend, "experts": self.experts}
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.get_loading_attributes().items())
+        return f"FP8Config({options})"
 
     def get(self, key: str, default: Any = None) -> Any:
         """The host reads a model's config as a dict even where it holds an object."""
@@ -275,7 +284,9 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
         first = error.errors()[0]
         # pydantic puts the validators it went through between the keys
         where = "".join(f".{part}" for part in first["loc"] if "[" not in str(part))
-        message = first["msg"].split("\n")[0]
+        message = first["msg"].split("\n")[0].removeprefix("Value error, ")
+        if where.endswith("strategy"):
+            message += f"; there are: {', '.join(member.value for member in QuantizationStrategy)}"
         raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
 
 

@@ -35,15 +35,18 @@ class Explanation(list[Row]):
         for row in self:
             pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
             folded.setdefault((pattern, row.scheme, row.kernel, row.reason), []).append(row)
-        lines = [("module", "count", "scheme", "kernel", "bytes", "reason")]
+        reasons = {row.reason for row in self}
+        common = reasons.pop() if len(reasons) == 1 else None
+        lines = [("module", "count", "scheme", "kernel", "bytes", "reason" if common is None else "")]
         for (pattern, scheme, kernel, reason), rows in folded.items():
             size = f"{sum(row.bytes for row in rows):,}"
-            lines.append((pattern, str(len(rows)), scheme, kernel, size, reason))
+            lines.append((pattern, str(len(rows)), scheme, kernel, size, reason if common is None else ""))
         lines.append(("total", str(len(self)), "", "", f"{sum(row.bytes for row in self):,}", ""))
         widths = [max(len(line[column]) for line in lines) for column in range(6)]
-        return "\n".join(
+        table = "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
+        return f"{table}\nwhy: {common}" if common else table
 
     __repr__ = __str__
 
@@ -73,8 +76,8 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
             held: nn.Module | nn.Parameter = model.get_submodule(name)
         except AttributeError:
             held = model.get_parameter(name)
-        if isinstance(held, FP8Linear):
-            continue
+        if isinstance(held, FP8Linear) or not reason:
+            continue  # listed above, or made dense by the user since
         tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
         rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
     return rows

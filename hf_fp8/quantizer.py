@@ -160,7 +160,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if because is not None and layout.dense and because != "dequantize=True":
             logger.warning(
                 f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "
-                f"while loading ({because}). FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8."
+                f"while loading ({because}), and the model saves as a plain dense one. "
+                "FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8."
             )
         elif because is None and layout.dense:
             sample = next(iter(layout.dense))

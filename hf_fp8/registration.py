@@ -67,7 +67,9 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
-    if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == OUR_METHOD:
+    if isinstance(quantization_config, dict) and (
+        quantization_config.get("quant_method") == OUR_METHOD or set(quantization_config) <= {"backend", "experts"}
+    ):
         quantization_config = FP8Config(**quantization_config)
     if isinstance(quantization_config, FP8Config):
         if written is None:

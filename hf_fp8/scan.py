@@ -139,9 +139,10 @@ def _is_fp8(
     scale = keys.get(WEIGHT_SCALE)
     if info.dtype == "F8_E4M3":
         if group is None:
+            ignored = " (it is in `ignore`)" if match(names, (), config.ignore) else ""
             raise MismatchError(
-                f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}"
-                f"{' (it is in `ignore`)' if match(names, (), config.ignore) else ''}: its codes would be taken for values"
+                f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}{ignored}: its E4M3 codes would be "
+                "taken for values. Mend `targets` or `ignore` in config.json"
             )
         return True
     if info.dtype in DENSE_DTYPES:
@@ -153,7 +154,7 @@ def _is_fp8(
         if group is not None and len(info.shape) == 2 and not _excused(names, config):
             raise MismatchError(
                 f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
-                "add it to `ignore` if it was left out on purpose"
+                "add it to `ignore` in config.json if it is meant to be dense, else quantize it again"
             )
         return False
     if group is not None or scale is not None or info.dtype.startswith("F8_"):

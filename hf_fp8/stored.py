@@ -95,7 +95,7 @@ class StoredWeight:
         if WEIGHT_SCALE not in self.keys:
             raise MissingTensorError(
                 f"{self.name}.{WEIGHT_SCALE} is not in the files, though {self.keys[WEIGHT]} is stored in FP8 "
-                f"({self.scheme.describe()}). Without it the codes mean nothing: the checkpoint is incomplete."
+                f"({self.scheme.describe()}). Without it the codes mean nothing: download or export the checkpoint again."
             )
         if self.scheme.has_static_input and INPUT_SCALE not in self.keys:
             raise MissingTensorError(

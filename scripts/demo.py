@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TQDM_DISABLE"] = "1"  # the libraries' own bars
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import smollm2
@@ -28,26 +29,27 @@ from hf_fp8 import FP8Config
 
 console = Console()
 PROMPT = "What is gravity? Answer in one sentence."
-NEW_TOKENS = 16
+NEW_TOKENS = 12
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 # (row of the table, checkpoint, how it is loaded)
 ROUTES: list[tuple[str, str, FP8Config | None]] = [
     ("BF16", "dense", None),
-    ("FP8, default here", "dynamic", FP8Config()),
-    ("FP8, weight_only", "dynamic", FP8Config(backend="weight_only")),
-    ("FP8, scaled_mm", "dynamic", FP8Config(backend="scaled_mm")),
+    ("FP8, default", "dynamic", FP8Config()),
+    ("weight_only", "dynamic", FP8Config(backend="weight_only")),
+    ("scaled_mm", "dynamic", FP8Config(backend="scaled_mm")),
 ]
 
 
 def load(path: Path, config: FP8Config | None) -> Any:
     options = {} if config is None else {"quantization_config": config}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=DEVICE, **options)
 
 
 def generate(model: Any, tokenizer: Any, new_tokens: int = NEW_TOKENS) -> tuple[str, float]:
     """(text, tokens per second), greedy."""
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ).to(model.device)
     start = time.perf_counter()
     out = model.generate(**chat, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     made = out[0, chat["input_ids"].shape[1] :]
@@ -73,7 +75,14 @@ def measure(name: str, path: Path, config: FP8Config | None, progress: Progress)
     }  # fmt: skip
 
 
+def say(line: str) -> None:
+    """For logs, where there are no bars."""
+    if not console.is_terminal:
+        print(line, flush=True)
+
+
 def prepare(folder: Path, progress: Progress) -> dict[str, Path]:
+    say("SmolLM2 in BF16 from its GGUF, then as an FP8 checkpoint")
     task = progress.add_task("SmolLM2 in BF16, from its GGUF", total=1)
     dense = smollm2.write_dense(folder / "dense")
     progress.advance(task)
@@ -86,8 +95,8 @@ def prepare(folder: Path, progress: Progress) -> dict[str, Path]:
 def table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     shown = Table(title="SmolLM2-135M-Instruct: BF16 against FP8 (channel weights, per-token inputs)")
-    for column in ("", "on disk", "in memory", "perplexity", "tokens/s", "kernel"):
-        shown.add_column(column, justify="left" if column in ("", "kernel") else "right")
+    for column in ("", "disk", "memory", "perplexity", "tok/s", "kernel"):
+        shown.add_column(column, justify="left" if column in ("", "kernel") else "right", no_wrap=True)
     for row in rows:
         change = "" if row is first else f" ({100 * (row['perplexity'] / first['perplexity'] - 1):+.2f}%)"
         shown.add_row(
@@ -98,9 +107,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    about = "Quantize SmolLM2-135M-Instruct to FP8, load it with hf_fp8, generate, and compare it with BF16."
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=about)
     parser.add_argument("--again", action="store_true", help="measure anew instead of showing what the last run measured")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / ".demo", help="where checkpoints go")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).parent.parent / ".demo", help="where checkpoints go (default: .demo)"
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.set_verbosity_error()
@@ -110,31 +122,39 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     start = time.perf_counter()
-    kept = options.folder / f"measured-{hf_fp8.__version__}-torch-{torch.__version__}.json"
+    kept = options.folder / f"rows-{hf_fp8.__version__}-torch-{torch.__version__}.json"
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         paths = prepare(options.folder, progress)
-        if kept.exists() and not options.again:
-            rows = json.loads(kept.read_text())
-        else:
-            rows = [measure(name, paths[which], config, progress) for name, which, config in ROUTES]
-            kept.write_text(json.dumps(rows, indent=1))
+        measured = json.loads(kept.read_text()) if kept.exists() and not options.again else {}
+        for name, which, config in ROUTES:
+            if name not in measured:
+                say(f"{name}: perplexity on {smollm2.EVALUATION_TOKENS:,} tokens, then {NEW_TOKENS} new ones")
+                measured[name] = measure(name, paths[which], config, progress)
+                kept.write_text(json.dumps(measured, indent=1))  # an interrupted run goes on from here
+        rows = [measured[name] for name, *_ in ROUTES]
+        say("one FP8 model, kept in FP8")
         task = progress.add_task("one FP8 model, kept in FP8", total=1)
         model = load(paths["dynamic"], FP8Config(backend="weight_only"))
         said, speed = generate(model, AutoTokenizer.from_pretrained(paths["dynamic"]), 8)
         progress.advance(task)
 
-    console.print(f"\n[bold]asked[/]   {PROMPT}")
+    console.print(f"\n[bold]asked[/]         {PROMPT}")
     for row in rows:
-        console.print(f"[bold]{row['name']:<18}[/] {row['said']} ...", highlight=False)
-    console.print(f"[bold]{'just now':<18}[/] {said} ... ({speed:.1f} tokens/s, weight_only)\n", highlight=False)
+        console.print(f"[bold]{row['name']:<13}[/] {row['said']} ...", highlight=False)
+    console.print(f"[bold]{'just now':<13}[/] {said} ... ({speed:.1f} tokens/s, weight_only)\n", highlight=False)
     console.print(hf_fp8.explain(model), highlight=False, soft_wrap=True)
     console.print()
     console.print(table(rows))
+    if not torch.accelerator.is_available():
+        console.print(
+            "A CPU has no FP8 units: the default multiplies the weights out while loading. Keeping them in FP8 saves "
+            "memory and is slower here. On a GPU with FP8 units they are kept by default.",
+            highlight=False,
+        )
     console.print(
-        "A CPU has no FP8 units: the default multiplies the weights out while loading; keeping them in FP8 halves the\n"
-        "memory and is slower here. On a GPU with FP8 units, FP8 is kept and run by default. The BF16 tied embedding\n"
-        f"(57 MB) stays as it is. Took {time.perf_counter() - start:.0f} s; checkpoints are in {options.folder.name}/.",
+        f"The tied embedding (57 MB) is BF16 in all of them. Took {time.perf_counter() - start:.0f} s; checkpoints are in "
+        f"{options.folder.name}/, and --again measures anew.",
         highlight=False,
     )
 

@@ -97,6 +97,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, tick: Callable[[], Any
     """exp of the mean negative log-likelihood of each token, given those before it in its window."""
     total, count = 0.0, 0
     for window in windows(ids):
+        window = window.to(model.device)
         logits = model(window, use_cache=False).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
         count += window.shape[1] - 1

@@ -181,7 +181,7 @@ def _select(problem: Problem, backend: str) -> Choice:
             continue  # made for other schemes: no news
         reason = kernel.wrong_device(problem)
         if reason is None:
-            return Choice(kernel, "; ".join(reasons) or "first choice")
+            return Choice(kernel, "; ".join(reasons) or f"FP8 matmul on {problem.device.type}")
         reasons.append(f"{kernel.name}: {reason}")
     raise AssertionError("the last kernel takes every problem")
 

@@ -1,0 +1,101 @@
+"""Peak memory of loading a checkpoint with merged experts, against the size of the loaded model.
+
+.venv/bin/python scripts/load_memory.py writes an FP8 mixture of experts (0.8 GB, random codes) to a temporary folder
+and loads it in a process of its own for each backend. Linux: anonymous memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+LAYERS, EXPERTS, HIDDEN = 8, 32, 1024
+
+
+def write(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        vocab_size=1000, intermediate_size=HIDDEN, moe_intermediate_size=HIDDEN, num_experts=EXPERTS,
+        num_experts_per_tok=2, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(path)  # fmt: skip
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "config_groups": {"FP8_DYNAMIC": ["Linear"]}, "format": "float-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "quant_method": "compressed-tensors", "quantization_status": "compressed",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    state = {name: torch.randn(1000, HIDDEN).bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    state["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
+
+    def quantized(name: str, rows: int, cols: int) -> None:
+        state[f"{name}.weight"] = torch.randint(0, 120, (rows, cols), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        state[f"{name}.weight_scale"] = torch.full((rows, 1), 1e-3).bfloat16()
+
+    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
+        for norm, size in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN), ("self_attn.q_norm", 64)):
+            state[f"{layer}.{norm}.weight"] = torch.ones(size).bfloat16()
+        state[f"{layer}.self_attn.k_norm.weight"] = torch.ones(64).bfloat16()
+        for name, rows, cols in (("q", 512, HIDDEN), ("k", 128, HIDDEN), ("v", 128, HIDDEN), ("o", HIDDEN, 512)):
+            quantized(f"{layer}.self_attn.{name}_proj", rows, cols)
+        state[f"{layer}.mlp.gate.weight"] = torch.randn(EXPERTS, HIDDEN).bfloat16()
+        for expert in range(EXPERTS):
+            for name in ("gate", "up", "down"):
+                quantized(f"{layer}.mlp.experts.{expert}.{name}_proj", HIDDEN, HIDDEN)
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def anonymous() -> float:
+    """Anonymous memory of this process in GB: mapped files do not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
+
+
+def load(path: str, backend: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import hf_fp8
+
+    done, peak, before = threading.Event(), [0.0], anonymous()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    config = hf_fp8.FP8Config(backend=backend)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    used = peak[0] - before
+    print(f"{backend:<12} model {size:.2f} GB, peak {used:.2f} GB = {used / size:.2f}x, {seconds:.1f} s", flush=True)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        return load(*sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        for backend in ("auto", "weight_only"):
+            subprocess.run([sys.executable, __file__, folder, backend], check=True, stderr=subprocess.DEVNULL)
+    return None
+
+
+if __name__ == "__main__":
+    main()
