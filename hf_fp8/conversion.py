@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.utils import logging
 
 from . import numerics
+from .errors import UnsupportedError
 from .scheme import Granularity
 from .stored import StoredWeight
 
@@ -224,9 +225,10 @@ class Requantize(_Shared):
         for pattern, weights in parameter.sources.items():
             for index, weight in enumerate(weights):
                 key = pattern.replace("*", str(index))
-                out.update(self._codes(key, _only(input_dict.pop(key)), weight, parameter.dtype))
+                # Whole names: the host completes those of others from one that it knows, ending in "weight".
+                out.update(self._codes(prefix + key, _only(input_dict.pop(key)), weight, parameter.dtype))
         self._tell(start)
-        return out | input_dict
+        return out | {prefix + key: tensor for key, tensor in input_dict.items()}
 
     def _tell(self, start: int) -> None:
         if names := self.changed[start:]:
@@ -238,9 +240,18 @@ class Requantize(_Shared):
         if weight is None:
             return {key: dense}
         scales = self.scales[weight.name]
-        parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
+        if weight.group.scheme is None:
+            parts = compressor(weight).compress({WEIGHT: dense, **scales}, weight.group.parsed)
+            parts = {**scales, **{role: parts[role] for role in weight.keys if role in parts and role not in scales}}
+        else:
+            parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
         # Through the dtype it was loaded in, in case the model has been cast since.
         same = torch.equal(weight_from(weight, parts, dtype).to(dense), dense)
+        if not same and weight.group.scheme is None:
+            raise UnsupportedError(
+                f"{weight.name} was changed since loading, and does not fit the {weight.group.format} codes and scales that it "
+                "came with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+            )
         if not same:
             self.changed.append(weight.name)
             parts["weight_scale"] = fresh_scale(weight, dense, scales["weight_scale"])
@@ -248,11 +259,15 @@ class Requantize(_Shared):
         return {name: parts[role] for role, name in weight.names_beside(key).items()}
 
 
+def compressor(weight: StoredWeight) -> Any:
+    """compressed-tensors' compressor of a weight that is not FP8."""
+    return BaseCompressor.get_value_from_registry(weight.group.format)
+
+
 def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The dense weight, multiplied out in float32 and rounded once to `dtype`."""
     if weight.group.scheme is None:
-        compressor = BaseCompressor.get_value_from_registry(weight.group.format)
-        dense: torch.Tensor = compressor.decompress(dict(parts), weight.group.parsed)[WEIGHT]
+        dense: torch.Tensor = compressor(weight).decompress(dict(parts), weight.group.parsed)[WEIGHT]
         return dense.to(dtype)
     q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)
     if len(weight.shape) == 3:

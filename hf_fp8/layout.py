@@ -50,10 +50,11 @@ def lay_out(
     scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params), keymap.prefix)
     layout = Layout(scan=scanned)
     late = dict(keymap.aliases)
-    weights = scanned.weights + (scanned.host if config.dequantize else [])
     for weight in [*scanned.weights, *scanned.host]:
         _place(weight, keymap, late)
         weight.transposed = _is_transposed(model, weight)
+    # The host runs its own formats module by module; merged into one parameter they are ours to multiply out.
+    weights = scanned.weights + [w for w in scanned.host if config.dequantize or w.pattern is not None]
     for weight in scanned.weights:
         weight.check()
     scales = check_scale_values(scanned.weights, checkpoint)
@@ -77,8 +78,10 @@ def lay_out(
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     if dense_because is None:
-        dense = [weight for weight in scanned.weights if weight.module not in layout.kept]
-        layout.scales = {w.name: {r: scales[key] for r, key in w.keys.items() if r != WEIGHT} for w in dense}
+        dense = [weight for weight in weights if weight.module not in layout.kept]
+        host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
+        scales |= checkpoint.read(host)
+        layout.scales = {w.name: {r: scales[key] for r, key in w.keys.items() if r != w.primary} for w in dense}
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
     for name, weight in layout.kept.items():
         layout.passengers.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
@@ -244,14 +247,15 @@ def _collect(
     dtype: torch.dtype,
 ) -> None:
     """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order."""
-    by_key = {weight.keys[WEIGHT]: weight for weight in weights if WEIGHT in weight.keys}
-    for weight in weights:
-        if weight.target in layout.dense and weight.pattern is None:
-            layout.dense[weight.target].sources = {WEIGHT: [weight]}
+    by_key = {weight.keys[weight.primary]: weight for weight in weights}
+    for stored in weights:
+        if stored.target in layout.dense and stored.pattern is None:
+            layout.dense[stored.target].sources = {WEIGHT: [stored]}
     merging = {weight.pattern for weight in weights if weight.target and weight.pattern is not None}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        target, pattern = keymap.resolve(key)
+        weight = by_key.get(key)
+        target, pattern = keymap.resolve(key) if weight is None else (weight.target, weight.pattern)
         if pattern in merging and target in keymap.params:
             # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
             parameter = layout.dense.setdefault(target, Parameter(target, _planned_dtype(target, fp32, dtype)))
-            parameter.sources.setdefault(str(pattern), []).append(by_key.get(key))
+            parameter.sources.setdefault(str(pattern), []).append(weight)

@@ -48,6 +48,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._device_map: Any = None
         self._dtype = torch.bfloat16
         self._dense_because: str | None = None
+        self._dense: list[str] = []
         self._host_conversions: list[WeightTransform] = []
 
     # -- what the host asks before and after loading --
@@ -113,8 +114,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
             self._untie(model, weight.target)
         dense = [w.module for w in layout.scan.weights if w.target and w.module not in layout.kept]
-        if config.host_groups and not config.dequantize:
+        merged = [w for w in layout.scan.host if w.pattern is not None]
+        dense += [name for w in merged for name in (w.name, w.renamed[w.primary].rpartition(".")[0])]
+        if len(merged) < len(layout.scan.host) and not config.dequantize:
             packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
+            self._dense = dense
             self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=dense, compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
@@ -186,8 +190,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if self.host is None:
                 remember(model.config, self.quantization_config)
             else:
-                dense = [weight.module for weight in self.layout.scan.weights if weight.target]
-                model.config.quantization_config = self.quantization_config.without_fp8_groups(dense)
+                model.config.quantization_config = self.quantization_config.without_fp8_groups(self._dense)
         return model
 
     def _native_conversions(self) -> list[WeightTransform]:

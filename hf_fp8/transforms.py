@@ -83,7 +83,7 @@ def _merged_converter(
     roles: dict[str, None] = {}
     for weight in through:
         assert weight.pattern is not None
-        renamed = probe.rename_source_key(weight.renamed[WEIGHT])[0]
+        renamed = probe.rename_source_key(weight.renamed[weight.primary].removesuffix("_packed"))[0]
         for role, key in weight.renamed.items():
             if role != WEIGHT:
                 routes[key] = (renamed, companion(weight.pattern, role))

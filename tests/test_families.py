@@ -386,3 +386,54 @@ def test_base_model_and_back(tmp_path: Path) -> None:
     assert AutoModel.from_pretrained(tmp_path / "base", **options)(IDS).last_hidden_state.equal(hidden)
     headless = type(tiny_llama()).from_pretrained(tmp_path / "base", **options)
     assert torch.equal(headless.model(IDS).last_hidden_state, hidden)
+
+
+@pytest.mark.parametrize("backend", ["auto", "weight_only", "dequantize"])
+def test_fp8_attention_beside_int4_experts(backend: str, tmp_path: Path) -> None:
+    """Experts of another format, merged: multiplied out by that format's own rules, and packed again on saving."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    int4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}
+    scheme = QuantizationScheme(targets=["re:.*experts.*"], weights=int4, format="pack-quantized")
+    compressor, unpacked = BaseCompressor.get_value_from_registry("pack-quantized"), {}
+
+    def pack(state: State) -> State:
+        packed = {}
+        for name, tensor in state.items():
+            if ".experts." not in name:
+                packed[name] = tensor
+                continue
+            scale = (tensor.float().view(tensor.shape[0], -1, 8).abs().amax(-1) / 7.5).bfloat16()
+            parts = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
+            packed |= {name.removesuffix("weight") + role: part for role, part in parts.items()}
+            unpacked[name] = compressor.decompress(parts, scheme)["weight"]
+        return packed
+
+    def two_groups(config: dict[str, Any]) -> None:
+        config["quantization_config"]["format"] = "mixed-precision"
+        experts = {"targets": ["re:.*experts.*"], "weights": int4, "format": "pack-quantized"}
+        config["quantization_config"]["config_groups"]["experts"] = experts
+
+    model, path = qwen3_moe(), tmp_path / "mixed"
+    written, dense = write(
+        model, path, quantized=lambda n: is_linear(n) and "experts" not in n, targets=["re:.*self_attn.*"], edit=pack,
+        config_edit=two_groups,
+    )  # fmt: skip
+    wanted = dense_logits(model, {**dense, **unpacked}, tmp_path / "dense")
+    config = FP8Config(dequantize=True) if backend == "dequantize" else FP8Config(backend=backend)
+    loaded = type(model).from_pretrained(path, quantization_config=config, dtype=torch.float32)
+    assert error(causal(loaded), wanted) < 1e-5
+    loaded.save_pretrained(tmp_path / "saved")
+    if backend != "weight_only":
+        again = type(model).from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        assert torch.equal(causal(again), causal(loaded)) and not hasattr(again.config, "quantization_config")
+        return
+    saved = tensors(tmp_path / "saved")
+    quantized = {name for name in written if "weight_" in name or written[name].dtype == FP8}
+    assert not quantized & set(differing(written, saved))
+    again = type(model).from_pretrained(tmp_path / "saved", quantization_config=config, dtype=torch.float32)
+    assert torch.equal(causal(again), causal(loaded))
+    loaded.model.layers[0].mlp.experts.down_proj.data[1].mul_(1.5)
+    with pytest.raises(hf_fp8.UnsupportedError, match=r"experts\.1\.down_proj"):
+        loaded.save_pretrained(tmp_path / "edited")
