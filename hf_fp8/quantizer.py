@@ -64,6 +64,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "hf_fp8 reads FP8 checkpoints from files, to hold them against their config before anything is loaded; "
                 "save the state dict with its config and load the folder"
             )
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedError(
+                "hf_fp8 does not shard FP8 weights over processes yet (distributed_config, tp_plan): load with a device_map, "
+                "or load with FP8Config(dequantize=True), save, and shard the dense checkpoint"
+            )
         self._files, self._device_map = list(files), kwargs.get("device_map")
         self._dtype = dtype or torch.get_default_dtype()
         super().preprocess_model(model, dtype=dtype, **kwargs)

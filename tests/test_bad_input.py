@@ -233,6 +233,14 @@ def test_pickles_execute_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+def test_sharding_over_processes_is_refused(tmp_path: Path) -> None:
+    write(tiny_llama(), tmp_path)
+    config = LlamaForCausalLM.config_class.from_pretrained(tmp_path)
+    config.distributed_config = {"tp_size": 2}
+    with pytest.raises(UnsupportedError, match="shard"):
+        LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+
+
 def test_state_dict_instead_of_files(tmp_path: Path) -> None:
     state, _ = write(tiny_llama(), tmp_path)
     config = LlamaForCausalLM.config_class.from_pretrained(tmp_path)
