@@ -17,28 +17,54 @@ from transformers.core_model_loading import (
 
 
 class KeyMap:
-    """What the host's loader will call a key of the files: `resolve`, with the same rules in the same order."""
+    """What the host's loader will call a key of the files: `resolve`, with the same rules in the same order.
+
+    aliases: a key after the host's renamings -> what it is to be called instead. Each key is looked up
+    once: a large mixture of experts has a hundred thousand, and some of the host's renamings are stateful.
+    """
 
     def __init__(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
-        conversions = deepcopy(list(conversions))  # they note which of them were used, and some are stateful
-        self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        conversions = deepcopy(list(conversions))  # they note which of them were used
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.params = model.state_dict()
         self.prefix = model.base_model_prefix
         self.aliases: dict[str, str] = {}
+        self._plain: dict[str, str] = {}
+        self._converted: dict[str, tuple[str, str | None]] = {}
+
+    def add(self, converters: Sequence[WeightConverter]) -> None:
+        """Converters that the host does not have, to be tried after its own."""
+        self._converters += converters
+        self._converted.clear()
+
+    def plain(self, key: str) -> str:
+        """`key` after the host's renamings, without our aliases."""
+        renamed = self._plain.get(key)
+        if renamed is None:
+            renamed = self._plain[key] = apply_renamings(key, self._renamings)
+        return renamed
 
     def rename(self, key: str) -> str:
         """`key` after all renamings, before any converter."""
-        renamed: str = apply_renamings(key, self.renamings)
+        renamed = self.plain(key)
         return self.aliases.get(renamed, renamed)
 
     def convert(self, renamed: str) -> tuple[str, str | None]:
         """(parameter of the model, source pattern of the converter that makes it or None) of a renamed key."""
-        target, pattern = apply_converters(renamed, self.converters)
-        return rename_source_key(target, [], [], self.prefix, self.params)[0], pattern
+        found = self._converted.get(renamed)
+        if found is None:
+            target, pattern = apply_converters(renamed, self._converters)
+            found = self._converted[renamed] = (self._with_prefix(target), pattern)
+        return found
 
     def resolve(self, key: str) -> tuple[str, str | None]:
+        """(parameter of the model, source pattern or None) of a key of the files."""
         target, pattern = self.convert(self.rename(key))
         if target not in self.params and key in self.params:
-            return rename_source_key(key, [], [], self.prefix, self.params)[0], None
+            return self._with_prefix(key), None
         return target, pattern
+
+    def _with_prefix(self, name: str) -> str:
+        completed: str = rename_source_key(name, [], [], self.prefix, self.params)[0]
+        return completed

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightTransform,
-    apply_renamings,
     build_glob_alternation,
     dot_natural_key,
 )
@@ -105,7 +104,7 @@ def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint)
             layout = ExpertsLayout.of(_module(model, path) or _module(model, f"{keymap.prefix}.{path}"))
             if layout is not None:
                 extra = layout.converters()
-                keymap.converters += extra
+                keymap.add(extra)
     return extra
 
 
@@ -143,7 +142,7 @@ def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
     for role, key in weight.keys.items():
         if role == WEIGHT:
             continue
-        plain = apply_renamings(key, keymap.renamings)
+        plain = keymap.plain(key)
         if renamed == WEIGHT or renamed.endswith(f".{WEIGHT}"):
             wanted = companion(renamed, role)
         else:
