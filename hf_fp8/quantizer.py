@@ -57,6 +57,10 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not weights_only:
             raise UnsupportedError("weights_only=False lets a pickled checkpoint execute code; leave it at True")
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Without a dtype in config.json the host takes that of the first tensor in the files, which may be codes."""
+        return dtype if dtype.itemsize > 1 else torch.bfloat16
+
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
         if not files:

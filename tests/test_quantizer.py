@@ -128,6 +128,18 @@ def test_cache_scales_travel(backend: str, tmp_path: Path, caplog: pytest.LogCap
     assert not scales & set(differing(saved, read)) or backend == "auto"
 
 
+@pytest.mark.parametrize("head", ["dense", "fp8"])
+@pytest.mark.parametrize("config", [FP8Config(), KEEP], ids=["auto", "weight_only"])
+def test_no_dtype_in_the_config(config: FP8Config, head: str, tmp_path: Path) -> None:
+    """The first tensor of the files may be FP8: no dtype for a model."""
+    quantized = (lambda n: n.endswith(("_proj.weight", "lm_head.weight"))) if head == "fp8" else None
+    options = {"quantized": quantized, "ignore": []} if quantized else {}
+    write(tiny_llama(), tmp_path, config_edit=lambda c: c.pop("dtype"), **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert model.dtype == torch.bfloat16
+    assert error(logits(model), logits(load(tmp_path, FP8Config(dequantize=True)))) < 0.03
+
+
 OFFLOAD = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
            "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
 
