@@ -227,10 +227,11 @@ def _check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoi
                 f"{len(missing)} of its parameters find none (such as {other}): their names do not fit together"
             )
     # A layer of which the files hold a part is a layer that they ought to hold.
+    parameters = {name for name, _ in model.named_parameters()}
     begun = {match.group() for name in filled if (match := re.match(r".*?\.\d+\.", name))}
     for name in missing:
         match = re.match(r".*?\.\d+\.", name)
-        if match and match.group() in begun and keymap.params[name].ndim > 1 and scanned.weights:
+        if match and match.group() in begun and name in parameters and keymap.params[name].ndim > 1:
             raise MissingTensorError(
                 f"no tensor in the files goes into {name}, though they hold other tensors of {match.group()[:-1]}: the "
                 "checkpoint is incomplete, or its names do not fit the model, and the host would leave it random"
