@@ -47,11 +47,14 @@ class Parameter:
 
 
 class KeyRenaming(WeightRenaming):  # type: ignore[misc]
-    """Renames exactly the given keys; reversed, it gives them back the names of the file."""
+    """Renames exactly the given keys; reversed, it gives them back the names of the file.
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+    prefix: that of the base model, which keys may gain or lose between a loading and a saving.
+    """
+
+    def __init__(self, names: Mapping[str, str], prefix: str = "") -> None:
         super().__init__("hf_fp8_key", "hf_fp8_key")
-        self.names = dict(names)
+        self.names, self.prefix = dict(names), prefix
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         renamed = self.names.get(source_key)
@@ -61,7 +64,10 @@ class KeyRenaming(WeightRenaming):  # type: ignore[misc]
         return renamed, source_key
 
     def reverse_transform(self) -> KeyRenaming:
-        return KeyRenaming({new: old for old, new in self.names.items()})
+        dot = f"{self.prefix}." if self.prefix else ""
+        stripped = {new.removeprefix(dot): old.removeprefix(dot) for old, new in self.names.items()}
+        added = {dot + new: dot + old for new, old in stripped.items()}
+        return KeyRenaming({**stripped, **added, **{new: old for old, new in self.names.items()}}, self.prefix)
 
 
 class RoutedConverter(WeightConverter):  # type: ignore[misc]

@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 
 from .checkpoint import Checkpoint
 from .config import FP8Config
-from .conversion import Parameter, companion
+from .conversion import KeyRenaming, Parameter, companion
 from .errors import MissingTensorError
 from .expert_names import ExpertsLayout, hub_name
 from .keymap import KeyMap
@@ -57,7 +57,7 @@ def lay_out(
     for weight in scanned.weights:
         weight.check()
     scales = check_scale_values(scanned.weights, checkpoint)
-    _check_coverage(model, keymap, checkpoint, config, scanned)
+    filled = _check_coverage(model, keymap, checkpoint, config, scanned)
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
     first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
@@ -68,7 +68,8 @@ def lay_out(
         if weight.group.scheme is not None:
             check_shape(weight, tuple(keymap.params[weight.target].shape))
         module = _module(model, weight.module)
-        reason = dense_because or _why_not_kept(first, read, module, weight, fp32)
+        tie = _why_tied(model.all_tied_weights_keys, weight.target, filled)
+        reason = dense_because or tie or _why_not_kept(first, read, module, weight, fp32)
         if reason is None:
             layout.kept[weight.module] = weight
             continue
@@ -84,7 +85,7 @@ def lay_out(
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
     for name, weight in layout.kept.items():
         layout.passengers.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
-    layout.conversions = transforms(layout, weights, conversions, extra, late)
+    layout.conversions = transforms(layout, weights, conversions, extra, KeyRenaming(late, keymap.prefix))
     return layout
 
 
@@ -159,6 +160,16 @@ def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
     return layout is not None and layout.is_transposed
 
 
+def _why_tied(tied: dict[str, str], target: str, filled: set[str]) -> str | None:
+    """A reason for the parameters of a tie to be dense: the host makes them one, and only one of them has a scale.
+
+    A target that the files fill beside its source is on its own, and is untied.
+    """
+    if target in tied.values() or (target in tied and tied[target] not in filled):
+        return "other parameters of the model are tied to it"
+    return None
+
+
 def _why_not_kept(
     first: dict[int, PreTrainedModel],
     read: dict[str, str],
@@ -190,8 +201,13 @@ def _planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) 
     return fp32[groups[found.lastgroup]] if found and found.lastgroup else dtype
 
 
-def _check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan) -> None:
-    """Raise for FP8 weights that find no module while modules find no weights: the host would leave those random."""
+def _check_coverage(
+    model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan
+) -> set[str]:
+    """The parameters that the files fill.
+
+    Raise for FP8 weights that find no module while modules find no weights: the host would leave those random.
+    """
     filled = {keymap.resolve(key)[0] for key in checkpoint.tensors}
     filled |= {weight.module + f".{WEIGHT}" for weight in scanned.host}
     filled |= {keymap.resolve(f"{weight.name}.{WEIGHT}")[0] for weight in scanned.host}
@@ -236,6 +252,7 @@ def _check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoi
                 f"no tensor in the files goes into {name}, though they hold other tensors of {match.group()[:-1]}: the "
                 "checkpoint is incomplete, or its names do not fit the model, and the host would leave it random"
             )
+    return filled
 
 
 def _collect(

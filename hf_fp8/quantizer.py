@@ -24,6 +24,7 @@ from .explain import NOTES
 from .kernels import has_fp8_matmul
 from .layout import lay_out
 from .linear import FP8Linear
+from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from .transforms import Layout
 
@@ -161,6 +162,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         """A weight that the file holds in FP8 is its own: tying would overwrite its codes with another's values."""
         if target in model.all_tied_weights_keys:
             del model.all_tied_weights_keys[target]
+            if model.get_output_embeddings() is not model.get_submodule(target.removesuffix(f".{WEIGHT}")):
+                return
             model.config.get_text_config().tie_word_embeddings = False
             model.config.tie_word_embeddings = False
 
@@ -194,6 +197,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 for name in FP8Linear.QUANTIZED:
                     if getattr(module, name) is not None:
                         getattr(module, name).requires_grad_(False)
+            elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
+                raise UnsupportedError(
+                    f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "
+                    "be wrong. Load with FP8Config(dequantize=True), and please report the model"
+                )
         if self._dense_because is not None and self.layout is not None:
             model._weight_conversions = self._native_conversions()
             if self.host is None:

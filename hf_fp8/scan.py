@@ -52,6 +52,7 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
     """
     found, used = Scan(), set[str]()
     candidates = []
+    classes: dict[str, set[str]] = {}
     for key, info in checkpoint.tensors.items():
         name = _module_of(key, info.dtype, len(info.shape))
         if name is not None:
@@ -59,7 +60,8 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
             bare = [n.removeprefix(f"{prefix}.") for n in (name, place.name)]
             names = tuple(dict.fromkeys((name, place.name, *bare, *(f"{prefix}.{n}" for n in bare))))
             candidates.append((name, key, names, _group_of(config, names, place, info.dtype)))
-    _check_groups(config, {group.name for *_, group in candidates if group is not None})
+            classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
+    _check_groups(config, [(names, classes[name], group) for name, _, names, group in candidates])
     for name, key, names, group in candidates:
         if group is not None and group.scheme is None:
             host = {role: f"{name}.{role}" for role in HOST_ROLES if f"{name}.{role}" in checkpoint.tensors}
@@ -173,10 +175,16 @@ def _excused(names: tuple[str, ...], config: FP8Config) -> bool:
     return False
 
 
-def _check_groups(config: FP8Config, matched: set[str]) -> None:
+def _check_groups(config: FP8Config, weights: list[tuple[tuple[str, ...], set[str], Group | None]]) -> None:
+    """Raise for a group that speaks of nothing. One whose weights all belong to groups that speak of them more
+    precisely is legitimate."""
+    owners = {group.name for *_, group in weights if group is not None}
     for group in config.groups:
-        if group.name not in matched:
-            raise ConfigError(
-                f"quantization_config.config_groups[{group.name!r}].targets is {list(group.targets)}: "
-                "that matches no weight in the files that is not in `ignore`"
-            )
+        if group.name in owners or any(
+            other is not None and match(names, classes, group.targets) for names, classes, other in weights
+        ):
+            continue
+        raise ConfigError(
+            f"quantization_config.config_groups[{group.name!r}].targets is {list(group.targets)}: "
+            "that matches no weight in the files that is not in `ignore`"
+        )

@@ -38,7 +38,7 @@ def transforms(
     weights: list[StoredWeight],
     host: Sequence[WeightTransform],
     extra: list[WeightConverter],
-    late: dict[str, str],
+    late: KeyRenaming,
 ) -> list[WeightTransform]:
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
@@ -47,7 +47,7 @@ def transforms(
             transform = _merged_converter(transform, layout, weights, op, back)
         converters.append(transform)
     # Of converters the first match wins: ours stand before the host's. Renamings all run: ours is the last.
-    return [*converters, KeyRenaming(late)] if late else converters
+    return [*converters, late] if late.names else converters
 
 
 def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:

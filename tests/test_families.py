@@ -24,6 +24,7 @@ from transformers import (
     GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -290,6 +291,46 @@ def test_a_head_of_its_own_under_a_config_that_ties(tmp_path: Path) -> None:
     kept = type(model).from_pretrained(path, quantization_config=FP8Config(backend="weight_only"))
     kept.tie_weights()
     assert isinstance(kept.lm_head, FP8Linear) and kept.lm_head.weight.dtype == FP8
+
+
+class TiedBody(LlamaForCausalLM):  # type: ignore[misc]
+    """Two layers that share a Linear, of which the files hold one."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+        "lm_head.weight": "model.embed_tokens.weight",
+    }
+
+
+@pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
+def test_linears_tied_to_each_other(backend: str, tmp_path: Path) -> None:
+    model = TiedBody(tiny_llama(tie_word_embeddings=True).config).to(torch.bfloat16).eval()
+    model.tie_weights()
+    written, _ = write(model, tmp_path / "fp8")
+    assert "model.layers.1.mlp.up_proj.weight" not in written
+    dense = TiedBody.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
+    kept = TiedBody.from_pretrained(tmp_path / "fp8", dtype=torch.float32, quantization_config=FP8Config(backend=backend))
+    assert error(causal(kept), causal(dense)) < (1e-5 if backend == "weight_only" else 0.1)
+    assert kept.model.layers[1].mlp.up_proj.weight is kept.model.layers[0].mlp.up_proj.weight
+    in_bf16 = TiedBody.from_pretrained(tmp_path / "fp8", quantization_config=FP8Config(backend=backend))
+    in_bf16.save_pretrained(tmp_path / "saved")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+
+
+def test_a_tie_of_which_the_file_holds_the_other_end(tmp_path: Path) -> None:
+    """An FP8 lm_head, and no embedding: the embedding is the head."""
+    written, dense = write(
+        tiny_llama(), tmp_path / "fp8", quantized=lambda n: is_linear(n) or "lm_head" in n, ignore=[],
+        edit=lambda s: {k: v for k, v in s.items() if "embed_tokens" not in k},
+        config_edit=lambda c: c.update(tie_word_embeddings=True),
+    )  # fmt: skip
+    head = dense["lm_head.weight"]
+    for backend in ("auto", "weight_only"):
+        model = LlamaForCausalLM.from_pretrained(
+            tmp_path / "fp8", dtype=torch.float32, quantization_config=FP8Config(backend=backend)
+        )
+        assert torch.equal(model.model.embed_tokens.weight, head) and torch.equal(model.lm_head.weight, head)
+    assert written["lm_head.weight"].dtype == FP8
 
 
 def t5(model: PreTrainedModel) -> torch.Tensor:

@@ -272,3 +272,27 @@ def test_spellings(name: str, backend: str, tmp_path: Path) -> None:
     assert config["quantization_config"]["quantization_status"] == "compressed"
     again = load(tmp_path / "saved", FP8Config(backend=backend), dtype=torch.bfloat16)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("spelling", [name for name in SPELLINGS if "scale" in name])
+def test_spellings_survive_a_change_of_class(spelling: str, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    written, _ = write(tiny_llama(), tmp_path / "causal", **SPELLINGS[spelling])
+    options = {"quantization_config": KEEP, "dtype": torch.bfloat16}
+    AutoModel.from_pretrained(tmp_path / "causal", **options).save_pretrained(tmp_path / "base")
+    body = {k.removeprefix("model."): v for k, v in written.items() if k.startswith("model.")}
+    assert differing(body, tensors(tmp_path / "base")) == []
+    LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).save_pretrained(tmp_path / "again")
+    again = {k: v for k, v in tensors(tmp_path / "again").items() if k.startswith("model.")}
+    assert differing({k: v for k, v in written.items() if k.startswith("model.")}, again) == []
+
+
+def test_groups_that_others_speak_of_more_precisely(tmp_path: Path) -> None:
+    def two(config: dict[str, Any]) -> None:
+        groups = config["quantization_config"]["config_groups"]
+        groups["all"] = {**groups["group_0"], "targets": ["Linear"], "input_activations": None}
+
+    write(tiny_llama(), tmp_path, targets=["re:.*_proj"], config_edit=two)
+    model = load(tmp_path)
+    assert {m.scheme.describe() for m in model.modules() if isinstance(m, FP8Linear)} == {"channel x token (dynamic)"}
