@@ -252,7 +252,8 @@ class Requantize(_Shared):
         else:
             parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
         # Through the dtype it was loaded in, in case the model has been cast since.
-        same = torch.equal(weight_from(weight, parts, dtype).to(dense), dense)
+        back = weight_from(weight, parts, dtype).to(dense)
+        same = torch.equal(back, dense)
         if not same and weight.group.scheme is None:
             raise UnsupportedError(
                 f"{weight.name} was changed since loading, and does not fit the {weight.group.format} codes and scales that it "
@@ -260,7 +261,11 @@ class Requantize(_Shared):
             )
         if not same:
             self.changed.append(weight.name)
-            parts["weight_scale"] = fresh_scale(weight, dense, scales["weight_scale"])
+            scale = fresh_scale(weight, dense, old := scales["weight_scale"])
+            if dense.ndim == 3 and old.shape[:1] == dense.shape[:1]:  # experts of a stack that are as they were stay so
+                kept = (back == dense).flatten(1).all(1).to(old.device)
+                scale = torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, scale)
+            parts["weight_scale"] = scale
             parts[WEIGHT] = codes_from(weight, dense, parts)
         return {name: parts[role] for role, name in weight.names_beside(key).items()}
 

@@ -45,6 +45,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.layout: Layout | None = None
         self.host: CompressedTensorsHfQuantizer | None = None
         self.passengers: dict[str, torch.Tensor] = {}
+        self._host_scales: dict[str, torch.Tensor] = {}
         self._files: list[str] = []
         self._device_map: Any = None
         self._dtype = torch.bfloat16
@@ -133,7 +134,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
         if because is None or self.host is not None:
-            self._carry(model, checkpoint, layout)
+            self._carry(checkpoint, layout)
         elif not config.dequantize:
             config.dequantize = True  # all of it: what is saved is a plain dense model
         # Tensors known to be of no use to the model are no news in the loading report.
@@ -167,10 +168,20 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             model.config.get_text_config().tie_word_embeddings = False
             model.config.tie_word_embeddings = False
 
-    def _carry(self, model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> None:
-        """Take along the tensors that no module uses, and what the host would lose of its own scales."""
+    def _carry(self, checkpoint: Checkpoint, layout: Layout) -> None:
+        """Take along the tensors that no module uses, and those that the host's modules would hold in another dtype."""
         tensors = checkpoint.read(list(layout.passengers.values()))
         self.passengers = {name: tensors[key] for name, key in layout.passengers.items()}
+        if self._dense_because is not None:
+            return  # what is left is a checkpoint of the host's, written as it does
+        cast = {
+            weight.renamed[role]: weight.keys[role]
+            for weight in layout.scan.host
+            for role, dtype in weight.dtypes.items()
+            if dtype in DENSE_DTYPES and TORCH_DTYPES[dtype] != self._dtype and weight.pattern is None
+        }
+        tensors = checkpoint.read(list(cast.values()))
+        self._host_scales = {name: tensors[key] for name, key in cast.items()}
 
     def _say(self, because: str | None, layout: Layout) -> None:
         if because is not None and layout.dense and because != "dequantize=True":
@@ -226,8 +237,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         state = dict(model.state_dict())
         if self.host is not None and self.layout is not None:
             _recompress(model, state)
-            if self._dense_because is None:  # else what is left is a checkpoint of the host's, written as it does
-                self._restore_host_dtypes(state)
+            state.update({name: scale for name, scale in self._host_scales.items() if name in state})
         return {**state, **self.passengers}, {}
 
     def _fit_config(self, model: PreTrainedModel) -> None:
@@ -248,14 +258,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         gone = {group.name for group in config.groups} - found
         if dense or gone:
             config.leave_out(dense, gone)
-
-    def _restore_host_dtypes(self, state: dict[str, torch.Tensor]) -> None:
-        assert self.layout is not None
-        for weight in self.layout.scan.host:
-            for role, dtype in weight.dtypes.items():
-                name = f"{weight.renamed.get(role, weight.keys[role])}"
-                if name in state and state[name].dtype != TORCH_DTYPES[dtype]:
-                    state[name] = state[name].to(TORCH_DTYPES[dtype])
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.host is not None:

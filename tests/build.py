@@ -1,4 +1,4 @@
-"""Makes small FP8 checkpoints: any model class, any scheme, the names and shapes that files have."""
+"""Makes small FP8 checkpoints (any model class, any scheme, the names and shapes that files have), and loads them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_fp8 import numerics
+from hf_fp8 import FP8Config, numerics
 from hf_fp8.scheme import ROW, TENSOR, Granularity
 
 State = dict[str, torch.Tensor]
@@ -134,3 +134,22 @@ def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Signal to quantization noise in dB."""
     found, expected = found.double(), expected.double()
     return float(20 * torch.log10(expected.norm() / (found - expected).norm()))
+
+
+IDS = torch.arange(24).reshape(2, 12)
+KEEP = FP8Config(backend="weight_only")
+# A small Llama in three places; "disk" needs an offload_folder.
+OFFLOAD = {
+    "model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+    "model.rotary_emb": "cpu", "lm_head": "disk",
+}  # fmt: skip
+
+
+def load(path: Path, config: Any = KEEP, **kwargs: Any) -> PreTrainedModel:
+    """By default kept in FP8 and computing in float32."""
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **{"dtype": torch.float32} | kwargs)
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits

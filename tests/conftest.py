@@ -30,3 +30,13 @@ def checkpoint(name: str, tmp_path: Path) -> Path:
     shutil.copytree(DATA / name, path)
     (path / "reference.safetensors").rename(tmp_path / "reference.safetensors")
     return path
+
+
+@pytest.fixture
+def fp8(tmp_path: Path) -> Path:
+    """A small Llama with channel weights and per-token inputs."""
+    from build import tiny_llama, write
+
+    path = tmp_path / "fp8"
+    write(tiny_llama(), path)
+    return path

@@ -253,6 +253,11 @@ def test_an_edited_expert_of_a_stack(family: str, tmp_path: Path) -> None:
     edited = causal(loaded)
     loaded.save_pretrained(tmp_path / "saved")
     assert error(causal(type(model).from_pretrained(tmp_path / "saved", **options)), edited) < 0.05
+    codes, scales = (tensors(tmp_path / "saved")[name + end] for end in ("", "_scale"))
+    before, old = (tensors(tmp_path)[name + end] for end in ("", "_scale"))
+    for expert in (0, 2, 3):  # those that were left alone
+        assert torch.equal(codes[expert].float(), before[expert].float()) and torch.equal(scales[expert], old[expert])
+    assert not torch.equal(scales[1], old[1])
 
 
 def test_experts_survive_a_cast_of_the_model(tmp_path: Path) -> None:

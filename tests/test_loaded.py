@@ -10,38 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from build import differing, error, tensors, tiny_llama, write
+from build import IDS, KEEP, OFFLOAD, differing, error, load, logits, tensors, tiny_llama, write
 from conftest import checkpoint
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear
 from hf_fp8.scheme import FP8
-
-IDS = torch.arange(24).reshape(2, 12)
-KEEP = FP8Config(backend="weight_only")
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
-@pytest.fixture
-def fp8(tmp_path: Path) -> Path:
-    """A small Llama with channel weights and per-token inputs."""
-    path = tmp_path / "fp8"
-    write(tiny_llama(), path)
-    return path
-
-
-def load(path: Path, config: Any = KEEP, **kwargs: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **{"dtype": torch.float32} | kwargs)
-
-
-OFFLOAD = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
-           "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [KEEP, FP8Config(backend="scaled_mm")], ids=["weight_only", "scaled_mm"])
@@ -296,3 +272,17 @@ def test_explain(fp8: Path) -> None:
     table = str(kept)
     assert "model.layers.*.mlp.up_proj" in table and f"{sum(row.bytes for row in kept):,}" in table
     assert str(hf_fp8.explain(torch.nn.Linear(2, 2))) == "no FP8 modules"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_other_formats_keep_their_scales_too(dtype: torch.dtype, forward_first: bool, tmp_path: Path) -> None:
+    """The host casts int4 scales to the model's dtype; what is saved is what was read."""
+    path = checkpoint("llama-mixed", tmp_path)
+    model = load(path, dtype=dtype)
+    if forward_first:
+        logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    read, saved = tensors(path), tensors(tmp_path / "saved")
+    quantized = {name for name in read if "weight_" in name or read[name].dtype == FP8}
+    assert quantized <= set(saved) and not quantized & set(differing(read, saved))

@@ -10,37 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from build import STATIC_TENSOR, differing, error, tensors, tiny_llama, write
+from build import KEEP, OFFLOAD, STATIC_TENSOR, differing, error, load, logits, tensors, tiny_llama, write
 from conftest import checkpoint
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear
 from hf_fp8.quantizer import _compute_device
 from hf_fp8.scheme import FP8, TENSOR
-
-IDS = torch.arange(24).reshape(2, 12)
-KEEP = FP8Config(backend="weight_only")
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
-@pytest.fixture
-def fp8(tmp_path: Path) -> Path:
-    """A small Llama with channel weights and per-token inputs."""
-    path = tmp_path / "fp8"
-    write(tiny_llama(), path)
-    return path
-
-
-def load(path: Path, config: Any = KEEP, **kwargs: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **{"dtype": torch.float32} | kwargs)
-
 
 WAYS: dict[str, Any] = {
     "FP8Config": FP8Config(),
@@ -136,10 +115,6 @@ def test_no_dtype_in_the_config(config: FP8Config, head: str, tmp_path: Path) ->
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert model.dtype == torch.bfloat16
     assert error(logits(model), logits(load(tmp_path, FP8Config(dequantize=True)))) < 0.03
-
-
-OFFLOAD = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
-           "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

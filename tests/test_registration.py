@@ -147,3 +147,13 @@ class TestHost:
 
     def test_version(self) -> None:
         assert tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+
+
+def test_microscaling_groups_are_left_to_the_host() -> None:
+    from hf_fp8.config import concerns_fp8
+
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights}
+    assert concerns_fp8({"config_groups": {"g": group}, "format": "float-quantized"})
+    assert not concerns_fp8({"config_groups": {"g": {**group, "format": "mxfp8-quantized"}}})
+    assert not concerns_fp8({"config_groups": {"g": {**group, "weights": {**weights, "scale_dtype": "torch.uint8"}}}})
