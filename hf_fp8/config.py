@@ -29,6 +29,13 @@ from .kernels import BACKENDS
 from .scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
 
 EXPERTS = ("dequantize", "auto")
+# compressed-tensors' preset W8A8, as llm-compressor writes it: what a layer of backend="int8" is.
+_INT8: dict[str, Any] = {
+    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "output_activations": None,
+    "format": "int-quantized",
+}
 # Formats that store E4M3 codes as they are, under "weight": int-quantized differs from the others in name
 # only (compressors/naive_quantized), and old writers fell back to it.
 FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
@@ -56,7 +63,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         dequantize: multiply the weights out to the model's dtype while loading.
         backend: "auto" keeps FP8 weights where the device has FP8 matmuls and dequantizes elsewhere;
             "scaled_mm" keeps them anywhere and quantizes inputs as the checkpoint says;
-            "weight_only" keeps them anywhere and leaves inputs as they are.
+            "weight_only" keeps them anywhere and leaves inputs as they are; "int8" re-quantizes them to int8
+            per channel after loading, with inputs quantized per token, for CPUs and for GPUs without FP8 units.
         experts: what becomes of experts that the model holds merged in one 3-D parameter:
             "dequantize" (or "auto", which is the same as long as there is no other way).
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
@@ -150,6 +158,18 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         groups = {k: v for k, v in self.checkpoint["config_groups"].items() if k not in set(gone)}
         ignore = list(dict.fromkeys([*self.ignore, *dense]))
         self._read({**self.checkpoint, "config_groups": groups, "ignore": ignore})
+
+    def become_int8(self, dense: Iterable[str]) -> None:
+        """Make what `to_dict` writes fit a model whose FP8 Linears are int8 now, and whose modules `dense` are dense."""
+        written = self.to_dict()
+        for group in self.groups:
+            if group.scheme is not None:
+                written["config_groups"][group.name] = {"targets": list(group.targets), **copy.deepcopy(_INT8)}
+            elif len(self.host_groups) < len(self.groups):
+                written["config_groups"][group.name]["format"] = group.format
+        written["format"] = "mixed-precision" if self.host_groups else _INT8["format"]
+        written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
+        self._read(written)
 
     def without_fp8_groups(self, dense: Iterable[str] = ()) -> FP8Config:
         """What is left of this config for a model whose FP8 modules, named `dense`, have been dequantized."""

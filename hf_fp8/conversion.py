@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.utils import logging
 
 from . import numerics
+from .casts import multiply_out
 from .errors import UnsupportedError
 from .scheme import Granularity
 from .stored import StoredWeight
@@ -282,7 +283,13 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
         return dense.to(dtype)
     q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)
     if len(weight.shape) == 3:
-        return (q.float() * weight.stacked_scale(scale)).to(dtype)
+        wide = weight.stacked_scale(scale)
+        if q.device.type != "cpu":
+            return (q.float() * wide).to(dtype)
+        out = torch.empty(q.shape, dtype=dtype)
+        for codes, expert_scale, dense in zip(q, wide.expand(len(q), -1, -1), out, strict=True):
+            multiply_out(codes, expert_scale, dense)
+        return out
     return numerics.dequantize(q, scale, weight.scheme.weight.granularity, dtype)
 
 

@@ -1,4 +1,7 @@
-"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors."""
+"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors.
+
+The one exception is made by `requantize_int8`, for devices whose units are int8.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from torch import nn
 from . import numerics
 from .errors import UnsupportedError
 from .functional import scaled_linear
-from .scheme import FP8, Scheme, scale_shape
+from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
 
 
 class FP8Linear(nn.Linear):
     """Linear layer with `weight` (N, K) in E4M3, `weight_scale` and, for static schemes, `input_scale` (1,).
+
+    With an int8 scheme, `weight` is int8.
 
     The parameters are the tensors of the file, so `state_dict` and `save_pretrained` need no code.
     Outputs have the dtype of the input. `.to(dtype)`, `.half()` and the like cast the bias alone:
@@ -26,7 +31,7 @@ class FP8Linear(nn.Linear):
         scheme: how the weight is stored and the input quantized.
         bias: whether there is a bias, of dtype `bias_dtype`.
         scale_dtype, input_scale_dtype: dtypes in which the scales are held (bf16, fp16 or float32).
-        backend: "auto", "scaled_mm" or "weight_only", see `kernels.select`.
+        backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
     """
 
     QUANTIZED = ("weight", "weight_scale", "input_scale")
@@ -51,7 +56,7 @@ class FP8Linear(nn.Linear):
         def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.weight = frozen((out_features, in_features), FP8)
+        self.weight = frozen((out_features, in_features), scheme.weight.dtype)
         self.weight_scale = frozen(scale_shape(scheme.weight.granularity, out_features, in_features), scale_dtype)
         if scheme.has_static_input:
             self.input_scale = frozen((1,), input_scale_dtype or scale_dtype)
@@ -77,11 +82,33 @@ class FP8Linear(nn.Linear):
             input_scale=self.input_scale,
             bias=self.bias,
             backend=self.backend,
+            layer=self,
         )
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
         return numerics.dequantize(self.weight, self.weight_scale, self.scheme.weight.granularity, dtype)
+
+    @torch.no_grad()
+    def requantize_int8(self) -> None:
+        """Turn the weight into int8 with one float32 scale per row, in place; inputs become int8 per token.
+
+        Codes of E4M3 have 4 significant bits and their own exponent, int8 has 8 bits below the largest of a row: the
+        error that this adds is a fraction of the one already there (docs/accuracy.md). An `input_scale` is
+        dropped. Raises UnsupportedError for an offloaded layer.
+        """
+        if self.scheme.weight.dtype == INT8:
+            return
+        if self.weight.is_meta:
+            raise UnsupportedError(
+                "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
+                "load onto one device, or with backend='weight_only'"
+            )
+        codes, scale = numerics.requantize(self.weight, self.weight_scale, self.scheme.weight.granularity, INT8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.input_scale = None
+        self.scheme, self.backend = INT8_DYNAMIC, "int8"
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
@@ -123,8 +150,9 @@ class FP8Linear(nn.Linear):
         errors: list[str],
     ) -> None:
         codes = state_dict.get(f"{prefix}weight")
-        if codes is not None and codes.dtype != FP8:
-            errors.append(f"{prefix}weight is {codes.dtype}: an FP8Linear holds E4M3 codes, and a cast would not quantize it")
+        held_as = self.scheme.weight.dtype
+        if codes is not None and codes.dtype != held_as:
+            errors.append(f"{prefix}weight is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it")
             return
         if codes is not None and f"{prefix}weight_scale" not in state_dict:
             errors.append(f"{prefix}weight comes without its {prefix}weight_scale")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,15 +18,15 @@ from transformers.utils import logging
 
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
-from .conversion import RoutedConverter
+from .conversion import KeyRenaming, RoutedConverter
 from .convert import swap_back, swap_linear
 from .errors import UnsupportedError
 from .explain import NOTES
-from .kernels import has_fp8_matmul
+from .kernels import why_not_kept
 from .layout import lay_out
 from .linear import FP8Linear
 from .scheme import FP8
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout
 
 logger = logging.get_logger(__name__)
@@ -127,9 +128,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         dense = [w.module for w in layout.scan.weights if w.target and w.module not in layout.kept]
         merged = [w for w in layout.scan.host if w.pattern is not None]
         dense += [name for w in merged for name in (w.name, w.renamed[w.primary].rpartition(".")[0])]
+        self._dense = dense
         if len(merged) < len(layout.scan.host) and not config.dequantize:
             packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
-            self._dense = dense
             self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=dense, compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
@@ -155,7 +156,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.backend != "auto":
             return None
         device = _compute_device(self._device_map)
-        reason = has_fp8_matmul(device)
+        reason = why_not_kept(device, self._dtype)
         return None if reason is None else f"backend='auto' on {device.type}: {reason}"
 
     @staticmethod
@@ -188,7 +189,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             logger.warning(
                 f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "
                 f"while loading ({because}), and the model saves as a plain dense one. "
-                "FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8."
+                "FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8; backend='int8' is the fast one on CPUs."
             )
         elif because is None and layout.dense:
             sample = next(iter(layout.dense))
@@ -213,6 +214,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "
                     "be wrong. Load with FP8Config(dequantize=True), and please report the model"
                 )
+        if self.quantization_config.backend == "int8" and self.layout is not None:
+            self._to_int8(model, self.layout)
         if self._dense_because is not None and self.layout is not None:
             model._weight_conversions = self._native_conversions()
             if self.host is None:
@@ -220,6 +223,20 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 model.config.quantization_config = self.quantization_config.without_fp8_groups(self._dense)
         return model
+
+    def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
+        """Re-quantize what stayed in FP8, and see to it that what is saved says so: int8 Linears, all else dense."""
+        for module in model.modules():
+            if isinstance(module, FP8Linear):
+                module.requantize_int8()
+        # By the files' own names, too: of experts that the model merges, others look for each one.
+        merged = {_any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
+        self.quantization_config.become_int8([*self._dense, *sorted(merged)])
+        names = [c for c in layout.conversions if isinstance(c, KeyRenaming)]
+        model._weight_conversions = [*self._native_conversions(), *names]
+        layout.dense.clear()  # nothing is written back in FP8
+        gone = tuple(f".{role}" for role in ZERO_POINTS)
+        self.passengers = {name: tensor for name, tensor in self.passengers.items() if not name.endswith(gone)}
 
     def _native_conversions(self) -> list[WeightTransform]:
         """The host's own transforms, for a model that has become dense: what a plain checkpoint of it looks like.
@@ -283,6 +300,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # A weight's companions, for the host's tensor-parallel plans.
     serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}
+
+
+def _any_number(name: str) -> str:
+    """A target of a config that matches `name` with any layer and expert."""
+    return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
 
 
 def _recompress(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,9 @@ from functools import cache
 import torch
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max  # 448
+INT8 = torch.int8
+# The largest magnitude of a code. int8 is symmetric: -128 is not used.
+CODE_MAX = {FP8: torch.finfo(FP8).max, INT8: 127.0}
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,26 @@ ROW = Granularity(1, -1)
 
 @dataclass(frozen=True)
 class TensorScheme:
-    """One operand: E4M3 with scales of one granularity; `dynamic` scales are computed from each input."""
+    """One operand: codes of `dtype` (E4M3 or int8) with scales of one granularity.
+
+    `dynamic` scales are computed from each input.
+    """
 
     granularity: Granularity
     dynamic: bool = False
+    dtype: torch.dtype = FP8
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CODE_MAX:
+            raise ValueError(f"codes are {' or '.join(map(str, CODE_MAX))}, got {self.dtype}")
 
     def __str__(self) -> str:
-        return f"{self.granularity}{'d' if self.dynamic else 's'}"
+        return f"{self.granularity}{'d' if self.dynamic else 's'}{'i' if self.dtype == INT8 else ''}"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A linear layer: FP8 weights (N, K) and, unless `input` is None (W8A16), FP8 inputs (M, K).
+    """A linear layer: 8-bit weights (N, K) and, unless `input` is None (W8A16), 8-bit inputs (M, K).
 
     ``scheme.text`` and ``Scheme.parse`` are inverse to each other, so that a scheme can be passed
     through a custom op.
@@ -88,8 +98,9 @@ class Scheme:
         """The scheme whose ``text`` is `text`, e.g. ``1x-1s|1x-1d`` (channel weights, per-token inputs)."""
 
         def operand(part: str) -> TensorScheme:
+            dtype, part = (INT8, part[:-1]) if part.endswith("i") else (FP8, part)
             rows, cols = part[:-1].split("x")
-            return TensorScheme(Granularity(int(rows), int(cols)), dynamic=part[-1] == "d")
+            return TensorScheme(Granularity(int(rows), int(cols)), dynamic=part[-1] == "d", dtype=dtype)
 
         weight, activation = text.split("|")
         return Scheme(operand(weight), None if activation == "-" else operand(activation))
@@ -105,9 +116,13 @@ class Scheme:
             weight = ("group " if self.weight.granularity.rows == 1 else "block ") + (
                 str(self.weight.granularity.cols) if self.weight.granularity.rows == 1 else str(self.weight.granularity)
             )
+        if self.weight.dtype == INT8:
+            weight = f"int8 {weight}"
         if self.input is None:
             return f"{weight} weights, inputs not quantized"
         kind = {"-1x-1": "tensor", "1x-1": "token"}.get(str(self.input.granularity), f"group {self.input.granularity.cols}")
+        if self.input.dtype == INT8:
+            kind = f"int8 {kind}"
         return f"{weight} x {kind} ({'dynamic' if self.input.dynamic else 'static'})"
 
 
@@ -126,3 +141,5 @@ FP8_DYNAMIC = Scheme(TensorScheme(ROW), _DYNAMIC_TOKEN)
 FP8_STATIC = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR))
 FP8_BLOCK = Scheme(TensorScheme(Granularity(128, 128)), TensorScheme(Granularity(1, 128), dynamic=True))
 FP8_WEIGHT_ONLY = Scheme(TensorScheme(ROW))
+# What backend="int8" re-quantizes FP8 layers to; compressed-tensors calls it W8A8, or INT8.
+INT8_DYNAMIC = Scheme(TensorScheme(ROW, dtype=INT8), TensorScheme(ROW, dynamic=True, dtype=INT8))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,15 @@ import torch
 from hf_fp8 import kernels, numerics
 from hf_fp8.errors import KernelError
 from hf_fp8.functional import scaled_linear
-from hf_fp8.kernels import KERNELS, Problem, probe, select
+from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Problem, probe, select
+from hf_fp8.kernels.probe import exact_operands
 from hf_fp8.scheme import (
     FP8,
     FP8_BLOCK,
     FP8_DYNAMIC,
     FP8_STATIC,
     FP8_WEIGHT_ONLY,
+    INT8_DYNAMIC,
     ROW,
     TENSOR,
     Granularity,
@@ -33,7 +36,11 @@ SCHEMES = {
     "tensor x token": Scheme(TensorScheme(TENSOR), TensorScheme(ROW, dynamic=True)),
     "group 40 x group 64": Scheme(TensorScheme(Granularity(1, 40)), TensorScheme(Granularity(1, 64), dynamic=True)),
     "block 48x32 x token": Scheme(TensorScheme(Granularity(48, 32)), TensorScheme(ROW, dynamic=True)),
+    "int8": INT8_DYNAMIC,
 }
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+# It computes in bfloat16 whatever it is given.
+IN_BFLOAT16 = "int8_weight_only"
 # dB below which an output is too far from the product of the dequantized operands, by dtype: 20 log10(2) per bit
 # of mantissa, less a few for the sum.
 THRESHOLD = {torch.float32: 110.0, torch.bfloat16: 42.0, torch.float16: 58.0}
@@ -42,11 +49,12 @@ THRESHOLD = {torch.float32: 110.0, torch.bfloat16: 42.0, torch.float16: 58.0}
 def operands(scheme: Scheme, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(m + n + k)
     w = torch.randn(n, k, generator=generator)
-    w_scale = numerics.compute_scale(w, scheme.weight.granularity)
+    weight = scheme.weight
+    w_scale = numerics.compute_scale(w, weight.granularity, weight.dtype)
     x = torch.randn(m, k, generator=generator).clamp(-4, 4).to(dtype)
     return {
         "x": x,
-        "weight": numerics.quantize(w, w_scale, scheme.weight.granularity),
+        "weight": numerics.quantize(w, w_scale, weight.granularity, weight.dtype),
         "weight_scale": w_scale,
         "input_scale": torch.tensor([4 / 448]) if scheme.has_static_input else None,
     }
@@ -56,9 +64,8 @@ def expected(scheme: Scheme, given: dict[str, torch.Tensor], quantized_input: bo
     """The matmul of the dequantized operands, in float64."""
     x = given["x"].float()
     if scheme.input is not None and quantized_input:
-        scale = numerics.input_scale_for(x, scheme.input.granularity, given["input_scale"])
-        q = numerics.quantize(x, scale, scheme.input.granularity).double()
-        x = q * numerics.expand_scale(scale, scheme.input.granularity, *q.shape).double()
+        q, scale = numerics.quantize_input(x, scheme.input, given["input_scale"])
+        x = q.double() * numerics.expand_scale(scale, scheme.input.granularity, *q.shape).double()
     w = given["weight"].double() * numerics.expand_scale(
         given["weight_scale"], scheme.weight.granularity, *given["weight"].shape
     )
@@ -69,25 +76,45 @@ def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(20 * torch.log10(wanted.norm() / (found.double() - wanted).norm().clamp(min=1e-300)))
 
 
+def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:
+    """The kernels that take the problem."""
+    problem = Problem(device, scheme, n, k, dtype)
+    return [kernel.name for kernel in KERNELS if not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem))]
+
+
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (17, 72, 200), (5, 1, 3), (33, 130, 257)])
+@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 17, 64, 100])
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
-def test_every_kernel_that_takes_a_scheme(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+def test_every_kernel_that_takes_a_scheme(name: str, m: int, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
-    given = operands(scheme, m, n, k, dtype)
-    ran = []
-    for kernel in KERNELS:
-        problem = Problem(CPU, scheme, n, k, dtype)
-        if kernel.wrong_scheme(scheme) or kernel.wrong_device(problem):
-            continue
-        with kernels.use(kernel.name):
-            found = scaled_linear(**given, scheme=scheme)
-        assert found.dtype == dtype
-        # A row of one output can cancel to nearly nothing: measure the matrix as a whole.
-        floor = THRESHOLD[dtype] - (15 if n == 1 else 0)
-        assert sqnr(found, expected(scheme, given)) > floor, kernel.name
-        ran.append(kernel.name)
-    assert "dequantize" in ran
+    for n, k in ((16, 64), (72, 200), (1, 3), (33, 257)):
+        given = operands(scheme, m, n, k, dtype)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for kernel in runs(scheme, n, k, dtype):
+            with kernels.use(kernel):
+                found = scaled_linear(**given, bias=bias, scheme=scheme)
+            assert found.dtype == dtype and found.shape == (m, n)
+            if m == 0:
+                continue
+            wanted = expected(scheme, given, BY_NAME[kernel] not in WEIGHT_ONLY) + bias.double()
+            # A row of one output can cancel to nearly nothing: measure the matrix as a whole.
+            floor = min(THRESHOLD[dtype], THRESHOLD[torch.bfloat16] if kernel == IN_BFLOAT16 else 999) - (15 if n == 1 else 0)
+            assert sqnr(found, wanted) > floor, (kernel, n, k)
+        assert "dequantize" in runs(scheme, n, k, dtype)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 64, 100])
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_exact_on_exact_operands(name: str, m: int, dtype: torch.dtype) -> None:
+    """Operands in {-1, 0, 1} with power-of-two scales: bit for bit, whatever the order of the sum."""
+    scheme = SCHEMES[name]
+    for n, k in ((64, 128), (33, 257)):
+        x, weight, weight_scale, input_scale, wanted = exact_operands(scheme, dtype, m, n, k)
+        for kernel in runs(scheme, n, k, dtype):
+            with kernels.use(kernel):
+                found = scaled_linear(x, weight, weight_scale, scheme, input_scale=input_scale)
+            assert torch.equal(found, wanted), (kernel, n, k)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -98,28 +125,31 @@ def test_weight_only_leaves_inputs_alone(name: str) -> None:
     assert sqnr(found, expected(scheme, given, quantized_input=False)) > 110
 
 
-@pytest.mark.parametrize("layout", ["rowwise", "tensorwise"])
+PROBED = [("scaled_mm_rowwise", FP8_DYNAMIC), ("scaled_mm_tensorwise", FP8_STATIC), ("int8_mm", INT8_DYNAMIC)]
+
+
+@pytest.mark.parametrize(("name", "scheme"), PROBED, ids=[name for name, _ in PROBED])
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
-def test_probe_accepts_what_works(layout: str, dtype: torch.dtype) -> None:
-    assert probe(layout, CPU, dtype) is None
+def test_probe_accepts_what_works(name: str, scheme: Scheme, dtype: torch.dtype) -> None:
+    assert probe(BY_NAME[name], scheme, CPU, dtype) is None
 
 
 def test_probe_says_what_the_device_lacks() -> None:
-    reason = probe("blockwise", CPU, torch.bfloat16)
+    reason = probe(BY_NAME["scaled_mm_blockwise"], FP8_BLOCK, CPU, torch.bfloat16)
     assert reason is not None and "cannot run" in reason
 
 
 @pytest.mark.parametrize("wrong", [lambda s: s.roll(1, 0), lambda s: s * 2, lambda s: s.flip(0)])
+@pytest.mark.parametrize(("name", "scheme"), [PROBED[0], PROBED[2]], ids=["rowwise", "int8"])
 def test_probe_catches_a_kernel_that_misreads_scales(
-    monkeypatch: pytest.MonkeyPatch, wrong: Callable[[torch.Tensor], torch.Tensor]
+    name: str, scheme: Scheme, wrong: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    right = kernels.torch_mm.rowwise
+    right = BY_NAME[name].multiply
 
-    def misread(x, weight, weight_scale, input_scale, scheme):  # type: ignore[no-untyped-def]
-        return right(x, weight, wrong(weight_scale), input_scale, scheme)
+    def misread(q, x_scale, weight, weight_scale, *rest):  # type: ignore[no-untyped-def]
+        return right(q, x_scale, weight, wrong(weight_scale), *rest)
 
-    monkeypatch.setattr(kernels.torch_mm, "rowwise", misread)
-    reason = probe.__wrapped__("rowwise", CPU, torch.float32)
+    reason = probe(replace(BY_NAME[name], multiply=misread), scheme, CPU, torch.float32)
     assert reason is not None and "wrong numbers" in reason
 
 
@@ -133,7 +163,34 @@ def test_selection_and_reasons() -> None:
     assert chosen(FP8_DYNAMIC, "weight_only") == ("weight_only", "backend='weight_only'")
     assert chosen(FP8_WEIGHT_ONLY)[0] == "weight_only"
     name, reason = chosen(FP8_BLOCK)
-    assert name == "dequantize" and "scaled_mm_blockwise" in reason
+    assert name == "dequantize" and "scaled_mm_blockwise" in reason and "triton_scaled_mm" in reason
+    assert chosen(INT8_DYNAMIC)[0] == "int8_mm"
+
+
+def test_int8_takes_another_kernel_for_few_rows() -> None:
+    choice = select(Problem(CPU, INT8_DYNAMIC, 576, 576, torch.float32), "int8")
+    assert choice.small is not None and choice.small.name == "int8_weight_only"
+    assert [choice.at(m).name for m in (1, choice.limit, choice.limit + 1)] == ["int8_weight_only"] * 2 + ["int8_mm"]
+    assert str(choice) == f"int8_weight_only (M <= {choice.limit}), int8_mm" and "measured" in choice.reason
+    # Where it reads beyond the end of a row, and where it is slower.
+    for n, k in ((576, 24), (576, 5), (4096, 4096)):
+        assert select(Problem(CPU, INT8_DYNAMIC, n, k, torch.float32), "int8").small is None
+    # What was asked for by name is what runs, for any M.
+    assert select(Problem(CPU, INT8_DYNAMIC, 576, 576, torch.float32), "scaled_mm").small is None
+
+
+def test_int8_is_for_layers_that_are_int8() -> None:
+    with pytest.raises(KernelError, match="re-quantized to int8"):
+        select(Problem(CPU, FP8_DYNAMIC, 64, 64, torch.bfloat16), "int8")
+    with pytest.raises(KernelError, match="int8 weights"), kernels.use("int8_mm"):
+        scaled_linear(**operands(FP8_DYNAMIC, 3, 64, 64, torch.float32), scheme=FP8_DYNAMIC)
+
+
+def test_triton_is_not_for_cpus() -> None:
+    given = operands(FP8_DYNAMIC, 3, 64, 64, torch.float32)
+    for name in ("triton_scaled_mm", "triton_weight_only"):
+        with pytest.raises(KernelError, match="does not compile for cpu"), kernels.use(name):
+            scaled_linear(**given, scheme=FP8_DYNAMIC)
 
 
 def test_forced_kernels_are_honoured_or_refused() -> None:
@@ -152,20 +209,3 @@ def test_cpu_has_no_fp8_units() -> None:
 
 def test_codes_are_e4m3() -> None:
     assert FP8 is torch.float8_e4m3fn
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
-def test_kernels_on_the_gpu(name: str, dtype: torch.dtype) -> None:
-    if not torch.accelerator.is_available():
-        pytest.skip("no accelerator on this machine")
-    device = torch.accelerator.current_accelerator()
-    scheme = SCHEMES[name]
-    for m, n, k in ((1, 256, 512), (17, 128, 384), (64, 72, 200)):
-        given = operands(scheme, m, n, k, dtype)
-        moved = {key: None if t is None else t.to(device) for key, t in given.items()}
-        for backend in ("scaled_mm", "weight_only"):
-            found = scaled_linear(**moved, scheme=scheme, backend=backend).cpu()
-            wanted = expected(scheme, given, quantized_input=backend == "scaled_mm")
-            assert sqnr(found, wanted) > min(THRESHOLD[dtype], 60.0), (backend, m, n, k)

@@ -8,7 +8,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_d
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 
 from hf_fp8 import numerics
-from hf_fp8.scheme import FP8, FP8_MAX, ROW, TENSOR, Granularity
+from hf_fp8.scheme import CODE_MAX, FP8, ROW, TENSOR, Granularity
 
 GRANULARITIES = [TENSOR, ROW, Granularity(1, 16), Granularity(1, 100), Granularity(32, 48), Granularity(128, 128)]
 
@@ -23,7 +23,7 @@ def by_hand(x: torch.Tensor, granularity: Granularity) -> tuple[torch.Tensor, to
     for i, r in enumerate(range(0, rows, step_rows)):
         for j, c in enumerate(range(0, cols, step_cols)):
             block = x[r : r + step_rows, c : c + step_cols].float()
-            grid[i, j] = max(block.abs().max().item() / FP8_MAX, numerics.MIN_SCALE)
+            grid[i, j] = max(block.abs().max().item() / CODE_MAX[FP8], numerics.MIN_SCALE)
             wide[r : r + step_rows, c : c + step_cols] = grid[i, j]
     return grid, wide
 

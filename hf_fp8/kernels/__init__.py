@@ -1,9 +1,4 @@
-"""Which kernel runs where: one ordered list, each entry with its reason when it declines.
-
-A kernel of torch is trusted on an accelerator only after it has multiplied a small known problem
-there correctly (`probe`): scale layouts and supported types differ between devices and versions,
-and a kernel that takes the wrong layout gives wrong numbers without an error.
-"""
+"""Which kernel runs where: ordered lists, each entry with its reason when it declines."""
 
 from __future__ import annotations
 
@@ -12,123 +7,145 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any
 
 import torch
 
-from .. import numerics
 from ..errors import KernelError
-from ..scheme import FP8, ROW, TENSOR, Scheme, TensorScheme
-from . import torch_mm
+from ..scheme import (
+    FP8,
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    FP8_STATIC,
+    FP8_WEIGHT_ONLY,
+    INT8,
+    INT8_DYNAMIC,
+    Scheme,
+)
+from . import int8_mm, tiling, torch_mm, triton_support
+from .kernel import Kernel, Problem
+from .probe import probe
+from .thresholds import weight_only_limit
 
-BACKENDS = ("auto", "scaled_mm", "weight_only")
+__all__ = ["BACKENDS", "KERNELS", "Choice", "Kernel", "Problem", "has_fp8_matmul", "why_not_kept", "probe", "select", "use"]
 
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", Scheme], torch.Tensor]
+BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 
-
-@dataclass(frozen=True)
-class Problem:
-    """All that the choice of a kernel depends on; M varies per call and is no part of it."""
-
-    device: torch.device
-    scheme: Scheme
-    n: int
-    k: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A way to multiply. Each of its two questions is answered with a reason to decline, or None."""
-
-    name: str
-    run: Run
-    wrong_scheme: Callable[[Scheme], str | None]
-    wrong_device: Callable[[Problem], str | None]
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen for a problem, and why: the reasons of those before it that declined."""
+    """The kernels chosen for a problem: `small` for up to `limit` rows of input, `kernel` for more; and why."""
 
     kernel: Kernel
     reason: str
+    small: Kernel | None = None
+    limit: int = 0
+
+    def at(self, m: int) -> Kernel:
+        """The kernel for M = `m`."""
+        return self.kernel if self.small is None or m > self.limit else self.small
+
+    def __str__(self) -> str:
+        if self.small is None:
+            return self.kernel.name
+        return f"{self.small.name} (M <= {self.limit}), {self.kernel.name}"
 
 
-# A scheme of each layout for the probe.
-_PROBES = {
-    "rowwise": Scheme(TensorScheme(ROW), TensorScheme(ROW, dynamic=True)),
-    "tensorwise": Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR)),
-    "blockwise": Scheme(TensorScheme(torch_mm.BLOCK_WEIGHT), TensorScheme(torch_mm.BLOCK_INPUT, dynamic=True)),
-}
+def _probed(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
+    """Whether kernel `name` passes its probe, with a scheme of the layout that it is made for."""
 
-
-@cache
-def probe(layout: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run one `scaled_mm` layout on `device` with operands whose result is known exactly.
-
-    Small integers with power-of-two scales that differ along every axis: any correct kernel gives
-    the float64 result bit for bit. Returns None, or the reason why the kernel must not be used.
-    """
-    scheme = _PROBES[layout]
-    m, n, k = 16, 256, 384
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-1, 2, (m, k), generator=generator).float()
-    x[:, ::128] = 448.0  # every group of 128 has amax 448, hence scale 1 before the factor below
-    w = torch.randint(-1, 2, (n, k), generator=generator).float()
-    w[:, ::128] = 0.0
-    assert scheme.input is not None
-    grid = scheme.weight.granularity.grid(n, k)
-    w_scale = 2.0 ** torch.randint(-3, 1, grid, generator=generator).float()
-    row_factor = 2.0 ** torch.randint(-3, 4, (m, 1), generator=generator).float()
-    static = None
-    if scheme.has_static_input:
-        static, row_factor = torch.tensor([0.5]), torch.tensor([[0.5]])
-    x = x * row_factor
-    wide = numerics.expand_scale(w_scale, scheme.weight.granularity, n, k)
-    expected = (x.double() @ (w.double() * wide.double()).t()).to(dtype)
-    try:
-        run: Run = getattr(torch_mm, layout)
-        found = run(
-            x.to(device, dtype),
-            w.to(FP8).to(device),
-            w_scale.to(device),
-            None if static is None else static.to(device),
-            scheme,
-        )
-        found = found.cpu()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        return f"torch {torch.__version__} cannot run it on {device.type} with {dtype} output ({first_line[:120]})"
-    if not torch.equal(found, expected):
-        return f"it gave wrong numbers on {device.type} with {dtype} output, in a check against exact values"
-    return None
-
-
-def _scaled_mm_device(layout: str) -> Callable[[Problem], str | None]:
     def wrong_device(problem: Problem) -> str | None:
-        if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        if problem.dtype not in _FLOATS:
             return f"no {problem.dtype} output"
+        return probe(_BY_NAME[name], scheme, problem.device, problem.dtype)
+
+    return wrong_device
+
+
+def _scaled_mm_device(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
+    probed = _probed(name, scheme)
+
+    def wrong_device(problem: Problem) -> str | None:
         # The CPU kernel takes any size; cuBLAS, CUTLASS and oneDNN want 16-byte rows on both sides.
         if problem.device.type != "cpu" and (problem.n % 16 or problem.k % 16):
             return f"N={problem.n} and K={problem.k} must be multiples of 16 on {problem.device.type}"
-        return probe(layout, problem.device, problem.dtype)
+        return probed(problem)
 
     return wrong_device
+
+
+def _triton_device(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
+    probed = _probed(name, scheme)
+
+    def wrong_device(problem: Problem) -> str | None:
+        reason = triton_support.why_not(problem.device)
+        if reason is not None or problem.device.type == "cpu":
+            return reason
+        return probed(problem)
+
+    return wrong_device
+
+
+def _int8_device(problem: Problem) -> str | None:
+    return int8_mm.wrong_device(problem) or _probed("int8_mm", INT8_DYNAMIC)(problem)
+
+
+def _int8_weight_only_device(problem: Problem) -> str | None:
+    return int8_mm.wrong_device_weight_only(problem) or _probed("int8_weight_only", INT8_DYNAMIC)(problem)
+
+
+def _late(module: str, function: str) -> Callable[..., Any]:
+    """A function of one of the files that import Triton, which happens at the first call."""
+    found: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(import_module(f".{module}", __name__), function)
+        return found(*args)
+
+    return call
 
 
 def _never(_: object) -> None:
     return None
 
 
-KERNELS: tuple[Kernel, ...] = (
-    Kernel("scaled_mm_tensorwise", torch_mm.tensorwise, torch_mm.tensor_scheme, _scaled_mm_device("tensorwise")),
-    Kernel("scaled_mm_rowwise", torch_mm.rowwise, torch_mm.row_scheme, _scaled_mm_device("rowwise")),
-    Kernel("scaled_mm_blockwise", torch_mm.blockwise, torch_mm.block_scheme, _scaled_mm_device("blockwise")),
-    Kernel("weight_only", torch_mm.weight_only, torch_mm.weight_only_scheme, _never),
-    Kernel("dequantize", torch_mm.dequantize, _never, _never),
-)
+# They compute what the scheme says, inputs quantized.
+SCALED: tuple[Kernel, ...] = (
+    Kernel(
+        "scaled_mm_tensorwise", torch_mm.quantize_tensorwise, torch_mm.tensorwise, torch_mm.tensor_scheme,
+        _scaled_mm_device("scaled_mm_tensorwise", FP8_STATIC),
+    ),
+    Kernel(
+        "scaled_mm_rowwise", torch_mm.quantize_rowwise, torch_mm.rowwise, torch_mm.row_scheme,
+        _scaled_mm_device("scaled_mm_rowwise", FP8_DYNAMIC),
+    ),
+    Kernel(
+        "scaled_mm_blockwise", torch_mm.quantize_blockwise, torch_mm.blockwise, torch_mm.block_scheme,
+        _scaled_mm_device("scaled_mm_blockwise", FP8_BLOCK),
+    ),
+    Kernel("int8_mm", int8_mm.quantize_rows, int8_mm.multiply, int8_mm.int8_scheme, _int8_device),
+    Kernel(
+        "triton_scaled_mm", _late("triton_mm", "quantize"), _late("triton_mm", "multiply"),
+        tiling.scaled_mm_scheme, _triton_device("triton_scaled_mm", FP8_DYNAMIC),
+    ),
+    Kernel("dequantize", torch_mm.fake_quantize, torch_mm.dequantize, _never, _never),
+)  # fmt: skip
+# They leave inputs as they are.
+WEIGHT_ONLY: tuple[Kernel, ...] = (
+    Kernel("int8_weight_only", None, int8_mm.weight_only, int8_mm.int8_scheme, _int8_weight_only_device),
+    Kernel(
+        "triton_weight_only", None, _late("triton_weight_only", "multiply"),
+        tiling.weight_only_scheme, _triton_device("triton_weight_only", FP8_WEIGHT_ONLY),
+    ),
+    Kernel("weight_only", None, torch_mm.dequantize, _never, _never),
+)  # fmt: skip
+KERNELS = SCALED + WEIGHT_ONLY
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
-_WEIGHT_ONLY = _BY_NAME["weight_only"]
 
 _forced: ContextVar[str | None] = ContextVar("hf_fp8_forced_kernel", default=None)
 
@@ -137,7 +154,8 @@ _forced: ContextVar[str | None] = ContextVar("hf_fp8_forced_kernel", default=Non
 def use(name: str) -> Iterator[None]:
     """Force one kernel of `KERNELS` by name within the block, for tests, benchmarks and bug reports.
 
-    A layer that the kernel cannot serve raises `KernelError` instead of taking another one.
+    A layer that the kernel cannot serve raises `KernelError` instead of taking another one. Kernels are chosen
+    when a layer runs: compiled code obeys, too, but a CUDA graph that was recorded before does not.
     """
     if name not in _BY_NAME:
         raise KernelError(f"unknown kernel {name!r}; there are: {', '.join(_BY_NAME)}")
@@ -149,39 +167,69 @@ def use(name: str) -> Iterator[None]:
 
 
 def select(problem: Problem, backend: str = "auto") -> Choice:
-    """The kernel for `problem`: the forced one, else the first of the list that does not decline.
+    """The kernels for `problem`: the forced one, else the first of its list that does not decline.
 
-    backend: "auto" and "scaled_mm" compute what the checkpoint says (inputs quantized by the
-    scheme, `scaled_mm` where the device has the layout); "weight_only" leaves inputs as they are.
+    backend: "scaled_mm" computes what the checkpoint says (inputs quantized by the scheme); "weight_only"
+    leaves inputs as they are; "int8" is for layers re-quantized to int8. "auto" takes what is fastest: the
+    checkpoint's arithmetic for many rows of input, and a weight-only kernel for few, if the device has a fused one.
     """
     forced = _forced.get()
     if forced is not None:
-        kernel = _BY_NAME[forced]
-        # Forcing weight_only on a scheme with quantized inputs is what `backend="weight_only"` does too.
-        reason = None
-        if kernel is not _WEIGHT_ONLY:
-            reason = kernel.wrong_scheme(problem.scheme) or kernel.wrong_device(problem)
-        if reason is not None:
-            raise KernelError(f"kernel {forced!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
-        return Choice(kernel, "forced")
-    return _select(problem, backend)
+        return _honour(forced, problem)
+    return _select(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
+
+
+def kernel_for(x: torch.Tensor, weight: torch.Tensor, scheme: str, backend: str) -> Kernel:
+    """`select`, for the operands of a call: x (M, K) and weight (N, K)."""
+    m, k = x.shape
+    forced = _forced.get()
+    if forced is not None:
+        return _honour(forced, Problem(x.device, Scheme.parse(scheme), weight.shape[0], k, x.dtype)).kernel
+    return _select(x.device, scheme, weight.shape[0], k, x.dtype, backend).at(m)
+
+
+def _honour(name: str, problem: Problem) -> Choice:
+    kernel = _BY_NAME[name]
+    reason = kernel.wrong_scheme(problem.scheme) or kernel.wrong_device(problem)
+    if reason is not None:
+        raise KernelError(f"kernel {name!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
+    return Choice(kernel, "forced")
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, backend: str) -> Choice:
-    if backend == "weight_only":
-        return Choice(_WEIGHT_ONLY, "backend='weight_only'")
+def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Choice:
+    problem = Problem(device, Scheme.parse(text), n, k, dtype)
+    scheme = problem.scheme
     if backend not in BACKENDS:
         raise KernelError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if problem.scheme.input is None:
-        return Choice(_WEIGHT_ONLY, "the checkpoint does not quantize inputs (W8A16)")
+    if backend == "int8" and int8_mm.int8_scheme(scheme) is not None:
+        raise KernelError(f"backend='int8' runs layers that were re-quantized to int8, not {scheme.describe()}")
+    if backend == "weight_only":
+        return Choice(_first(WEIGHT_ONLY, problem)[0], "backend='weight_only'")
+    if scheme.input is None:
+        return Choice(_first(WEIGHT_ONLY, problem)[0], "the checkpoint does not quantize inputs (W8A16)")
+    fused = _first(WEIGHT_ONLY, problem)[0]
+    few = None if fused.name == "weight_only" else fused
+    if backend == "auto" and few is not None and (lacking := has_fp8_matmul(device)) and scheme.weight.dtype == FP8:
+        return Choice(few, f"weights stay in FP8, inputs as they are: {lacking}; backend='int8' may be faster for many rows")
+    kernel, declined = _first(SCALED, problem)
+    name = "int8" if scheme.weight.dtype == INT8 else "FP8"
+    reason = declined or f"{name} matmul on {device.type}"
+    if backend == "scaled_mm" or few is None:
+        return Choice(kernel, reason)
+    limit = weight_only_limit(device, scheme)
+    return Choice(kernel, f"{reason}; weight-only up to M = {limit.m} ({limit.why})", few, limit.m)
+
+
+def _first(kernels: tuple[Kernel, ...], problem: Problem) -> tuple[Kernel, str]:
+    """The first of `kernels` that does not decline, and the reasons of those before it."""
     reasons: list[str] = []
-    for kernel in KERNELS:
+    for kernel in kernels:
         if kernel.wrong_scheme(problem.scheme) is not None:
             continue  # made for other schemes: no news
         reason = kernel.wrong_device(problem)
         if reason is None:
-            return Choice(kernel, "; ".join(reasons) or f"FP8 matmul on {problem.device.type}")
+            return kernel, "; ".join(reasons)
         reasons.append(f"{kernel.name}: {reason}")
     raise AssertionError("the last kernel takes every problem")
 
@@ -195,5 +243,18 @@ def has_fp8_matmul(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9):
             return f"compute capability {capability[0]}.{capability[1]} has no FP8 units (8.9 or newer has)"
-    reasons = [probe(layout, device, torch.bfloat16) for layout in ("rowwise", "tensorwise")]
+    reasons = [
+        probe(_BY_NAME[name], scheme, device, torch.bfloat16)
+        for name, scheme in (("scaled_mm_rowwise", FP8_DYNAMIC), ("scaled_mm_tensorwise", FP8_STATIC))
+    ]
     return None if None in reasons else reasons[0]
+
+
+@cache
+def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if "auto" gains from FP8 weights on `device`: it has FP8 units, or a kernel that widens weights as it reads them."""
+    lacking = has_fp8_matmul(device)
+    if lacking is None or dtype not in _FLOATS:
+        return lacking
+    widening = _BY_NAME["triton_weight_only"].wrong_device(Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
+    return None if widening is None else f"{lacking}; {widening}"

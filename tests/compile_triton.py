@@ -1,0 +1,76 @@
+"""Compile every Triton kernel of hf_fp8 to machine code for several GPUs. No GPU is needed; run without TRITON_INTERPRET.
+
+python tests/compile_triton.py takes all tiles for all of them, two minutes; with "quick", two GPUs and one tile.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_fp8.kernels import triton_epilogue, triton_mm, triton_quantize, triton_weight_only
+
+# What an SM has of shared memory for a program, in bytes (CUDA programming guide, compute capabilities).
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
+TYPES = {"scales": "*fp32", "static": "*fp32", "x_scales": "*fp32", "parts": "*fp32", "sums": "*i32"}
+FLOATS = ("code_max", "min_scale", "factor")
+POINTERS = ("x", "q", "w", "out", "bias", "w_scales")
+
+
+def compile_for(capability: int, kernel: Any, codes: str, constants: dict[str, Any], **options: int) -> None:
+    names = kernel.arg_names
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in TYPES:
+            kind = TYPES[name]
+        elif name in POINTERS:
+            kind = codes if name in ("q", "w") else "*bf16"
+        else:
+            kind = "fp32" if name in FLOATS else "i32"
+        signature[name] = kind
+        # As a launch with aligned tensors and sizes has it: without this nothing is loaded asynchronously.
+        if kind.startswith("*") or name in ("K", "N") or name.startswith("stride"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"], kernel
+    assert compiled.metadata.shared <= SHARED[capability], (kernel, constants, compiled.metadata.shared)
+
+
+def main(quick: bool) -> None:
+    some = slice(None, None, 100) if quick else slice(None)
+    for capability in (80, 90) if quick else SHARED:
+        kinds = ["*i8"] + (["*fp8e4nv"] if capability >= 89 else [])
+        for codes in kinds:
+            is_int8 = {"IS_INT8": codes == "*i8"}
+            rows = {"IS_STATIC": False, "stride_k": 1, **is_int8}
+            compile_for(capability, triton_quantize._rows, codes, {**rows, "ONE": True, "BLOCK": 16384}, num_warps=8)
+            compile_for(capability, triton_quantize._rows, codes, {**rows, "ONE": False, "BLOCK": 8192}, num_warps=8)
+            groups = {"SIZE": 128, "WIDTH": 128, "GROUPS": 16, "stride_k": 1, **is_int8}
+            compile_for(capability, triton_quantize._groups, codes, groups)
+            for _, m, n, k, warps, stages in triton_mm.TILES[some]:
+                tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": triton_mm.GROUP_M, "HAS_BIAS": True, **is_int8}
+                for scales in ({"X_COLS": 0, "W_ROWS": 1, "W_COLS": 0}, {"X_COLS": 128, "W_ROWS": 128, "W_COLS": 128}):
+                    compile_for(capability, triton_mm._scaled_mm, codes, {**tile, **scales}, num_warps=warps, num_stages=stages)
+        for codes, bits in [(kind, False) for kind in kinds] + [("*i8", True)]:
+            for _, m, n, k, warps, stages in triton_weight_only.TILES[some]:
+                tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BITS": bits, "DTYPE": tl.bfloat16, "HAS_BIAS": True}
+                fixed = {"SCALE_N": 1, "SCALE_K": 0, "SPLIT": False, "stride_xk": 1, "stride_sn": 1, "stride_sk": 1}
+                compile_for(
+                    capability, triton_weight_only._weight_only, codes, {**tile, **fixed}, num_warps=warps, num_stages=stages
+                )
+        compile_for(capability, triton_weight_only._add_up, "*i8", {"SPLITS": 4, "HAS_BIAS": True, "BLOCK": 1024})
+        compile_for(capability, triton_epilogue._scale_sums, "*i8", {"HAS_BIAS": True, "BLOCK": 1024})
+    print("all compiled")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] == ["quick"])
