@@ -16,7 +16,7 @@ from .kernels import kernel_for
 from .scheme import Scheme
 from .shared_input import quantize_once
 
-_LIBRARY = torch.library.Library("hf_fp8", "DEF")
+_LIBRARY: Any = torch.library.Library("hf_fp8", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
     "str scheme, str backend) -> Tensor",
@@ -42,7 +42,7 @@ def _run(
 _LIBRARY.impl("scaled_linear", _run, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("hf_fp8::scaled_linear", lib=_LIBRARY)
+@torch.library.register_fake("hf_fp8::scaled_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -107,7 +107,7 @@ class FP8Linear(nn.Linear):
         codes, scale = numerics.requantize(self.weight, self.weight_scale, self.scheme.weight.granularity, INT8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.input_scale = None
+        self.register_parameter("input_scale", None)
         self.scheme, self.backend = INT8_DYNAMIC, "int8"
 
     @torch.no_grad()
@@ -152,7 +152,9 @@ class FP8Linear(nn.Linear):
         codes = state_dict.get(f"{prefix}weight")
         held_as = self.scheme.weight.dtype
         if codes is not None and codes.dtype != held_as:
-            errors.append(f"{prefix}weight is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it")
+            errors.append(
+                f"{prefix}weight is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it"
+            )
             return
         if codes is not None and f"{prefix}weight_scale" not in state_dict:
             errors.append(f"{prefix}weight comes without its {prefix}weight_scale")

@@ -92,9 +92,7 @@ def dequantize(
     return out
 
 
-def fake_quantize(
-    x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8
-) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
     """quantize to codes of `dtype`, then dequantize to the dtype of x."""
     return dequantize(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
 
@@ -104,9 +102,7 @@ def input_scale_for(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor 
     return compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
 
 
-def quantize_input(
-    x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scale) of an input x (M, K); the scale is float32 in the shape of its granularity's grid."""
     scale = input_scale_for(x, scheme, static)
     return quantize(x, scale, scheme.granularity, scheme.dtype), scale

@@ -48,13 +48,7 @@ def quantize_once(
     recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
     how = (kernel.quantize, scheme.input, None if input_scale is None else id(input_scale), recording)
     held = _slot.held
-    if (
-        held is not None
-        and held.x() is x
-        and held.version == x._version
-        and held.how == how
-        and id(layer) not in held.users
-    ):
+    if held is not None and held.x() is x and held.version == x._version and held.how == how and id(layer) not in held.users:
         held.users.add(id(layer))
         return held.codes
     codes = kernel.quantize(rows, input_scale, scheme)

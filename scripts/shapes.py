@@ -58,7 +58,9 @@ def write(name: str, path: Path) -> Path:
 
     for layer in range(shape["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        state = {f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16() for norm in ("input_layernorm", "post_attention_layernorm")}
+        state = {
+            f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16() for norm in ("input_layernorm", "post_attention_layernorm")
+        }
         for part, n, k in (
             ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
             ("self_attn.o_proj", hidden, hidden), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
@@ -68,7 +70,10 @@ def write(name: str, path: Path) -> Path:
             # A weight of about 1/sqrt(K), as an initialised one: the RMS of uniformly drawn codes is about 130.
             state[f"{prefix}.{part}.weight_scale"] = torch.full((n, 1), 1 / 130 / k**0.5).bfloat16()
         save(f"model-{layer:05d}.safetensors", state)
-    ends = {name: (torch.randn(shape["vocab_size"], hidden) * 0.02).bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends = {
+        name: (torch.randn(shape["vocab_size"], hidden) * 0.02).bfloat16()
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
     save("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     written = config(name).to_dict()

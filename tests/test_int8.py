@@ -53,7 +53,9 @@ def test_requantizing_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(numerics, "CPU_CHUNK", 1)
     for a, b in zip(whole, numerics.requantize(q, scale, granularity, INT8), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(numerics.dequantize(q, scale, granularity), q.float() * numerics.expand_scale(scale, granularity, 300, 200))
+    assert torch.equal(
+        numerics.dequantize(q, scale, granularity), q.float() * numerics.expand_scale(scale, granularity, 300, 200)
+    )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -97,7 +99,12 @@ def test_saved_twice_is_the_same(fp8: Path, tmp_path: Path) -> None:
 
 def test_experts_are_saved_dense_and_left_out(tmp_path: Path) -> None:
     """Stock transformers 5.23 reads no int8 checkpoint of a Mixtral, whoever wrote it: held against the config itself."""
-    write(mixtral(), tmp_path / "fp8", quantized=lambda name: "proj" in name or "experts" in name, ignore=["lm_head", "re:.*gate$"])
+    write(
+        mixtral(),
+        tmp_path / "fp8",
+        quantized=lambda name: "proj" in name or "experts" in name,
+        ignore=["lm_head", "re:.*gate$"],
+    )
     model = load(tmp_path / "fp8", copy.deepcopy(INT8_CONFIG))
     dense = load(tmp_path / "fp8", FP8Config(dequantize=True))
     dense.save_pretrained(tmp_path / "dense")

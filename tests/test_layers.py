@@ -90,7 +90,8 @@ def test_no_file_grows_beyond_one_job() -> None:
 
 def test_import_is_lean() -> None:
     code = (
-        "import sys, torch; from transformers import CompressedTensorsConfig, PreTrainedModel; before = torch.cuda.is_initialized(), 'triton' in sys.modules;"
+        "import sys, torch; from transformers import CompressedTensorsConfig, PreTrainedModel;"
+        "before = torch.cuda.is_initialized(), 'triton' in sys.modules;"
         "import hf_fp8;"
         "assert (torch.cuda.is_initialized(), 'triton' in sys.modules) == before;"
         "ours = [name for name in sys.modules if name.startswith('hf_fp8.kernels.triton_')];"

@@ -28,7 +28,7 @@ from .kernel import Kernel, Problem
 from .probe import probe
 from .thresholds import weight_only_limit
 
-__all__ = ["BACKENDS", "KERNELS", "Choice", "Kernel", "Problem", "has_fp8_matmul", "why_not_kept", "probe", "select", "use"]
+__all__ = ["BACKENDS", "KERNELS", "Choice", "Kernel", "Problem", "has_fp8_matmul", "probe", "select", "use", "why_not_kept"]
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 

@@ -66,9 +66,7 @@ def rowwise(
     return _scaled_mm(q, x_scale, weight, row_scale(weight_scale, weight.shape[0]), ("RowWise", "RowWise"), dtype, bias)
 
 
-def quantize_tensorwise(
-    x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tensorwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and one scale, (1,)."""
     assert scheme.input is not None
     q, scale = quantize_input(x, scheme.input, input_scale)
@@ -90,9 +88,7 @@ def tensorwise(
     return _scaled_mm(q, x_scale, weight, w_scale, ("TensorWise", "TensorWise"), dtype, bias)
 
 
-def quantize_blockwise(
-    x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blockwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and a scale per 128 columns, (M, ceil(K / 128)) with the outer dimension contiguous, as cuBLAS wants it."""
     assert scheme.input is not None
     q, scale = quantize_input(x, scheme.input, input_scale)
