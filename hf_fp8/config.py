@@ -97,6 +97,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             raise ConfigError(f"dequantize=True leaves nothing for backend={backend!r} to run on: pass one of them")
         super().__init__(dequantize=dequantize)
         self.backend, self.experts = backend, experts
+        # What the checkpoint itself says, where `become_int8` has made `checkpoint` say something else.
+        self.origin: dict[str, Any] | None = None
         self.of_another_load = False  # whether `checkpoint` was remembered from another load, and may not be this one's
         self.checkpoint: dict[str, Any] | None = None
         self.groups: tuple[Group, ...] = ()
@@ -162,6 +164,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
     def become_int8(self, dense: Iterable[str]) -> None:
         """Make what `to_dict` writes fit a model whose FP8 Linears are int8 now, and whose modules `dense` are dense."""
         written = self.to_dict()
+        self.origin = copy.deepcopy(written)
         for group in self.groups:
             if group.scheme is not None:
                 written["config_groups"][group.name] = {"targets": list(group.targets), **copy.deepcopy(_INT8)}
@@ -202,14 +205,14 @@ class _Name(str):
 
 
 def remember(config: Any, quantized: FP8Config) -> None:
-    """Leave a note of `quantized` on the config of a model that has become dense.
+    """Leave a note of `quantized` on the config of a model that has become dense, or int8.
 
     Users pass such a config on: ``from_pretrained(same_checkpoint, config=model.config)``. Nothing in
     it says FP8 any more, and the host would take the codes for values. The note sits on the name of
     the checkpoint, which the host copies with the config and sets anew at the next load.
     """
     name = _Name(getattr(config, "_name_or_path", "") or "")
-    name.quantized = quantized.to_dict()
+    name.quantized = quantized.origin or quantized.to_dict()
     config._name_or_path = name
 
 

@@ -286,7 +286,7 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
         wide = weight.stacked_scale(scale)
         if q.device.type != "cpu":
             return (q.float() * wide).to(dtype)
-        out = torch.empty(q.shape, dtype=dtype)
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
         for codes, expert_scale, dense in zip(q, wide.expand(len(q), -1, -1), out, strict=True):
             multiply_out(codes, expert_scale, dense)
         return out

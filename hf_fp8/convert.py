@@ -39,6 +39,20 @@ def swap_linear(
     return new
 
 
+def let_siblings_share(model: nn.Module) -> None:
+    """Tell the FP8Linears of one parent with the same in_features and input scheme (q, k and v; gate and up) of each other.
+
+    They are the ones that may quantize an input once for all (`shared_input`).
+    """
+    for name, parent in model.named_modules():
+        layers = [layer for layer in parent.children() if isinstance(layer, FP8Linear)]
+        for layer in layers:
+            family = [
+                other for other in layers if (other.in_features, other.scheme.input) == (layer.in_features, layer.scheme.input)
+            ]
+            layer.shares_input = name if len(family) > 1 and layer.scheme.input is not None else None
+
+
 def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
     """Replace every FP8Linear of `model` by an `nn.Linear` with the weight multiplied out, in place.
 

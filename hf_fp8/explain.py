@@ -70,7 +70,7 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
             device = _execution_device(module)
             choice = select(Problem(device, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
-            rows.append(Row(name, module.scheme.describe(), choice.kernel.name, choice.reason, size))
+            rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
     for name, (scheme, reason) in getattr(model, NOTES, {}).items():
         try:
             held: nn.Module | nn.Parameter = model.get_submodule(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import numerics
 from .errors import InputError
@@ -91,15 +92,15 @@ def scaled_linear(
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     backend: str = "auto",
-    layer: object = None,
+    layer: Any = None,
 ) -> torch.Tensor:
     """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
 
     x: (..., K) in bf16, fp16 or float32, any strides, M = 0 allowed; a per-token scale is one per
     row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements of bf16,
     fp16 or float32. input_scale: one element, for static schemes. bias: (N,). Returns (..., N) in
-    the dtype of x. Gradients flow to x (through the dequantized weight) and bias. layer: the module that asks;
-    with it, an input that other modules have been given as well is quantized once (`shared_input`).
+    the dtype of x. Gradients flow to x (through the dequantized weight) and bias. layer: the FP8Linear that asks, if
+    it has siblings to share the quantized input with (`shared_input`).
 
     Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
     that cannot run.
@@ -126,7 +127,7 @@ def scaled_linear(
 
 
 def _nobody_watches(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether a plain function does what the op would: no graph is traced or differentiated, no mode or subclass listens.
+    """Whether a plain function does what the op would: nothing is traced or differentiated, no dispatch mode listens.
 
     The op's way through the dispatcher and back into Python takes 15 us, more than some of the kernels, and a small
     model calls 200 of them for each token.
@@ -139,6 +140,7 @@ def _nobody_watches(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.T
         return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
         and torch._C._functorch.maybe_current_level() is None
         and torch._C._get_tracing_state() is None
     )

@@ -52,6 +52,8 @@ class FP8Linear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would initialise the weight, which E4M3 cannot
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.backend = scheme, backend
+        # The name of what this layer and its siblings are part of, if they may quantize a common input once.
+        self.shares_input: str | None = None
 
         def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -72,7 +74,7 @@ class FP8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., K) in bf16, fp16 or float32. Returns (..., N) in the same dtype (or autocast's)."""
-        if torch.is_autocast_enabled(input.device.type):
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return scaled_linear(
             input,
@@ -82,7 +84,7 @@ class FP8Linear(nn.Linear):
             input_scale=self.input_scale,
             bias=self.bias,
             backend=self.backend,
-            layer=self,
+            layer=self if self.shares_input is not None else None,
         )
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -19,8 +19,8 @@ from transformers.utils import logging
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
 from .conversion import KeyRenaming, RoutedConverter
-from .convert import swap_back, swap_linear
-from .errors import UnsupportedError
+from .convert import let_siblings_share, swap_back, swap_linear
+from .errors import ConfigError, UnsupportedError
 from .explain import NOTES
 from .kernels import why_not_kept
 from .layout import lay_out
@@ -90,6 +90,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._host_conversions = list(weight_conversions)
             checkpoint = Checkpoint(self._files)
             if self.quantization_config.of_another_load and not checkpoint.has_fp8:
+                if any(tensor.dtype == "I8" for tensor in checkpoint.tensors.values()):
+                    raise ConfigError(
+                        "the `config` that was passed is of a model loaded from FP8, but the files hold int8 codes, which it "
+                        "says nothing of: leave `config` out"
+                    )
                 self.quantization_config.dequantize = True  # a plain checkpoint after all
                 return list(weight_conversions)
             self._lay_out(model, weight_conversions, checkpoint)
@@ -216,6 +221,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         if self.quantization_config.backend == "int8" and self.layout is not None:
             self._to_int8(model, self.layout)
+        let_siblings_share(model)
         if self._dense_because is not None and self.layout is not None:
             model._weight_conversions = self._native_conversions()
             if self.host is None:
@@ -234,6 +240,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.become_int8([*self._dense, *sorted(merged)])
         names = [c for c in layout.conversions if isinstance(c, KeyRenaming)]
         model._weight_conversions = [*self._native_conversions(), *names]
+        remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8
         gone = tuple(f".{role}" for role in ZERO_POINTS)
         self.passengers = {name: tensor for name, tensor in self.passengers.items() if not name.endswith(gone)}
@@ -279,7 +286,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.host is not None:
             raise UnsupportedError(
-                "model.dequantize(): the checkpoint mixes FP8 with other formats, which transformers runs; "
+                "model.dequantize(): some of the model's layers are of other formats, which transformers runs; "
                 "load it with FP8Config(dequantize=True) instead"
             )
         swap_back(model, dtype)

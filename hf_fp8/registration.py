@@ -55,9 +55,10 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     for a checkpoint whose config it reads as its own class.
     """
     written = checkpoint_config(config) or _dropped_config(config)
-    if written is None and (written := remembered(config)) is not None:
-        # The config of a model that was loaded from FP8 and made dense: the files will tell which they are.
-        config.quantization_config = merge(written, quantization_config)
+    note = remembered(config)
+    if note is not None and (written is None or not concerns_fp8(written)):
+        # The config of a model that was loaded from FP8 and made dense, or int8: the files will tell which they are.
+        config.quantization_config = merge(note, quantization_config)
         config.quantization_config.of_another_load = True
         return _host_door(config, None, *args, **kwargs)
     if written is not None and concerns_fp8(written):
@@ -80,7 +81,8 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
         if quantization_config.backend != "auto":
             raise ConfigError(
                 f"FP8Config(backend={quantization_config.backend!r}) was passed, but no config group of the checkpoint is FP8 "
-                f"({', '.join(written.get('config_groups') or ['none'])}): there is nothing for that backend to run"
+                f"({', '.join(written.get('config_groups') or ['none'])}): there is nothing for that backend to run. "
+                "Checkpoints that hold int8 or int4 already are run by transformers itself: load them without a backend"
             )
         quantization_config = CompressedTensorsConfig(dequantize=quantization_config.dequantize)
     return _host_door(config, quantization_config, *args, **kwargs)

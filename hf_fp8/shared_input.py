@@ -1,8 +1,10 @@
 """Layers that are given the same input (q, k and v; gate and up) quantize it once.
 
-One slot per thread holds the codes of the last input. They are used again only by another layer than those that
-have used them, for the same tensor object, unchanged by its version counter. So what a layer computes never
-depends on an earlier call of itself, and the codes go when the input goes.
+One slot per thread holds the codes of the last input. They are used again only by a sibling (`let_siblings_share`) that
+has not used them yet, for the same tensor object with the same memory, shape and version. So nothing depends on an
+earlier call of the same layer, and the codes go when the input goes. What torch cannot see, and this neither, is an
+input that is overwritten between q and k through `.data`, numpy or a foreign kernel: `layer.shares_input = None`
+switches sharing off for a layer.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,7 +23,6 @@ from .scheme import Scheme
 @dataclass
 class _Quantized:
     x: weakref.ref[torch.Tensor]
-    version: int
     how: tuple[object, ...]
     codes: tuple[torch.Tensor, torch.Tensor]
     users: set[int] = field(default_factory=set)
@@ -34,11 +36,11 @@ _slot = _Slot()
 
 
 def quantize_once(
-    kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, layer: object
+    kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, layer: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kernel.quantize(rows, input_scale, scheme)``, or what it gave another layer for the same x.
 
-    x: the tensor that the layer was called with; rows: x as (M, K). layer: whom the codes are for; None
+    x: the tensor that the layer was called with; rows: x as (M, K). layer: the FP8Linear whom the codes are for; None
     shares nothing.
     """
     assert kernel.quantize is not None
@@ -46,14 +48,16 @@ def quantize_once(
         return kernel.quantize(rows, input_scale, scheme)
     # What a CUDA graph records, and what ran before, are two worlds.
     recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    how = (kernel.quantize, scheme.input, None if input_scale is None else id(input_scale), recording)
+    static = None if input_scale is None else (id(input_scale), input_scale._version)
+    memory = (x._version, x.data_ptr(), x.shape, x.stride())
+    how = (memory, kernel.quantize, scheme.input, static, layer.shares_input, recording)
     held = _slot.held
-    if held is not None and held.x() is x and held.version == x._version and held.how == how and id(layer) not in held.users:
+    if held is not None and held.x() is x and held.how == how and id(layer) not in held.users:
         held.users.add(id(layer))
         return held.codes
     codes = kernel.quantize(rows, input_scale, scheme)
     slot = _slot.__dict__
-    _slot.held = _Quantized(weakref.ref(x, lambda gone: _forget(slot, gone)), x._version, how, codes, {id(layer)})
+    _slot.held = _Quantized(weakref.ref(x, lambda gone: _forget(slot, gone)), how, codes, {id(layer)})
     return codes
 
 

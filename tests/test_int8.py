@@ -14,8 +14,8 @@ from test_families import mixtral
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, numerics
-from hf_fp8.errors import UnsupportedError
+from hf_fp8 import FP8Config, FP8Linear, kernels, numerics
+from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 
 INT8_CONFIG = FP8Config(backend="int8")
@@ -41,7 +41,8 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
             assert torch.equal(module.weight_scale, scale)
             assert torch.equal(module.weight, numerics.quantize(exact, scale, ROW, INT8))
     assert sqnr(logits(model), logits(dense)) > 25
-    assert {row.kernel for row in hf_fp8.explain(model)} <= {"int8_weight_only (M <= 4), int8_mm", "int8_mm"}
+    found = {row.name.rpartition(".")[2]: row.kernel for row in hf_fp8.explain(model)}
+    assert found["q_proj"] == "int8_weight_only (M <= 4), int8_mm" and found["down_proj"] == "int8_mm"  # K = 96
 
 
 def test_requantizing_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +163,36 @@ def test_not_finite_rows_stay_visible(dtype: torch.dtype) -> None:
         found = layer(x)
         assert not found[[3, 6]].isfinite().any() and found[[0, 1, 2, 4, 5, 7]].isfinite().all() and (found[8] == 0).all()
         assert not layer(x[3:4]).isfinite().any() and not layer(x[6:7]).isfinite().any()
+
+
+def test_its_config_passed_on_finds_the_fp8_checkpoint_again(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8, copy.deepcopy(INT8_CONFIG))
+    model.save_pretrained(tmp_path / "int8")
+    dense = logits(load(fp8, FP8Config(dequantize=True)))
+    for config in (model.config, model.dequantize().config):
+        again = AutoModelForCausalLM.from_pretrained(fp8, config=copy.deepcopy(config), dtype=torch.float32)
+        assert sqnr(logits(again), dense) > 100
+        with pytest.raises(ConfigError, match="leave `config` out"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "int8", config=copy.deepcopy(config))
+    with pytest.raises(ConfigError, match="load them without a backend"):
+        load(tmp_path / "int8", copy.deepcopy(INT8_CONFIG))
+
+
+@torch.no_grad()
+def test_another_default_device_changes_nothing() -> None:
+    layers = [FP8Linear(64, n, INT8_DYNAMIC, backend="int8") for n in (40, 56)]
+    for layer in layers:
+        layer.weight.data = torch.randint(-127, 128, tuple(layer.weight.shape), dtype=INT8)
+        layer.weight_scale.data.fill_(0.01)
+    kernels._select.cache_clear()
+    kernels.probe.cache_clear()
+    few, many = torch.randn(3, 64), torch.randn(600, 64)
+    with torch.device("meta"):
+        found = [layer(x) for layer in layers for x in (few, many)]
+    assert all(t.device.type == "cpu" for t in found)
+    assert all(torch.equal(a, b) for a, b in zip(found, [layer(x) for layer in layers for x in (few, many)], strict=True))
+    choice = kernels.select(kernels.Problem(torch.device("cpu"), INT8_DYNAMIC, 40, 64, torch.float32), "int8")
+    assert str(choice) == "int8_weight_only (M <= 4), int8_mm"
 
 
 def test_generation(fp8: Path) -> None:

@@ -87,7 +87,7 @@ def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.devic
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
 def test_every_kernel_that_takes_a_scheme(name: str, m: int, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
-    for n, k in ((16, 64), (72, 200), (1, 3), (33, 257)):
+    for n, k in ((16, 64), (72, 200), (1, 3), (33, 257), (4, 1)):
         given = operands(scheme, m, n, k, dtype)
         bias = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
         for kernel in runs(scheme, n, k, dtype):

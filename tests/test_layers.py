@@ -18,7 +18,7 @@ LAYERS = [
     {"scratch"},
     {"casts"},
     {"numerics"},
-    {"kernels.kernel", "kernels.layouts", "kernels.thresholds", "kernels.tiling", "kernels.triton_support"},
+    {"kernels.kernel", "kernels.thresholds", "kernels.tiling", "kernels.triton_support"},
     {"kernels.triton_quantize", "kernels.triton_weight_only", "kernels.triton_epilogue", "kernels.probe"},
     {"kernels.quantize"},
     {"kernels.torch_mm", "kernels.int8_mm", "kernels.triton_mm"},

@@ -198,3 +198,24 @@ def test_dequantize_model_keeps_shared_modules_shared() -> None:
     assert model["a"].weight.dtype == torch.float32  # that of the LayerNorm
     assert torch.equal(model["a"](x), wanted)
     assert type(dequantize_model(layer(FP8_DYNAMIC), torch.float16)) is nn.Linear
+
+
+@pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
+def test_forward_mode_gradients_are_not_those_of_rounding(backend: str) -> None:
+    """The op has none, and says so, instead of differentiating through the quantizer."""
+    linear = FP8Linear(64, 32, FP8_DYNAMIC, backend=backend)
+    linear.weight.data, linear.weight_scale.data = torch.ones(32, 64).to(FP8), torch.ones(32, 1)
+    x, tangent = torch.randn(3, 64), torch.randn(3, 64)
+    with torch.autograd.forward_ad.dual_level():
+        out = linear(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is None
+
+
+@torch.no_grad()
+def test_a_scale_changed_behind_torchs_back_is_seen() -> None:
+    linear = FP8Linear(64, 32, FP8_DYNAMIC, backend="scaled_mm", scale_dtype=torch.bfloat16)
+    linear.weight.data, linear.weight_scale.data = torch.ones(32, 64).to(FP8), torch.ones(32, 1).bfloat16()
+    x = torch.randn(3, 64)
+    before = linear(x)
+    linear.weight_scale.data.mul_(2)
+    assert torch.equal(linear(x), before * 2)

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from build import load
 from test_kernels import operands
 
-from hf_fp8 import FP8Linear, kernels, shared_input
+from hf_fp8 import FP8Config, FP8Linear, kernels, shared_input
 from hf_fp8.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
 
 
-def layer(scheme: Scheme, seed: int) -> FP8Linear:
+def layer(scheme: Scheme, seed: int, parent: str | None = "attention") -> FP8Linear:
     made = FP8Linear(64, 48, scheme, backend="scaled_mm")
+    made.shares_input = parent
     given = operands(scheme, 1, 48, 64, torch.float32)
     made.weight.data = given["weight"].roll(seed, 0)
     made.weight_scale.data = given["weight_scale"].roll(seed, 0)
@@ -65,10 +69,36 @@ def test_nothing_is_shared_that_may_have_changed(counted: list[int]) -> None:
     array *= 3
     counted[0] = 0
     assert torch.equal(q(x), q(x.clone())) and counted[0] == 2
+    # New memory under an old tensor.
+    q(x)
+    x.data = torch.randn(7, 64)
+    assert torch.equal(k(x), k(x.clone()))
+    x.data = torch.randn(5, 64)
     # Another tensor of the same memory, or with the same values, is another input.
     counted[0] = 0
     q(x), k(x.view(5, 64)), k(x.clone())
     assert counted[0] == 3
+
+
+@torch.no_grad()
+def test_strangers_share_nothing(counted: list[int]) -> None:
+    x = torch.randn(5, 64)
+    for one, two in (("a", "b"), (None, None), ("a", None)):
+        q, k = layer(INT8_DYNAMIC, 0, one), layer(INT8_DYNAMIC, 1, two)
+        q(x)
+        x.data.mul_(3)  # behind torch's back
+        assert torch.equal(k(x), k(x.clone()))
+
+
+def test_who_is_a_sibling(fp8: Path) -> None:
+    layers = load(fp8, FP8Config(backend="int8")).model.layers[0]
+    attention, mlp = layers.self_attn, layers.mlp
+    assert attention.q_proj.shares_input == attention.v_proj.shares_input == "model.layers.0.self_attn"
+    assert mlp.gate_proj.shares_input == "model.layers.0.mlp" and mlp.down_proj.shares_input is None
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64)
+        together = attention.q_proj(x), attention.k_proj(x)
+        assert torch.equal(together[1], copy.deepcopy(attention).k_proj(x.clone()))
 
 
 @torch.no_grad()

@@ -41,8 +41,8 @@ def quantize_rows(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Sch
         scale = magnitude.amax(1, keepdim=True).float().div_(127.0).clamp_(min=numerics.MIN_SCALE)
         return torch.div(x, scale).round_().to(INT8), scale
     x = x.contiguous()
-    codes = torch.empty((m, k), dtype=INT8)
-    scales = torch.empty((m, 1), dtype=torch.float32)
+    codes = torch.empty((m, k), dtype=INT8, device=x.device)
+    scales = torch.empty((m, 1), dtype=torch.float32, device=x.device)
     step = rows_at_once(k)
     for start in range(0, m, step):
         piece, scale = x[start : start + step], scales[start : start + step]
@@ -100,7 +100,7 @@ def _multiply_cpu(
         sums = torch._int_mm(weight, q.t())  # (N, M)
         scaled = (sums * (weight_scale.reshape(n, 1) * x_scale.reshape(1, m))).t()
         return add_bias(scaled, bias).to(dtype).contiguous()
-    out = torch.empty((m, n), dtype=dtype)
+    out = torch.empty((m, n), dtype=dtype, device=q.device)
     in_place = dtype == torch.float32
     step = m if in_place else rows_at_once(n)
     for start in range(0, m, step):
@@ -139,19 +139,20 @@ def weight_only(
     scheme: Scheme,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Codes times x in bfloat16, accumulated in float32: for CPUs, few rows and small weights.
+    """Codes times x in bfloat16: for CPUs, few rows and small weights.
 
-    float32 and float16 inputs are rounded to bfloat16 (8 bits), which is less than int8 codes lose on them.
+    The sums are float32, but x and the product are rounded to bfloat16 (8 bits), also for a float32 x. That is less
+    than int8 codes of x lose.
     """
     out = torch._weight_int8pack_mm(x.contiguous().to(torch.bfloat16), weight, _ones(weight.shape[0]))
-    return add_bias(torch.mul(out, weight_scale.reshape(1, -1)), bias).to(dtype)
+    return add_bias(torch.mul(out, weight_scale.float().reshape(1, -1)), bias).to(dtype)
 
 
 @cache
 def _ones(n: int) -> torch.Tensor:
     """The scales that the kernel wants in bfloat16: ours are applied in float32."""
     with torch.inference_mode(False):
-        return torch.ones(n, dtype=torch.bfloat16)
+        return torch.ones(n, dtype=torch.bfloat16, device="cpu")
 
 
 def int8_scheme(scheme: Scheme) -> str | None:
@@ -165,6 +166,8 @@ def int8_scheme(scheme: Scheme) -> str | None:
 
 def wrong_device(problem: Problem) -> str | None:
     """Why `multiply` cannot run there; None if it can."""
+    if problem.k < 2:
+        return "torch._int_mm gives wrong numbers for K=1 (torch 2.13.0, CPU)"
     if problem.device.type == "cuda" and (problem.n % 8 or problem.k % 8):
         return f"N={problem.n} and K={problem.k} must be multiples of 8 on {problem.device.type}"
     if problem.device.type not in ("cpu", "cuda"):

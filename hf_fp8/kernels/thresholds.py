@@ -40,7 +40,7 @@ _INT8_CUDA = Limit(32, "torch._int_mm takes more than 16 rows; 32 not measured")
 
 # Against `_int_mm`, cold weights of SmolLM2's shapes, Xeon with AMX, ms: M=1 13.2 / 15.5, 2 12.9 / 15.5, 3 14.6 / 21.0,
 # 4 19.0 / 19.9, 6 24.7 / 22.9.
-_INT8_CPU = Limit(4, "measured on a Xeon with AMX")
+_INT8_CPU = Limit(4, "measured on a Xeon with AMX, taken for every CPU")
 
 
 @cache

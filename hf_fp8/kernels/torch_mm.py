@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from .. import numerics
 from ..scheme import FP8, ROW, TENSOR, Granularity, Scheme
 from .kernel import add_bias
-from .layouts import row_scale
 from .quantize import quantize_input
 
 BLOCK_INPUT = Granularity(1, 128)
@@ -63,7 +62,8 @@ def rowwise(
 ) -> torch.Tensor:
     """Scales of x as (M, 1) and of the weight as (1, N), both float32: channel or tensor weights, any row input."""
     assert x_scale is not None
-    return _scaled_mm(q, x_scale, weight, row_scale(weight_scale, weight.shape[0]), ("RowWise", "RowWise"), dtype, bias)
+    w_scale = weight_scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
+    return _scaled_mm(q, x_scale, weight, w_scale, ("RowWise", "RowWise"), dtype, bias)
 
 
 def quantize_tensorwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +84,7 @@ def tensorwise(
 ) -> torch.Tensor:
     """One scale for x and one for the weight."""
     assert x_scale is not None
-    w_scale = row_scale(weight_scale, 1).reshape(1)
+    w_scale = weight_scale.float().reshape(1)
     return _scaled_mm(q, x_scale, weight, w_scale, ("TensorWise", "TensorWise"), dtype, bias)
 
 
@@ -130,11 +130,6 @@ def dequantize(
     """Weights multiplied out for the length of the call, then a matmul in the dtype of x."""
     dense = numerics.dequantize(weight, weight_scale, scheme.weight.granularity, x.dtype)
     return add_bias(F.linear(x, dense), bias)
-
-
-def any_scheme(scheme: Scheme) -> str | None:
-    """None: it takes them all."""
-    return None
 
 
 def row_scheme(scheme: Scheme) -> str | None:
