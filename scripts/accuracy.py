@@ -99,7 +99,7 @@ def perplexities(folder: Path, counts: list[int]) -> list[str]:
         lines.append(f"| BF16 | - | {len(text):,} | {base:.3f} | |")
         for kind in smollm2.KINDS:
             path = smollm2.write_fp8(dense, folder / kind, kind)
-            for backend in BACKENDS:
+            for backend in (*BACKENDS, "int8"):
                 found = smollm2.perplexity(load(path, torch.bfloat16, backend), text)
                 lines.append(f"| {kind} | {backend} | {len(text):,} | {found:.3f} | {100 * (found / base - 1):+.2f}% |")
                 print(lines[-1], flush=True)

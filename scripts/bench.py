@@ -88,7 +88,8 @@ def run_kernels(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     peak = bench_kernels.peaks(args.device, dtype)
     console.print(
-        f"{device_name(args.device)}: {peak[0] / 1e9:.0f} GB/s, {peak[1] / 1e12:.2f} TFLOP/s {args.dtype} ({peak[2]})"
+        f"{device_name(args.device)}: {peak.bandwidth / 1e9:.0f} GB/s, {peak.flops / 1e12:.2f} TFLOP/s {args.dtype}, "
+        f"{peak.flops_8bit / 1e12:.2f} with 8 bits ({peak.source})"
     )
     log = Log(args.device)
     scheme = bench_kernels.SCHEMES[args.scheme]
