@@ -198,8 +198,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         elif because is None and layout.dense:
             sample = next(iter(layout.dense))
+            saved = "saved dense" if self.quantization_config.backend == "int8" else "written back in FP8"
             logger.warning(
-                f"hf_fp8: {len(layout.dense)} parameters are held in {self._dtype} and written back in FP8, "
+                f"hf_fp8: {len(layout.dense)} parameters are held in {self._dtype} and {saved}, "
                 f"such as {sample} ({next(iter(layout.reasons.values()))})."
             )
         if layout.scan.cache and because is None:
@@ -242,6 +243,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [*self._native_conversions(), *names]
         remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8
+        layout.scales.clear()
         gone = tuple(f".{role}" for role in ZERO_POINTS)
         self.passengers = {name: tensor for name, tensor in self.passengers.items() if not name.endswith(gone)}
 

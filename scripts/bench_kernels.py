@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ class Contender:
     calls: list[Callable[[torch.Tensor], torch.Tensor]]
     weight_bytes: int
     eight_bit: bool = False
+    forced: str | None = None
     times: list[float] = field(default_factory=list)
     error: str = ""
 
@@ -94,14 +96,6 @@ def _layer(scheme: Scheme, weight: torch.Tensor, backend: str, device: str) -> F
     return layer
 
 
-def _forced(layer: FP8Linear, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    def call(x: torch.Tensor) -> torch.Tensor:
-        with kernels.use(name):
-            return layer(x)
-
-    return call
-
-
 def contenders(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: str, slow: bool) -> list[Contender]:
     """Dense first. slow: also those that are there for correctness on a CPU."""
     copies = max(2, int(COLD_BYTES[device] / (n * k)))
@@ -124,8 +118,8 @@ def contenders(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: str, 
             if kernel.wrong_scheme(given) or kernel.wrong_device(problem) or (given is INT8_DYNAMIC and reference):
                 continue
             prefix = "int8: " if given is INT8_DYNAMIC and not kernel.name.startswith("int8") else ""
-            calls = [_forced(layer, kernel.name) for layer in held]
-            found.append(Contender(prefix + kernel.name, calls, n * k, kernel not in WEIGHT_ONLY))
+            eight_bit = kernel not in WEIGHT_ONLY
+            found.append(Contender(prefix + kernel.name, list(held), n * k, eight_bit, kernel.name))  # type: ignore[arg-type]
     found += _peers(layers, scheme, n, k, dtype, device, slow)
     return found
 
@@ -189,15 +183,16 @@ def measure(them: list[Contender], m: int, k: int, dtype: torch.dtype, device: s
                 1 if not contender.times else max(1, min(200, int((0.02 if device == "cpu" else 0.005) / contender.seconds)))
             )
             try:
-                if number == 0:
-                    contender.calls[0](x)  # compiles, probes
                 begun = turn
 
                 def run(contender: Contender = contender, begun: int = begun, repeat: int = repeat) -> None:
                     for i in range(repeat):
                         contender.calls[(begun + i) % len(contender.calls)](x)
 
-                seconds = _time(run, device) / repeat
+                with kernels.use(contender.forced) if contender.forced else nullcontext():
+                    if number == 0:
+                        contender.calls[0](x)  # compiles, probes
+                    seconds = _time(run, device) / repeat
             except Exception as error:  # a peer that does not take M = 1, say: reported, not hidden
                 contender.error = str(error).split("\n")[0][:100]
                 continue
