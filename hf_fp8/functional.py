@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import numerics
 from .errors import InputError
-from .kernels import kernel_for
+from .kernels import Input, Weight, kernel_for
 from .scheme import Scheme
 from .shared_input import quantize_once
 
@@ -37,7 +37,7 @@ def _run(
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
     kernel = kernel_for(x, weight, scheme, backend)
-    return kernel.run(x, weight, weight_scale, input_scale, bias, Scheme.parse(scheme))
+    return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)))
 
 
 _LIBRARY.impl("scaled_linear", _run, "CompositeExplicitAutograd")
@@ -117,10 +117,8 @@ def scaled_linear(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and _nobody_watches(x, weight, weight_scale, bias):
         kernel = kernel_for(rows, weight, scheme.text, backend)
-        codes: tuple[torch.Tensor, torch.Tensor | None] = (rows, None)
-        if kernel.quantize is not None:
-            codes = quantize_once(kernel, x, rows, input_scale, scheme, layer)
-        out = kernel.multiply(*codes, weight, weight_scale, bias, scheme, x.dtype)
+        given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
+        out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
     else:
         out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .kernels import Kernel
+from .kernels import Input, Kernel
 from .scheme import Scheme
 
 
@@ -24,7 +24,7 @@ from .scheme import Scheme
 class _Quantized:
     x: weakref.ref[torch.Tensor]
     how: tuple[object, ...]
-    codes: tuple[torch.Tensor, torch.Tensor]
+    codes: Input
     users: set[int] = field(default_factory=set)
 
 
@@ -37,7 +37,7 @@ _slot = _Slot()
 
 def quantize_once(
     kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, layer: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Input:
     """``kernel.quantize(rows, input_scale, scheme)``, or what it gave another layer for the same x.
 
     x: the tensor that the layer was called with; rows: x as (M, K). layer: the FP8Linear whom the codes are for; None

@@ -18,6 +18,7 @@ from hf_fp8.kernels import triton_epilogue, triton_mm, triton_quantize, triton_w
 # What an SM has of shared memory for a program, in bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 TYPES = {"scales": "*fp32", "static": "*fp32", "x_scales": "*fp32", "parts": "*fp32", "sums": "*i32"}
+TYPES |= {"kept": "*fp32", "outliers": "*fp32", "beside": "*fp32"}
 FLOATS = ("code_max", "min_scale", "factor")
 POINTERS = ("x", "q", "w", "out", "bias", "w_scales")
 
@@ -51,9 +52,10 @@ def main(quick: bool) -> None:
         kinds = ["*i8"] + (["*fp8e4nv"] if capability >= 89 else [])
         for codes in kinds:
             is_int8 = {"IS_INT8": codes == "*i8"}
-            rows = {"IS_STATIC": False, "stride_k": 1, **is_int8}
+            rows = {"IS_STATIC": False, "HAS_KEPT": False, "stride_k": 1, **is_int8}
             compile_for(capability, triton_quantize._rows, codes, {**rows, "ONE": True, "BLOCK": 16384}, num_warps=8)
             compile_for(capability, triton_quantize._rows, codes, {**rows, "ONE": False, "BLOCK": 8192}, num_warps=8)
+            compile_for(capability, triton_quantize._rows, codes, {**rows, "HAS_KEPT": True, "ONE": True, "BLOCK": 4096})
             groups = {"SIZE": 128, "WIDTH": 128, "GROUPS": 16, "stride_k": 1, **is_int8}
             compile_for(capability, triton_quantize._groups, codes, groups)
             for _, m, n, k, warps, stages in triton_mm.TILES[some]:
@@ -68,7 +70,9 @@ def main(quick: bool) -> None:
                     capability, triton_weight_only._weight_only, codes, {**tile, **fixed}, num_warps=warps, num_stages=stages
                 )
         compile_for(capability, triton_weight_only._add_up, "*i8", {"SPLITS": 4, "HAS_BIAS": True, "BLOCK": 1024})
-        compile_for(capability, triton_epilogue._scale_sums, "*i8", {"HAS_BIAS": True, "BLOCK": 1024})
+        for columns in (0, 16, 64):
+            tile = {"BLOCK_M": triton_epilogue.BLOCK_M, "BLOCK_N": triton_epilogue.BLOCK_N, "BLOCK_R": columns}
+            compile_for(capability, triton_epilogue._scale_sums, "*i8", {"HAS_BIAS": True, "DTYPE": tl.bfloat16, **tile})
     print("all compiled")
 
 

@@ -42,7 +42,8 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
             assert torch.equal(module.weight, numerics.quantize(exact, scale, ROW, INT8))
     assert sqnr(logits(model), logits(dense)) > 25
     found = {row.name.rpartition(".")[2]: row.kernel for row in hf_fp8.explain(model)}
-    assert found["q_proj"] == "int8_weight_only (M <= 4), int8_mm" and found["down_proj"] == "int8_mm"  # K = 96
+    assert found["q_proj"] == "int8_weight_only (M <= 4), int8_mm_outliers"
+    assert found["down_proj"] == "int8_mm_outliers"  # K = 96
 
 
 def test_requantizing_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +195,7 @@ def test_another_default_device_changes_nothing() -> None:
     assert all(t.device.type == "cpu" for t in found)
     assert all(torch.equal(a, b) for a, b in zip(found, [layer(x) for layer in layers for x in (few, many)], strict=True))
     choice = kernels.select(kernels.Problem(torch.device("cpu"), INT8_DYNAMIC, 40, 64, torch.float32), "int8")
-    assert str(choice) == "int8_weight_only (M <= 4), int8_mm"
+    assert str(choice) == "int8_weight_only (M <= 4), int8_mm_outliers"
 
 
 def test_generation(fp8: Path) -> None:

@@ -205,10 +205,34 @@ def test_every_code_is_widened_right() -> None:
                 torch.testing.assert_close(found[0], codes[:, code].float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_int8_with_the_fused_epilogue() -> None:
-    x, weight, weight_scale, _, wanted = exact_operands(INT8_DYNAMIC, torch.bfloat16, 40, 72, 256)
-    with use("int8_mm"):
-        assert torch.equal(scaled_linear(x, weight, weight_scale, INT8_DYNAMIC), wanted)
+@pytest.mark.parametrize("kernel", ["int8_mm", "int8_mm_outliers"])
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_with_the_fused_epilogue(kernel: str, m: int, dtype: torch.dtype) -> None:
+    for n, k in ((72, 256), (136, 421)):
+        x, weight, weight_scale, _, wanted = exact_operands(INT8_DYNAMIC, dtype, m, n, k)
+        bias = torch.arange(n).fmod(5).to(dtype)
+        with use(kernel):
+            assert torch.equal(scaled_linear(x, weight, weight_scale, INT8_DYNAMIC), wanted)
+            found = scaled_linear(x.float(), weight, weight_scale, INT8_DYNAMIC, bias=bias)
+        assert torch.equal(found.double(), expected_with(INT8_DYNAMIC, x, weight, weight_scale, None) + bias.double())
+
+
+@pytest.mark.parametrize("one_pass", [16384, 100])
+def test_int8_beside_outliers(one_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as the steps of a CPU without Triton, whatever the number of columns set aside."""
+    from hf_fp8.kernels import triton_quantize
+
+    monkeypatch.setattr(triton_quantize, "ONE_PASS", one_pass)
+    for count in (0, 1, 9):
+        given = operands(INT8_DYNAMIC, 70, 136, 600, torch.float32)
+        given["x"][:, torch.arange(count) * 11] *= 50
+        with use("int8_mm_outliers"):
+            found = scaled_linear(**given, scheme=INT8_DYNAMIC)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(triton_support, "why_not", lambda device: "not now")
+                plain = scaled_linear(**given, scheme=INT8_DYNAMIC)
+        assert sqnr(found, plain.double()) > 130
 
 
 def test_not_finite_input_stays_visible() -> None:

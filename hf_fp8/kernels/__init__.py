@@ -23,12 +23,15 @@ from ..scheme import (
     INT8_DYNAMIC,
     Scheme,
 )
-from . import int8_mm, tiling, torch_mm, triton_support
-from .kernel import Kernel, Problem
+from . import int8_mm, int8_quantize, tiling, torch_mm, triton_support
+from .kernel import Input, Kernel, Problem, Weight
 from .probe import probe
 from .thresholds import weight_only_limit
 
-__all__ = ["BACKENDS", "KERNELS", "Choice", "Kernel", "Problem", "has_fp8_matmul", "probe", "select", "use", "why_not_kept"]
+__all__ = [
+    "BACKENDS", "KERNELS", "Choice", "Input", "Kernel", "Problem", "Weight", "has_fp8_matmul", "kernel_for", "probe",
+    "select", "use", "why_not_kept",
+]  # fmt: skip
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 
@@ -93,6 +96,11 @@ def _int8_device(problem: Problem) -> str | None:
     return int8_mm.wrong_device(problem) or _probed("int8_mm", INT8_DYNAMIC)(problem)
 
 
+def _int8_outliers_device(problem: Problem) -> str | None:
+    few = int8_quantize.too_narrow(problem)
+    return few or int8_mm.wrong_device(problem) or _probed("int8_mm_outliers", INT8_DYNAMIC)(problem)
+
+
 def _int8_weight_only_device(problem: Problem) -> str | None:
     return int8_mm.wrong_device_weight_only(problem) or _probed("int8_weight_only", INT8_DYNAMIC)(problem)
 
@@ -128,7 +136,11 @@ SCALED: tuple[Kernel, ...] = (
         "scaled_mm_blockwise", torch_mm.quantize_blockwise, torch_mm.blockwise, torch_mm.block_scheme,
         _scaled_mm_device("scaled_mm_blockwise", FP8_BLOCK),
     ),
-    Kernel("int8_mm", int8_mm.quantize_rows, int8_mm.multiply, int8_mm.int8_scheme, _int8_device),
+    Kernel(
+        "int8_mm_outliers", int8_quantize.quantize_but_outliers, int8_mm.multiply,
+        int8_mm.int8_scheme, _int8_outliers_device,
+    ),
+    Kernel("int8_mm", int8_quantize.quantize, int8_mm.multiply, int8_mm.int8_scheme, _int8_device),
     Kernel(
         "triton_scaled_mm", _late("triton_mm", "quantize"), _late("triton_mm", "multiply"),
         tiling.scaled_mm_scheme, _triton_device("triton_scaled_mm", FP8_DYNAMIC),

@@ -9,12 +9,10 @@ from functools import cache
 
 import torch
 
-from .. import numerics
 from ..scheme import INT8, ROW, Scheme
 from ..scratch import rows_at_once, scratch
 from . import triton_support
-from .kernel import Problem, add_bias
-from .quantize import quantize_input
+from .kernel import Input, Problem, Weight, add_bias
 
 # The vector loop of the CPU kernel behind `_weight_int8pack_mm` reads 16 to 64 columns at a time without a
 # remainder: with K = 24 it gives wrong numbers, with K = 5 it crashes (torch 2.13.0, AVX-512).
@@ -25,97 +23,54 @@ PACK_COLUMNS = 64
 PACK_ELEMENTS = 2**21
 # cuBLAS refuses fewer rows of input than 17; 32 is the next tile.
 LEAST_ROWS = 32
-# Elements of an input up to which the number of steps counts, not the memory that they go through: what one thread
-# does at a time (at::internal::GRAIN_SIZE).
-SMALL = 2**15
 
 
-def quantize_rows(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes and scales (M, 1): `numerics.quantize_input`, in fewer passes and without fresh memory on a CPU."""
-    assert scheme.input is not None
-    if x.device.type != "cpu" or x.dtype.itemsize > 4 or triton_support.why_not(x.device) is None:
-        return quantize_input(x, scheme.input, input_scale)
-    m, k = x.shape
-    if m * k <= SMALL:
-        magnitude = x.abs()
-        scale = magnitude.amax(1, keepdim=True).float().div_(127.0).clamp_(min=numerics.MIN_SCALE)
-        return torch.div(x, scale).round_().to(INT8), scale
-    x = x.contiguous()
-    codes = torch.empty((m, k), dtype=INT8, device=x.device)
-    scales = torch.empty((m, 1), dtype=torch.float32, device=x.device)
-    step = rows_at_once(k)
-    for start in range(0, m, step):
-        piece, scale = x[start : start + step], scales[start : start + step]
-        scaled = scratch("scaled", (piece.shape[0], k), torch.float32)
-        if x.dtype == torch.float32:
-            scale.copy_(torch.abs(piece, out=scaled).amax(1, keepdim=True))
-        else:
-            # Without the sign, the order of 16-bit floats is that of their bits. The maximum of integers is a vector
-            # loop on CPUs, that of 16-bit floats is not: 0.13 ms instead of 0.36 for bfloat16 512x1536.
-            bits = torch.bitwise_and(piece.view(torch.int16), 0x7FFF, out=scratch("bits", (piece.shape[0], k), torch.int16))
-            scale.copy_(bits.amax(1, keepdim=True).view(x.dtype))
-            scaled.copy_(piece)
-        scale.div_(127.0).clamp_(min=numerics.MIN_SCALE)
-        # No clamp: the scale is that of the largest. Rows with NaN or inf give NaN, which the cast makes 0.
-        torch.div(piece if x.dtype == torch.float32 else scaled, scale, out=scaled)
-        codes[start : start + step] = scaled.round_()
-    return codes, scales
-
-
-def multiply(
-    q: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """q (M, K) times weight (N, K) in int32, then both scales and the bias in float32, rounded once to `dtype`."""
-    assert x_scale is not None
-    if q.device.type == "cpu" and triton_support.why_not(q.device) is not None:
-        return _multiply_cpu(q, x_scale, weight, weight_scale, bias, dtype)
-    m = q.shape[0]
-    if m < LEAST_ROWS:
-        sums = torch._int_mm(torch.nn.functional.pad(q, (0, 0, 0, LEAST_ROWS - m)), weight.t())[:m]
-    else:
-        sums = torch._int_mm(q, weight.t())
-    if triton_support.why_not(q.device) is None:
+def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Codes (M, K) times codes (N, K) in int32, then outliers, both scales and the bias in float32; rounded once to `dtype`."""
+    assert x.scale is not None
+    # (R, N): the weights of the outliers. Rows of the transposed view are gathered three times as fast as columns.
+    beside = None if x.columns is None else w.codes.t().index_select(0, x.columns).float()
+    if x.x.device.type == "cpu" and triton_support.why_not(x.x.device) is not None:
+        return _weight_first(x, w, beside, dtype) if x.x.shape[0] <= _weight_first_up_to() else _on_cpu(x, w, beside, dtype)
+    m = x.x.shape[0]
+    padded = x.x if m >= LEAST_ROWS else torch.nn.functional.pad(x.x, (0, 0, 0, LEAST_ROWS - m))
+    sums = torch._int_mm(padded, w.codes.t())[:m]
+    if triton_support.why_not(x.x.device) is None:
         from .triton_epilogue import scale_sums
 
-        return scale_sums(sums, x_scale, weight_scale, bias, dtype)
-    return add_bias(sums.float().mul_(weight_scale.reshape(1, -1)).mul_(x_scale), bias).to(dtype)
+        return scale_sums(sums, x, w, beside, dtype)
+    return _scaled(sums.float(), x, w, beside).to(dtype)
 
 
-def _multiply_cpu(
-    q: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    m, n = q.shape[0], weight.shape[0]
-    if m <= _weight_first_up_to():
-        sums = torch._int_mm(weight, q.t())  # (N, M)
-        scaled = (sums * (weight_scale.reshape(n, 1) * x_scale.reshape(1, m))).t()
-        return add_bias(scaled, bias).to(dtype).contiguous()
-    out = torch.empty((m, n), dtype=dtype, device=q.device)
+def _scaled(total: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None) -> torch.Tensor:
+    """`total` (M, N), sums in float32, with scales, outliers and bias; in place."""
+    assert x.scale is not None
+    total.mul_(x.scale)
+    if beside is not None:
+        assert x.outliers is not None
+        total.addmm_(x.outliers, beside)
+    return add_bias(total.mul_(w.scale.reshape(1, -1)), w.bias)
+
+
+def _weight_first(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    total = torch._int_mm(w.codes, x.x.t()).float().t()
+    return _scaled(total, x, w, beside).to(dtype).contiguous()
+
+
+def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    m, n = x.x.shape[0], w.codes.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=x.x.device)
     in_place = dtype == torch.float32
     step = m if in_place else rows_at_once(n)
     for start in range(0, m, step):
-        piece = q[start : start + step]
-        sums = out.view(torch.int32) if in_place else scratch("sums", (piece.shape[0], n), torch.int32)
-        torch._int_mm(piece, weight.t(), out=sums)
-        scaled = add_bias(_scale(sums, weight_scale.reshape(1, n), x_scale[start : start + step]), bias)
+        part = x.rows(start, start + step)
+        sums = out.view(torch.int32) if in_place else scratch("sums", (part.x.shape[0], n), torch.int32)
+        torch._int_mm(part.x, w.codes.t(), out=sums)
+        # int32 to float32 in its own place: the first touch of new memory costs more than the cast.
+        total = _scaled(sums.view(torch.float32).copy_(sums), part, w, beside)
         if not in_place:
-            out[start : start + step] = scaled
+            out[start : start + step] = total
     return out
-
-
-def _scale(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """int32 sums times two scales, in float32, in their own place: the first touch of new memory costs more than the cast."""
-    return sums.view(torch.float32).copy_(sums).mul_(a).mul_(b)
 
 
 @cache
@@ -130,22 +85,14 @@ def _weight_first_up_to() -> int:
     return 16 if torch.cpu._is_amx_tile_supported() else 1
 
 
-def weight_only(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def weight_only(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Codes times x in bfloat16: for CPUs, few rows and small weights.
 
     The sums are float32, but x and the product are rounded to bfloat16 (8 bits), also for a float32 x. That is less
     than int8 codes of x lose.
     """
-    out = torch._weight_int8pack_mm(x.contiguous().to(torch.bfloat16), weight, _ones(weight.shape[0]))
-    return add_bias(torch.mul(out, weight_scale.float().reshape(1, -1)), bias).to(dtype)
+    out = torch._weight_int8pack_mm(x.x.contiguous().to(torch.bfloat16), w.codes, _ones(w.codes.shape[0]))
+    return add_bias(torch.mul(out, w.scale.float().reshape(1, -1)), w.bias).to(dtype)
 
 
 @cache

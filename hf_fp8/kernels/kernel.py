@@ -1,21 +1,49 @@
-"""What a kernel is, and what it is asked."""
+"""What a kernel is, what it is asked, and what it is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..scheme import Scheme
 
-# (x (M, K), input_scale or None, scheme) -> (codes (M, K), their scale in the layout that the kernel wants)
-Quantize = Callable[[torch.Tensor, "torch.Tensor | None", Scheme], tuple[torch.Tensor, torch.Tensor]]
-# (codes or x, their scale or None, weight (N, K), weight_scale, bias or None, scheme, dtype of the output) -> (M, N)
-Multiply = Callable[
-    [torch.Tensor, "torch.Tensor | None", torch.Tensor, torch.Tensor, "torch.Tensor | None", Scheme, torch.dtype],
-    torch.Tensor,
-]
+
+class Input(NamedTuple):
+    """An input as a kernel takes it.
+
+    x: (M, K), codes or, where they have no scale, values. scale: in the layout that the kernel wants. columns, outliers:
+    (R,) numbers of columns whose codes are 0, and (M, R) what stands in them, in float32.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    outliers: torch.Tensor | None = None
+
+    def rows(self, start: int, end: int) -> Input:
+        """A part of the rows, for scales per row."""
+        if start == 0 and end >= self.x.shape[0]:
+            return self
+        scale, outliers = (None if t is None else t[start:end] for t in (self.scale, self.outliers))
+        return Input(self.x[start:end], scale, self.columns, outliers)
+
+
+class Weight(NamedTuple):
+    """A layer's own operands, as the checkpoint stores them: codes (N, K), scales, bias (N,), and what they mean."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    scheme: Scheme
+
+
+# (x (M, K), input_scale or None, scheme)
+Quantize = Callable[[torch.Tensor, "torch.Tensor | None", Scheme], Input]
+# (input, weight, dtype of the output) -> (M, N)
+Multiply = Callable[[Input, Weight, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,20 +71,10 @@ class Kernel:
     wrong_scheme: Callable[[Scheme], str | None]
     wrong_device: Callable[[Problem], str | None]
 
-    def run(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        scheme: Scheme,
-    ) -> torch.Tensor:
+    def run(self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight) -> torch.Tensor:
         """Both steps: x (M, K), M > 0, to (M, N) in the dtype of x."""
-        if self.quantize is None:
-            return self.multiply(x, None, weight, weight_scale, bias, scheme, x.dtype)
-        codes, scale = self.quantize(x, input_scale, scheme)
-        return self.multiply(codes, scale, weight, weight_scale, bias, scheme, x.dtype)
+        given = Input(x) if self.quantize is None else self.quantize(x, input_scale, weight.scheme)
+        return self.multiply(given, weight, x.dtype)
 
 
 def add_bias(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

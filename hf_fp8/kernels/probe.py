@@ -12,11 +12,13 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import numerics
-from ..scheme import CODE_MAX, Scheme
-from .kernel import Kernel
+from ..scheme import CODE_MAX, INT8, Scheme
+from .kernel import Kernel, Weight
 
 # 17 rows at least for torch._int_mm on CUDA; sizes that every kernel takes.
 M, N, K = 32, 256, 384
+# Every so many columns of x hold the largest code: more often than columns are set aside as outliers.
+EVERY = 8
 
 
 @cache
@@ -38,7 +40,7 @@ def probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dty
 def _probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
     x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype)
     static = None if input_scale is None else input_scale.to(device)
-    found = kernel.run(x.to(device), weight.to(device), weight_scale.to(device), static, None, scheme)
+    found = kernel.run(x.to(device), static, Weight(weight.to(device), weight_scale.to(device), None, scheme))
     if not torch.equal(found.cpu(), expected):
         return f"it gave wrong numbers on {device.type} with {dtype} output, in a check against exact values"
     return None
@@ -56,10 +58,18 @@ def exact_operands(
     row_factor = 2.0 ** torch.randint(-3, 4, (m, 1), generator=generator).float()
     static = None
     if scheme.input is not None:
-        # Each block of x has the largest code in it, hence a scale of 1 before the factor below, times a weight of 0.
-        step = k if scheme.input.granularity.cols == -1 else scheme.input.granularity.cols
-        x[:, ::step] = CODE_MAX[scheme.input.dtype]
+        # Each block of x has the largest code in it, hence a scale of 1 before the factor below: several times, as
+        # some columns may be set aside.
+        step = min(EVERY, scheme.input.granularity.cols) if scheme.input.granularity.cols > 0 else EVERY
+        largest = CODE_MAX[scheme.input.dtype]
+        x[:, ::step] = largest
         w[:, ::step] = 0.0
+        if scheme.input.dtype == INT8:
+            # Sums of int8 are exact: two by two they count, too, by the 1 that they differ in.
+            second = torch.arange(step, k, 2 * step)
+            x[:, second] = 1 - largest
+            pairs = torch.randint(-1, 2, (n, len(second)), generator=generator).float()
+            w[:, second - step] = w[:, second] = pairs
         if scheme.has_static_input:
             static = torch.tensor([0.5])
         if scheme.input.granularity.is_tensor:

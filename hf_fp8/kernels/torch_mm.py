@@ -1,6 +1,6 @@
 """FP8 kernels that torch itself ships, `torch.nn.functional.scaled_mm`, and dequantize-then-matmul.
 
-Every ``multiply`` takes weight (N, K) and the scales as the checkpoint stores them.
+Each takes a weight and its scales as the checkpoint stores them.
 """
 
 from __future__ import annotations
@@ -10,126 +10,82 @@ import torch.nn.functional as F
 
 from .. import numerics
 from ..scheme import FP8, ROW, TENSOR, Granularity, Scheme
-from .kernel import add_bias
+from .kernel import Input, Weight, add_bias
 from .quantize import quantize_input
 
 BLOCK_INPUT = Granularity(1, 128)
 BLOCK_WEIGHT = Granularity(128, 128)
 
 
-def _scaled_mm(
-    q: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    w_scale: torch.Tensor,
-    recipes: tuple[str, str],
-    dtype: torch.dtype,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def _scaled_mm(x: Input, w: Weight, w_scale: torch.Tensor, recipes: tuple[str, str], dtype: torch.dtype) -> torch.Tensor:
+    assert x.scale is not None
     types = torch.nn.functional.ScalingType
     # Hopper accumulates FP8 products in 14 bits; without fast accumulation they go to float32 registers
     # every few steps, which costs up to a third of the speed. The error stays well below that of the E4M3
     # rounding of the inputs (the gpu tests hold it against the scheme's threshold), so inference takes it,
     # as torchao's does. CPUs have no such choice.
-    fast = q.device.type == "cuda"
+    fast = x.x.device.type == "cuda"
     out: torch.Tensor = F.scaled_mm(
-        q,
-        weight.t(),
-        x_scale,
+        x.x,
+        w.codes.t(),
+        x.scale,
         getattr(types, recipes[0]),
         w_scale,
         getattr(types, recipes[1]),
         output_dtype=dtype,
         use_fast_accum=fast,
     )
-    return add_bias(out, bias)
+    return add_bias(out, w.bias)
 
 
-def quantize_rowwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rowwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
     """Codes and one scale per row, (M, 1), whatever the scheme's input is: scaled_mm takes no mix of row and tensor."""
     assert scheme.input is not None
-    return quantize_input(x, scheme.input, input_scale, per_row=True)
+    return Input(*quantize_input(x, scheme.input, input_scale, per_row=True))
 
 
-def rowwise(
-    q: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def rowwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Scales of x as (M, 1) and of the weight as (1, N), both float32: channel or tensor weights, any row input."""
-    assert x_scale is not None
-    w_scale = weight_scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
-    return _scaled_mm(q, x_scale, weight, w_scale, ("RowWise", "RowWise"), dtype, bias)
+    w_scale = w.scale.float().reshape(1, -1).expand(1, w.codes.shape[0]).contiguous()
+    return _scaled_mm(x, w, w_scale, ("RowWise", "RowWise"), dtype)
 
 
-def quantize_tensorwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tensorwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
     """Codes and one scale, (1,)."""
     assert scheme.input is not None
     q, scale = quantize_input(x, scheme.input, input_scale)
-    return q, scale.reshape(1)
+    return Input(q, scale.reshape(1))
 
 
-def tensorwise(
-    q: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def tensorwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """One scale for x and one for the weight."""
-    assert x_scale is not None
-    w_scale = weight_scale.float().reshape(1)
-    return _scaled_mm(q, x_scale, weight, w_scale, ("TensorWise", "TensorWise"), dtype, bias)
+    return _scaled_mm(x, w, w.scale.float().reshape(1), ("TensorWise", "TensorWise"), dtype)
 
 
-def quantize_blockwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blockwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
     """Codes and a scale per 128 columns, (M, ceil(K / 128)) with the outer dimension contiguous, as cuBLAS wants it."""
     assert scheme.input is not None
     q, scale = quantize_input(x, scheme.input, input_scale)
-    return q, scale.t().contiguous().t()  # Triton's is in that order already
+    return Input(q, scale.t().contiguous().t())  # Triton's is in that order already
 
 
-def blockwise(
-    q: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def blockwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """1x128 inputs by 128x128 weights."""
-    assert x_scale is not None
-    recipes = ("BlockWise1x128", "BlockWise128x128")
-    return _scaled_mm(q, x_scale, weight, weight_scale.float().t(), recipes, dtype, bias)
+    return _scaled_mm(x, w, w.scale.float().t(), ("BlockWise1x128", "BlockWise128x128"), dtype)
 
 
-def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """x rounded to what its codes stand for, in its own dtype, and a scale of nothing."""
+def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
+    """x rounded to what its codes stand for, in its own dtype."""
     if scheme.input is None:
-        return x, x.new_empty(0)
+        return Input(x)
     scale = numerics.input_scale_for(x, scheme.input, input_scale)
-    return numerics.fake_quantize(x, scale, scheme.input.granularity, scheme.input.dtype), scale
+    return Input(numerics.fake_quantize(x, scale, scheme.input.granularity, scheme.input.dtype))
 
 
-def dequantize(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def dequantize(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Weights multiplied out for the length of the call, then a matmul in the dtype of x."""
-    dense = numerics.dequantize(weight, weight_scale, scheme.weight.granularity, x.dtype)
-    return add_bias(F.linear(x, dense), bias)
+    dense = numerics.dequantize(w.codes, w.scale, w.scheme.weight.granularity, x.x.dtype)
+    return add_bias(F.linear(x.x, dense), w.bias)
 
 
 def row_scheme(scheme: Scheme) -> str | None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..scheme import INT8, Scheme
+from .kernel import Input, Weight
 from .quantize import quantize_input
 from .tiling import columns
 from .triton_support import on_device
@@ -67,36 +68,28 @@ def _scaled_mm(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
     """Codes, and scales (M, 1) or (M, groups)."""
     assert scheme.input is not None
-    return quantize_input(x, scheme.input, input_scale, per_row=scheme.input.granularity.cols == -1)
+    return Input(*quantize_input(x, scheme.input, input_scale, per_row=scheme.input.granularity.cols == -1))
 
 
-def multiply(
-    q: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """q (M, K) times weight (N, K), both E4M3 or both int8; (M, N) in `dtype`."""
-    assert x_scale is not None and scheme.input is not None
+def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Codes (M, K) times codes (N, K), both E4M3 or both int8; (M, N) in `dtype`."""
+    assert x.scale is not None and w.scheme.input is not None
+    q, of_x, of_w = x.x, w.scheme.input.granularity, w.scheme.weight.granularity
     m, k = q.shape
-    n = weight.shape[0]
-    rows, cols = scheme.weight.granularity.rows, scheme.weight.granularity.cols
+    n = w.codes.shape[0]
     _, block_m, block_n, block_k, warps, stages = next(tile for tile in TILES if m <= tile[0])
-    block_k = columns(scheme.input.granularity, columns(scheme.weight.granularity, block_k))
-    scales = weight_scale.reshape(scheme.weight.granularity.grid(n, k))
+    block_k = columns(of_x, columns(of_w, block_k))
+    scales = w.scale.reshape(of_w.grid(n, k))
     out = torch.empty((m, n), dtype=dtype, device=q.device)
     with on_device(q):
         _scaled_mm[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-            q, weight, x_scale, scales, out if bias is None else bias, out, m, n, k,
-            q.stride(0), weight.stride(0), *x_scale.stride(), *scales.stride(),
-            X_COLS=max(scheme.input.granularity.cols, 0), W_ROWS=max(rows, 0), W_COLS=max(cols, 0),
-            IS_INT8=weight.dtype == INT8, HAS_BIAS=bias is not None,
+            q, w.codes, x.scale, scales, out if w.bias is None else w.bias, out, m, n, k,
+            q.stride(0), w.codes.stride(0), *x.scale.stride(), *scales.stride(),
+            X_COLS=max(of_x.cols, 0), W_ROWS=max(of_w.rows, 0), W_COLS=max(of_w.cols, 0),
+            IS_INT8=w.codes.dtype == INT8, HAS_BIAS=w.bias is not None,
             GROUP=GROUP_M, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out

@@ -45,16 +45,24 @@ def _codes(v, scale, code_max, IS_INT8: tl.constexpr):
 
 
 @triton.jit
+def _load(x, kept, at, K, stride_k, HAS_KEPT: tl.constexpr):
+    v = tl.load(x + at * stride_k, mask=at < K, other=0.0).to(tl.float32)
+    if HAS_KEPT:
+        v = tl.where(tl.load(kept + at, mask=at < K, other=0.0) != 0.0, v, 0.0)
+    return v
+
+
+@triton.jit
 def _rows(
-    x, q, scales, static, K, stride_m, stride_k, code_max, min_scale,
-    IS_INT8: tl.constexpr, IS_STATIC: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    x, q, scales, static, kept, K, stride_m, stride_k, code_max, min_scale,
+    IS_INT8: tl.constexpr, IS_STATIC: tl.constexpr, HAS_KEPT: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     x += row * stride_m
     q += row * K
     if ONE:
-        v = tl.load(x + cols * stride_k, mask=cols < K, other=0.0).to(tl.float32)
+        v = _load(x, kept, cols, K, stride_k, HAS_KEPT)
         if IS_STATIC:
             scale = tl.load(static).to(tl.float32)
         else:
@@ -67,12 +75,12 @@ def _rows(
             bits = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, K, BLOCK):
                 at = start + cols
-                v = tl.load(x + at * stride_k, mask=at < K, other=0.0).to(tl.float32)
+                v = _load(x, kept, at, K, stride_k, HAS_KEPT)
                 bits = tl.maximum(bits, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
             scale = _scale_of(tl.max(bits, axis=0), code_max, min_scale)
         for start in range(0, K, BLOCK):
             at = start + cols
-            v = tl.load(x + at * stride_k, mask=at < K, other=0.0).to(tl.float32)
+            v = _load(x, kept, at, K, stride_k, HAS_KEPT)
             tl.store(q + at, _codes(v, scale, code_max, IS_INT8), mask=at < K)
     tl.store(scales + row, scale)
 
@@ -94,12 +102,17 @@ def _groups(
 
 
 def quantize(
-    x: torch.Tensor, scheme: TensorScheme, input_scale: torch.Tensor | None, per_row: bool = False
+    x: torch.Tensor,
+    scheme: TensorScheme,
+    input_scale: torch.Tensor | None,
+    per_row: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scale) of x (M, K), any strides, as `numerics.quantize_input` defines them, bit for bit.
 
     Scales of groups are (M, ceil(K / size)) with the outer dimension contiguous, as block-wise matmuls
-    want them. per_row: one scale for a whole tensor is repeated for each row, (M, 1).
+    want them. per_row: one scale for a whole tensor is repeated for each row, (M, 1). kept, for
+    scales per row: (K,) float32, 0 for the columns that are taken for zeros.
     """
     m, k = x.shape
     granularity = scheme.granularity
@@ -115,8 +128,8 @@ def quantize(
         scales = torch.empty((m, 1), dtype=torch.float32, device=x.device)
         with on_device(x):
             _rows[(m,)](
-                x, q, scales, scales if static is None else static, k, *x.stride(), *common,
-                IS_INT8=is_int8, IS_STATIC=static is not None, ONE=one, BLOCK=block,
+                x, q, scales, scales if static is None else static, scales if kept is None else kept, k, *x.stride(), *common,
+                IS_INT8=is_int8, IS_STATIC=static is not None, HAS_KEPT=kept is not None, ONE=one, BLOCK=block,
                 num_warps=min(max(block // 512, 1), 8),
             )  # fmt: skip
         return q, (scales[:1] if granularity.is_tensor and not per_row else scales)

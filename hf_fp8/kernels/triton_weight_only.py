@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..scheme import FP8, Scheme
+from ..scheme import FP8
+from .kernel import Input, Weight
 from .tiling import columns
 from .triton_support import native_e4m3, on_device, processors
 
@@ -86,44 +87,38 @@ def _add_up(parts, bias, out, size, N, SPLITS: tl.constexpr, HAS_BIAS: tl.conste
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < size)
 
 
-def multiply(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """x (M, K) in bf16, fp16 or float32, any strides, times weight (N, K), E4M3 or int8; (M, N) in `dtype`."""
-    m, k = x.shape
-    n = weight.shape[0]
-    granularity = scheme.weight.granularity
+    values, codes = x.x, w.codes
+    m, k = values.shape
+    n = codes.shape[0]
+    granularity = w.scheme.weight.granularity
     _, block_m, block_n, block_k, warps, stages = next(tile for tile in TILES if m <= tile[0])
     block_k = columns(granularity, block_k)
     grid_n, grid_m, tiles = triton.cdiv(n, block_n), triton.cdiv(m, block_m), triton.cdiv(k, block_k)
     # Two programs for each processor hide each other's latency; a split shorter than four tiles has no pipeline.
-    splits = max(1, min(2 * processors(x.device) // (grid_n * grid_m), tiles // 4, 16))
+    splits = max(1, min(2 * processors(values.device) // (grid_n * grid_m), tiles // 4, 16))
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
-    out = torch.empty((m, n), dtype=dtype, device=x.device)
-    target = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
-    bits = weight.dtype == FP8 and not native_e4m3(x.device)
-    scales = weight_scale.reshape(granularity.grid(n, k))
+    out = torch.empty((m, n), dtype=dtype, device=values.device)
+    target = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=values.device)
+    bits = codes.dtype == FP8 and not native_e4m3(values.device)
+    scales = w.scale.reshape(granularity.grid(n, k))
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     # The interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
-    kind = tl.float32 if x.device.type == "cpu" else kinds[x.dtype]
-    with on_device(x):
+    kind = tl.float32 if values.device.type == "cpu" else kinds[values.dtype]
+    bias = out if w.bias is None else w.bias
+    with on_device(values):
         _weight_only[(grid_n, grid_m, splits)](
-            x, weight.view(torch.int8) if bits else weight, scales, out if bias is None else bias, target,
+            values, codes.view(torch.int8) if bits else codes, scales, bias, target,
             m, n, k, per_split, 256.0 if bits else 1.0,
-            *x.stride(), weight.stride(0), *scales.stride(),
+            *values.stride(), codes.stride(0), *scales.stride(),
             SCALE_N=max(granularity.rows, 0), SCALE_K=max(granularity.cols, 0), BITS=bits, DTYPE=kind,
-            HAS_BIAS=bias is not None, SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            HAS_BIAS=w.bias is not None, SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if splits > 1:
             _add_up[(triton.cdiv(m * n, 1024),)](
-                target, out if bias is None else bias, out, m * n, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=1024
+                target, bias, out, m * n, n, SPLITS=splits, HAS_BIAS=w.bias is not None, BLOCK=1024
             )
     return out

@@ -1,0 +1,123 @@
+"""int8 inputs: which columns are set aside, that the others are quantized by the reference, and what is gained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_kernels import THRESHOLD, operands, sqnr
+
+from hf_fp8 import numerics
+from hf_fp8.functional import scaled_linear
+from hf_fp8.kernels import Input, int8_quantize, use
+from hf_fp8.scheme import INT8_DYNAMIC
+
+SIZES = [(1, 64), (3, 200), (40, 576), (70, 1000), (600, 1536)]  # in one go, and in pieces of at most 2**19 elements
+
+
+def loud(m: int, k: int, dtype: torch.dtype, columns: tuple[int, ...] = (5, 33), factor: float = 60.0) -> torch.Tensor:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m + k))
+    x[:, list(columns)] = factor * (1 + x[:, list(columns)].abs())
+    return x.to(dtype)
+
+
+def outliers_of(x: torch.Tensor) -> Input:
+    return int8_quantize.quantize_but_outliers(x, None, INT8_DYNAMIC)
+
+
+def values(given: Input, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """What an input as the kernel takes it stands for."""
+    assert given.scale is not None
+    out = given.x.to(dtype) * given.scale.to(dtype)
+    if given.columns is not None and given.outliers is not None:
+        out[:, given.columns] = given.outliers.to(dtype)
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_codes_are_the_reference_s(size: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(*size).to(dtype)
+    x[0] = 0.0
+    wide = torch.randn(size[0], 2 * size[1]).to(dtype)[:, ::2]
+    for given in (x, wide):
+        assert INT8_DYNAMIC.input is not None
+        codes, scale = numerics.quantize_input(given, INT8_DYNAMIC.input, None)
+        found = int8_quantize.quantize(given, None, INT8_DYNAMIC)
+        assert torch.equal(found.x, codes) and torch.equal(found.scale, scale) and found.columns is None
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_what_stands_out_is_set_aside_and_the_rest_is_the_reference_s(size: tuple[int, int], dtype: torch.dtype) -> None:
+    x = loud(*size, dtype)
+    found = outliers_of(x)
+    assert found.columns is not None and found.outliers is not None
+    assert {5, 33} <= set(found.columns.tolist())
+    assert len(found.columns) <= min(2 * size[0], size[1] // 24, 64)
+    if size[0] > 3:  # the mean of a few rows is no more even than that
+        assert len(found.columns) == 2
+    assert torch.equal(found.outliers, x[:, found.columns].float())
+    rest = x.index_fill(1, found.columns, 0.0)
+    assert INT8_DYNAMIC.input is not None
+    codes, scale = numerics.quantize_input(rest, INT8_DYNAMIC.input, None)
+    assert torch.equal(found.x, codes) and torch.equal(found.scale, scale)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 15, 16, 17, 64, 100, 700])
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_product_of_what_it_stands_for(m: int, dtype: torch.dtype) -> None:
+    """Both orders of the product, whole and in pieces."""
+    for n, k in ((72, 200), (33, 257), (1, 64), (7000 if m == 700 else 8, 96)):
+        given = operands(INT8_DYNAMIC, m, n, k, dtype)
+        given["x"] = loud(m, k, dtype)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with use("int8_mm_outliers"):
+            found = scaled_linear(**given, bias=bias, scheme=INT8_DYNAMIC)
+        dense = given["weight"].double() * given["weight_scale"].double()
+        wanted = values(outliers_of(given["x"])) @ dense.t() + bias.double()
+        assert found.dtype == dtype and found.is_contiguous()
+        assert sqnr(found, wanted) > THRESHOLD[dtype] - (15 if n == 1 else 0), (n, k)
+
+
+@pytest.mark.parametrize("m", [1, 8, 300])
+def test_nearer_to_the_truth(m: int) -> None:
+    """dB of the product against that of inputs left alone."""
+    given = operands(INT8_DYNAMIC, m, 128, 512, torch.float32)
+    given["x"] = loud(m, 512, torch.float32)
+    wanted = given["x"].double() @ (given["weight"].double() * given["weight_scale"].double()).t()
+    found = {}
+    for kernel in ("int8_mm", "int8_mm_outliers"):
+        with use(kernel):
+            found[kernel] = sqnr(scaled_linear(**given, scheme=INT8_DYNAMIC), wanted)
+    assert found["int8_mm_outliers"] > found["int8_mm"] + 25
+
+
+def test_an_even_input_is_not_split() -> None:
+    x = torch.randn(64, 512)
+    assert outliers_of(x).columns is None
+    given = {**operands(INT8_DYNAMIC, 64, 48, 512, torch.float32), "x": x}
+    with use("int8_mm"):
+        wanted = scaled_linear(**given, scheme=INT8_DYNAMIC)
+    with use("int8_mm_outliers"):
+        assert torch.equal(scaled_linear(**given, scheme=INT8_DYNAMIC), wanted)
+    assert outliers_of(torch.zeros(5, 64)).columns is None
+
+
+def test_a_device_that_cannot_be_asked_takes_all() -> None:
+    x = torch.randn(64, 512, device="meta")
+    assert numerics.outlier_columns(x, 16).shape == (16,)
+
+
+@pytest.mark.parametrize("m", [1, 9, 200])
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_what_is_not_finite_stays_visible(m: int, dtype: torch.dtype) -> None:
+    """In its own rows, set aside or not, seen in the sample of rows or not."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for row in {0, m - 1, m // 2}:
+            given = operands(INT8_DYNAMIC, m, 24, 128, dtype)
+            given["x"] = loud(m, 128, dtype)
+            given["x"][row, 77] = bad
+            with use("int8_mm_outliers"):
+                found = scaled_linear(**given, scheme=INT8_DYNAMIC)
+            others = torch.arange(m) != row
+            assert not found[row].isfinite().any() and found[others].isfinite().all()
