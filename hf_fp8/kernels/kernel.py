@@ -15,7 +15,7 @@ class Input(NamedTuple):
     """An input as a kernel takes it.
 
     x: (M, K), codes or, where they have no scale, values. scale: in the layout that the kernel wants. columns, outliers:
-    (R,) numbers of columns whose codes are 0, and (M, R) what stands in them, in float32.
+    (R,) numbers of columns whose codes are 0, and (M, R) what stands in them, in float32, any strides.
     """
 
     x: torch.Tensor

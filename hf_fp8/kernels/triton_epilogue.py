@@ -17,7 +17,7 @@ LEAST = 16
 
 @triton.jit
 def _scale_sums(
-    sums, x_scales, w_scales, bias, outliers, beside, out, M, N, R,
+    sums, x_scales, w_scales, bias, outliers, beside, out, M, N, R, stride_om, stride_or,
     HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -27,7 +27,8 @@ def _scale_sums(
     v = tl.load(sums + at, mask=mask, other=0).to(tl.float32) * tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
-        left = tl.load(outliers + m[:, None] * R + r[None, :], mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
+        at_left = m[:, None] * stride_om + r[None, :] * stride_or
+        left = tl.load(outliers + at_left, mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
         right = tl.load(beside + r[:, None] * N + n[None, :], mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
         # Without loss: outliers come from a tensor of this dtype, and int8 codes fit into any.
         v += tl.dot(left.to(DTYPE), right.to(DTYPE), input_precision="ieee")
@@ -48,10 +49,11 @@ def scale_sums(sums: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | N
     # The interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
     kind = tl.float32 if sums.device.type == "cpu" else kinds[dtype]
     count = 0 if beside is None else beside.shape[0]
+    outliers = out if x.outliers is None else x.outliers
     with on_device(sums):
         _scale_sums[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
             sums, x.scale, w.scale, out if w.bias is None else w.bias,
-            out if x.outliers is None else x.outliers, out if beside is None else beside, out, m, n, count,
+            outliers, out if beside is None else beside, out, m, n, count, *outliers.stride(),
             HAS_BIAS=w.bias is not None, BLOCK_R=max(LEAST, triton.next_power_of_2(count)) if count else 0, DTYPE=kind,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )  # fmt: skip
