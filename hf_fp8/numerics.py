@@ -115,20 +115,22 @@ def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor |
 
 
 def outlier_columns(x: torch.Tensor, most: int) -> torch.Tensor:
-    """Numbers of the columns of x (M, K) with the largest mean magnitudes, by a sample of rows: at most `most`.
+    """Numbers of the columns of x (M, K) that are loudest, each value taken relative to the mean magnitude of its row.
 
-    On a CPU only those whose mean is `OUTLYING` times that of all columns, and none where not one is `WORTHWHILE` times it;
-    elsewhere, where to ask how many these are would be to wait for the device, always `most`. Columns with NaN or
-    inf come first.
+    By a sample of rows, evenly spread; rows of zeros or with NaN or inf have no say. At most `most`: on a CPU only those
+    that are `OUTLYING` times as loud as all columns on average, and none where not one is `WORTHWHILE` times as loud;
+    elsewhere, where to ask how many these are would be to wait for the device, always `most`.
     """
-    sums = x[:: -(-x.shape[0] // SAMPLE_ROWS)].abs().sum(0, dtype=torch.float32)
+    rows = x[:: -(-x.shape[0] // SAMPLE_ROWS)].abs()
+    rows = rows.div_(rows.mean(1, keepdim=True, dtype=torch.float32)).nan_to_num_(nan=0.0)
+    sums = rows.sum(0, dtype=torch.float32)
     largest, columns = sums.topk(most)
     if x.device.type != "cpu":
         return columns
     mean, loudness = sums.mean().item(), largest.tolist()
     if loudness[0] <= WORTHWHILE * mean:
         return columns[:0]
-    return columns[: sum(not value <= OUTLYING * mean for value in loudness)]
+    return columns[: sum(value > OUTLYING * mean for value in loudness)]
 
 
 def requantize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_kernels import THRESHOLD, operands, sqnr
 
-from hf_fp8 import numerics
+from hf_fp8 import kernels, numerics
 from hf_fp8.functional import scaled_linear
-from hf_fp8.kernels import Input, int8_quantize, use
+from hf_fp8.kernels import KERNELS, Input, Weight, int8_quantize, use
 from hf_fp8.scheme import INT8_DYNAMIC
 
 SIZES = [(1, 64), (3, 200), (40, 576), (70, 1000), (600, 1536)]  # in one go, and in pieces of at most 2**19 elements
@@ -103,6 +105,45 @@ def test_an_even_input_is_not_split() -> None:
     assert outliers_of(torch.zeros(5, 64)).columns is None
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    for size in SIZES:
+        for dtype in THRESHOLD:
+            x = loud(*size, dtype)
+            wanted = outliers_of(x)
+            torch.set_default_dtype(default)
+            try:
+                found = outliers_of(x)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            for a, b in zip(wanted, found, strict=True):
+                assert a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kernel", ["int8_mm", "int8_mm_outliers"])
+@pytest.mark.parametrize("m", [3, 16, 17, 100])
+def test_huge_inputs_with_small_scales_do_not_overflow(kernel: str, m: int) -> None:
+    given = operands(INT8_DYNAMIC, m, 24, 512, torch.float32)
+    given["weight_scale"] = torch.full_like(given["weight_scale"], 1e-4)
+    given["x"] = loud(m, 512, torch.float32) * 1e33
+    with use(kernel):
+        found = scaled_linear(**given, scheme=INT8_DYNAMIC)
+    assert found.isfinite().all()
+    assert sqnr(found, given["x"].double() @ (given["weight"].double() * 1e-4).t()) > 20
+
+
+def test_a_kernel_that_loses_outliers_fails_its_probe() -> None:
+    kernel = next(k for k in KERNELS if k.name == "int8_mm_outliers")
+    assert kernels.probe(kernel, INT8_DYNAMIC, torch.device("cpu"), torch.float32) is None
+
+    def lose(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+        assert x.outliers is not None
+        return kernel.multiply(x._replace(outliers=x.outliers * 0), w, dtype)
+
+    reason = kernels.probe(replace(kernel, multiply=lose), INT8_DYNAMIC, torch.device("cpu"), torch.float32)
+    assert reason is not None and "wrong numbers" in reason
+
+
 def test_a_device_that_cannot_be_asked_takes_all() -> None:
     x = torch.randn(64, 512, device="meta")
     assert numerics.outlier_columns(x, 16).shape == (16,)
@@ -121,3 +162,16 @@ def test_what_is_not_finite_stays_visible(m: int, dtype: torch.dtype) -> None:
                 found = scaled_linear(**given, scheme=INT8_DYNAMIC)
             others = torch.arange(m) != row
             assert not found[row].isfinite().any() and found[others].isfinite().all()
+
+
+@pytest.mark.parametrize("spoil", ["nan", "inf", "all nan", "huge", "loud and even", "zeros"])
+def test_one_odd_row_does_not_spoil_the_others(spoil: str) -> None:
+    given = operands(INT8_DYNAMIC, 64, 40, 512, torch.float32)
+    x = given["x"] = loud(64, 512, torch.float32)
+    wanted = x.double() @ (given["weight"].double() * given["weight_scale"].double()).t()
+    others = torch.arange(64) != 10
+    with use("int8_mm_outliers"):
+        clean = sqnr(scaled_linear(**given, scheme=INT8_DYNAMIC)[others], wanted[others])
+        bad = {"nan": torch.nan, "inf": torch.inf, "all nan": torch.nan, "huge": 3e38, "zeros": 0.0}.get(spoil, 1e4)
+        x[10, slice(200, 201) if spoil in ("nan", "inf") else slice(None)] = bad
+        assert abs(sqnr(scaled_linear(**given, scheme=INT8_DYNAMIC)[others], wanted[others]) - clean) < 1

@@ -138,7 +138,7 @@ SCALED: tuple[Kernel, ...] = (
     ),
     Kernel(
         "int8_mm_outliers", int8_quantize.quantize_but_outliers, int8_mm.multiply,
-        int8_mm.int8_scheme, _int8_outliers_device,
+        int8_mm.int8_scheme, _int8_outliers_device, sets_aside=True,
     ),
     Kernel("int8_mm", int8_quantize.quantize, int8_mm.multiply, int8_mm.int8_scheme, _int8_device),
     Kernel(

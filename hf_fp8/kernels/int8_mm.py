@@ -45,11 +45,12 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
 def _scaled(total: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None) -> torch.Tensor:
     """`total` (M, N), sums in float32, with scales, outliers and bias; in place."""
     assert x.scale is not None
-    total.mul_(x.scale)
+    w_scale = w.scale.float().reshape(1, -1)
+    total.mul_(w_scale).mul_(x.scale)  # in this order: a large x_scale alone could overflow
     if beside is not None:
         assert x.outliers is not None
-        total.addmm_(x.outliers, beside)
-    return add_bias(total.mul_(w.scale.reshape(1, -1)), w.bias)
+        total.addmm_(x.outliers, beside * w_scale)
+    return add_bias(total, w.bias)
 
 
 def _weight_first(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

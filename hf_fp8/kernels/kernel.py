@@ -70,6 +70,7 @@ class Kernel:
     multiply: Multiply
     wrong_scheme: Callable[[Scheme], str | None]
     wrong_device: Callable[[Problem], str | None]
+    sets_aside: bool = False  # some columns of an input come as outliers
 
     def run(self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight) -> torch.Tensor:
         """Both steps: x (M, K), M > 0, to (M, N) in the dtype of x."""

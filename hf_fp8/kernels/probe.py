@@ -38,7 +38,7 @@ def probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dty
 
 
 def _probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
-    x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype)
+    x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype, loud=kernel.sets_aside)
     static = None if input_scale is None else input_scale.to(device)
     found = kernel.run(x.to(device), static, Weight(weight.to(device), weight_scale.to(device), None, scheme))
     if not torch.equal(found.cpu(), expected):
@@ -47,9 +47,12 @@ def _probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dt
 
 
 def exact_operands(
-    scheme: Scheme, dtype: torch.dtype, m: int = M, n: int = N, k: int = K
+    scheme: Scheme, dtype: torch.dtype, m: int = M, n: int = N, k: int = K, loud: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(x, weight, weight_scale, input_scale, x @ W.T in `dtype`) on the CPU, exact in any order of summation."""
+    """(x, weight, weight_scale, input_scale, x @ W.T in `dtype`) on the CPU, exact in any order of summation.
+
+    loud: exact only if the columns that stand out are set aside.
+    """
     generator = torch.Generator("cpu").manual_seed(m + n + k)
     x = torch.randint(-1, 2, (m, k), generator=generator).float()
     w = torch.randint(-1, 2, (n, k), generator=generator).float()
@@ -70,6 +73,11 @@ def exact_operands(
             x[:, second] = 1 - largest
             pairs = torch.randint(-1, 2, (n, len(second)), generator=generator).float()
             w[:, second - step] = w[:, second] = pairs
+        if loud:
+            # Two that leave a sum small enough for bfloat16.
+            sign = 2.0 * torch.randint(0, 2, (m,), generator=generator) - 1
+            x[:, 1], x[:, 2] = 16 * largest * sign, 16 * (1 - largest) * sign
+            w[:, 2] = w[:, 1]
         if scheme.has_static_input:
             static = torch.tensor([0.5])
         if scheme.input.granularity.is_tensor:

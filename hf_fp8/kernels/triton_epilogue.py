@@ -24,22 +24,24 @@ def _scale_sums(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (m[:, None] < M) & (n[None, :] < N)
     at = m[:, None].to(tl.int64) * N + n[None, :]
-    v = tl.load(sums + at, mask=mask, other=0).to(tl.float32) * tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
+    w_scale = tl.load(w_scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    # In this order: a large scale of x alone could overflow.
+    v = tl.load(sums + at, mask=mask, other=0).to(tl.float32) * w_scale
+    v *= tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
         at_left = m[:, None] * stride_om + r[None, :] * stride_or
         left = tl.load(outliers + at_left, mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
         right = tl.load(beside + r[:, None] * N + n[None, :], mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
         # Without loss: outliers come from a tensor of this dtype, and int8 codes fit into any.
-        v += tl.dot(left.to(DTYPE), right.to(DTYPE), input_precision="ieee")
-    v *= tl.load(w_scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        v += tl.dot(left.to(DTYPE), right.to(DTYPE), input_precision="ieee") * w_scale
     if HAS_BIAS:
         v += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
 
 
 def scale_sums(sums: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """(sums (M, N) in int32 * x.scale + x.outliers @ beside) * w.scale + w.bias, rounded once to `dtype`.
+    """(sums (M, N) in int32 * x.scale + x.outliers @ beside) * w.scale + w.bias, in float32, rounded once to `dtype`.
 
     beside: (R, N) float32, the weights' codes in the columns of the outliers, which came in `dtype`.
     """
