@@ -21,7 +21,7 @@ LAYERS = [
     {"kernels.kernel", "kernels.thresholds", "kernels.tiling", "kernels.triton_support"},
     {"kernels.triton_quantize", "kernels.triton_weight_only", "kernels.triton_epilogue", "kernels.probe"},
     {"kernels.quantize"},
-    {"kernels.torch_mm", "kernels.int8_mm", "kernels.triton_mm"},
+    {"kernels.torch_mm", "kernels.int8_quantize", "kernels.int8_mm", "kernels.triton_mm"},
     {"kernels"},
     {"shared_input"},
     {"functional"},
