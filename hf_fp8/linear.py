@@ -96,7 +96,7 @@ class FP8Linear(nn.Linear):
         """Turn the weight into int8 with one float32 scale per row, in place; inputs become int8 per token.
 
         Codes of E4M3 have 4 significant bits and their own exponent, int8 has 8 bits below the largest of a row. On
-        SmolLM2 int8 weights add 0.15% of perplexity, int8 inputs another 0.1% (docs/accuracy.md). An
+        SmolLM2 int8 weights add 0.15% of perplexity, int8 inputs another 0.1 to 0.4% (docs/accuracy.md). An
         `input_scale` is dropped. Raises UnsupportedError for an offloaded layer.
         """
         if self.scheme.weight.dtype == INT8:
