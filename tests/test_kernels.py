@@ -184,6 +184,16 @@ def test_int8_takes_another_kernel_for_few_rows() -> None:
     assert select(Problem(CPU, INT8_DYNAMIC, 576, 576, torch.float32), "scaled_mm").small is None
 
 
+def test_int8_sums_never_overflow() -> None:
+    k = kernels.LARGEST_K
+    for columns, name in ((k, "int8_mm_outliers"), (k + 1, "dequantize")):
+        choice = select(Problem(CPU, INT8_DYNAMIC, 2, columns, torch.float32), "int8")
+        assert choice.kernel.name == name and ("overflow" in choice.reason) == (columns > k)
+        codes = torch.full((2, columns), 127, dtype=torch.int8)
+        found = scaled_linear(torch.ones(20, columns), codes, torch.full((2, 1), 1 / 127), INT8_DYNAMIC, backend="int8")
+        assert torch.allclose(found, torch.full((20, 2), float(columns)), rtol=1e-5)
+
+
 def test_int8_is_for_layers_that_are_int8() -> None:
     with pytest.raises(KernelError, match="re-quantized to int8"):
         select(Problem(CPU, FP8_DYNAMIC, 64, 64, torch.bfloat16), "int8")

@@ -35,6 +35,8 @@ __all__ = [
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 
+# Codes are -127 to 127.
+LARGEST_K = (2**31 - 1) // 127**2
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -92,6 +94,17 @@ def _triton_device(name: str, scheme: Scheme) -> Callable[[Problem], str | None]
     return wrong_device
 
 
+def _int32_sums(wrong_device: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
+    """`wrong_device`, and that int8 products can be added up in int32 without overflow."""
+
+    def check(problem: Problem) -> str | None:
+        if problem.scheme.weight.dtype == INT8 and problem.k > LARGEST_K:
+            return f"sums of K={problem.k} products of int8 codes may overflow int32 (up to {LARGEST_K} never do)"
+        return wrong_device(problem)
+
+    return check
+
+
 def _int8_device(problem: Problem) -> str | None:
     return int8_mm.wrong_device(problem) or _probed("int8_mm", INT8_DYNAMIC)(problem)
 
@@ -138,12 +151,12 @@ SCALED: tuple[Kernel, ...] = (
     ),
     Kernel(
         "int8_mm_outliers", int8_quantize.quantize_but_outliers, int8_mm.multiply,
-        int8_mm.int8_scheme, _int8_outliers_device, sets_aside=True,
+        int8_mm.int8_scheme, _int32_sums(_int8_outliers_device), sets_aside=True,
     ),
-    Kernel("int8_mm", int8_quantize.quantize, int8_mm.multiply, int8_mm.int8_scheme, _int8_device),
+    Kernel("int8_mm", int8_quantize.quantize, int8_mm.multiply, int8_mm.int8_scheme, _int32_sums(_int8_device)),
     Kernel(
         "triton_scaled_mm", _late("triton_mm", "quantize"), _late("triton_mm", "multiply"),
-        tiling.scaled_mm_scheme, _triton_device("triton_scaled_mm", FP8_DYNAMIC),
+        tiling.scaled_mm_scheme, _int32_sums(_triton_device("triton_scaled_mm", FP8_DYNAMIC)),
     ),
     Kernel("dequantize", torch_mm.fake_quantize, torch_mm.dequantize, _never, _never),
 )  # fmt: skip

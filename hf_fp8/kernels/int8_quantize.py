@@ -26,9 +26,8 @@ OUTLIERS, OUTLIERS_PER_ROW, COLUMNS_PER_OUTLIER = 64, 2, 24
 # Elements of an input up to which the number of steps counts, not the memory that they go through: what one thread
 # does at a time (at::internal::GRAIN_SIZE).
 SMALL = 2**15
-# Elements of it that are worked on at a time: 2 MB of float32 stay in two cores' caches from pass to pass. A prefill of
-# 512 tokens, ms, at 2**17: 876 and 463, 2**18: 865 and 439, 2**19: 820 and 435, all at once: 859 and 436 (SmolLM2, float32
-# and bfloat16).
+# Elements of it that are worked on at a time: 2 MB of float32, which two cores' caches hold from pass to pass. From 2**17 to
+# all at once a prefill of SmolLM2 differed by less than the noise (820 to 876 ms).
 PIECE = 2**19
 
 
@@ -56,13 +55,9 @@ def quantize_but_outliers(x: torch.Tensor, input_scale: torch.Tensor | None, sch
 def _quantize(x: torch.Tensor, scheme: Scheme, kept: torch.Tensor | None) -> Input:
     """kept: (K,) float32, 0 for the columns that are taken for zeros, else 1."""
     assert scheme.input is not None
-    if triton_support.why_not(x.device) is None:
-        from .triton_quantize import quantize as triton_quantize
-
-        return Input(*triton_quantize(x, scheme.input, None, kept=kept))
-    if x.device.type == "cpu" and x.dtype.itemsize <= 4:
+    if x.device.type == "cpu" and x.dtype.itemsize <= 4 and triton_support.why_not(x.device) is not None:
         return _on_cpu(x, kept)
-    return Input(*quantize_input(x if kept is None else x * kept, scheme.input, None))
+    return Input(*quantize_input(x, scheme.input, None, kept=kept))
 
 
 def _on_cpu(x: torch.Tensor, kept: torch.Tensor | None) -> Input:

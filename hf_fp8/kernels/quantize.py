@@ -10,15 +10,20 @@ from . import triton_support
 
 
 def quantize_input(
-    x: torch.Tensor, scheme: TensorScheme, input_scale: torch.Tensor | None, per_row: bool = False
+    x: torch.Tensor,
+    scheme: TensorScheme,
+    input_scale: torch.Tensor | None,
+    per_row: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scale) of x (M, K), any strides, as `numerics.quantize_input` defines them.
 
-    per_row: a scale for the whole of x is repeated for each row, (M, 1).
+    per_row: a scale for the whole of x is repeated for each row, (M, 1). kept, for scales per row: (K,) float32, 0
+    for the columns that are taken for zeros.
     """
     if triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):
         from . import triton_quantize
 
-        return triton_quantize.quantize(x, scheme, input_scale, per_row)
-    q, scale = numerics.quantize_input(x, scheme, input_scale)
+        return triton_quantize.quantize(x, scheme, input_scale, per_row, kept)
+    q, scale = numerics.quantize_input(x if kept is None else x * kept, scheme, input_scale)
     return q, (scale.reshape(-1, 1).expand(x.shape[0], 1).contiguous() if per_row else scale)
