@@ -19,8 +19,10 @@ from .errors import (
     UnsupportedError,
     UnusedTensorError,
 )
+from .experts import FP8Experts
 from .explain import explain
 from .functional import scaled_linear
+from .grouped import scaled_grouped_linear
 from .linear import FP8Linear
 from .quantizer import FP8HfQuantizer
 from .registration import register, unregister
@@ -45,6 +47,7 @@ __all__ = [
     "CorruptFileError",
     "FP8Config",
     "FP8Error",
+    "FP8Experts",
     "FP8HfQuantizer",
     "FP8Linear",
     "Granularity",
@@ -62,6 +65,7 @@ __all__ = [
     "explain",
     "kernels",
     "register",
+    "scaled_grouped_linear",
     "scaled_linear",
     "unregister",
 ]

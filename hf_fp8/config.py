@@ -28,7 +28,7 @@ from .errors import ConfigError, UnsupportedError
 from .kernels import BACKENDS
 from .scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
 
-EXPERTS = ("dequantize", "auto")
+EXPERTS = ("auto", "fp8", "dequantize")
 # compressed-tensors' preset W8A8, as llm-compressor writes it: what a layer of backend="int8" is.
 _INT8: dict[str, Any] = {
     "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
@@ -65,8 +65,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             "scaled_mm" keeps them anywhere and quantizes inputs as the checkpoint says;
             "weight_only" keeps them anywhere and leaves inputs as they are; "int8" re-quantizes them to int8
             per channel after loading, with inputs quantized per token, for CPUs and for GPUs without FP8 units.
-        experts: what becomes of experts that the model holds merged in one 3-D parameter:
-            "dequantize" (or "auto", which is the same as long as there is no other way).
+        experts: what becomes of experts that the model holds merged in one 3-D parameter: "fp8" keeps them in FP8
+            anywhere, "dequantize" multiplies them out, "auto" keeps them where the device gains from it.
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
 
     Raises ConfigError for unknown values.
@@ -77,7 +77,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         *,
         dequantize: bool = False,
         backend: str = "auto",
-        experts: str = "dequantize",
+        experts: str = "auto",
         checkpoint: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
@@ -89,10 +89,10 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         if backend not in BACKENDS:
             raise ConfigError(f"FP8Config(backend={backend!r}): it is one of {', '.join(BACKENDS)}")
         if experts not in EXPERTS:
-            raise ConfigError(
-                f"FP8Config(experts={experts!r}): it is one of {', '.join(EXPERTS)}; "
-                "merged experts cannot stay in FP8 in this version"
-            )
+            raise ConfigError(f"FP8Config(experts={experts!r}): it is one of {', '.join(EXPERTS)}")
+        if experts == "fp8" and (dequantize or backend == "int8"):
+            given = "dequantize=True multiplies everything out" if dequantize else "backend='int8' re-quantizes Linears alone"
+            raise ConfigError(f"experts='fp8' was asked for, but {given}: pass one of them")
         if dequantize and backend != "auto":
             raise ConfigError(f"dequantize=True leaves nothing for backend={backend!r} to run on: pass one of them")
         super().__init__(dequantize=dequantize)

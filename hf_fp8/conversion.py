@@ -118,32 +118,32 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
         return copy
 
 
-class _Shared(ConversionOps):  # type: ignore[misc]
+class SharedOp(ConversionOps):  # type: ignore[misc]
     """An op whose state is planned once and never changes with the tensor at hand."""
 
     supports_many_to_many = True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedOp:
         return self
 
 
-def _only(value: Any) -> torch.Tensor:
+def only(value: Any) -> torch.Tensor:
     tensor: torch.Tensor = value[0] if isinstance(value, list) else value
     return tensor
 
 
-class Reshape(_Shared):
+class Reshape(SharedOp):
     """Gives each scale the shape planned for it: the module's on loading, the file's on saving."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
 
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
-        scale = _only(next(iter(input_dict.values())))
+        scale = only(next(iter(input_dict.values())))
         return {full_layer_name: scale.reshape(self.shapes[full_layer_name])}
 
 
-class Dequantize(_Shared):
+class Dequantize(SharedOp):
     """Multiplies quantized weights out to the dtype of the parameter they go into.
 
     Per-expert weights are written one by one into one stacked tensor, which the host's merge passes
@@ -169,7 +169,7 @@ class Dequantize(_Shared):
                 )
             converted[pattern] = self._stack(stored, tensors, parameter.dtype)
         if set(converted) == {WEIGHT}:
-            return {full_layer_name: _only(converted[WEIGHT])}
+            return {full_layer_name: only(converted[WEIGHT])}
         return converted
 
     def _stack(
@@ -197,7 +197,7 @@ class Dequantize(_Shared):
         raise AssertionError("RoutedConverter.reverse says how to save")
 
 
-class Requantize(_Shared):
+class Requantize(SharedOp):
     """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
 
     A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
@@ -223,7 +223,7 @@ class Requantize(_Shared):
             parameter = self.parameters[full_layer_name]
             ((_, stored),) = parameter.sources.items()
             start = len(self.changed)
-            codes = self._codes(full_layer_name, _only(next(iter(input_dict.values()))), stored[0], parameter.dtype)
+            codes = self._codes(full_layer_name, only(next(iter(input_dict.values()))), stored[0], parameter.dtype)
             self._tell(start)
             return codes
         start = len(self.changed)
@@ -233,7 +233,7 @@ class Requantize(_Shared):
             for index, weight in enumerate(weights):
                 key = pattern.replace("*", str(index))
                 # Whole names: the host completes those of others from one that it knows, ending in "weight".
-                out.update(self._codes(prefix + key, _only(input_dict.pop(key)), weight, parameter.dtype))
+                out.update(self._codes(prefix + key, only(input_dict.pop(key)), weight, parameter.dtype))
         self._tell(start)
         return out | {prefix + key: tensor for key, tensor in input_dict.items()}
 

@@ -1,4 +1,4 @@
-"""Swapping modules: a Linear for an FP8Linear that awaits its tensors, and back."""
+"""Swapping modules: a Linear or experts for the FP8 module that awaits its tensors, and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experts import FP8Experts, Projection
 from .linear import FP8Linear
+from .quantized_module import QuantizedModule
 from .scheme import Scheme
 
 
@@ -39,6 +41,25 @@ def swap_linear(
     return new
 
 
+def swap_experts(
+    model: nn.Module,
+    name: str,
+    first: Projection,
+    second: Projection,
+    *,
+    interleaved: bool,
+    scale_dtypes: dict[str, torch.dtype],
+    backend: str,
+) -> FP8Experts:
+    """Put empty FP8Experts on the meta device in the place of the host's experts module called `name`."""
+    new = FP8Experts(
+        model.get_submodule(name), first, second,
+        interleaved=interleaved, scale_dtypes=scale_dtypes, backend=backend, device="meta",
+    )  # fmt: skip
+    model.set_submodule(name, new)
+    return new
+
+
 def let_siblings_share(model: nn.Module) -> None:
     """Tell the FP8Linears of one parent with the same in_features and input scheme (q, k and v; gate and up) of each other.
 
@@ -54,11 +75,11 @@ def let_siblings_share(model: nn.Module) -> None:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """Replace every FP8Linear of `model` by an `nn.Linear` with the weight multiplied out, in place.
+    """Replace every FP8Linear and FP8Experts of `model` by what it stands for, weights multiplied out, in place.
 
     dtype: of the new weights and biases; by default that of the model's dense parameters (bfloat16
     if it has none). One layer is held twice at a time, never the model. Returns `model` (or, if
-    `model` is an FP8Linear itself, the new layer). A transformers model that was loaded in FP8 is
+    `model` is such a layer itself, the new layer). A transformers model that was loaded in FP8 is
     also told that it is dense now, so that it saves as such: it is the same as `model.dequantize()`.
 
     Raises UnsupportedError, before anything is changed, if a layer is offloaded.
@@ -73,7 +94,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
 @torch.no_grad()
 def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
     """`dequantize_model`, without a word to transformers."""
-    layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
@@ -82,14 +103,14 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Mo
         dtype = next(dense, torch.bfloat16)
     assert isinstance(dtype, torch.dtype)
     for layer in layers:
-        if layer.weight.is_meta:
-            layer.to_linear(dtype)  # raises
-    if isinstance(model, FP8Linear):
-        return model.to_linear(dtype)
-    made: dict[int, nn.Linear] = {}  # a module that sits in two places stays one module
+        if layer.is_offloaded:
+            layer.to_dense(dtype)  # raises
+    if isinstance(model, QuantizedModule):
+        return model.to_dense(dtype)
+    made: dict[int, nn.Module] = {}  # a module that sits in two places stays one module
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedModule):
             if id(module) not in made:
-                made[id(module)] = module.to_linear(dtype)
+                made[id(module)] = module.to_dense(dtype)
             model.set_submodule(name, made[id(module)])
     return model

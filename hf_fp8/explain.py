@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .kernels import Problem, select
+from .experts import FP8Experts
+from .kernels import Problem, select, select_grouped
 from .linear import FP8Linear
+from .scheme import FP8
 
 # Where the loader leaves what it decided: module or parameter name -> (scheme, reason).
 NOTES = "_hf_fp8_notes"
@@ -71,15 +73,29 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
             choice = select(Problem(device, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
+        elif isinstance(module, FP8Experts):
+            rows += _experts(name, module, dtype)
     for name, (scheme, reason) in getattr(model, NOTES, {}).items():
         try:
             held: nn.Module | nn.Parameter = model.get_submodule(name)
         except AttributeError:
             held = model.get_parameter(name)
-        if isinstance(held, FP8Linear) or not reason:
+        if isinstance(held, FP8Linear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
             continue  # listed above, or made dense by the user since
         tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
         rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
+    return rows
+
+
+def _experts(name: str, module: FP8Experts, dtype: torch.dtype) -> list[Row]:
+    """A row for each stack."""
+    device, rows = _execution_device(module), []
+    for projection in module.projections:
+        _, n, k = projection.shape
+        choice = select_grouped(Problem(device, projection.scheme, n, k, dtype), module.backend)
+        held = [getattr(module, leaf) for leaf in (projection.name, projection.scale, projection.input_scale)]
+        size = _bytes(*held, getattr(module, f"{projection.name}_bias", None))
+        rows.append(Row(f"{name}.{projection.name}", projection.scheme.describe(), str(choice), choice.reason, size))
     return rows
 
 

@@ -17,6 +17,8 @@ from .kernels import Input, Weight, kernel_for
 from .scheme import Scheme
 from .shared_input import quantize_once
 
+# What inputs may be.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY: Any = torch.library.Library("hf_fp8", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
@@ -105,7 +107,7 @@ def scaled_linear(
     Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
     that cannot run.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if x.dtype not in FLOATS:
         hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
         raise InputError(
             f"an FP8 linear takes inputs in bfloat16, float16, float32 or float64, got {x.dtype}.{hint} "
@@ -115,7 +117,7 @@ def scaled_linear(
         raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
     # Reshaped outside of the op: a view that it returned could not be changed in place under autograd.
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] and _nobody_watches(x, weight, weight_scale, bias):
+    if rows.shape[0] and nobody_watches(x, weight, weight_scale, bias):
         kernel = kernel_for(rows, weight, scheme.text, backend)
         given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
         out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
@@ -124,7 +126,7 @@ def scaled_linear(
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _nobody_watches(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def nobody_watches(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether a plain function does what the op would: nothing is traced or differentiated, no dispatch mode listens.
 
     The op's way through the dispatcher and back into Python takes 15 us, more than some of the kernels, and a small
@@ -133,7 +135,7 @@ def _nobody_watches(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.T
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.is_meta or weight.is_meta:
         return False
     if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or weight_scale.requires_grad or (bias is not None and bias.requires_grad)
+        x.requires_grad or weight.requires_grad or any(other is not None and other.requires_grad for other in others)
     ):
         return False
     return (

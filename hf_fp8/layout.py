@@ -23,7 +23,9 @@ from .checkpoint import Checkpoint
 from .config import FP8Config
 from .conversion import KeyRenaming, Parameter, companion
 from .errors import MissingTensorError
-from .expert_names import ExpertsLayout, hub_name
+from .expert_names import converters, hub_name
+from .expert_plan import plan_experts
+from .experts import ExpertsLayout
 from .keymap import KeyMap
 from .reads import weights_read_directly
 from .scan import Owner, Scan, scan
@@ -38,12 +40,14 @@ def lay_out(
     config: FP8Config,
     *,
     dense_because: str | None,
+    experts_because: str | None,
     dtype: torch.dtype,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
 
-    conversions: the host's. dense_because: why no weight can stay in FP8, None if they can. dtype: the
-    model's. Raises CheckpointError of the fitting kind for files, config and model that contradict each other.
+    conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
+    of merged experts. dtype: the model's. Raises CheckpointError of the fitting kind for files, config and model that
+    contradict each other.
     """
     extra = _map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
     scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params), keymap.prefix)
@@ -77,16 +81,49 @@ def lay_out(
         if weight.target not in layout.dense:
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
-    if dense_because is None:
-        dense = [weight for weight in weights if weight.module not in layout.kept]
+    _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32)
+    if layout.saves_fp8(dense_because):
+        in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
+        dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
         host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
         scales |= checkpoint.read(host)
         layout.scales = {w.name: {r: scales[key] for r, key in w.keys.items() if r != w.primary} for w in dense}
     layout.passengers = {keymap.rename(key): key for key in scanned.cache}
     for name, weight in layout.kept.items():
         layout.passengers.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+    for weight in (weight for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights):
+        layout.passengers.update({weight.renamed[r]: weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
     layout.conversions = transforms(layout, weights, conversions, extra, KeyRenaming(late, keymap.prefix))
     return layout
+
+
+def _keep_experts(
+    layout: Layout,
+    model: PreTrainedModel,
+    weights: list[StoredWeight],
+    conversions: Sequence[WeightTransform],
+    because: str | None,
+    fp32: dict[str, torch.dtype],
+) -> None:
+    """Move the experts modules that can stay in FP8 from the dense parameters to `Layout.experts`; say why others cannot."""
+    names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.target in layout.dense and not _is_linear(w))
+    for name in names:
+        mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
+        plan = because or plan_experts(name, _module(model, name), mine, conversions)
+        if not isinstance(plan, str) and any(_planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
+            plan = "the model keeps this module in float32"
+        if isinstance(plan, str):
+            layout.reasons.update({target: plan for target in mine if target in layout.reasons})
+            continue
+        layout.experts[name] = plan
+        for target in (stack.target for stack in plan.stacks):
+            del layout.dense[target]
+            layout.reasons.pop(target, None)
+
+
+def _is_linear(weight: StoredWeight) -> bool:
+    """Whether a weight is a whole matrix of the model, not one or a stack of experts."""
+    return weight.pattern is None and len(weight.shapes.get(WEIGHT, ())) != 3
 
 
 def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) -> list[WeightConverter]:
@@ -104,7 +141,7 @@ def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint)
             path = renamed[: renamed.index("experts.") + len("experts")]
             layout = ExpertsLayout.of(_module(model, path) or _module(model, f"{keymap.prefix}.{path}"))
             if layout is not None:
-                extra = layout.converters()
+                extra = converters(layout)
                 keymap.add(extra)
     return extra
 

@@ -5,8 +5,7 @@ The one exception is made by `requantize_int8`, for devices whose units are int8
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -14,17 +13,17 @@ from torch import nn
 from . import numerics
 from .errors import UnsupportedError
 from .functional import scaled_linear
+from .quantized_module import QuantizedModule
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
 
 
-class FP8Linear(nn.Linear):
+class FP8Linear(QuantizedModule, nn.Linear):
     """Linear layer with `weight` (N, K) in E4M3, `weight_scale` and, for static schemes, `input_scale` (1,).
 
     With an int8 scheme, `weight` is int8.
 
     The parameters are the tensors of the file, so `state_dict` and `save_pretrained` need no code.
-    Outputs have the dtype of the input. `.to(dtype)`, `.half()` and the like cast the bias alone:
-    the weight and the scales keep their dtype, since a cast would change or lose the values.
+    Outputs have the dtype of the input. `.to(dtype)`, `.half()` and the like cast the bias alone.
 
     Args:
         in_features, out_features: K and N.
@@ -34,7 +33,7 @@ class FP8Linear(nn.Linear):
         backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
     """
 
-    QUANTIZED = ("weight", "weight_scale", "input_scale")
+    holds: ClassVar = {"weight": ("weight_scale", "input_scale")}
 
     def __init__(
         self,
@@ -112,6 +111,10 @@ class FP8Linear(nn.Linear):
         self.register_parameter("input_scale", None)
         self.scheme, self.backend = INT8_DYNAMIC, "int8"
 
+    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
+        """`to_linear`."""
+        return self.to_linear(dtype)
+
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """A plain `nn.Linear` with the dequantized weight, on the same device.
@@ -127,45 +130,6 @@ class FP8Linear(nn.Linear):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))
         return linear.train(self.training)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            if not any(tensor is getattr(self, name) for name in self.QUANTIZED):
-                return fn(tensor)
-            # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
-            device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
-            if device == tensor.device:
-                moved = fn(tensor)
-                return moved if moved.dtype == tensor.dtype else tensor
-            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: Any,
-        unexpected: Any,
-        errors: list[str],
-    ) -> None:
-        codes = state_dict.get(f"{prefix}weight")
-        held_as = self.scheme.weight.dtype
-        if codes is not None and codes.dtype != held_as:
-            errors.append(
-                f"{prefix}weight is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it"
-            )
-            return
-        if codes is not None and f"{prefix}weight_scale" not in state_dict:
-            errors.append(f"{prefix}weight comes without its {prefix}weight_scale")
-            return
-        for name in ("weight_scale", "input_scale"):
-            scale, held = state_dict.get(prefix + name), getattr(self, name)
-            if scale is not None and held is not None and scale.dtype != held.dtype:
-                held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"

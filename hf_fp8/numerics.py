@@ -27,6 +27,8 @@ OUTLYING, WORTHWHILE = 2.5, 5.0
 # 5632x2048 to float32 on two cores, ms: 35 at 2**16, 28 at 2**17, 27 at 2**18, 22 at 2**19, 23 at 2**20; torch's own
 # cast and product 65 to 75. To bfloat16 26, 22, 17, 16, 15; torch 52 to 89.
 CPU_CHUNK = 2**19
+# On other devices, where weights are multiplied out in pieces to hold little beside them: 64 MB of float32.
+GPU_CHUNK = 2**24
 
 
 def _blocks(x: torch.Tensor, granularity: Granularity) -> tuple[int, int]:
@@ -57,6 +59,11 @@ def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype 
         pad = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
         tiles = torch.nn.functional.pad(magnitude, pad).view(grid_rows, block_rows, grid_cols, block_cols)
         amax = tiles.amax(dim=(1, 3))
+    return scale_of(amax, dtype)
+
+
+def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """The float32 scale that maps a magnitude to the largest code of `dtype`."""
     return (amax.float() / CODE_MAX[dtype]).clamp(min=MIN_SCALE)
 
 
@@ -93,7 +100,7 @@ def dequantize(
     if q.device.type != "cpu" or q.dtype != FP8 or torch.compiler.is_compiling():
         return q.float().mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    for piece, part, start in _pieces(q, scale, granularity, CPU_CHUNK):
+    for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
         multiply_out(piece, expand_scale(part, granularity, *piece.shape), out[start : start + len(piece)])
     return out
 
@@ -143,7 +150,7 @@ def requantize(
     rows, cols = q.shape
     codes = torch.empty((rows, cols), dtype=dtype, device=q.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=q.device)
-    for piece, part, start in _pieces(q, scale, granularity, CPU_CHUNK if q.device.type == "cpu" else 2**24):
+    for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK):
         dense = dequantize(piece, part, granularity)
         end = start + len(piece)
         scales[start:end] = compute_scale(dense, ROW, dtype)
@@ -151,7 +158,7 @@ def requantize(
     return codes, scales
 
 
-def _pieces(
+def pieces(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """(codes, their scales, first row): q in pieces of whole blocks of rows, of about `elements` each."""

@@ -19,15 +19,16 @@ from transformers.utils import logging
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
 from .conversion import KeyRenaming, RoutedConverter
-from .convert import let_siblings_share, swap_back, swap_linear
+from .convert import let_siblings_share, swap_back, swap_experts, swap_linear
 from .errors import ConfigError, UnsupportedError
 from .explain import NOTES
 from .kernels import why_not_kept
 from .layout import lay_out
 from .linear import FP8Linear
+from .quantized_module import QuantizedModule
 from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
-from .transforms import Layout
+from .transforms import Layout, for_saving
 
 logger = logging.get_logger(__name__)
 
@@ -111,14 +112,20 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         target = converter.target_patterns[0]
         module, _, role = target.rpartition(".")
-        if self.layout is not None and module in self.layout.kept and role in FP8Linear.QUANTIZED:
+        if self.layout is not None and module in self.layout.kept and role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE):
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
         config = self.quantization_config
-        because = self._dense_because = self._why_dense()
-        self.layout = layout = lay_out(model, conversions, checkpoint, config, dense_because=because, dtype=self._dtype)
+        because = self._why_dense()
+        self.layout = layout = lay_out(
+            model, conversions, checkpoint, config,
+            dense_because=because, experts_because=self._why_dense_experts(because), dtype=self._dtype,
+        )  # fmt: skip
+        if layout.saves_fp8(because):
+            because = None
+        self._dense_because = because
         for name, weight in layout.kept.items():
             dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
             swap_linear(
@@ -130,7 +137,13 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 backend=config.backend,
             )
             self._untie(model, weight.target)
-        dense = [w.module for w in layout.scan.weights if w.target and w.module not in layout.kept]
+        for plan in layout.experts.values():
+            swap_experts(
+                model, plan.name, plan.first.projection, plan.second.projection,
+                interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=config.backend,
+            )  # fmt: skip
+        in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
+        dense = [w.module for w in layout.scan.weights if w.target and w.module not in {*layout.kept, *in_experts}]
         merged = [w for w in layout.scan.host if w.pattern is not None]
         dense += [name for w in merged for name in (w.name, w.renamed[w.primary].rpartition(".")[0])]
         self._dense = dense
@@ -163,6 +176,17 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         device = _compute_device(self._device_map)
         reason = why_not_kept(device, self._dtype)
         return None if reason is None else f"backend='auto' on {device.type}: {reason}"
+
+    def _why_dense_experts(self, because: str | None) -> str | None:
+        """The same of merged experts, for which `experts` has the last word."""
+        config = self.quantization_config
+        if config.dequantize or config.experts == "fp8":
+            return because if config.dequantize else None
+        if config.experts == "dequantize" or config.backend == "int8":
+            return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
+        device = _compute_device(self._device_map)
+        reason = because or why_not_kept(device, self._dtype)
+        return None if reason is None else f"experts='auto' on {device.type}: {reason}"
 
     @staticmethod
     def _untie(model: PreTrainedModel, target: str) -> None:
@@ -211,10 +235,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, FP8Linear):
-                for name in FP8Linear.QUANTIZED:
-                    if getattr(module, name) is not None:
-                        getattr(module, name).requires_grad_(False)
+            if isinstance(module, QuantizedModule):
+                module.freeze()
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
                 raise UnsupportedError(
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "
@@ -223,6 +245,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.backend == "int8" and self.layout is not None:
             self._to_int8(model, self.layout)
         let_siblings_share(model)
+        if self.layout is not None and self.layout.experts:
+            model._weight_conversions = for_saving(model._weight_conversions)
         if self._dense_because is not None and self.layout is not None:
             model._weight_conversions = self._native_conversions()
             if self.host is None:

@@ -10,6 +10,8 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightTransform
 
 from .conversion import Dequantize, KeyRenaming, Parameter, Requantize, Reshape, RoutedConverter, companion
+from .expert_conversion import PATTERNS, ROLES, SplitExperts, StackExperts, pattern
+from .expert_plan import ExpertsPlan, Stack
 from .scan import Scan
 from .scheme import scale_shape
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
@@ -17,7 +19,8 @@ from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 
 @dataclass
 class Layout:
-    """kept: module -> weight that stays in FP8. dense: parameter -> the weights multiplied out into it.
+    """kept: module -> weight that stays in FP8. experts: module -> experts that do. dense: parameter -> the weights
+    multiplied out into it.
 
     reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
     the model -> keys in the files, of tensors that no module uses and that are written back. scales:
@@ -25,12 +28,17 @@ class Layout:
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
+    experts: dict[str, ExpertsPlan] = field(default_factory=dict)
     dense: dict[str, Parameter] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     passengers: dict[str, str] = field(default_factory=dict)
     conversions: list[WeightTransform] = field(default_factory=list)
     scan: Scan = field(default_factory=Scan)
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def saves_fp8(self, dense_because: str | None) -> bool:
+        """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""
+        return dense_because is None or bool(self.experts)
 
 
 def transforms(
@@ -41,13 +49,20 @@ def transforms(
     late: KeyRenaming,
 ) -> list[WeightTransform]:
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
-    converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
+    stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
+    converters = [*_plain_converters(layout, op, back), *_scale_converters(layout), *_experts_converters(stacks, late.prefix)]
     for transform in [*host, *extra]:
         if isinstance(transform, WeightConverter):
             transform = _merged_converter(transform, layout, weights, op, back)
         converters.append(transform)
-    # Of converters the first match wins: ours stand before the host's. Renamings all run: ours is the last.
+    # Of converters the first match wins: ours stand before the host's (see `for_saving`). Renamings all run: ours is the last.
     return [*converters, late] if late.names else converters
+
+
+def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """The same, such that the host's saver, which goes through them from the end, asks ours for experts first."""
+    last = [c for c in conversions if isinstance(c, RoutedConverter) and isinstance(c.operations[0], StackExperts)]
+    return [*(c for c in conversions if c not in last), *last]
 
 
 def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
@@ -93,6 +108,33 @@ def _merged_converter(
     return RoutedConverter(
         routes, [*base.source_patterns, *roles], list(base.target_patterns), [op, *base.operations], base=base, reverse=reverse
     )
+
+
+def _experts_converters(stacks: dict[str, Stack], prefix: str) -> list[WeightTransform]:
+    """For experts that stay in FP8."""
+    if not stacks:
+        return []
+    routes, back, names = {}, {}, {}
+    for target, stack in stacks.items():
+        for part, weights in enumerate(stack.sources):
+            for weight in weights:
+                for role in ROLES:
+                    if role in weight.keys:
+                        routes[weight.renamed[role]] = (target, pattern(part, role))
+                        names[weight.keys[role]] = _beside(target, weight.renamed[role], prefix)
+        back.update({stack.name_of(role): (target, pattern(0, role)) for role in ROLES if role in stack.weights[0].keys})
+    patterns = [pattern(0, role) for role in ROLES]
+    reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks, names)])
+    return [RoutedConverter(routes, PATTERNS, ["hf_fp8_experts"], [StackExperts(stacks)], reverse=reverse)]
+
+
+def _beside(target: str, renamed: str, prefix: str) -> str:
+    """`renamed`, a key of the files, with or without the base model's prefix as the parameter `target` has it."""
+    experts = target.rpartition(".")[0]
+    for stem in (experts, experts.removeprefix(f"{prefix}."), f"{prefix}.{experts}"):
+        if renamed.startswith(f"{stem}."):
+            return experts + renamed[len(stem) :]
+    return renamed
 
 
 def _scale_converters(layout: Layout) -> list[WeightTransform]:

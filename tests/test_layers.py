@@ -19,16 +19,20 @@ LAYERS = [
     {"casts"},
     {"numerics"},
     {"kernels.kernel", "kernels.thresholds", "kernels.tiling", "kernels.triton_support"},
-    {"kernels.triton_quantize", "kernels.triton_weight_only", "kernels.triton_epilogue", "kernels.probe"},
+    {"kernels.triton_quantize", "kernels.triton_weight_only", "kernels.triton_epilogue"},
     {"kernels.quantize"},
-    {"kernels.torch_mm", "kernels.int8_quantize", "kernels.int8_mm", "kernels.triton_mm"},
+    {"kernels.torch_mm", "kernels.int8_quantize", "kernels.int8_mm", "kernels.triton_mm", "kernels.grouped_mm"},
+    {"kernels.triton_grouped", "kernels.probe"},
     {"kernels"},
     {"shared_input"},
-    {"functional"},
-    {"linear"},
+    {"functional", "quantized_module"},
+    {"grouped", "linear"},
+    {"experts"},
     {"convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap"},
     {"stored"},
     {"conversion", "scan"},
+    {"expert_plan"},
+    {"expert_conversion"},
     {"transforms"},
     {"layout"},
     {"quantizer"},
@@ -37,7 +41,8 @@ LAYERS = [
 ]
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
-    "config", "expert_names", "keymap", "conversion", "transforms", "layout", "quantizer", "registration",
+    "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
+    "registration",
 }  # fmt: skip
 
 

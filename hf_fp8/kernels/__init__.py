@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -23,33 +23,41 @@ from ..scheme import (
     INT8_DYNAMIC,
     Scheme,
 )
-from . import int8_mm, int8_quantize, tiling, torch_mm, triton_support
-from .kernel import Input, Kernel, Problem, Weight
+from . import grouped_mm, int8_mm, int8_quantize, tiling, torch_mm, triton_support
+from .kernel import Candidate, ExpertWeights, GroupedKernel, Groups, Input, Kernel, Problem, Weight
 from .probe import probe
 from .thresholds import weight_only_limit
 
 __all__ = [
-    "BACKENDS", "KERNELS", "Choice", "Input", "Kernel", "Problem", "Weight", "has_fp8_matmul", "kernel_for", "probe",
-    "select", "use", "why_not_kept",
+    "BACKENDS", "GROUPED_KERNELS", "KERNELS", "Choice", "ExpertWeights", "GroupedKernel", "Groups", "Input", "Kernel",
+    "Problem", "Weight", "grouped_mm", "has_fp8_matmul", "kernel_for", "probe", "select", "select_grouped", "use",
+    "why_not_kept",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 
 # Codes are -127 to 127.
 LARGEST_K = (2**31 - 1) // 127**2
+_NO_KERNEL = "no 8-bit kernel takes such scales"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The kernels chosen for a problem: `small` for up to `limit` rows of input, `kernel` for more; and why."""
+K = TypeVar("K", bound=Candidate)
 
-    kernel: Kernel
+
+@dataclass(frozen=True)
+class Choice(Generic[K]):
+    """The kernels chosen for a problem: `small` for up to `limit` rows of input, `kernel` for more; and why.
+
+    Of a stack of experts, rows are those that an expert gets on average.
+    """
+
+    kernel: K
     reason: str
-    small: Kernel | None = None
+    small: K | None = None
     limit: int = 0
 
-    def at(self, m: int) -> Kernel:
+    def at(self, m: int) -> K:
         """The kernel for M = `m`."""
         return self.kernel if self.small is None or m > self.limit else self.small
 
@@ -65,7 +73,7 @@ def _probed(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
     def wrong_device(problem: Problem) -> str | None:
         if problem.dtype not in _FLOATS:
             return f"no {problem.dtype} output"
-        return probe(_BY_NAME[name], scheme, problem.device, problem.dtype)
+        return probe(_EVERY[name], scheme, problem.device, problem.dtype)
 
     return wrong_device
 
@@ -138,52 +146,75 @@ def _never(_: object) -> None:
 # They compute what the scheme says, inputs quantized.
 SCALED: tuple[Kernel, ...] = (
     Kernel(
-        "scaled_mm_tensorwise", torch_mm.quantize_tensorwise, torch_mm.tensorwise, torch_mm.tensor_scheme,
-        _scaled_mm_device("scaled_mm_tensorwise", FP8_STATIC),
+        "scaled_mm_tensorwise", torch_mm.tensor_scheme, _scaled_mm_device("scaled_mm_tensorwise", FP8_STATIC),
+        torch_mm.quantize_tensorwise, torch_mm.tensorwise,
     ),
     Kernel(
-        "scaled_mm_rowwise", torch_mm.quantize_rowwise, torch_mm.rowwise, torch_mm.row_scheme,
-        _scaled_mm_device("scaled_mm_rowwise", FP8_DYNAMIC),
+        "scaled_mm_rowwise", torch_mm.row_scheme, _scaled_mm_device("scaled_mm_rowwise", FP8_DYNAMIC),
+        torch_mm.quantize_rowwise, torch_mm.rowwise,
     ),
     Kernel(
-        "scaled_mm_blockwise", torch_mm.quantize_blockwise, torch_mm.blockwise, torch_mm.block_scheme,
-        _scaled_mm_device("scaled_mm_blockwise", FP8_BLOCK),
+        "scaled_mm_blockwise", torch_mm.block_scheme, _scaled_mm_device("scaled_mm_blockwise", FP8_BLOCK),
+        torch_mm.quantize_blockwise, torch_mm.blockwise,
     ),
     Kernel(
-        "int8_mm_outliers", int8_quantize.quantize_but_outliers, int8_mm.multiply,
-        int8_mm.int8_scheme, _int32_sums(_int8_outliers_device), sets_aside=True,
+        "int8_mm_outliers", int8_mm.int8_scheme, _int32_sums(_int8_outliers_device),
+        int8_quantize.quantize_but_outliers, int8_mm.multiply, sets_aside=True,
     ),
-    Kernel("int8_mm", int8_quantize.quantize, int8_mm.multiply, int8_mm.int8_scheme, _int32_sums(_int8_device)),
+    Kernel("int8_mm", int8_mm.int8_scheme, _int32_sums(_int8_device), int8_quantize.quantize, int8_mm.multiply),
     Kernel(
-        "triton_scaled_mm", _late("triton_mm", "quantize"), _late("triton_mm", "multiply"),
-        tiling.scaled_mm_scheme, _int32_sums(_triton_device("triton_scaled_mm", FP8_DYNAMIC)),
+        "triton_scaled_mm", tiling.scaled_mm_scheme, _int32_sums(_triton_device("triton_scaled_mm", FP8_DYNAMIC)),
+        _late("triton_mm", "quantize"), _late("triton_mm", "multiply"),
     ),
-    Kernel("dequantize", torch_mm.fake_quantize, torch_mm.dequantize, _never, _never),
+    Kernel("dequantize", _never, _never, torch_mm.fake_quantize, torch_mm.dequantize),
 )  # fmt: skip
 # They leave inputs as they are.
 WEIGHT_ONLY: tuple[Kernel, ...] = (
-    Kernel("int8_weight_only", None, int8_mm.weight_only, int8_mm.int8_scheme, _int8_weight_only_device),
+    Kernel("int8_weight_only", int8_mm.int8_scheme, _int8_weight_only_device, None, int8_mm.weight_only),
     Kernel(
-        "triton_weight_only", None, _late("triton_weight_only", "multiply"),
-        tiling.weight_only_scheme, _triton_device("triton_weight_only", FP8_WEIGHT_ONLY),
+        "triton_weight_only", tiling.weight_only_scheme, _triton_device("triton_weight_only", FP8_WEIGHT_ONLY),
+        None, _late("triton_weight_only", "multiply"),
     ),
-    Kernel("weight_only", None, torch_mm.dequantize, _never, _never),
+    Kernel("weight_only", _never, _never, None, torch_mm.dequantize),
+)  # fmt: skip
+# The same two lists for stacks of experts.
+GROUPED_SCALED: tuple[GroupedKernel, ...] = (
+    GroupedKernel(
+        "scaled_grouped_mm", torch_mm.row_scheme, _scaled_mm_device("scaled_grouped_mm", FP8_DYNAMIC),
+        grouped_mm.scaled_grouped_mm, quantizes=True,
+    ),
+    GroupedKernel(
+        "triton_grouped_scaled_mm", tiling.scaled_mm_scheme, _triton_device("triton_grouped_scaled_mm", FP8_DYNAMIC),
+        _late("triton_grouped", "multiply"), quantizes=True,
+    ),
+    GroupedKernel("grouped_dequantize", _never, _never, grouped_mm.dequantize, quantizes=True),
+)  # fmt: skip
+GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (
+    GroupedKernel(
+        "triton_grouped_weight_only", tiling.weight_only_scheme,
+        _triton_device("triton_grouped_weight_only", FP8_WEIGHT_ONLY), _late("triton_grouped", "multiply"), quantizes=False,
+    ),
+    GroupedKernel("grouped_weight_only", _never, _never, grouped_mm.dequantize, quantizes=False),
 )  # fmt: skip
 KERNELS = SCALED + WEIGHT_ONLY
+GROUPED_KERNELS = GROUPED_SCALED + GROUPED_WEIGHT_ONLY
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+_GROUPED_BY_NAME = {kernel.name: kernel for kernel in GROUPED_KERNELS}
+_EVERY: dict[str, Kernel | GroupedKernel] = {**_BY_NAME, **_GROUPED_BY_NAME}
 
 _forced: ContextVar[str | None] = ContextVar("hf_fp8_forced_kernel", default=None)
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one kernel of `KERNELS` by name within the block, for tests, benchmarks and bug reports.
+    """Force one kernel of `KERNELS` or `GROUPED_KERNELS` by name within the block, for tests, benchmarks and bug reports.
 
-    A layer that the kernel cannot serve raises `KernelError` instead of taking another one. Kernels are chosen
-    when a layer runs: compiled code obeys, too, but a CUDA graph that was recorded before does not.
+    A layer that the kernel cannot serve raises `KernelError` instead of taking another one; linears take no notice of a
+    kernel for experts, and the other way round. Kernels are chosen when a layer runs: compiled code obeys, too, but a
+    CUDA graph that was recorded before does not.
     """
-    if name not in _BY_NAME:
-        raise KernelError(f"unknown kernel {name!r}; there are: {', '.join(_BY_NAME)}")
+    if name not in _EVERY:
+        raise KernelError(f"unknown kernel {name!r}; there are: {', '.join(_EVERY)}")
     token = _forced.set(name)
     try:
         yield
@@ -191,15 +222,14 @@ def use(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def select(problem: Problem, backend: str = "auto") -> Choice:
+def select(problem: Problem, backend: str = "auto") -> Choice[Kernel]:
     """The kernels for `problem`: the forced one, else the first of its list that does not decline.
 
     backend: "scaled_mm" computes what the checkpoint says (inputs quantized by the scheme); "weight_only"
     leaves inputs as they are; "int8" is for layers re-quantized to int8. "auto" takes what is fastest: the
     checkpoint's arithmetic for many rows of input, and a weight-only kernel for few, if the device has a fused one.
     """
-    forced = _forced.get()
-    if forced is not None:
+    if forced := _BY_NAME.get(_forced.get() or ""):
         return _honour(forced, problem)
     return _select(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
 
@@ -207,22 +237,27 @@ def select(problem: Problem, backend: str = "auto") -> Choice:
 def kernel_for(x: torch.Tensor, weight: torch.Tensor, scheme: str, backend: str) -> Kernel:
     """`select`, for the operands of a call: x (M, K) and weight (N, K)."""
     m, k = x.shape
-    forced = _forced.get()
-    if forced is not None:
+    if forced := _BY_NAME.get(_forced.get() or ""):
         return _honour(forced, Problem(x.device, Scheme.parse(scheme), weight.shape[0], k, x.dtype)).kernel
     return _select(x.device, scheme, weight.shape[0], k, x.dtype, backend).at(m)
 
 
-def _honour(name: str, problem: Problem) -> Choice:
-    kernel = _BY_NAME[name]
+def select_grouped(problem: Problem, backend: str = "auto") -> Choice[GroupedKernel]:
+    """`select` for a stack of experts, (E, N, K): N and K of the problem are those of one of them."""
+    if forced := _GROUPED_BY_NAME.get(_forced.get() or ""):
+        return _honour(forced, problem)
+    return _select_grouped(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
+
+
+def _honour(kernel: K, problem: Problem) -> Choice[K]:
     reason = kernel.wrong_scheme(problem.scheme) or kernel.wrong_device(problem)
     if reason is not None:
-        raise KernelError(f"kernel {name!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
+        raise KernelError(f"kernel {kernel.name!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
     return Choice(kernel, "forced")
 
 
 @lru_cache(maxsize=4096)
-def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Choice:
+def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Choice[Kernel]:
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
     scheme = problem.scheme
     if backend not in BACKENDS:
@@ -239,14 +274,36 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
         return Choice(few, f"weights stay in FP8, inputs as they are: {lacking}; backend='int8' may be faster for many rows")
     kernel, declined = _first(SCALED, problem)
     name = "int8" if scheme.weight.dtype == INT8 else "FP8"
-    reason = declined or f"{name} matmul on {device.type}"
+    reason = declined or (_NO_KERNEL if kernel is SCALED[-1] else f"{name} matmul on {device.type}")
     if backend == "scaled_mm" or few is None:
         return Choice(kernel, reason)
     limit = weight_only_limit(device, scheme)
     return Choice(kernel, f"{reason}; weight-only up to M = {limit.m} ({limit.why})", few, limit.m)
 
 
-def _first(kernels: tuple[Kernel, ...], problem: Problem) -> tuple[Kernel, str]:
+@lru_cache(maxsize=4096)
+def _select_grouped(
+    device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str
+) -> Choice[GroupedKernel]:
+    problem = Problem(device, Scheme.parse(text), n, k, dtype)
+    if backend not in ("auto", "scaled_mm", "weight_only"):
+        raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")
+    wide = _first(GROUPED_WEIGHT_ONLY, problem)[0]
+    if backend == "weight_only":
+        return Choice(wide, "backend='weight_only'")
+    if problem.scheme.input is None:
+        return Choice(wide, "the checkpoint does not quantize inputs (W8A16)")
+    if backend == "auto" and (lacking := has_fp8_matmul(device)):
+        return Choice(wide, f"weights stay in FP8, inputs as they are: {lacking}")
+    kernel, declined = _first(GROUPED_SCALED, problem)
+    reason = declined or (_NO_KERNEL if kernel is GROUPED_SCALED[-1] else f"FP8 matmul on {device.type}")
+    if backend == "scaled_mm" or wide is GROUPED_WEIGHT_ONLY[-1]:
+        return Choice(kernel, reason)
+    limit = weight_only_limit(device, problem.scheme)
+    return Choice(kernel, f"{reason}; weight-only up to {limit.m} rows an expert ({limit.why})", wide, limit.m)
+
+
+def _first(kernels: tuple[K, ...], problem: Problem) -> tuple[K, str]:
     """The first of `kernels` that does not decline, and the reasons of those before it."""
     reasons: list[str] = []
     for kernel in kernels:

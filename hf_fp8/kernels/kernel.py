@@ -40,10 +40,51 @@ class Weight(NamedTuple):
     scheme: Scheme
 
 
+class ExpertWeights(NamedTuple):
+    """A stack of weights: codes (E, N, K), rows contiguous along K, scales, and what they mean.
+
+    parts: how many matrices lie over each other along N, each with a grid of scales of its own (gate and up: a grid
+    over both together would have fewer rows where the block does not divide N / 2). scale: (E, N, 1) per channel,
+    (E, parts) per tensor, else (E, parts * ceil(N / parts / rows), ceil(K / cols)).
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    scheme: Scheme
+    parts: int = 1
+
+    def part(self, index: int) -> ExpertWeights:
+        """One of the parts, as views."""
+        rows, grid = (size // self.parts for size in (self.codes.shape[1], self.scale.shape[1]))
+        codes = self.codes[:, index * rows : (index + 1) * rows]
+        return ExpertWeights(codes, self.scale[:, index * grid : (index + 1) * grid], self.scheme)
+
+
+class Groups(NamedTuple):
+    """Which expert multiplies which row. Output i is row `rows[i]` of the input times expert `experts[i]`.
+
+    experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None: output i is of row i.
+    ends: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
+    slots: (S,) int64, where output i is written; None: in its own place. complete: no expert is E.
+    """
+
+    experts: torch.Tensor
+    rows: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    complete: bool = True
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x in the order of outputs."""
+        return x if self.rows is None else x[self.rows]
+
+
 # (x (M, K), input_scale or None, scheme)
 Quantize = Callable[[torch.Tensor, "torch.Tensor | None", Scheme], Input]
 # (input, weight, dtype of the output) -> (M, N)
 Multiply = Callable[[Input, Weight, torch.dtype], torch.Tensor]
+# (input, weights, groups, dtype of the output) -> (S, N)
+MultiplyGrouped = Callable[[Input, ExpertWeights, Groups, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,24 +99,37 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A way to multiply, in two steps: quantize the input (None: leave it as it is), then multiply.
-
-    Between the two lies what layers with the same input can share. `wrong_scheme` and `wrong_device`
-    answer with a reason to decline, or None.
-    """
+class Candidate:
+    """What the choice of a kernel asks: `wrong_scheme` and `wrong_device` answer with a reason to decline, or None."""
 
     name: str
-    quantize: Quantize | None
-    multiply: Multiply
     wrong_scheme: Callable[[Scheme], str | None]
     wrong_device: Callable[[Problem], str | None]
+
+
+@dataclass(frozen=True)
+class Kernel(Candidate):
+    """A way to multiply, in two steps: quantize the input (None: leave it as it is), then multiply.
+
+    Between the two lies what layers with the same input can share.
+    """
+
+    quantize: Quantize | None
+    multiply: Multiply
     sets_aside: bool = False  # some columns of an input come as outliers
 
     def run(self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight) -> torch.Tensor:
         """Both steps: x (M, K), M > 0, to (M, N) in the dtype of x."""
         given = Input(x) if self.quantize is None else self.quantize(x, input_scale, weight.scheme)
         return self.multiply(given, weight, x.dtype)
+
+
+@dataclass(frozen=True)
+class GroupedKernel(Candidate):
+    """A way to multiply rows by the experts that they were routed to. quantizes: it takes inputs as codes, not as they are."""
+
+    multiply: MultiplyGrouped
+    quantizes: bool
 
 
 def add_bias(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

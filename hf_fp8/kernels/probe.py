@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import numerics
 from ..scheme import CODE_MAX, INT8, Scheme
-from .kernel import Kernel, Weight
+from .grouped_mm import quantize, sort
+from .kernel import ExpertWeights, GroupedKernel, Groups, Input, Kernel, Weight
 
 # 17 rows at least for torch._int_mm on CUDA; sizes that every kernel takes.
 M, N, K = 32, 256, 384
@@ -22,7 +23,7 @@ EVERY = 8
 
 
 @cache
-def probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
+def probe(kernel: Kernel | GroupedKernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
     """Run `kernel` on `device` with operands whose result is known exactly.
 
     Small integers with power-of-two scales that differ along every axis: any correct kernel gives the
@@ -31,19 +32,56 @@ def probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dty
     try:
         # Not under the modes of whoever happens to be first: fake tensors, another default device.
         with torch.device("cpu"), _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            return _probe(kernel, scheme, device, dtype)
+            found = _grouped if isinstance(kernel, GroupedKernel) else _linear
+            return found(kernel, scheme, device, dtype)  # type: ignore[arg-type]
     except Exception as error:  # Triton's compiler and torch's kernels raise all kinds
         first_line = str(error).strip().split("\n")[0]
         return f"torch {torch.__version__} cannot run it on {device.type} with {dtype} output ({first_line[:120]})"
 
 
-def _probe(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
+def _linear(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
     x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype, loud=kernel.sets_aside)
     static = None if input_scale is None else input_scale.to(device)
     found = kernel.run(x.to(device), static, Weight(weight.to(device), weight_scale.to(device), None, scheme))
-    if not torch.equal(found.cpu(), expected):
-        return f"it gave wrong numbers on {device.type} with {dtype} output, in a check against exact values"
-    return None
+    return _wrong(found, expected)
+
+
+def _grouped(kernel: GroupedKernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
+    x, weights, scales, groups, expected = exact_experts(scheme, dtype)
+    given = Input(x.to(device))
+    if kernel.quantizes:
+        assert scheme.input is not None
+        given, groups = quantize(x, groups, scheme.input, None, len(weights))
+        given = Input(given.x.to(device), None if given.scale is None else given.scale.to(device))
+    held = ExpertWeights(weights.to(device), scales.to(device), scheme)
+    found = kernel.multiply(given, held, Groups(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in groups)), dtype)
+    return _wrong(found, expected)
+
+
+def _wrong(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    if torch.equal(found.cpu(), expected):
+        return None
+    return f"it gave wrong numbers on {found.device.type} with {found.dtype} output, in a check against exact values"
+
+
+def exact_experts(
+    scheme: Scheme, dtype: torch.dtype, n: int = N, k: int = K, ids: tuple[int, ...] = (0, 2, 2, 3, 0, 2, 2, 4, 0, 5, 4, 4)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Groups, torch.Tensor]:
+    """`exact_operands` for five experts: (x, weights, scales, sorted groups, expected), on the CPU.
+
+    ids: an expert for each row, in turn over the rows of x, each of which has two; 5 is nobody.
+    """
+    m = len(ids) // 2
+    x, weight, scale, _, _ = exact_operands(scheme, dtype, m, n, k)
+    # Experts have each other's rows, with other scales.
+    weights = torch.stack([weight.float().roll(e, 0) for e in range(5)]).to(weight.dtype)
+    scales = torch.stack([scale * 2.0**-e for e in range(5)])
+    flat = torch.tensor(ids)
+    groups = sort(Groups(flat, torch.arange(len(ids)) // 2, complete=False), 5)
+    of_w = scheme.weight.granularity
+    wide = [numerics.expand_scale(s, of_w, n, k).double() * w.double() for s, w in zip(scales, weights, strict=True)]
+    rows = [torch.zeros(n).double() if e == 5 else wide[e] @ x[i // 2].double() for i, e in enumerate(ids)]
+    return x, weights, scales, groups, torch.stack(rows).to(dtype)
 
 
 def exact_operands(

@@ -1,0 +1,119 @@
+"""Conversion ops for experts that stay in FP8: one tensor per expert in the files, stacks in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .conversion import SharedOp, only
+from .errors import UnsupportedError
+from .expert_plan import Stack
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+
+ROLES = (WEIGHT, WEIGHT_SCALE, INPUT_SCALE)
+
+
+def pattern(part: int, role: str) -> str:
+    """The source pattern under which the loader collects the tensors of one part and role."""
+    return f"hf_fp8_experts.{part}.{role}"
+
+
+PATTERNS = [pattern(part, role) for part in (0, 1) for role in ROLES]
+
+
+class StackExperts(SharedOp):
+    """Fills a stack and its scales, one expert after the other, each freed when it is copied: no stack is held twice."""
+
+    def __init__(self, stacks: Mapping[str, Stack]) -> None:
+        self.stacks = stacks
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        stack = self.stacks[full_layer_name]
+        roles = [role for role in ROLES if role in stack.weights[0].keys]
+        if stack.is_stacked:
+            return {stack.name_of(role): _from_stack(stack, role, only(input_dict.pop(pattern(0, role)))) for role in roles}
+        n_experts = stack.projection.shape[0]
+        found = {}
+        for role in roles:
+            out: torch.Tensor | None = None
+            for part in range(len(stack.sources)):
+                tensors = input_dict.pop(pattern(part, role), [])
+                if len(tensors) != n_experts:
+                    raise RuntimeError(f"{full_layer_name}: {len(tensors)} of {n_experts} tensors arrived for {role}")
+                for expert in range(n_experts):
+                    tensor, tensors[expert] = tensors[expert], None
+                    if out is None:
+                        shape = _shape(stack, role)
+                        out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                    _place(stack, out, part, expert).copy_(tensor.reshape(_place(stack, out, part, expert).shape))
+            assert out is not None
+            found[stack.name_of(role)] = out
+        return found
+
+
+class SplitExperts(SharedOp):
+    """Gives each expert of a stack back the tensors that it was made of: names, shapes and bytes."""
+
+    def __init__(self, stacks: Mapping[str, Stack], names: Mapping[str, str]) -> None:
+        self.stacks, self.names = stacks, names
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        stack = self.stacks[full_layer_name]
+        found = {}
+        for role in ROLES:
+            if pattern(0, role) not in input_dict:
+                continue
+            tensor = only(input_dict[pattern(0, role)])
+            if stack.is_stacked:
+                weight = stack.sources[0][0]
+                found[self.names[weight.keys[role]]] = _to_stack(stack, role, tensor)
+                continue
+            for part, weights in enumerate(stack.sources):
+                for expert, weight in enumerate(weights):
+                    values = _place(stack, tensor, part, expert)
+                    found[self.names[weight.keys[role]]] = values.reshape(weight.shapes[role])
+        return found
+
+
+def _shape(stack: Stack, role: str) -> tuple[int, ...]:
+    projection = stack.projection
+    if role == WEIGHT:
+        return projection.shape
+    return projection.scale_shape if role == WEIGHT_SCALE else (projection.shape[0], projection.parts)
+
+
+def _place(stack: Stack, tensor: torch.Tensor, part: int, expert: int) -> torch.Tensor:
+    """The view of one expert's part."""
+    height = tensor.shape[1] // len(stack.sources)
+    return tensor[expert, part * height : (part + 1) * height]
+
+
+def _from_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
+    shape = _shape(stack, role)
+    if role == WEIGHT or (tensor.ndim == 3 and not _is_scalar(stack, role)):
+        return tensor.transpose(1, 2).contiguous() if stack.transposed else tensor.reshape(shape)
+    # A scale for each expert, or one for all of them; or one for each of an expert's rows.
+    return (tensor.reshape(-1, 1).expand(shape).contiguous() if tensor.numel() == 1 else tensor.reshape(shape)).clone()
+
+
+def _to_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
+    weight = stack.sources[0][0]
+    shape = weight.shapes[role]
+    if role == WEIGHT or (len(shape) == 3 and not _is_scalar(stack, role)):
+        return tensor.transpose(1, 2).contiguous() if stack.transposed else tensor.reshape(shape)
+    if tensor.numel() > 1 and shape.count(1) == len(shape):
+        if not bool((tensor == tensor.flatten()[0]).all()):
+            raise UnsupportedError(
+                f"{weight.keys[role]} is one scale for all experts, but those of the model have come to differ: it cannot be "
+                "saved in the checkpoint's form. Call model.dequantize() first to save a dense one"
+            )
+        return tensor.flatten()[:1].reshape(shape)
+    return tensor.reshape(shape)
+
+
+def _is_scalar(stack: Stack, role: str) -> bool:
+    return role == INPUT_SCALE or stack.projection.scheme.weight.granularity.is_tensor

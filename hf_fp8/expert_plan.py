@@ -1,0 +1,155 @@
+"""Which experts modules of a model can stay in FP8, from which tensors of the files; and if not, why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
+
+from .checkpoint import TORCH_DTYPES
+from .conversion import Parameter
+from .expert_names import PlainMerge
+from .experts import ExpertsLayout, Projection
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One projection and the weights that fill it: for each part one of every expert, or one stack of them all.
+
+    transposed: the stack in the files is (E, K, N).
+    """
+
+    target: str
+    projection: Projection
+    sources: tuple[tuple[StoredWeight, ...], ...]
+    transposed: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        return len(self.sources[0][0].shape) == 3
+
+    @property
+    def weights(self) -> list[StoredWeight]:
+        return [weight for part in self.sources for weight in part]
+
+    def name_of(self, role: str) -> str:
+        """The parameter of the model for a role of the weights."""
+        return self.target + {WEIGHT: "", WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"}[role]
+
+
+@dataclass
+class ExpertsPlan:
+    """An experts module that stays in FP8."""
+
+    name: str
+    first: Stack
+    second: Stack
+    interleaved: bool
+    scale_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[Stack, Stack]:
+        return self.first, self.second
+
+
+class _Unfit(Exception):
+    """The reason why a module's experts cannot stay in FP8."""
+
+
+def plan_experts(
+    name: str,
+    module: nn.Module | None,
+    parameters: dict[str, Parameter],
+    converters: Sequence[WeightTransform],
+) -> ExpertsPlan | str:
+    """The plan for the experts module `name` of a model, or the reason why it must be dense.
+
+    parameters: what the files have for its parameters, by name. converters: those that would merge them.
+    """
+    layout = ExpertsLayout.of(module)
+    if layout is None:
+        kind = "a module that the model lacks" if module is None else type(module).__name__
+        return f"{kind} does not have the host's interface for experts, so what it computes is not known here"
+    assert module is not None
+    merges = {pattern: c for c in converters if isinstance(c, WeightConverter) for pattern in c.source_patterns}
+    try:
+        first = _stack(name, layout.first, module, layout, parameters, merges)
+        second = _stack(name, "down_proj", module, layout, parameters, merges)
+    except _Unfit as reason:
+        return str(reason)
+    dtypes = {}
+    for stack in (first, second):
+        for role in (WEIGHT_SCALE, INPUT_SCALE):
+            if role in stack.weights[0].dtypes:
+                leaf = stack.name_of(role).rpartition(".")[2]
+                dtypes[leaf] = TORCH_DTYPES[stack.weights[0].dtypes[role]]
+    return ExpertsPlan(name, first, second, interleaved=first.is_stacked and not layout.is_concatenated, scale_dtypes=dtypes)
+
+
+def _stack(
+    module_name: str,
+    leaf: str,
+    module: nn.Module,
+    layout: ExpertsLayout,
+    parameters: dict[str, Parameter],
+    merges: dict[str, WeightConverter],
+) -> Stack:
+    target = f"{module_name}.{leaf}"
+    parameter = parameters.get(target)
+    if parameter is None or not parameter.sources:
+        raise _Unfit(f"the files hold no FP8 weights for {leaf}")
+    patterns = list(parameter.sources)
+    weights = [weight for part in parameter.sources.values() for weight in part]
+    _check_alike(leaf, weights)
+    held = tuple(getattr(module, leaf).shape)
+    n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
+    first = weights[0]
+    assert first is not None
+    if len(first.shape) == 3:
+        if first.pattern is not None or first.shape != held:
+            raise _Unfit(f"the stack of {leaf} in the files has another layout than the model's")
+        projection = Projection(leaf, (n_experts, n, k), first.scheme)
+        return Stack(target, projection, ((first,),), transposed=layout.is_transposed)
+    parts = 2 if leaf == layout.first and layout.has_gate else 1
+    merge = merges.get(patterns[0])
+    if merge is None or len(patterns) != parts or not _is_plain_merge(merge, layout):
+        raise _Unfit(f"the host makes {leaf} in a way that is not a plain merge of experts")
+    order = sorted(patterns, key=merge.source_patterns.index)
+    sources = tuple(tuple(weight for weight in parameter.sources[pattern] if weight is not None) for pattern in order)
+    if any(len(part) != n_experts for part in sources):
+        raise _Unfit(f"{leaf} has {n_experts} experts, the files hold {' and '.join(str(len(part)) for part in sources)}")
+    if any(weight.shape != (n // parts, k) for part in sources for weight in part):
+        raise _Unfit(f"experts of {leaf} do not all have the shape {[n // parts, k]}")
+    return Stack(target, Projection(leaf, (n_experts, n, k), first.scheme, parts), sources)
+
+
+def _check_alike(leaf: str, weights: Sequence[StoredWeight | None]) -> None:
+    """Raise unless all weights are FP8, of one scheme and with scales of one dtype."""
+    for index, weight in enumerate(weights):
+        if weight is None:
+            raise _Unfit(f"some experts of {leaf} are dense in the files (number {index} of {len(weights)})")
+        if weight.group.scheme is None:
+            raise _Unfit("not an FP8 group")
+    first, *rest = (weight for weight in weights if weight is not None)
+    for weight in rest:
+        if weight.scheme != first.scheme:
+            raise _Unfit(f"experts of {leaf} are of two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
+        if weight.dtypes != first.dtypes:
+            raise _Unfit(f"experts of {leaf} differ in the dtypes of their scales")
+
+
+def _is_plain_merge(merge: WeightConverter, layout: ExpertsLayout) -> bool:
+    """Whether a converter stacks experts and lays gate over up, and no more but what the family's layout asks for."""
+    if len(merge.target_patterns) != 1:
+        return False
+    if isinstance(merge, PlainMerge):
+        return True
+    kinds = [(type(op), getattr(op, "dim", None)) for op in merge.operations]
+    return not layout.is_transposed and layout.is_concatenated and kinds in (
+        [(MergeModulelist, 0)],
+        [(MergeModulelist, 0), (Concatenate, 1)],
+    )

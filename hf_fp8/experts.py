@@ -1,0 +1,311 @@
+"""FP8Experts: a mixture's experts in FP8, in the place of the host's module that holds them dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.integrations.moe import ExpertsInterface
+
+from .errors import UnsupportedError
+from .grouped import route, scaled_grouped_linear
+from .kernels import ExpertWeights, Groups, grouped_mm
+from .quantized_module import QuantizedModule
+from .scheme import Scheme
+
+# A few tokens are not sorted by expert: sorting is five launches, and what it saves is reading an expert twice that two
+# tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
+# eighth of them. Not measured.
+UNSORTED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One stack of an experts module: its parameter's name, (E, N, K), and how it is stored.
+
+    parts: how many matrices lie over each other along N, each with scales of its own (`kernels.ExpertWeights`).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    scheme: Scheme
+    parts: int = 1
+
+    @property
+    def scale(self) -> str:
+        return f"{self.name}_scale"
+
+    @property
+    def input_scale(self) -> str:
+        return f"{self.name}_input_scale"
+
+    @property
+    def scale_shape(self) -> tuple[int, int, int] | tuple[int, int]:
+        """tensor (E, parts), channel (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols))."""
+        n_experts, n, k = self.shape
+        if self.scheme.weight.granularity.is_tensor:
+            return (n_experts, self.parts)
+        rows, cols = self.scheme.weight.granularity.grid(n // self.parts, k)
+        return (n_experts, self.parts * rows, cols)
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How a family's module holds its parameters, in the words of the host's `use_experts_implementation`."""
+
+    is_transposed: bool
+    is_concatenated: bool
+    has_bias: bool
+    has_gate: bool = True
+    has_post_expert_norm: bool = False
+    is_prerouted: bool = False
+
+    @staticmethod
+    def of(module: nn.Module | None) -> ExpertsLayout | None:
+        """The layout of a merged experts module; None if `module` is none, or none that the host has described."""
+        if module is None or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            return None
+        if type(module).__name__ == "Llama4TextExperts":
+            # The one family without the decorator: (E, H, 2I), [gate; up]; it is given a copy of all tokens for each
+            # expert, multiplied by the router's scores.
+            return ExpertsLayout(is_transposed=True, is_concatenated=True, has_bias=False, is_prerouted=True)
+        names = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
+        flags = [getattr(module, name, None) for name in names]
+        if any(flag is None for flag in flags):
+            return None
+        layout = ExpertsLayout(*map(bool, flags))
+        return layout if isinstance(getattr(module, layout.first, None), nn.Parameter) else None
+
+    @property
+    def first(self) -> str:
+        """The name of the first stack."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+
+class FP8ExpertsInterface(ExpertsInterface):  # type: ignore[misc]
+    """The forwards that FP8Experts has for `config._experts_implementation`, by the host's names.
+
+    The host has one for prefill and one for decode, between which `generate` switches; here both, and "eager", are the
+    module's own forward, which takes what fits the number of tokens.
+    """
+
+    _global_mapping: dict[str, Any] = {}  # noqa: RUF012
+
+
+FORWARDS = FP8ExpertsInterface()
+
+
+class FP8Experts(QuantizedModule):
+    """Experts whose stacked weights stay in E4M3: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
+
+    Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts).
+    Whatever the family, rows are outputs and gate lies over up; only a file that stacks them interleaved is held so
+    (`interleaved`). Biases, activation, gating and norms are the family's own.
+
+    Args:
+        experts: the host's module, whose attributes, biases and submodules this one takes over.
+        first, second: its two stacks.
+        interleaved: rows of gate and up take turns, instead of lying over each other.
+        scale_dtypes: name of a scale -> dtype in which it is held.
+        backend: "auto", "scaled_mm" or "weight_only"; see `kernels.select_grouped`.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        first: Projection,
+        second: Projection,
+        *,
+        interleaved: bool = False,
+        scale_dtypes: dict[str, torch.dtype] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layout = ExpertsLayout.of(experts)
+        assert layout is not None
+        own = vars(self).keys()
+        vars(self).update({name: value for name, value in vars(experts).items() if name not in own})
+        self.train(experts.training)
+        self.family, self.layout = type(experts), layout
+        self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
+        dtypes = scale_dtypes or {}
+        for projection in (first, second):
+            shapes = {projection.name: projection.shape, projection.scale: projection.scale_shape}
+            if projection.scheme.has_static_input:
+                shapes[projection.input_scale] = (projection.shape[0], projection.parts)
+            for name, shape in shapes.items():
+                dtype = projection.scheme.weight.dtype if name == projection.name else dtypes.get(name, torch.float32)
+                data = torch.empty(shape, dtype=dtype, device=device)
+                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+            if not projection.scheme.has_static_input:
+                self.register_parameter(projection.input_scale, None)
+        for name, parameter in experts.named_parameters(recurse=False):
+            if name not in self._parameters:
+                self.register_parameter(name, parameter)
+        for name, child in experts.named_children():
+            self.add_module(name, child)
+        for name, buffer in experts.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in experts._non_persistent_buffers_set)
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        """Both stacks, in the order in which they are used."""
+        return self.first, self.second
+
+    @property
+    def holds(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        return {p.name: (p.scale, p.input_scale) for p in self.projections}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) to (T, H); an index of E or more is nobody.
+
+        Families that route beforehand (Llama-4) give (E * T, H) alone and get the same back. Raises UnsupportedError
+        for adapters on the stacked parameters, which would be added to codes.
+        """
+        self._refuse_adapters()
+        if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+        if self.layout.is_prerouted:
+            return self._prerouted(hidden_states)
+        assert top_k_index is not None and top_k_weights is not None
+        name = getattr(getattr(self, "config", None), "_experts_implementation", "eager")
+        if name not in (None, "eager", "grouped_mm", "batched_mm"):
+            if name not in FORWARDS:
+                raise UnsupportedError(
+                    f"experts_implementation={name!r} does not run FP8 experts; 'grouped_mm', 'batched_mm' and 'eager' do, "
+                    "or load with FP8Config(experts='dequantize')"
+                )
+            found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
+            return found
+        return self._routed(hidden_states, top_k_index, top_k_weights)
+
+    def _routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = self._each(x, ids)  # (T, k, H)
+        if getattr(self, "_is_expert_parallel", False):
+            weights = weights.masked_fill(ids >= self.first.shape[0], 0.0)
+        # A sum over k in a fixed order: the same bits on every run.
+        return (out * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _prerouted(self, x: torch.Tensor) -> torch.Tensor:
+        """A token that the router left out is a row of zeros, and comes out as one: no expert need look at it."""
+        n_experts = self.first.shape[0]
+        x = x.reshape(-1, self.first.shape[2])
+        expert = torch.arange(n_experts, device=x.device).repeat_interleave(x.shape[0] // n_experts)
+        ids = torch.where((x != 0).any(1), expert, n_experts)
+        return self._each(x, ids.unsqueeze(1)).squeeze(1)
+
+    def _each(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """(T, k, H): what each chosen expert makes of each token."""
+        n_experts = self.first.shape[0]
+        count, k = ids.shape
+        complete = not (self.layout.is_prerouted or getattr(self, "_is_expert_parallel", False))
+        sort = x.device.type == "cpu" or (count - 1) * k > n_experts * UNSORTED
+        to_first, to_second = route(ids, n_experts, sort=sort, complete=False)
+        to_first, to_second = (groups._replace(complete=complete) for groups in (to_first, to_second))
+        y = self._multiply(self.first, x, to_first)
+        if not self.layout.is_concatenated and not self.interleaved:
+            y = torch.stack(y.chunk(2, -1), -1).flatten(-2)  # as the family's gate wants it
+        y = self._gate(self._with_bias(y, self.first, to_first.experts))
+        y = self._multiply(self.second, y, to_second)
+        y = self._with_bias(y, self.second, ids.reshape(-1))
+        if self.layout.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        return y.view(count, k, y.shape[-1])
+
+    def _multiply(self, projection: Projection, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        return scaled_grouped_linear(
+            x,
+            getattr(self, projection.name),
+            getattr(self, projection.scale),
+            projection.scheme,
+            groups,
+            input_scale=getattr(self, projection.input_scale),
+            parts=projection.parts,
+            backend=self.backend,
+        )
+
+    def _with_bias(self, y: torch.Tensor, projection: Projection, expert: torch.Tensor) -> torch.Tensor:
+        if not self.layout.has_bias:
+            return y
+        bias = getattr(self, f"{projection.name}_bias")
+        return y + bias[expert.clamp(0, bias.shape[0] - 1)].to(y.dtype)
+
+    def _gate(self, y: torch.Tensor) -> torch.Tensor:
+        gated: torch.Tensor
+        if self.layout.is_prerouted:
+            gate, up = y.chunk(2, -1)
+            gated = up * self.act_fn(gate)
+        elif self.layout.has_gate:
+            gated = self.family._apply_gate(self, y)  # type: ignore[attr-defined]
+        else:
+            gated = self.act_fn(y)
+        return gated
+
+    def _refuse_adapters(self) -> None:
+        if parametrize.is_parametrized(self):
+            names = [name for name in self.parametrizations if name in self.quantized]  # type: ignore[union-attr]
+            if names:
+                raise UnsupportedError(
+                    f"{', '.join(names)} of {self.family.__name__} hold FP8 codes: an adapter's delta (PEFT's `target_parameters`) "
+                    "would be added to the codes, and nothing would be learnt. Leave the experts out of `target_parameters`, "
+                    "or load with FP8Config(experts='dequantize')"
+                )
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """The family's own module, in its own layout, with dense weights on the same device.
+
+        Raises UnsupportedError for offloaded experts, which are not here to be read.
+        """
+        if self.is_offloaded:
+            raise UnsupportedError(
+                "offloaded FP8Experts cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
+            )
+        dense = self.family.__new__(self.family)
+        nn.Module.__init__(dense)
+        ours = ("family", "layout", "first", "second", "interleaved", "backend")
+        vars(dense).update({k: v for k, v in vars(self).items() if k not in vars(dense) and k not in ours})
+        for name, child in self.named_children():
+            dense.add_module(name, child)
+        for name, buffer in self.named_buffers(recurse=False):
+            dense.register_buffer(name, buffer, persistent=name not in self._non_persistent_buffers_set)
+        for name in self._parameters:
+            projection = next((p for p in self.projections if p.name == name), None)
+            if projection is not None:
+                dense.register_parameter(name, nn.Parameter(self._dense(projection, dtype)))
+            elif name not in self.quantized:
+                dense.register_parameter(name, nn.Parameter(getattr(self, name).detach().to(dtype)))
+        return dense.train(self.training)
+
+    def _dense(self, projection: Projection, dtype: torch.dtype) -> torch.Tensor:
+        """A stack as the family holds it."""
+        codes = getattr(self, projection.name)
+        w = ExpertWeights(codes, getattr(self, projection.scale), projection.scheme, projection.parts)
+        n_experts, n, k = projection.shape
+        transposed = self.layout.is_transposed
+        out = torch.empty((n_experts, k, n) if transposed else (n_experts, n, k), dtype=dtype, device=codes.device)
+        rows = out.transpose(1, 2) if transposed else out
+        if projection is self.first and not self.layout.is_concatenated and not self.interleaved:
+            halves = (rows[:, ::2], rows[:, 1::2])
+            for expert in range(n_experts):
+                whole = torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, dtype)])
+                for half, values in zip(halves, whole.chunk(2), strict=True):
+                    half[expert] = values
+            return out
+        for expert in range(n_experts):
+            for piece, first, last in grouped_mm.pieces(w, expert, dtype):
+                rows[expert, first:last] = piece
+        return out
+
+    def extra_repr(self) -> str:
+        stacks = ", ".join(f"{p.name}={tuple(p.shape)} {p.scheme.describe()}" for p in self.projections)
+        return f"{self.family.__name__}, {stacks}, backend={self.backend}"

@@ -1,0 +1,159 @@
+"""`scaled_grouped_linear`: rows times the experts that they were routed to, as one custom op; and the routing itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .functional import FLOATS, nobody_watches
+from .kernels import ExpertWeights, Groups, Input, Problem, grouped_mm, select_grouped
+from .scheme import Scheme
+
+_LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
+    "Tensor? rows, Tensor? ends, Tensor? slots, bool complete, int parts, str scheme, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def route(ids: torch.Tensor, n_experts: int, *, sort: bool, complete: bool = False) -> tuple[Groups, Groups]:
+    """The groups of a first and a second linear of experts, from what a router chose.
+
+    ids: (T, k) integers; what is not in 0..E-1 is nobody. The first linear takes the T tokens, its S = T * k outputs, in
+    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. complete:
+    whether every id is an expert's.
+    """
+    k = ids.shape[1]
+    flat = ids.reshape(-1).long()
+    if not complete:
+        flat = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
+    if not sort:
+        rows = None if k == 1 else torch.arange(flat.shape[0], device=flat.device) // k
+        return Groups(flat, rows, complete=complete), Groups(flat, complete=complete)
+    expert, order = torch.sort(flat, stable=True)
+    ends = grouped_mm.ends_of(expert, n_experts)
+    return Groups(expert, order // k, ends, None, complete), Groups(expert, None, ends, order, complete)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    experts: torch.Tensor,
+    rows: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    complete: bool,
+    parts: int,
+    scheme: str,
+    backend: str,
+) -> torch.Tensor:
+    held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, complete), backend)
+
+
+def _multiply(
+    x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, groups: Groups, backend: str
+) -> torch.Tensor:
+    n_experts, n, k = w.codes.shape
+    s = groups.experts.shape[0]
+    if s == 0:
+        return x.new_zeros((0, n))
+    choice = select_grouped(Problem(x.device, w.scheme, n, k, x.dtype), backend)
+    kernel = choice.at(-(-s // min(n_experts, s)))
+    if not kernel.quantizes:
+        return kernel.multiply(Input(x), w, groups, x.dtype)
+    assert w.scheme.input is not None
+    if input_scale is not None and w.parts > 1:
+        # The matrices of one expert may have been calibrated each for itself.
+        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], groups, backend) for i in range(w.parts)]
+        return torch.cat(each, 1)
+    given, groups = grouped_mm.quantize(x, groups, w.scheme.input, input_scale, n_experts)
+    return kernel.multiply(given, w, groups, x.dtype)
+
+
+_LIBRARY.impl("scaled_grouped_linear", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_fp8::scaled_grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, input_scale: Any, experts: torch.Tensor, *_: Any) -> Any:
+    return x.new_empty((experts.shape[0], weight.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, weight_scale, _, experts, rows, ends, slots, complete, parts, scheme, _ = inputs
+    ctx.save_for_backward(weight, weight_scale, experts, rows, ends, slots)  # references: nothing of a weight's size is made
+    ctx.rest = (complete, parts, scheme, x.shape)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if any(ctx.needs_input_grad[1:4]):
+        raise InputError(
+            "FP8 experts and their scales have no gradient. Train adapters on the other layers, or load with "
+            "FP8Config(experts='dequantize') to train the experts themselves."
+        )
+    weight, weight_scale, experts, rows, ends, slots = ctx.saved_tensors
+    complete, parts, scheme, shape = ctx.rest
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+        grad_x = _grad_x(grad, w, Groups(experts, rows, ends, slots, complete), shape)
+    return grad_x, *[None] * 11
+
+
+def _grad_x(grad: torch.Tensor, w: ExpertWeights, groups: Groups, shape: torch.Size) -> torch.Tensor:
+    """The gradient of x (R, K), through the dequantized weights, one expert after the other."""
+    n_experts = w.codes.shape[0]
+    groups = groups if groups.ends is not None else grouped_mm.sort(groups, n_experts)
+    assert groups.ends is not None
+    in_order = grad if groups.slots is None else grad[groups.slots]
+    found = torch.zeros((grad.shape[0], shape[1]), dtype=torch.float32, device=grad.device)
+    start = 0
+    for expert, end in enumerate(groups.ends.tolist()):
+        if end > start:
+            for dense, first, last in grouped_mm.pieces(w, expert, grad.dtype):
+                found[start:end] += in_order[start:end, first:last] @ dense
+        start = end
+    if groups.rows is None:
+        return found.to(grad.dtype)
+    return found.new_zeros(shape).index_add_(0, groups.rows, found).to(grad.dtype)
+
+
+torch.library.register_autograd("hf_fp8::scaled_grouped_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_scaled_grouped_linear = torch.ops.hf_fp8.scaled_grouped_linear.default
+
+
+def scaled_grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scheme: Scheme,
+    groups: Groups,
+    *,
+    input_scale: torch.Tensor | None = None,
+    parts: int = 1,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Output i is row `groups.rows[i]` of x times the weight of expert `groups.experts[i]`, quantized as `scheme` says.
+
+    x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: see `ExpertWeights`, as is `parts`.
+    input_scale: (E, parts), for static schemes. Returns (S, N) in the dtype of x, 0 for rows without an expert. Gradients
+    flow to x, through the dequantized weights.
+
+    Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel that cannot run.
+    """
+    if x.dtype not in FLOATS:
+        raise InputError(f"FP8 experts take inputs in bfloat16, float16, float32 or float64, got {x.dtype}")
+    if x.ndim != 2 or x.shape[1] != weight.shape[2]:
+        raise InputError(f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})")
+    if nobody_watches(x, weight, weight_scale):
+        return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
+    found: torch.Tensor = _scaled_grouped_linear(
+        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.complete,
+        parts, scheme.text, backend,
+    )  # fmt: skip
+    return found

@@ -1,0 +1,116 @@
+"""Stacks of experts in plain torch: quantizing what was routed, `scaled_grouped_mm`, and one expert at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .. import numerics
+from ..scheme import ROW, Granularity, TensorScheme
+from .kernel import ExpertWeights, Groups, Input
+from .quantize import quantize_input
+
+
+def quantize(
+    x: torch.Tensor, groups: Groups, scheme: TensorScheme, input_scale: torch.Tensor | None, n_experts: int
+) -> tuple[Input, Groups]:
+    """Codes and float32 scales of x (R, K), and the groups in which to read them.
+
+    Tokens are quantized once, before they are copied to their experts, wherever a row's scale depends on the row alone.
+    Scales per tensor belong to an expert: the checkpoint's `input_scale` (E, 1), or from all rows that it is given; then
+    rows are copied first, and a scale stands for each, (S, 1).
+    """
+    if not scheme.granularity.is_tensor:
+        return Input(*quantize_input(x, scheme, None)), groups
+    x, expert = groups.gather(x), groups.experts
+    if input_scale is None:
+        amax = x.new_zeros(n_experts + 1, dtype=torch.float32)
+        amax = amax.scatter_reduce(0, expert, x.abs().amax(1).float(), "amax") if x.shape[0] else amax
+        scale = numerics.scale_of(amax, scheme.dtype)
+    else:
+        scale = F.pad(input_scale.float().reshape(-1), (0, 1), value=1.0)
+    rows = scale[expert].unsqueeze(1)
+    return Input(numerics.quantize(x, rows, ROW, scheme.dtype), rows), groups._replace(rows=None)
+
+
+def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+    """Row-wise scales on both sides, in torch's own kernel; for sorted groups."""
+    assert x.scale is not None
+    if groups.ends is None:
+        groups = sort(groups, w.codes.shape[0])
+    assert groups.ends is not None
+    types = F.ScalingType
+    n_experts, n, _ = w.codes.shape
+    w_scale = w.scale.float()
+    if w.scheme.weight.granularity.is_tensor:
+        w_scale = w_scale.repeat_interleave(n // w.parts, 1)
+    out: torch.Tensor = F.scaled_grouped_mm(
+        groups.gather(x.x),
+        w.codes.transpose(1, 2),
+        groups.gather(x.scale).reshape(-1),
+        types.RowWise,
+        w_scale.reshape(n_experts, n),
+        types.RowWise,
+        offs=groups.ends,
+        output_dtype=dtype,
+        use_fast_accum=True,  # as in torch_mm
+    )
+    if not groups.complete:  # what lies behind the last expert's rows is not written
+        out = out.masked_fill((groups.experts >= n_experts).unsqueeze(1), 0.0)
+    return out if groups.slots is None else torch.empty_like(out).index_copy_(0, groups.slots, out)
+
+
+def sort(groups: Groups, n_experts: int) -> Groups:
+    """The same in the order of experts."""
+    expert, order = torch.sort(groups.experts, stable=True)
+    rows = order if groups.rows is None else groups.rows[order]
+    slots = order if groups.slots is None else groups.slots[order]
+    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.complete)
+
+
+def ends_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:
+    """(E,) int32: how many of `experts`, sorted, come up to and with each."""
+    return torch.searchsorted(experts, torch.arange(n_experts, device=experts.device), right=True, out_int32=True)
+
+
+def dequantize(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+    """One expert after the other, its weight multiplied out piece by piece. Reads how many rows each has: waits for a GPU."""
+    n_experts, n, _ = w.codes.shape
+    groups = groups if groups.ends is not None else sort(groups, n_experts)
+    assert groups.ends is not None
+    values = x.x
+    if x.scale is not None:
+        values = numerics.dequantize(x.x, x.scale, _of_input(w, x.scale), dtype)
+    out = values.new_zeros((groups.experts.shape[0], n))
+    start = 0
+    for expert, end in enumerate(groups.ends.tolist()):
+        if end > start:
+            given = values[start:end] if groups.rows is None else values[groups.rows[start:end]]
+            place = slice(start, end) if groups.slots is None else groups.slots[start:end]
+            for dense, first, last in pieces(w, expert, dtype):
+                out[place, first:last] = F.linear(given, dense)
+        start = end
+    return out
+
+
+def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """(rows of one expert's weight multiplied out, number of the first, of the one after the last)."""
+    granularity = w.scheme.weight.granularity
+    chunk = numerics.CPU_CHUNK if w.codes.device.type == "cpu" else numerics.GPU_CHUNK
+    # Where rows have scales of their own it does not matter which matrix they are of.
+    parts = [w] if granularity.rows == 1 else [w.part(index) for index in range(w.parts)]
+    base = 0
+    for part in parts:
+        codes = part.codes[expert]
+        for piece, scale, start in numerics.pieces(codes, part.scale[expert], granularity, chunk):
+            first = base + start
+            yield numerics.dequantize(piece, scale, granularity, dtype), first, first + piece.shape[0]
+        base += codes.shape[0]
+
+
+def _of_input(w: ExpertWeights, scale: torch.Tensor) -> Granularity:
+    """What one scale of the codes of an input covers: those of whole tensors stand here for each row."""
+    assert w.scheme.input is not None
+    return ROW if scale.shape[1] == 1 else w.scheme.input.granularity

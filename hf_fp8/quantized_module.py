@@ -1,0 +1,83 @@
+"""What every module that holds codes and scales has in common: casts leave them alone, state dicts are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class QuantizedModule(nn.Module):
+    """A module whose parameters `holds` names: codes -> the scales that belong to them.
+
+    `.to(dtype)`, `.half()` and the like leave codes and scales as they are, since a cast would change or lose the
+    values; a state dict with other codes, or with codes and without their scale, is refused.
+    """
+
+    # name of a parameter with codes -> names of its scales, the weight's own first; any may be None
+    holds: Mapping[str, tuple[str, ...]] = {}
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of all codes and scales."""
+        return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
+
+    def freeze(self) -> None:
+        """Codes and scales have no gradient: the loader may have asked for one."""
+        for name in self.quantized:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the codes are somewhere else, such as on disk, until the module is called."""
+        return any(getattr(self, name).is_meta for name in self.holds)
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """The module that this one stands for, with its weights multiplied out, on the same device."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            if not any(tensor is getattr(self, name) for name in self.quantized):
+                return fn(tensor)
+            # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
+            device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
+            if device == tensor.device:
+                moved = fn(tensor)
+                return moved if moved.dtype == tensor.dtype else tensor
+            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: list[str],
+    ) -> None:
+        for name, scales in self.holds.items():
+            codes, held_as = state_dict.get(prefix + name), getattr(self, name).dtype
+            if codes is not None and codes.dtype != held_as:
+                errors.append(
+                    f"{prefix}{name} is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it"
+                )
+                return
+            if codes is not None and prefix + scales[0] not in state_dict:
+                errors.append(f"{prefix}{name} comes without its {prefix}{scales[0]}")
+                return
+            for scale_name in scales:
+                scale, held = state_dict.get(prefix + scale_name), getattr(self, scale_name)
+                if scale is not None and held is not None and scale.dtype != held.dtype:
+                    held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
