@@ -149,7 +149,12 @@ def _is_plain_merge(merge: WeightConverter, layout: ExpertsLayout) -> bool:
     if isinstance(merge, PlainMerge):
         return True
     kinds = [(type(op), getattr(op, "dim", None)) for op in merge.operations]
-    return not layout.is_transposed and layout.is_concatenated and kinds in (
-        [(MergeModulelist, 0)],
-        [(MergeModulelist, 0), (Concatenate, 1)],
+    return (
+        not layout.is_transposed
+        and layout.is_concatenated
+        and kinds
+        in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
+        )
     )

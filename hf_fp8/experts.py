@@ -193,7 +193,8 @@ class FP8Experts(QuantizedModule):
         if getattr(self, "_is_expert_parallel", False):
             weights = weights.masked_fill(ids >= self.first.shape[0], 0.0)
         # A sum over k in a fixed order: the same bits on every run.
-        return (out * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        total: torch.Tensor = (out * weights.unsqueeze(-1)).sum(1)
+        return total.to(x.dtype)
 
     def _prerouted(self, x: torch.Tensor) -> torch.Tensor:
         """A token that the router left out is a row of zeros, and comes out as one: no expert need look at it."""
@@ -218,8 +219,10 @@ class FP8Experts(QuantizedModule):
         y = self._multiply(self.second, y, to_second)
         y = self._with_bias(y, self.second, ids.reshape(-1))
         if self.layout.has_post_expert_norm:
-            y = self.post_expert_norm(y)
-        return y.view(count, k, y.shape[-1])
+            norm: Any = self.post_expert_norm
+            y = norm(y)
+        each: torch.Tensor = y.view(count, k, y.shape[-1])
+        return each
 
     def _multiply(self, projection: Projection, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         return scaled_grouped_linear(
@@ -237,28 +240,32 @@ class FP8Experts(QuantizedModule):
         if not self.layout.has_bias:
             return y
         bias = getattr(self, f"{projection.name}_bias")
-        return y + bias[expert.clamp(0, bias.shape[0] - 1)].to(y.dtype)
+        with_bias: torch.Tensor = y + bias[expert.clamp(0, bias.shape[0] - 1)].to(y.dtype)
+        return with_bias
 
     def _gate(self, y: torch.Tensor) -> torch.Tensor:
-        gated: torch.Tensor
-        if self.layout.is_prerouted:
-            gate, up = y.chunk(2, -1)
-            gated = up * self.act_fn(gate)
-        elif self.layout.has_gate:
-            gated = self.family._apply_gate(self, y)  # type: ignore[attr-defined]
-        else:
-            gated = self.act_fn(y)
-        return gated
+        family: Any = self.family
+        if self.layout.has_gate and not self.layout.is_prerouted:
+            gated: torch.Tensor = family._apply_gate(self, y)
+            return gated
+        act: Any = self.act_fn
+        if not self.layout.has_gate:
+            activated: torch.Tensor = act(y)
+            return activated
+        gate, up = y.chunk(2, -1)
+        product: torch.Tensor = up * act(gate)
+        return product
 
     def _refuse_adapters(self) -> None:
-        if parametrize.is_parametrized(self):
-            names = [name for name in self.parametrizations if name in self.quantized]  # type: ignore[union-attr]
-            if names:
-                raise UnsupportedError(
-                    f"{', '.join(names)} of {self.family.__name__} hold FP8 codes: an adapter's delta (PEFT's `target_parameters`) "
-                    "would be added to the codes, and nothing would be learnt. Leave the experts out of `target_parameters`, "
-                    "or load with FP8Config(experts='dequantize')"
-                )
+        if not parametrize.is_parametrized(self):
+            return
+        names = [name for name in self.parametrizations if name in self.quantized]  # type: ignore[union-attr]
+        if names:
+            raise UnsupportedError(
+                f"{', '.join(names)} of {self.family.__name__} hold FP8 codes: an adapter's delta (PEFT's `target_parameters`) "
+                "would be added to the codes, and nothing would be learnt. Leave the experts out of `target_parameters`, "
+                "or load with FP8Config(experts='dequantize')"
+            )
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype) -> nn.Module:

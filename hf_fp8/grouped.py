@@ -65,9 +65,8 @@ def _multiply(
         return x.new_zeros((0, n))
     choice = select_grouped(Problem(x.device, w.scheme, n, k, x.dtype), backend)
     kernel = choice.at(-(-s // min(n_experts, s)))
-    if not kernel.quantizes:
+    if not kernel.quantizes or w.scheme.input is None:
         return kernel.multiply(Input(x), w, groups, x.dtype)
-    assert w.scheme.input is not None
     if input_scale is not None and w.parts > 1:
         # The matrices of one expert may have been calibrated each for itself.
         each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], groups, backend) for i in range(w.parts)]
@@ -80,7 +79,9 @@ _LIBRARY.impl("scaled_grouped_linear", _run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hf_fp8::scaled_grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, input_scale: Any, experts: torch.Tensor, *_: Any) -> Any:
+def _(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, input_scale: Any, experts: torch.Tensor, *_: Any
+) -> Any:
     return x.new_empty((experts.shape[0], weight.shape[1]))
 
 
@@ -149,7 +150,9 @@ def scaled_grouped_linear(
     if x.dtype not in FLOATS:
         raise InputError(f"FP8 experts take inputs in bfloat16, float16, float32 or float64, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] != weight.shape[2]:
-        raise InputError(f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})")
+        raise InputError(
+            f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})"
+        )
     if nobody_watches(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(

@@ -119,6 +119,10 @@ def _keep_experts(
         for target in (stack.target for stack in plan.stacks):
             del layout.dense[target]
             layout.reasons.pop(target, None)
+    # What is dense in the files and merged by a converter that now has nothing to multiply out is the host's again.
+    merging = {pattern for p in layout.dense.values() for pattern, found in p.sources.items() if any(found)}
+    for target in [target for target, p in layout.dense.items() if not merging & set(p.sources)]:
+        del layout.dense[target]
 
 
 def _is_linear(weight: StoredWeight) -> bool:

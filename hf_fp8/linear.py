@@ -5,6 +5,7 @@ The one exception is made by `requantize_int8`, for devices whose units are int8
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
     """
 
-    holds: ClassVar = {"weight": ("weight_scale", "input_scale")}
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
 
     def __init__(
         self,

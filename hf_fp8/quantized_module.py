@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class QuantizedModule(nn.Module):
     """
 
     # name of a parameter with codes -> names of its scales, the weight's own first; any may be None
-    holds: Mapping[str, tuple[str, ...]] = {}
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class QuantizedModule(nn.Module):
 
         if recurse:
             for child in self.children():
-                child._apply(fn)
+                child._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(

@@ -220,13 +220,13 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"while loading ({because}), and the model saves as a plain dense one. "
                 "FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8; backend='int8' is the fast one on CPUs."
             )
-        elif because is None and layout.dense:
-            sample = next(iter(layout.dense))
+        elif because is None and layout.reasons:
             saved = "saved dense" if self.quantization_config.backend == "int8" else "written back in FP8"
-            logger.warning(
-                f"hf_fp8: {len(layout.dense)} parameters are held in {self._dtype} and {saved}, "
-                f"such as {sample} ({next(iter(layout.reasons.values()))})."
-            )
+            by_reason: dict[str, list[str]] = {}
+            for name, reason in layout.reasons.items():
+                by_reason.setdefault(reason, []).append(name)
+            said = "; ".join(f"{len(names)} such as {names[0]} ({reason})" for reason, names in by_reason.items())
+            logger.warning(f"hf_fp8: {len(layout.reasons)} parameters are held in {self._dtype} and {saved}: {said}.")
         if layout.scan.cache and because is None:
             logger.warning(
                 "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: "

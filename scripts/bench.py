@@ -1,4 +1,4 @@
-"""Benchmarks: `scripts/bench kernels`, `scripts/bench model`, `scripts/bench plot`; -h says more.
+"""Benchmarks: `scripts/bench kernels`, `scripts/bench experts`, `scripts/bench model`, `scripts/bench plot`; -h says more.
 
 Results are appended to docs/benchmarks.csv, with device, versions and commit; `plot` draws docs/performance.svg.
 """
@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import bench_experts
 import bench_kernels
 import bench_model
 import shapes
@@ -126,6 +127,38 @@ def run_kernels(args: argparse.Namespace) -> None:
             del them
 
 
+def run_experts(args: argparse.Namespace) -> None:
+    dtype = getattr(torch, args.dtype)
+    peak = bench_kernels.peaks(args.device, dtype)
+    log = Log(args.device)
+    for name in args.shapes:
+        them = bench_experts.contenders(name, bench_kernels.SCHEMES[args.scheme], dtype, args.device)
+        errors = {contender.name: contender.error for contender in them}
+        for tokens in args.tokens:
+            for contender in them:
+                contender.times, contender.error = [], errors[contender.name]
+            distinct = bench_experts.measure(them, name, tokens, dtype, args.device, args.rounds)
+            table = Table("contender", "ms", "x dense grouped_mm", "x dense, the faster", "TFLOP/s", "GB/s", "% of roofline",
+                          title=f"{name} {args.scheme} {args.dtype}, {tokens} tokens, {distinct} experts")  # fmt: skip
+            fastest = min(c.seconds for c in them if c.name.startswith("dense") and c.times)
+            rows = []
+            for contender in them:
+                if not contender.times:
+                    table.add_row(contender.name, f"not measured: {contender.error}", *[""] * 5)
+                    continue
+                line = bench_experts.roofline(contender, name, tokens, distinct, dtype, peak)
+                ratios = [seconds / contender.seconds for seconds in (them[0].seconds, fastest)]
+                cells = [contender.seconds * 1e3, *ratios, line["tflops"], line["gbs"], line["roofline_pct"]]
+                table.add_row(contender.name, *[f"{cell:.3g}" for cell in cells])
+                rows.append({
+                    "benchmark": "experts", "case": name, "scheme": args.scheme, "dtype": args.dtype, "m": tokens,
+                    "contender": contender.name, "ms": contender.seconds * 1e3, "ratio_to_dense": ratios[0], **line,
+                })  # fmt: skip
+            console.print(table)
+            log.add(rows)
+        del them
+
+
 def run_model(args: argparse.Namespace) -> None:
     log = Log(args.device)
     if args.model in shapes.LLAMAS:
@@ -190,6 +223,15 @@ def main() -> None:
     kernels.add_argument("--slow", action="store_true", help="on a CPU, also what has no fast FP8 there")
     kernels.set_defaults(run=run_kernels)
 
+    experts = commands.add_parser("experts", help="one layer of experts: shape x tokens x kernel x peer")
+    experts.add_argument(
+        "--shapes", nargs="+", choices=bench_experts.SHAPES,
+        default=["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"] if device == "cuda" else ["small", "qwen3-30b-a3b"],
+    )  # fmt: skip
+    experts.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512] + ([4096] if device == "cuda" else []))
+    experts.add_argument("--scheme", choices=bench_kernels.SCHEMES, default="channel")
+    experts.set_defaults(run=run_experts)
+
     model = commands.add_parser("model", help="load time, memory, prefill, decode")
     model.add_argument(
         "model", nargs="?", default="smollm2-135m", help=f"smollm2-135m, {', '.join(shapes.LLAMAS)}, or a folder"
@@ -199,7 +241,7 @@ def main() -> None:
     model.add_argument("--compile", action="store_true", help="decode with a static cache and torch.compile")
     model.set_defaults(run=run_model)
 
-    for command in (kernels, model):
+    for command in (kernels, experts, model):
         command.add_argument("--device", default=device)
         command.add_argument("--dtype", default=default_dtype, choices=["float32", "bfloat16", "float16"])
         command.add_argument("--rounds", type=int, default=7)

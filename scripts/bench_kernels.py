@@ -68,14 +68,14 @@ def peaks(device: str, dtype: torch.dtype) -> Peak:
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     c, d = (torch.randint(-9, 9, (n, n), device=device, dtype=torch.int8) for _ in range(2))
-    read = min(_time(lambda: F.linear(vector, wide), device) for _ in range(15))
-    dense = min(_time(lambda: a @ b, device) for _ in range(9))
-    eight = min(_time(lambda: torch._int_mm(c, d.t()), device) for _ in range(9))
+    read = min(time_of(lambda: F.linear(vector, wide), device) for _ in range(15))
+    dense = min(time_of(lambda: a @ b, device) for _ in range(9))
+    eight = min(time_of(lambda: torch._int_mm(c, d.t()), device) for _ in range(9))
     flops = 2 * n**3
     return Peak(wide.numel() * 4 / read, flops / dense, flops / eight, "the best measured here")
 
 
-def _time(call: Callable[[], object], device: str) -> float:
+def time_of(call: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -192,7 +192,7 @@ def measure(them: list[Contender], m: int, k: int, dtype: torch.dtype, device: s
                 with kernels.use(contender.forced) if contender.forced else nullcontext():
                     if number == 0:
                         contender.calls[0](x)  # compiles, probes
-                    seconds = _time(run, device) / repeat
+                    seconds = time_of(run, device) / repeat
             except Exception as error:  # a peer that does not take M = 1, say: reported, not hidden
                 contender.error = str(error).split("\n")[0][:100]
                 continue

@@ -282,9 +282,7 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
 
 
 @lru_cache(maxsize=4096)
-def _select_grouped(
-    device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str
-) -> Choice[GroupedKernel]:
+def _select_grouped(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Choice[GroupedKernel]:
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
     if backend not in ("auto", "scaled_mm", "weight_only"):
         raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")

@@ -46,7 +46,7 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.d
     w_scale = w.scale.float()
     if w.scheme.weight.granularity.is_tensor:
         w_scale = w_scale.repeat_interleave(n // w.parts, 1)
-    out: torch.Tensor = F.scaled_grouped_mm(
+    out: torch.Tensor = F.scaled_grouped_mm(  # type: ignore[attr-defined]
         groups.gather(x.x),
         w.codes.transpose(1, 2),
         groups.gather(x.scale).reshape(-1),

@@ -74,6 +74,11 @@ class Groups(NamedTuple):
     slots: torch.Tensor | None = None
     complete: bool = True
 
+    def to(self, device: torch.device) -> Groups:
+        """The same on another device."""
+        rows, ends, slots = (None if t is None else t.to(device) for t in (self.rows, self.ends, self.slots))
+        return Groups(self.experts.to(device), rows, ends, slots, self.complete)
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of x in the order of outputs."""
         return x if self.rows is None else x[self.rows]

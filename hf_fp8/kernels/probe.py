@@ -54,7 +54,7 @@ def _grouped(kernel: GroupedKernel, scheme: Scheme, device: torch.device, dtype:
         given, groups = quantize(x, groups, scheme.input, None, len(weights))
         given = Input(given.x.to(device), None if given.scale is None else given.scale.to(device))
     held = ExpertWeights(weights.to(device), scales.to(device), scheme)
-    found = kernel.multiply(given, held, Groups(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in groups)), dtype)
+    found = kernel.multiply(given, held, groups.to(device), dtype)
     return _wrong(found, expected)
 
 

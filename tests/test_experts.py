@@ -1,0 +1,204 @@
+"""Experts that stay in FP8: every family and scheme, loaded, run, saved; and those that cannot."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import STATIC_TENSOR, State, differing, error, group_input, tensors, write
+from moe import MOE, TRANSPOSED, causal, dense_logits, is_linear, make, write_transposed
+from transformers import (
+    CompressedTensorsConfig,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
+
+import hf_fp8
+from hf_fp8 import FP8Config, FP8Experts, numerics
+from hf_fp8.experts import Projection
+from hf_fp8.scheme import FP8, TENSOR, Granularity
+
+KEEP = FP8Config(experts="fp8", backend="weight_only")
+SCHEMES: dict[str, dict[str, Any]] = {
+    "channel": {},
+    "tensor static": {"weight": TENSOR, "inputs": STATIC_TENSOR},
+    "tensor dynamic": {"weight": TENSOR, "inputs": {**STATIC_TENSOR, "dynamic": True}},
+    "block 24x40": {"weight": Granularity(24, 40), "inputs": group_input(), "scale_dtype": torch.float32},
+    "block 16x32": {"weight": Granularity(16, 32), "inputs": group_input(32)},
+    "W8A16": {"inputs": None},
+}
+
+
+def write_family(family: str, path: Path, **scheme: Any) -> tuple[PreTrainedModel, State, State]:
+    name, _, form = family.partition(" ")
+    if name in TRANSPOSED:
+        return write_transposed(name, form, path, **scheme)
+    model = MOE[name]()
+    return model, *write(model, path, quantized=is_linear, **scheme)
+
+
+def load(model: PreTrainedModel, path: Path, config: Any = KEEP, dtype: torch.dtype = torch.float32, **rest: Any) -> Any:
+    return type(model).from_pretrained(path, quantization_config=config, dtype=dtype, **rest)
+
+
+def experts_of(model: PreTrainedModel) -> list[FP8Experts]:
+    return [module for module in model.modules() if isinstance(module, FP8Experts)]
+
+
+def reference(module: FP8Experts, x: torch.Tensor, ids: Any = None, weights: Any = None) -> torch.Tensor:
+    """Expert by expert: inputs rounded as the scheme says, matrix by matrix; the family's own code for the rest."""
+    n_experts, out = module.first.shape[0], torch.zeros(x.shape)
+    if ids is None:
+        ids = torch.arange(n_experts).repeat_interleave(len(x) // n_experts).unsqueeze(1)
+        weights = torch.ones(ids.shape)
+
+    def linear(x: torch.Tensor, projection: Projection, e: int) -> torch.Tensor:
+        scheme, found = projection.scheme, []
+        codes, scales = (getattr(module, n)[e].chunk(projection.parts) for n in (projection.name, projection.scale))
+        for part, (q, scale) in enumerate(zip(codes, scales, strict=True)):
+            given = x
+            if scheme.input is not None:
+                static = getattr(module, projection.input_scale)
+                scale_of_x = numerics.input_scale_for(x, scheme.input, None if static is None else static[e, part])
+                given = numerics.fake_quantize(x, scale_of_x, scheme.input.granularity)
+            found.append(given @ numerics.dequantize(q, scale, scheme.weight.granularity).t())
+        return torch.cat(found, 1)
+
+    for e in range(n_experts):
+        rows, slots = torch.where(ids == e)
+        y = linear(x[rows], module.first, e)
+        if "GptOss" in module.family.__name__:
+            if not module.interleaved:
+                y = torch.stack(y.chunk(2, 1), 2).flatten(1)
+            y = y + module.gate_up_proj_bias[e]
+        if module.layout.is_prerouted:
+            y = y.chunk(2, 1)[1] * module.act_fn(y.chunk(2, 1)[0])
+        else:
+            y = module.family._apply_gate(module, y)
+        y = linear(y, module.second, e)
+        if "GptOss" in module.family.__name__:
+            y = y + module.down_proj_bias[e]
+        out.index_add_(0, rows, y * weights[rows, slots].unsqueeze(1))
+    return out
+
+
+FAMILIES = [*MOE, *(f"{name} {form}" for name in TRANSPOSED for form in ("split", "stacked"))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loaded_run_and_saved(family: str, scheme: str, tmp_path: Path) -> None:
+    path = tmp_path / "fp8"
+    model, written, dense = write_family(family, path, **SCHEMES[scheme])
+    wanted = dense_logits(model, dense, tmp_path / "dense")
+    for config in (KEEP, FP8Config(experts="fp8")):
+        kept = load(model, path, config)
+        assert experts_of(kept) and not any(
+            p.ndim == 3 and p.dtype != FP8 and p.shape[-1] > 40 and "scale" not in n for n, p in kept.named_parameters()
+        )
+        assert error(causal(kept), wanted) <= 1e-5
+        in_bf16 = load(model, path, config, torch.bfloat16)
+        in_bf16.save_pretrained(tmp_path / "saved")
+        # DeepSeek keeps this one in float32 whatever the file has
+        assert [n for n in differing(written, tensors(tmp_path / "saved")) if "e_score_correction_bias" not in n] == []
+    quantized = load(model, path, FP8Config(experts="fp8", backend="scaled_mm"))
+    assert error(causal(quantized), wanted) < (1e-5 if SCHEMES[scheme].get("inputs", 1) is None else 0.5)
+    for module in experts_of(quantized):
+        torch.manual_seed(0)
+        x, ids = torch.randn(17, 64), torch.randint(0, 4, (17, 2))  # an expert may be chosen twice
+        given = (torch.cat([x, x, 0 * x, x]),) if module.layout.is_prerouted else (x, ids, torch.rand(17, 2))
+        assert error(module(*given), reference(module, *given)) < 1e-5
+    dequantized = load(model, path).dequantize()
+    assert not experts_of(dequantized) and error(causal(dequantized), wanted) <= 1e-5
+    assert {type(m) for m in dequantized.modules()} == {type(m) for m in model.modules()}
+    dequantized.save_pretrained(tmp_path / "plain")
+    hf_fp8.unregister()
+    try:
+        assert error(causal(type(model).from_pretrained(tmp_path / "plain", dtype=torch.float32)), wanted) <= 1e-5
+    finally:
+        hf_fp8.register()
+
+
+# Mixtral's experts under llm-compressor's names, and merged experts with block scales, stock does not load at all.
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("scheme", ["channel", "tensor static"])
+def test_stock_transformers_loads_what_was_saved(family: str, scheme: str, tmp_path: Path) -> None:
+    model, _, dense = write_family(family, tmp_path / "fp8", **SCHEMES[scheme])
+    load(model, tmp_path / "fp8", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    wanted = dense_logits(model, dense, tmp_path / "dense")
+    hf_fp8.unregister()
+    try:
+        found = [causal(load(model, tmp_path / n, CompressedTensorsConfig(dequantize=True))) for n in ("fp8", "saved")]
+    finally:
+        hf_fp8.register()
+    assert torch.equal(*found)
+    assert error(found[0], wanted) < 0.2  # it rounds weights to bfloat16, which changes which expert is taken
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
+    "dtype": "bfloat16", "intermediate_size": 96, "num_experts_per_tok": 2,
+}  # fmt: skip
+GROUPED = {"n_routed_experts": 4, "moe_intermediate_size": 40, "n_group": 1, "topk_group": 1}
+OTHERS: dict[str, tuple[Any, Any]] = {
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=40, shared_expert_intermediate_size=32),
+    ),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig(**SMALL, num_experts=4)),
+    "phimoe": (PhimoeForCausalLM, PhimoeConfig(**SMALL, num_local_experts=4)),
+    "glm4_moe": (Glm4MoeForCausalLM, Glm4MoeConfig(**SMALL, **GROUPED, first_k_dense_replace=1, head_dim=16)),
+    "ernie": (
+        Ernie4_5_MoeForCausalLM,
+        Ernie4_5_MoeConfig(
+            **SMALL, moe_num_experts=4, moe_k=2, moe_intermediate_size=40, moe_layer_start_index=1, moe_layer_interval=1,
+            moe_num_shared_experts=1,
+        ),
+    ),
+    "deepseek_v2": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config(
+            **SMALL | GROUPED | {"num_key_value_heads": 4}, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
+            qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, n_shared_experts=1, topk_method="greedy",
+        ),
+    ),
+    "nemotron_h": (
+        NemotronHForCausalLM,
+        NemotronHConfig(
+            **SMALL | GROUPED | {"num_hidden_layers": 3}, hybrid_override_pattern="M*E", head_dim=16, n_groups=1,
+            moe_shared_expert_intermediate_size=40, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str, tmp_path: Path) -> None:
+    """By the host's flags, not by their names."""
+    cls, config = OTHERS[name]
+    model, path = make(cls, config), tmp_path / name
+    mamba = re.compile(r"mixer\.(in|out)_proj")
+    ignore = ["lm_head", "re:.*(gate|router)$", rf"re:.*{mamba.pattern}"]
+    written, dense = write(model, path, quantized=lambda n: is_linear(n) and not mamba.search(n), ignore=ignore)
+    kept = load(model, path)
+    assert experts_of(kept)
+    assert error(causal(kept), dense_logits(model, dense, tmp_path / "dense")) <= 1e-5
+    load(model, path, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    quantized = {n for n in written if written[n].dtype == FP8 or n.endswith("_scale")}
+    assert any("experts.3" in n for n in quantized)
+    assert not quantized & set(differing(written, tensors(tmp_path / "saved")))

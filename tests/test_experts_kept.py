@@ -1,0 +1,268 @@
+"""What PyTorch, transformers and users do to experts in FP8; and experts that cannot stay so."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import OFFLOAD, differing, error, tensors, write
+from moe import IDS, causal, dense_logits, is_linear, qwen3_moe, write_transposed
+from test_experts import KEEP, experts_of, load
+from transformers import PreTrainedModel
+
+import hf_fp8
+from hf_fp8 import FP8Config, UnsupportedError, explain
+from hf_fp8.experts import ExpertsLayout
+from hf_fp8.scheme import FP8, TENSOR
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    model, path = qwen3_moe(), tmp_path / "fp8"
+    write(model, path, quantized=is_linear)
+    return model, path
+
+
+def block(model: PreTrainedModel) -> Any:
+    return model.model.layers[0].mlp
+
+
+def test_default_and_options(qwen: tuple[PreTrainedModel, Path]) -> None:
+    """On a CPU "auto" multiplies experts out: reading FP8 there costs more than it saves (docs/performance.md)."""
+    model, path = qwen
+    assert FP8Config().experts == "auto"
+    for options, kept in (
+        ({}, False), ({"backend": "weight_only"}, False), ({"backend": "weight_only", "experts": "dequantize"}, False),
+        ({"experts": "fp8"}, True), ({"experts": "fp8", "backend": "scaled_mm"}, True),
+    ):  # fmt: skip
+        assert bool(experts_of(load(model, path, FP8Config(**options)))) == kept, options
+        assert bool(experts_of(load(model, path, options))) == kept, options
+    for options in ({"experts": "fp8", "dequantize": True}, {"experts": "fp8", "backend": "int8"}, {"experts": "bf16"}):
+        with pytest.raises(hf_fp8.ConfigError, match="experts"):
+            FP8Config(**options)
+
+
+def test_bytes_are_those_of_the_file(qwen: tuple[PreTrainedModel, Path]) -> None:
+    model, path = qwen
+    kept = load(model, path, dtype=torch.bfloat16)
+    held = sum(p.nbytes for module in experts_of(kept) for p in module.parameters())
+    assert held == sum(tensor.nbytes for name, tensor in tensors(path).items() if ".experts." in name)
+    rows = {row.name: row for row in explain(kept) if ".experts." in row.name}
+    assert sum(row.bytes for row in rows.values()) == held
+    assert {row.kernel for row in rows.values()} == {"grouped_weight_only"} and len(rows) == 4
+
+
+UNFIT = {
+    "some dense": ({"quantized": lambda n: is_linear(n) and "experts.2" not in n, "ignore": ["lm_head", "re:.*experts.2.*"]},
+                   "some experts of gate_up_proj are dense in the files"),
+    "scale dtypes": ({"edit": lambda s: {n: t.float() if "experts.1.up_proj.weight_scale" in n else t for n, t in s.items()}},
+                     "differ in the dtypes of their scales"),
+    "down dense": ({"quantized": lambda n: is_linear(n) and ("down" not in n or "experts" not in n),
+                    "ignore": ["lm_head", "re:.*experts.*down_proj"]}, "no FP8 weights for down_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_cannot_stay_is_multiplied_out_and_said(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    options, reason = UNFIT[case]
+    model, path = qwen3_moe(), tmp_path / "fp8"
+    written, dense = write(model, path, **{"quantized": is_linear, **options})  # type: ignore[arg-type]
+    logging.enable_propagation()
+    try:
+        kept = load(model, path)
+    finally:
+        logging.disable_propagation()
+    assert not experts_of(kept)
+    assert caplog.text.count("hf_fp8:") == 1 and reason in caplog.text
+    assert any(reason in row.reason and row.kernel == "dense" for row in explain(kept))
+    assert error(causal(kept), dense_logits(model, dense, tmp_path / "dense")) <= 1e-5
+    load(model, path, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    assert not differing(written, tensors(tmp_path / "saved"))
+
+
+def test_a_layer_that_cannot_beside_layers_that_can(tmp_path: Path) -> None:
+    model, path = qwen3_moe(), tmp_path / "fp8"
+    written, dense = write(
+        model, path, quantized=lambda n: is_linear(n) and "layers.1" not in n, ignore=["lm_head", "re:.*layers.1.*"]
+    )
+    kept = load(model, path)
+    assert len(experts_of(kept)) == 1
+    assert error(causal(kept), dense_logits(model, dense, tmp_path / "dense")) <= 1e-5
+    load(model, path, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    assert not differing(written, tensors(tmp_path / "saved"))
+
+
+def test_a_family_without_the_interface(qwen: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is not known here, so that its experts are multiplied out."""
+    model, path = qwen
+    monkeypatch.setattr(ExpertsLayout, "of", staticmethod(lambda module: None))
+    kept = load(model, path)
+    assert not experts_of(kept) and torch.equal(causal(kept), causal(load(model, path, FP8Config())))
+    assert any("Qwen3MoeExperts does not have the host's interface" in row.reason for row in explain(kept))
+
+
+def test_what_is_done_to_models(qwen: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    model, path = qwen
+    kept = load(model, path)
+    wanted = causal(kept)
+    torch.save(kept, tmp_path / "whole.pt")
+    others = {
+        "deepcopy": copy.deepcopy(kept),
+        "torch.save": torch.load(tmp_path / "whole.pt", weights_only=False),
+        "to cpu": load(model, path).to("cpu"),
+        "state_dict": load(model, path),
+    }
+    others["state_dict"].load_state_dict(kept.state_dict())
+    for name, other in others.items():
+        assert torch.equal(causal(other), wanted), name
+        other.save_pretrained(tmp_path / name)
+        assert not [n for n in differing(tensors(tmp_path / name), tensors(path)) if ".experts." in n], name
+    half = copy.deepcopy(kept)
+    torch.nn.Module.half(half)  # the host's own refuses
+    assert {p.dtype for module in experts_of(half) for n, p in module.named_parameters() if "scale" not in n} == {FP8}
+    assert {p.dtype for module in experts_of(half) for n, p in module.named_parameters() if "scale" in n} == {torch.bfloat16}
+    assert error(causal(half), wanted) < 0.02
+    state = load(model, path).state_dict()
+    name = "model.layers.0.mlp.experts.down_proj"
+    for broken, words in (({name: state[name].float()}, "holds codes"), ({f"{name}_scale": None}, "comes without")):
+        edited = {k: v for k, v in {**state, **broken}.items() if v is not None}
+        with pytest.raises(RuntimeError, match=words):
+            load(model, path).load_state_dict(edited, strict=False)
+
+
+def test_offloaded(qwen: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    model, path = qwen
+    wanted = causal(load(model, path))
+    kept = load(model, path, device_map=OFFLOAD, offload_folder=tmp_path / "offload")
+    assert experts_of(kept)[0].is_offloaded
+    assert torch.equal(causal(kept), wanted)
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        kept.dequantize()
+    kept.save_pretrained(tmp_path / "saved")
+    assert not [n for n in differing(tensors(tmp_path / "saved"), tensors(path)) if ".experts." in n]
+
+
+def test_generate_and_the_hosts_names_of_implementations(qwen: tuple[PreTrainedModel, Path]) -> None:
+    model, path = qwen
+    kept = load(model, path)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    wanted = load(model, path, FP8Config(dequantize=True)).generate(IDS, **greedy)
+    for name in ("grouped_mm", "batched_mm", "eager"):
+        kept.set_experts_implementation(name)
+        assert torch.equal(kept.generate(IDS, **greedy), wanted), name
+    kept.set_experts_implementation("deepgemm")
+    with pytest.raises(UnsupportedError, match="deepgemm"):
+        causal(kept)
+
+
+@pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
+def test_compiled_in_one_graph(backend: str, qwen: tuple[PreTrainedModel, Path]) -> None:
+    model, path = qwen
+    kept = load(model, path, FP8Config(experts="fp8", backend=backend))
+    compiled = torch.compile(block(kept), fullgraph=True, backend="aot_eager")
+    for tokens in (1, 7, 12):
+        x = torch.randn(1, tokens, 64)
+        with torch.no_grad():
+            assert error(compiled(x)[0], block(kept)(x)[0]) < 1e-5
+
+
+def test_gradients(qwen: tuple[PreTrainedModel, Path]) -> None:
+    """Through frozen experts, to the input and to the router, as through the dense ones."""
+    model, path = qwen
+    found = []
+    for config in (KEEP, FP8Config(dequantize=True)):
+        mlp = block(load(model, path, config)).train()
+        torch.manual_seed(0)
+        x = torch.randn(1, 9, 64, requires_grad=True)
+        out = mlp(x)
+        (out if isinstance(out, torch.Tensor) else out[0]).square().sum().backward()
+        found.append((x.grad, mlp.gate.weight.grad))
+        if config is KEEP:
+            assert all(p.grad is None for p in mlp.experts.parameters())
+    for ours, theirs in zip(*found, strict=True):
+        assert error(ours, theirs) < 1e-5
+    experts = experts_of(load(model, path))[0]
+    experts.gate_up_proj_scale.requires_grad_()
+    with pytest.raises(hf_fp8.InputError, match="no gradient"):
+        experts(torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.long), torch.rand(3, 2)).sum().backward()
+
+
+def test_adapters_on_codes_are_refused(qwen: tuple[PreTrainedModel, Path]) -> None:
+    """PEFT would add its delta to the codes: nothing would be learnt, and nobody told."""
+    from peft import LoraConfig, get_peft_model
+
+    model, path = qwen
+    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    adapted = get_peft_model(load(model, path), config)
+    with pytest.raises(UnsupportedError, match="target_parameters"):
+        adapted(IDS, use_cache=False)
+    on_linears = get_peft_model(load(model, path), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    on_linears(IDS, use_cache=False, labels=IDS).loss.backward()
+    grads = [p.grad for n, p in on_linears.named_parameters() if "lora_A" in n or "lora_B" in n]
+    assert grads and all(g is not None and g.isfinite().all() for g in grads)
+    dense = get_peft_model(load(model, path, FP8Config(experts="dequantize", backend="weight_only")), config)
+    dense(IDS, use_cache=False, labels=IDS).loss.backward()
+
+
+CHOICES = {
+    "no tokens": torch.zeros(0, 2),
+    "one token": torch.tensor([[3, 1]]),
+    "all to one": torch.full((17, 2), 2),
+    "some experts empty": torch.tensor([[0, 3]] * 17),
+    "nobody's": torch.tensor([[0, 4], [4, 4], [2, 4], [3, 1], [-1, 2]]),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
+def test_choices(name: str, dtype: torch.dtype, backend: str, qwen: tuple[PreTrainedModel, Path]) -> None:
+    model, path = qwen
+    config = FP8Config(experts="fp8", backend=backend)
+    experts = experts_of(load(model, path, config, dtype))[0]
+    ids = CHOICES[name].long()
+    x = torch.randn(len(ids), 2 * 64, dtype=dtype)[:, ::2]  # not contiguous
+    weights = torch.rand(ids.shape, dtype=dtype)
+    found = experts(x, ids, weights)
+    assert found.shape == x.shape and found.dtype == dtype and torch.equal(experts(x, ids, weights), found)
+    wanted = torch.zeros_like(x)
+    for token in range(len(ids)):  # a token alone is what it is among others
+        for slot in range(2):
+            if 0 <= ids[token, slot] < 4:
+                one = experts(x[token : token + 1], ids[token : token + 1, slot : slot + 1], torch.ones(1, 1, dtype=dtype))
+                wanted[token] += one[0] * weights[token, slot]
+    assert not len(ids) or error(found, wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_what_is_not_finite_stays_visible(qwen: tuple[PreTrainedModel, Path]) -> None:
+    model, path = qwen
+    for backend in ("weight_only", "scaled_mm"):
+        experts = experts_of(load(model, path, FP8Config(experts="fp8", backend=backend)))[0]
+        x, ids = torch.randn(5, 64), torch.tensor([[0, 1]] * 5)
+        x[1, 3], x[3, 7] = float("nan"), float("inf")
+        found = experts(x, ids, torch.rand(5, 2))
+        assert found.isfinite().all(1).tolist() == [True, False, True, False, True]
+
+
+def test_scales_edited_apart_are_not_lost(tmp_path: Path) -> None:
+    """One scale for a whole stack in the file: if experts come to differ, saving says so."""
+    model, _, _ = write_transposed("llama4", "stacked", tmp_path / "fp8", weight=TENSOR)
+    path = tmp_path / "fp8"
+    state = tensors(path)
+    for name in list(state):
+        if name.endswith("_proj_scale"):
+            state[name] = state[name][:1].clone()
+    from safetensors.torch import save_file
+
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    kept = load(model, path, dtype=torch.bfloat16)
+    kept.save_pretrained(tmp_path / "saved")
+    assert not differing(state, tensors(tmp_path / "saved"))
+    experts_of(kept)[0].down_proj_scale.data[2] *= 2
+    with pytest.raises(UnsupportedError, match="come to differ"):
+        kept.save_pretrained(tmp_path / "edited")

@@ -1,0 +1,194 @@
+"""Grouped kernels: exact on exact operands, near the multiplied-out experts on random ones; Triton's in its interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from build import error
+from test_kernels import SCHEMES as ALL
+
+from hf_fp8 import InputError, KernelError, kernels, numerics
+from hf_fp8.grouped import route, scaled_grouped_linear
+from hf_fp8.kernels import ExpertWeights, Groups, Problem, grouped_mm, select_grouped, tiling, triton_support
+from hf_fp8.kernels.probe import exact_experts
+from hf_fp8.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
+
+CPU = torch.device("cpu")
+SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
+TRITON = {"triton_grouped_scaled_mm": tiling.scaled_mm_scheme, "triton_grouped_weight_only": tiling.weight_only_scheme}
+INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+# (kernel, scheme): the interpreter takes seconds for each, so that CPUs run what Triton's kernels take of the schemes.
+RUNS = [(kernel, name) for name in SCHEMES for kernel in ("grouped_dequantize", "grouped_weight_only")] + [
+    (kernel, name) for kernel, why in TRITON.items() for name, scheme in SCHEMES.items() if INTERPRETED and not why(scheme)
+]
+
+
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    if kernel in TRITON:
+        with triton_support.interpreted(), kernels.use(kernel):
+            yield
+    else:
+        with kernels.use(kernel):
+            yield
+
+
+def grid(scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Scales of each expert, (E, rows, cols), in the shape that a module holds them in."""
+    return scales.reshape(len(scales), 1) if scheme.weight.granularity.is_tensor else scales
+
+
+IDS = {
+    "mixed, with nobody's": (0, 2, 2, 3, 0, 2, 2, 4, 0, 5, 4, 4),
+    "one expert": (3,) * 20,
+    "all nobody's": (5, 5, 5, 5),
+    "one row of each": (1, 4),
+}
+
+
+@pytest.mark.parametrize(("kernel", "name"), RUNS)
+def test_exact(kernel: str, name: str) -> None:
+    scheme = SCHEMES[name]
+    for case, (n, k) in zip(IDS, ((72, 384), (33, 421), (64, 128), (48, 128)), strict=True):
+        x, weights, scales, groups, wanted = exact_experts(scheme, torch.float32, n, k, IDS[case])
+        static = torch.full((5, 1), 0.5) if scheme.has_static_input else None
+        for dtype in (torch.float32, torch.bfloat16) if n == 72 else (torch.bfloat16,):
+            for given in (groups, groups._replace(ends=None)):  # sorted, and as they come
+                with forced(kernel):
+                    found = scaled_grouped_linear(x.to(dtype), weights, grid(scales, scheme), scheme, given, input_scale=static)
+                assert torch.equal(found, wanted.to(dtype)), (case, n, k, dtype, given.ends is None)
+
+
+@pytest.mark.parametrize("kernel", ["grouped_weight_only", "triton_grouped_weight_only"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_have_grids_of_their_own(kernel: str, name: str) -> None:
+    """gate over up, where the block divides neither: what one grid over both would get wrong."""
+    scheme, (n, k) = SCHEMES[name], (100, 192)
+    if kernel in TRITON and (not INTERPRETED or TRITON[kernel](scheme)):
+        pytest.skip("not for this scheme")
+    granularity = scheme.weight.granularity
+    torch.manual_seed(0)
+    dense = torch.randn(3, 2, n, k)
+    scales = [[numerics.compute_scale(part, granularity) for part in expert] for expert in dense]
+    codes = [
+        [numerics.quantize(p, s, granularity) for p, s in zip(*pair, strict=True)] for pair in zip(dense, scales, strict=True)
+    ]
+    out = [
+        torch.cat([numerics.dequantize(q, s, granularity) for q, s in zip(*pair, strict=True)])
+        for pair in zip(codes, scales, strict=True)
+    ]
+    weight = torch.stack([torch.cat(parts) for parts in codes])
+    scale = torch.stack([torch.cat([s.reshape(-1, s.shape[-1]) for s in parts]) for parts in scales])
+    scale = scale.reshape(3, 2) if granularity.is_tensor else scale
+    x, ids = torch.randn(9, k), torch.randint(0, 3, (9, 2))
+    first, second = route(ids, 3, sort=True)
+    groups = first._replace(slots=second.slots)
+    with forced(kernel):
+        found = scaled_grouped_linear(x, weight, scale, scheme, groups, parts=2)
+    wanted = torch.stack([out[e] @ x[i // 2] for i, e in enumerate(ids.flatten().tolist())])
+    assert error(found, wanted) < 1e-6
+
+
+def test_tokens_are_quantized_once_and_as_the_reference_does() -> None:
+    """Before they are copied, where a scale is a row's alone; with the expert's where it is of a tensor."""
+    x, ids = torch.randn(6, 256), torch.tensor([[0, 1]] * 3 + [[1, 2]] * 3)
+    groups = route(ids, 3, sort=True)[0]
+    for scheme in (FP8_DYNAMIC, FP8_BLOCK):
+        given, after = grouped_mm.quantize(x, groups, scheme.input, None, 3)  # type: ignore[arg-type]
+        codes, scale = numerics.quantize_input(x, scheme.input, None)  # type: ignore[arg-type]
+        assert after is groups and torch.equal(given.x.float(), codes.float())
+        assert given.scale is not None and torch.equal(given.scale, scale)
+    static = torch.tensor([[0.5], [0.25], [0.125]])
+    given, after = grouped_mm.quantize(x, groups, FP8_STATIC.input, static, 3)  # type: ignore[arg-type]
+    assert after.rows is None and given.x.shape == (12, 256) and given.scale is not None
+    assert given.scale.flatten().tolist() == [0.5] * 3 + [0.25] * 6 + [0.125] * 3
+
+
+def test_routing() -> None:
+    ids = torch.tensor([[2, 0], [7, 2], [-1, 0]])
+    first, second = route(ids, 3, sort=True)
+    assert first.experts.tolist() == [0, 0, 2, 2, 3, 3] and first.ends is not None
+    assert first.ends.tolist() == [2, 2, 4] and first.ends.dtype == torch.int32
+    assert first.rows is not None and first.rows.tolist() == [0, 2, 0, 1, 1, 2]
+    assert second.rows is None and second.slots is not None and second.slots.tolist() == [1, 5, 0, 3, 2, 4]
+    first, second = route(ids, 3, sort=False)
+    assert first.experts.tolist() == [2, 0, 3, 2, 3, 0] and first.ends is None and second.slots is None
+    assert first.rows is not None and first.rows.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_selection() -> None:
+    problem = Problem(CPU, FP8_DYNAMIC, 256, 128, torch.bfloat16)
+    assert select_grouped(problem).kernel.name == "grouped_weight_only"
+    assert "CPUs have no FP8 units" in select_grouped(problem).reason
+    assert select_grouped(problem, "scaled_mm").kernel.name == "grouped_dequantize"
+    assert "scaled_grouped_mm" in select_grouped(problem, "scaled_mm").reason
+    assert select_grouped(Problem(CPU, FP8_WEIGHT_ONLY, 256, 128, torch.bfloat16)).kernel.name == "grouped_weight_only"
+    with pytest.raises(KernelError, match="not 'int8'"):
+        select_grouped(problem, "int8")
+    with kernels.use("triton_grouped_scaled_mm"), pytest.raises(KernelError, match="Triton does not compile for cpu"):
+        select_grouped(problem)
+    with kernels.use("grouped_dequantize"):  # linears take no notice
+        assert kernels.select(problem).reason != "forced"
+        assert select_grouped(problem).reason == "forced"
+    with kernels.use("dequantize"):
+        assert select_grouped(problem).reason != "forced"
+
+
+def test_inputs_that_do_not_fit() -> None:
+    weight, scale = torch.zeros(3, 8, 16).to(FP8), torch.ones(3, 8, 1)
+    groups = Groups(torch.zeros(2, dtype=torch.long))
+    for x, words in ((torch.ones(2, 15), "take"), (torch.ones(2, 16).to(FP8), "inputs in"), (torch.ones(1, 2, 16), "take")):
+        with pytest.raises(InputError, match=words):
+            scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, groups)
+
+
+def test_float64_and_gradients_of_the_op() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(3, 8, 16)
+    scale = torch.stack([numerics.compute_scale(m, FP8_DYNAMIC.weight.granularity) for m in w])
+    weight = torch.stack([numerics.quantize(m, s, FP8_DYNAMIC.weight.granularity) for m, s in zip(w, scale, strict=True)])
+    ids = torch.tensor([[0, 2], [2, 3], [1, 0]])
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    for sort in (True, False):
+        first, second = route(ids, 3, sort=sort)
+        groups = first._replace(slots=second.slots)
+
+        def call(x: torch.Tensor, groups: Groups = groups) -> Any:
+            return scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, groups, backend="weight_only")
+
+        held = ExpertWeights(weight, scale, FP8_DYNAMIC)
+        out = call(x)
+        for slot, e in enumerate(ids.flatten().tolist()):
+            whole = torch.cat([p for p, _, _ in grouped_mm.pieces(held, e, torch.float64)]) if e < 3 else torch.zeros(8, 16)
+            assert torch.allclose(out[slot], whole.double() @ x[slot // 2], rtol=1e-12)
+        grad = torch.randn(6, 8, dtype=torch.float64)
+        (found,) = torch.autograd.grad(out, x, grad)
+        wanted = torch.zeros(3, 16, dtype=torch.float64)
+        for slot, e in enumerate(ids.flatten().tolist()):
+            if e < 3:
+                wanted[slot // 2] += grad[slot] @ torch.cat([p for p, _, _ in grouped_mm.pieces(held, e, torch.float64)])
+        assert error(found, wanted) < 1e-6
+    torch.library.opcheck(
+        torch.ops.hf_fp8.scaled_grouped_linear.default,
+        (
+            x.detach().float(),
+            weight,
+            scale,
+            None,
+            first.experts,
+            first.rows,
+            None,
+            None,
+            False,
+            1,
+            FP8_DYNAMIC.text,
+            "weight_only",
+        ),
+        test_utils="test_faketensor",  # its check of schemas multiplies codes
+    )
