@@ -1,7 +1,7 @@
 """Peak memory of loading a checkpoint with merged experts, against the size of the loaded model.
 
 .venv/bin/python scripts/load_memory.py writes an FP8 mixture of experts (0.8 GB, random codes) to a temporary folder
-and loads it in a process of its own for each backend. Linux: anonymous memory is read from /proc.
+and loads it in a process of its own for each way to hold it. Linux: anonymous memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def anonymous() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
 
 
-def load(path: str, backend: str) -> None:
+def load(path: str, backend: str, experts: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -77,23 +77,34 @@ def load(path: str, backend: str) -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     start = time.perf_counter()
-    config = hf_fp8.FP8Config(backend=backend)
+    config = hf_fp8.FP8Config(backend=backend, experts=experts)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
     seconds = time.perf_counter() - start
     done.set()
     thread.join()
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     used = peak[0] - before
-    print(f"{backend:<12} model {size:.2f} GB, peak {used:.2f} GB = {used / size:.2f}x, {seconds:.1f} s", flush=True)
+    layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters()) / 1e9
+    held = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".experts." in n) / 1e9
+    print(
+        f"backend={backend:<12} experts={experts:<10} model {size:.2f} GB (experts {held:.3f}, a layer {layer:.2f}), "
+        f"peak {used:.2f} GB = {used / size:.2f}x, {seconds:.1f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 4:
         return load(*sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        for backend in ("auto", "weight_only"):
-            subprocess.run([sys.executable, __file__, folder, backend], check=True, stderr=subprocess.DEVNULL)
+        from safetensors import safe_open
+
+        with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+            names = [name for name in file.keys() if ".experts." in name]  # noqa: SIM118 (no mapping)
+            print(f"experts in the file: {sum(file.get_tensor(name).nbytes for name in names) / 1e9:.3f} GB", flush=True)
+        for options in (("auto", "auto"), ("weight_only", "dequantize"), ("auto", "fp8"), ("weight_only", "fp8")):
+            subprocess.run([sys.executable, __file__, folder, *options], check=True, stderr=subprocess.DEVNULL)
     return None
 
 

@@ -13,11 +13,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_fp8.kernels import triton_epilogue, triton_mm, triton_quantize, triton_weight_only
+from hf_fp8.kernels import triton_epilogue, triton_grouped, triton_mm, triton_quantize, triton_weight_only
 
 # What an SM has of shared memory for a program, in bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 TYPES = {"scales": "*fp32", "static": "*fp32", "x_scales": "*fp32", "parts": "*fp32", "sums": "*i32"}
+TYPES |= {"rows": "*i64", "slots": "*i64", "experts": "*i64", "ends": "*i32"}
 TYPES |= {"kept": "*fp32", "outliers": "*fp32", "beside": "*fp32"}
 FLOATS = ("code_max", "min_scale", "factor")
 POINTERS = ("x", "q", "w", "out", "bias", "w_scales")
@@ -33,7 +34,8 @@ def compile_for(capability: int, kernel: Any, codes: str, constants: dict[str, A
         if name in TYPES:
             kind = TYPES[name]
         elif name in POINTERS:
-            kind = codes if name in ("q", "w") else "*bf16"
+            is_codes = name in ("q", "w") or (name == "x" and constants.get("QUANTIZED", False))
+            kind = codes if is_codes else "*bf16"
         else:
             kind = "fp32" if name in FLOATS else "i32"
         signature[name] = kind
@@ -69,6 +71,29 @@ def main(quick: bool) -> None:
                 compile_for(
                     capability, triton_weight_only._weight_only, codes, {**tile, **fixed}, num_warps=warps, num_stages=stages
                 )
+        for quantized, table in ((True, triton_mm.TILES), (False, triton_weight_only.TILES)):
+            for codes in kinds[-1:] if not quantized else [kind for kind in kinds if kind != "*i8"]:
+                for number, (_, m, n, k, warps, stages) in enumerate(table[some]):
+                    tile = {
+                        "BLOCK_M": m,
+                        "BLOCK_N": n,
+                        "BLOCK_K": k,
+                        "BLOCK_E": 256,
+                        "GROUP": triton_mm.GROUP_M,
+                        "HAS_ROWS": True,
+                    }
+                    tile |= {
+                        "QUANTIZED": quantized,
+                        "BITS": codes == "*i8",
+                        "DTYPE": tl.bfloat16,
+                        "stride_xk": 1,
+                        "SORTED": number > 0,
+                    }
+                    for cols in (0, 128):
+                        scales = {"X_COLS": cols if quantized else 0, "W_COLS": cols, "HAS_SLOTS": cols > 0}
+                        compile_for(
+                            capability, triton_grouped._grouped, codes, {**tile, **scales}, num_warps=warps, num_stages=stages
+                        )
         compile_for(capability, triton_weight_only._add_up, "*i8", {"SPLITS": 4, "HAS_BIAS": True, "BLOCK": 1024})
         for columns in (0, 16, 64):
             tile = {"BLOCK_M": triton_epilogue.BLOCK_M, "BLOCK_N": triton_epilogue.BLOCK_N, "BLOCK_R": columns}
