@@ -21,7 +21,7 @@ import torch
 import transformers
 from build import STATIC_TENSOR, differing, error, group_input, tensors, tiny_llama, write
 from loguru import logger as loguru
-from test_families import is_linear, mixtral
+from moe import is_linear, mixtral
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import hf_fp8

@@ -252,7 +252,8 @@ def test_state_dict_instead_of_files(tmp_path: Path) -> None:
     ("option", "words"),
     [
         ({"backend": "fast"}, "backend='fast'"),
-        ({"experts": "fp8"}, "experts='fp8'"),
+        ({"experts": "bf16"}, "experts='bf16'"),
+        ({"experts": "fp8", "dequantize": True}, "experts='fp8'"),
         ({"dequantize": True, "backend": "weight_only"}, "nothing for"),
         ({"run": 1}, "'run'"),
     ],
@@ -270,7 +271,7 @@ def test_config_for_a_model_that_is_not_quantized(tmp_path: Path) -> None:
 
 def test_stacked_experts_with_a_bad_scale(tmp_path: Path) -> None:
     """A scale named in a merged parameter is checked like any other."""
-    from test_families import gpt_oss, stack_experts
+    from moe import gpt_oss, stack_experts
 
     state, _ = write(gpt_oss(), tmp_path, ignore=["lm_head", "re:.*router"])
     stacked, _ = stack_experts(state)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from build import IDS, OFFLOAD, STATIC_TENSOR, load, logits, sqnr, tensors, tiny_llama, write
 from compressed_tensors.compressors import BaseCompressor
-from test_families import mixtral
+from moe import mixtral
 from transformers import AutoModelForCausalLM
 
 import hf_fp8

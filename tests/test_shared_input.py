@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import threading
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             return kernel.quantize(*args)
 
         # The same wrapper for the same kernel: it is part of the key.
-        wrapped = wrappers.setdefault(kernel.name, kernels.Kernel(kernel.name, quantize, *[None] * 3))  # type: ignore[list-item]
+        wrapped = wrappers.setdefault(kernel.name, dataclasses.replace(kernel, quantize=quantize))
         return quantize_once(wrapped, *rest)
 
     wrappers: dict[str, kernels.Kernel] = {}
