@@ -172,6 +172,7 @@ class FP8Experts(QuantizedModule):
         for adapters on the stacked parameters, which would be added to codes.
         """
         self._refuse_adapters()
+        dtype = hidden_states.dtype
         if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         if self.layout.is_prerouted:
@@ -186,7 +187,7 @@ class FP8Experts(QuantizedModule):
                 )
             found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
             return found
-        return self._routed(hidden_states, top_k_index, top_k_weights)
+        return self._routed(hidden_states, top_k_index, top_k_weights).to(dtype)
 
     def _routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         out = self._each(x, ids)  # (T, k, H)

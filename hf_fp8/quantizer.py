@@ -22,7 +22,7 @@ from .conversion import KeyRenaming, RoutedConverter
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear
 from .errors import ConfigError, UnsupportedError
 from .explain import NOTES
-from .kernels import why_not_kept
+from .kernels import why_not_kept, why_not_kept_experts
 from .layout import lay_out
 from .linear import FP8Linear
 from .quantized_module import QuantizedModule
@@ -185,8 +185,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.experts == "dequantize" or config.backend == "int8":
             return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
         device = _compute_device(self._device_map)
-        reason = because or why_not_kept(device, self._dtype)
-        return None if reason is None else f"experts='auto' on {device.type}: {reason}"
+        reason = why_not_kept_experts(device, self._dtype)
+        return because or (None if reason is None else f"experts='auto' on {device.type}: {reason}")
 
     @staticmethod
     def _untie(model: PreTrainedModel, target: str) -> None:
@@ -214,11 +214,13 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_scales = {name: tensors[key] for name, key in cast.items()}
 
     def _say(self, because: str | None, layout: Layout) -> None:
+        merged = any(weight.pattern is not None or len(weight.shape) == 3 for weight in layout.scan.weights)
         if because is not None and layout.dense and because != "dequantize=True":
             logger.warning(
                 f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "
                 f"while loading ({because}), and the model saves as a plain dense one. "
                 "FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8; backend='int8' is the fast one on CPUs."
+                + (" experts='fp8' keeps the experts in FP8, in half the memory." if merged else "")
             )
         elif because is None and layout.reasons:
             saved = "saved dense" if self.quantization_config.backend == "int8" else "written back in FP8"

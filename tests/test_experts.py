@@ -10,12 +10,15 @@ import pytest
 import torch
 from build import STATIC_TENSOR, State, differing, error, group_input, tensors, write
 from moe import MOE, TRANSPOSED, causal, dense_logits, is_linear, make, write_transposed
+from safetensors.torch import save_file
 from transformers import (
     CompressedTensorsConfig,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     OlmoeConfig,
@@ -31,7 +34,7 @@ from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausa
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Experts, numerics
 from hf_fp8.experts import Projection
-from hf_fp8.scheme import FP8, TENSOR, Granularity
+from hf_fp8.scheme import FP8, ROW, TENSOR, Granularity
 
 KEEP = FP8Config(experts="fp8", backend="weight_only")
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -185,6 +188,22 @@ OTHERS: dict[str, tuple[Any, Any]] = {
         ),
     ),
 }  # fmt: skip
+
+
+def test_stacks_that_are_not_transposed(tmp_path: Path) -> None:
+    """Granite's, under names of their own: FP8 stacks with one scale per row."""
+    model, path = make(GraniteMoeForCausalLM, GraniteMoeConfig(**SMALL, num_local_experts=4)), tmp_path / "fp8"
+    written, dense = write(model, path, quantized=is_linear, ignore=["lm_head", "re:.*router.*"])
+    for name in [name for name in written if re.search("(input|output)_linear", name)]:
+        scale = torch.stack([numerics.compute_scale(w, ROW) for w in dense[name]]).bfloat16()
+        q = torch.stack([numerics.quantize(w, s, ROW) for w, s in zip(dense[name], scale, strict=True)])
+        written |= {name: q, f"{name}_scale": scale}
+        dense[name] = q.float() * scale.float()
+    save_file(written, path / "model.safetensors", metadata={"format": "pt"})
+    kept = load(model, path)
+    assert len(experts_of(kept)) == 2 and error(causal(kept), dense_logits(model, dense, tmp_path / "dense")) <= 1e-5
+    load(model, path, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    assert not differing(written, tensors(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -31,7 +31,7 @@ from .thresholds import weight_only_limit
 __all__ = [
     "BACKENDS", "GROUPED_KERNELS", "KERNELS", "Choice", "ExpertWeights", "GroupedKernel", "Groups", "Input", "Kernel",
     "Problem", "Weight", "grouped_mm", "has_fp8_matmul", "kernel_for", "probe", "select", "select_grouped", "use",
-    "why_not_kept",
+    "why_not_kept", "why_not_kept_experts",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
@@ -338,3 +338,11 @@ def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
         return lacking
     widening = _BY_NAME["triton_weight_only"].wrong_device(Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
     return None if widening is None else f"{lacking}; {widening}"
+
+
+@cache
+def why_not_kept_experts(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if "auto" gains from experts in FP8 on `device`: it has a kernel that reads just those with rows, as they are."""
+    if dtype not in _FLOATS:
+        return f"no kernel for {dtype}"
+    return GROUPED_WEIGHT_ONLY[0].wrong_device(Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
