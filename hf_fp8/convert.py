@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from .experts import FP8Experts, Projection
@@ -111,6 +112,8 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Mo
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedModule):
             if id(module) not in made:
-                made[id(module)] = module.to_dense(dtype)
+                made[id(module)] = new = module.to_dense(dtype)
+                if (hook := getattr(module, "_hf_hook", None)) is not None:
+                    add_hook_to_module(new, hook)  # it brings inputs to the module's device
             model.set_submodule(name, made[id(module)])
     return model

@@ -46,9 +46,9 @@ class StackExperts(SharedOp):
                 for expert in range(n_experts):
                     tensor, tensors[expert] = tensors[expert], None
                     if out is None:
-                        shape = _shape(stack, role)
-                        out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-                    _place(stack, out, part, expert).copy_(tensor.reshape(_place(stack, out, part, expert).shape))
+                        out = torch.empty(_shape(stack, role), dtype=tensor.dtype, device=tensor.device)
+                    place = _place(stack, out, part, expert)
+                    place.copy_(tensor.reshape(place.shape))
             assert out is not None
             found[stack.name_of(role)] = out
         return found
@@ -97,7 +97,7 @@ def _from_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
     if role == WEIGHT or (tensor.ndim == 3 and not _is_scalar(stack, role)):
         return tensor.transpose(1, 2).contiguous() if stack.transposed else tensor.reshape(shape)
     # A scale for each expert, or one for all of them; or one for each of an expert's rows.
-    return (tensor.reshape(-1, 1).expand(shape).contiguous() if tensor.numel() == 1 else tensor.reshape(shape)).clone()
+    return tensor.reshape(-1, 1).expand(shape).contiguous() if tensor.numel() == 1 else tensor.reshape(shape)
 
 
 def _to_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from .checkpoint import TORCH_DTYPES
 from .conversion import Parameter
+from .errors import MismatchError, MissingTensorError
 from .expert_names import PlainMerge
 from .experts import ExpertsLayout, Projection
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
@@ -90,6 +91,48 @@ def plan_experts(
     return ExpertsPlan(name, first, second, interleaved=first.is_stacked and not layout.is_concatenated, scale_dtypes=dtypes)
 
 
+def check_experts(module: nn.Module | None, parameters: dict[str, Parameter]) -> None:
+    """Raise, naming the tensor, for experts of the files that are not just those of the module, or of another shape.
+
+    MissingTensorError, MismatchError. What is known of a module is what the host says of it: of others nothing is checked.
+    """
+    layout = ExpertsLayout.of(module)
+    for target, parameter in parameters.items():
+        leaf = target.rpartition(".")[2]
+        if layout is None or leaf not in (layout.first, "down_proj"):
+            continue
+        held = tuple(getattr(module, leaf).shape)
+        n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
+        for pattern, weights in parameter.sources.items():
+            if "*" in pattern:
+                _check_one_by_one(target, weights, n_experts, (n // len(parameter.sources), k))
+
+
+def _check_one_by_one(target: str, weights: list[StoredWeight | None], n_experts: int, shape: tuple[int, int]) -> None:
+    known = {place: weight for place, weight in enumerate(weights) if weight is not None}
+    for place, weight in known.items():
+        key = weight.keys[weight.primary]
+        number = next(int(part) for part in reversed(key.split(".")) if part.isdigit())
+        if number >= n_experts:
+            raise MismatchError(f"{key} is in the files, but the model's {target} has {n_experts} experts, from 0 on")
+        if number != place:
+            raise MissingTensorError(
+                f"{key} is in the files, but one of the experts before it is not: the checkpoint is incomplete (a shard may be "
+                "missing)"
+            )
+        if weight.group.scheme is not None and weight.shape != shape:
+            raise MismatchError(
+                f"{key} has shape {list(weight.shape)} in the files, an expert of the model's {target} has {list(shape)}: "
+                "the config of the model is not that of the checkpoint"
+            )
+    if len(weights) != n_experts:
+        sample = f" (such as {next(iter(known.values())).keys[WEIGHT]})" if known else ""
+        raise MissingTensorError(
+            f"{len(weights)} experts of {target} are in the files{sample}, of {n_experts} that the model has: the checkpoint "
+            "is incomplete (a shard may be missing)"
+        )
+
+
 def _stack(
     module_name: str,
     leaf: str,
@@ -120,20 +163,15 @@ def _stack(
         raise _Unfit(f"the host makes {leaf} in a way that is not a plain merge of experts")
     order = sorted(patterns, key=merge.source_patterns.index)
     sources = tuple(tuple(weight for weight in parameter.sources[pattern] if weight is not None) for pattern in order)
-    if any(len(part) != n_experts for part in sources):
-        raise _Unfit(f"{leaf} has {n_experts} experts, the files hold {' and '.join(str(len(part)) for part in sources)}")
-    if any(weight.shape != (n // parts, k) for part in sources for weight in part):
-        raise _Unfit(f"experts of {leaf} do not all have the shape {[n // parts, k]}")
     return Stack(target, Projection(leaf, (n_experts, n, k), first.scheme, parts), sources)
 
 
 def _check_alike(leaf: str, weights: Sequence[StoredWeight | None]) -> None:
     """Raise unless all weights are FP8, of one scheme and with scales of one dtype."""
-    for index, weight in enumerate(weights):
-        if weight is None:
-            raise _Unfit(f"some experts of {leaf} are dense in the files (number {index} of {len(weights)})")
-        if weight.group.scheme is None:
-            raise _Unfit("not an FP8 group")
+    if None in weights:
+        raise _Unfit(f"some experts of {leaf} are dense in the files")
+    if any(weight is not None and weight.group.scheme is None for weight in weights):
+        raise _Unfit("not an FP8 group")
     first, *rest = (weight for weight in weights if weight is not None)
     for weight in rest:
         if weight.scheme != first.scheme:

@@ -20,6 +20,8 @@ from .scheme import Scheme
 # tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
 # eighth of them. Not measured.
 UNSORTED = 1 / 4
+# What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it: not the family's.
+OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class FP8Experts(QuantizedModule):
         super().__init__()
         layout = ExpertsLayout.of(experts)
         assert layout is not None
-        own = vars(self).keys()
-        vars(self).update({name: value for name, value in vars(experts).items() if name not in own})
+        own = {*vars(self), *OF_AN_INSTANCE}
+        self.attributes = tuple(name for name in vars(experts) if name not in own)
+        vars(self).update({name: getattr(experts, name) for name in self.attributes})
         self.train(experts.training)
         self.family, self.layout = type(experts), layout
         self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
@@ -176,7 +179,7 @@ class FP8Experts(QuantizedModule):
         if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         if self.layout.is_prerouted:
-            return self._prerouted(hidden_states)
+            return self._prerouted(hidden_states).to(dtype)
         assert top_k_index is not None and top_k_weights is not None
         name = getattr(getattr(self, "config", None), "_experts_implementation", "eager")
         if name not in (None, "eager", "grouped_mm", "batched_mm"):
@@ -186,13 +189,12 @@ class FP8Experts(QuantizedModule):
                     "or load with FP8Config(experts='dequantize')"
                 )
             found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
-            return found
+            return found.to(dtype)
         return self._routed(hidden_states, top_k_index, top_k_weights).to(dtype)
 
     def _routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         out = self._each(x, ids)  # (T, k, H)
-        if getattr(self, "_is_expert_parallel", False):
-            weights = weights.masked_fill(ids >= self.first.shape[0], 0.0)
+        weights = weights.masked_fill((ids < 0) | (ids >= self.first.shape[0]), 0.0)
         # A sum over k in a fixed order: the same bits on every run.
         total: torch.Tensor = (out * weights.unsqueeze(-1)).sum(1)
         return total.to(x.dtype)
@@ -209,10 +211,10 @@ class FP8Experts(QuantizedModule):
         """(T, k, H): what each chosen expert makes of each token."""
         n_experts = self.first.shape[0]
         count, k = ids.shape
-        complete = not (self.layout.is_prerouted or getattr(self, "_is_expert_parallel", False))
+        # Unless many are nobody's, what they hold does not matter: their weight is 0.
+        zeros = self.layout.is_prerouted or getattr(self, "_is_expert_parallel", False)
         sort = x.device.type == "cpu" or (count - 1) * k > n_experts * UNSORTED
-        to_first, to_second = route(ids, n_experts, sort=sort, complete=False)
-        to_first, to_second = (groups._replace(complete=complete) for groups in (to_first, to_second))
+        to_first, to_second = route(ids, n_experts, sort=sort, zeros=zeros)
         y = self._multiply(self.first, x, to_first)
         if not self.layout.is_concatenated and not self.interleaved:
             y = torch.stack(y.chunk(2, -1), -1).flatten(-2)  # as the family's gate wants it
@@ -280,8 +282,7 @@ class FP8Experts(QuantizedModule):
             )
         dense = self.family.__new__(self.family)
         nn.Module.__init__(dense)
-        ours = ("family", "layout", "first", "second", "interleaved", "backend")
-        vars(dense).update({k: v for k, v in vars(self).items() if k not in vars(dense) and k not in ours})
+        vars(dense).update({name: getattr(self, name) for name in self.attributes})
         for name, child in self.named_children():
             dense.add_module(name, child)
         for name, buffer in self.named_buffers(recurse=False):

@@ -75,16 +75,28 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
         elif isinstance(module, FP8Experts):
             rows += _experts(name, module, dtype)
-    for name, (scheme, reason) in getattr(model, NOTES, {}).items():
-        try:
-            held: nn.Module | nn.Parameter = model.get_submodule(name)
-        except AttributeError:
-            held = model.get_parameter(name)
+    # In whatever the model was wrapped by, and without what is not there any more.
+    notes = [(part, vars(part)[NOTES]) for part in model.modules() if NOTES in vars(part)]
+    for part, name, scheme, reason in ((part, name, *note) for part, found in notes for name, note in found.items()):
+        held = _held(part, name)
+        if held is None:
+            continue
         if isinstance(held, FP8Linear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
             continue  # listed above, or made dense by the user since
         tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
         rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
     return rows
+
+
+def _held(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
+    """The module or parameter of a name, None if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        try:
+            return model.get_parameter(name)
+        except AttributeError:
+            return None
 
 
 def _experts(name: str, module: FP8Experts, dtype: torch.dtype) -> list[Row]:

@@ -14,28 +14,26 @@ from .scheme import Scheme
 _LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
-    "Tensor? rows, Tensor? ends, Tensor? slots, bool complete, int parts, str scheme, str backend) -> Tensor",
+    "Tensor? rows, Tensor? ends, Tensor? slots, bool zeros, int parts, str scheme, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def route(ids: torch.Tensor, n_experts: int, *, sort: bool, complete: bool = False) -> tuple[Groups, Groups]:
+def route(ids: torch.Tensor, n_experts: int, *, sort: bool, zeros: bool = True) -> tuple[Groups, Groups]:
     """The groups of a first and a second linear of experts, from what a router chose.
 
     ids: (T, k) integers; what is not in 0..E-1 is nobody. The first linear takes the T tokens, its S = T * k outputs, in
-    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. complete:
-    whether every id is an expert's.
+    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. zeros: see `Groups`.
     """
     k = ids.shape[1]
     flat = ids.reshape(-1).long()
-    if not complete:
-        flat = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
+    flat = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
     if not sort:
         rows = None if k == 1 else torch.arange(flat.shape[0], device=flat.device) // k
-        return Groups(flat, rows, complete=complete), Groups(flat, complete=complete)
+        return Groups(flat, rows, zeros=zeros), Groups(flat, zeros=zeros)
     expert, order = torch.sort(flat, stable=True)
     ends = grouped_mm.ends_of(expert, n_experts)
-    return Groups(expert, order // k, ends, None, complete), Groups(expert, None, ends, order, complete)
+    return Groups(expert, order // k, ends, None, zeros), Groups(expert, None, ends, order, zeros)
 
 
 def _run(
@@ -47,13 +45,13 @@ def _run(
     rows: torch.Tensor | None,
     ends: torch.Tensor | None,
     slots: torch.Tensor | None,
-    complete: bool,
+    zeros: bool,
     parts: int,
     scheme: str,
     backend: str,
 ) -> torch.Tensor:
     held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, complete), backend)
+    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, zeros), backend)
 
 
 def _multiply(
@@ -86,9 +84,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, weight_scale, _, experts, rows, ends, slots, complete, parts, scheme, _ = inputs
+    x, weight, weight_scale, _, experts, rows, ends, slots, _, parts, scheme, _ = inputs
     ctx.save_for_backward(weight, weight_scale, experts, rows, ends, slots)  # references: nothing of a weight's size is made
-    ctx.rest = (complete, parts, scheme, x.shape)
+    ctx.rest = (parts, scheme, x.shape[0])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -97,22 +95,31 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             "FP8 experts and their scales have no gradient. Train adapters on the other layers, or load with "
             "FP8Config(experts='dequantize') to train the experts themselves."
         )
-    weight, weight_scale, experts, rows, ends, slots = ctx.saved_tensors
-    complete, parts, scheme, shape = ctx.rest
     grad_x = None
     if ctx.needs_input_grad[0]:
-        w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-        grad_x = _grad_x(grad, w, Groups(experts, rows, ends, slots, complete), shape)
+        grad_x = torch.ops.hf_fp8.scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
     return grad_x, *[None] * 11
 
 
-def _grad_x(grad: torch.Tensor, w: ExpertWeights, groups: Groups, shape: torch.Size) -> torch.Tensor:
+def _grad_x(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    experts: torch.Tensor,
+    rows: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    parts: int,
+    scheme: str,
+    n_rows: int,
+) -> torch.Tensor:
     """The gradient of x (R, K), through the dequantized weights, one expert after the other."""
-    n_experts = w.codes.shape[0]
-    groups = groups if groups.ends is not None else grouped_mm.sort(groups, n_experts)
+    w, groups = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts), Groups(experts, rows, ends, slots)
+    groups = groups if groups.ends is not None else grouped_mm.sort(groups, weight.shape[0])
     assert groups.ends is not None
     in_order = grad if groups.slots is None else grad[groups.slots]
-    found = torch.zeros((grad.shape[0], shape[1]), dtype=torch.float32, device=grad.device)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    found = torch.zeros((grad.shape[0], weight.shape[2]), dtype=wide, device=grad.device)
     start = 0
     for expert, end in enumerate(groups.ends.tolist()):
         if end > start:
@@ -121,7 +128,21 @@ def _grad_x(grad: torch.Tensor, w: ExpertWeights, groups: Groups, shape: torch.S
         start = end
     if groups.rows is None:
         return found.to(grad.dtype)
-    return found.new_zeros(shape).index_add_(0, groups.rows, found).to(grad.dtype)
+    return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, groups.rows, found).to(grad.dtype)
+
+
+# An op of its own, so that a traced backward need not know how many rows each expert has.
+_LIBRARY.define(
+    "scaled_grouped_linear_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor experts, Tensor? rows, Tensor? ends, "
+    "Tensor? slots, int parts, str scheme, SymInt n_rows) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("scaled_grouped_linear_grad", _grad_x, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_fp8::scaled_grouped_linear_grad", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return grad.new_empty((rest[-1], weight.shape[2]))
 
 
 torch.library.register_autograd("hf_fp8::scaled_grouped_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
@@ -156,7 +177,7 @@ def scaled_grouped_linear(
     if nobody_watches(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(
-        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.complete,
+        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.zeros,
         parts, scheme.text, backend,
     )  # fmt: skip
     return found

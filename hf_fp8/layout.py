@@ -24,7 +24,7 @@ from .config import FP8Config
 from .conversion import KeyRenaming, Parameter, companion
 from .errors import MissingTensorError
 from .expert_names import converters, hub_name
-from .expert_plan import plan_experts
+from .expert_plan import check_experts, plan_experts
 from .experts import ExpertsLayout
 from .keymap import KeyMap
 from .reads import weights_read_directly
@@ -59,7 +59,8 @@ def lay_out(
     # The host runs its own formats module by module; merged into one parameter they are ours to multiply out.
     weights = scanned.weights + [w for w in scanned.host if config.dequantize or w.pattern is not None]
     for weight in scanned.weights:
-        weight.check()
+        if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
+            weight.check()
     scales = check_scale_values(scanned.weights, checkpoint)
     filled = _check_coverage(model, keymap, checkpoint, config, scanned)
     fp32 = model._get_dtype_plan(dtype)
@@ -109,7 +110,9 @@ def _keep_experts(
     names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.target in layout.dense and not _is_linear(w))
     for name in names:
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
-        plan = because or plan_experts(name, _module(model, name), mine, conversions)
+        module = _module(model, name)
+        check_experts(module, mine)
+        plan = because or plan_experts(name, module, mine, conversions)
         if not isinstance(plan, str) and any(_planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
             plan = "the model keeps this module in float32"
         if isinstance(plan, str):
@@ -143,7 +146,9 @@ def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint)
             keymap.aliases[renamed] = other
         elif not extra:
             path = renamed[: renamed.index("experts.") + len("experts")]
-            layout = ExpertsLayout.of(_module(model, path) or _module(model, f"{keymap.prefix}.{path}"))
+            # The base model's prefix may be in the file, in the model, in both or in none.
+            paths = (path, f"{keymap.prefix}.{path}", path.removeprefix(f"{keymap.prefix}."))
+            layout = next(filter(None, (ExpertsLayout.of(_module(model, name)) for name in paths)), None)
             if layout is not None:
                 extra = converters(layout)
                 keymap.add(extra)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from build import OFFLOAD, differing, error, tensors, write
+from build import OFFLOAD, State, differing, error, tensors, write
 from moe import IDS, causal, dense_logits, is_linear, qwen3_moe, write_transposed
-from test_experts import KEEP, experts_of, load
-from transformers import PreTrainedModel
+from test_experts import KEEP, experts_of, load, write_family
+from transformers import AutoModel, PreTrainedModel
 
 import hf_fp8
 from hf_fp8 import FP8Config, UnsupportedError, explain
@@ -147,6 +147,44 @@ def test_offloaded(qwen: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
     assert not [n for n in differing(tensors(tmp_path / "saved"), tensors(path)) if ".experts." in n]
 
 
+@pytest.mark.parametrize("how", ["dispatched", "compiled"])
+def test_dequantized_is_dense_whatever_was_put_on_the_module(
+    how: str, qwen: tuple[PreTrainedModel, Path], tmp_path: Path
+) -> None:
+    """Hooks of accelerate and `module.compile()` sit on the instance, bound to the old one."""
+    model, path = qwen
+    if how == "dispatched":
+        places = {"model": "cpu", "lm_head": "disk"}
+        kept = load(model, path, device_map=places, offload_folder=tmp_path / "offload")
+        assert hasattr(experts_of(kept)[0], "_hf_hook")
+    else:
+        kept = load(model, path)
+        for module in experts_of(kept):
+            module.compile(backend="aot_eager")
+    before = causal(kept)
+    dense = kept.dequantize()
+    assert error(causal(dense), before) < 1e-6
+    for layer in dense.model.layers:
+        layer.mlp.experts.down_proj.data.zero_()
+    assert error(causal(dense), before) > 0.01
+
+
+def test_base_model_and_back(tmp_path: Path) -> None:
+    """A prefix that the file has and the model lacks, and the other way round; names that only llm-compressor writes."""
+    model, written, _ = write_transposed("gpt_oss", "split", tmp_path / "fp8")
+    options: dict[str, Any] = {"quantization_config": KEEP, "dtype": torch.bfloat16}
+    base = AutoModel.from_pretrained(tmp_path / "fp8", **options)
+    assert len(experts_of(base)) == 2
+    base.save_pretrained(tmp_path / "base")
+    assert {f"model.{name}" for name in tensors(tmp_path / "base")} == set(written) - {"lm_head.weight"}
+    again = type(model).from_pretrained(tmp_path / "base", **options)
+    assert torch.equal(again.model(IDS).last_hidden_state, base(IDS).last_hidden_state)
+    again.save_pretrained(tmp_path / "again")
+    saved = tensors(tmp_path / "again")
+    same = {name.removeprefix("model."): t for name, t in saved.items() if name != "lm_head.weight"}
+    assert not differing(same, tensors(tmp_path / "base"))
+
+
 def test_generate_and_the_hosts_names_of_implementations(qwen: tuple[PreTrainedModel, Path]) -> None:
     model, path = qwen
     kept = load(model, path)
@@ -158,6 +196,20 @@ def test_generate_and_the_hosts_names_of_implementations(qwen: tuple[PreTrainedM
     kept.set_experts_implementation("deepgemm")
     with pytest.raises(UnsupportedError, match="deepgemm"):
         causal(kept)
+
+
+def test_compiled_with_gradients(qwen: tuple[PreTrainedModel, Path]) -> None:
+    """The backward is one op, too: it need not know in the graph how many rows an expert has."""
+    model, path = qwen
+    mlp = block(load(model, path))
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    grads = []
+    for call in (mlp, compiled):
+        torch.manual_seed(0)
+        x = torch.randn(1, 9, 64, requires_grad=True)
+        call(x).square().sum().backward()
+        grads.append(x.grad)
+    assert error(grads[1], grads[0]) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
@@ -203,6 +255,7 @@ def test_adapters_on_codes_are_refused(qwen: tuple[PreTrainedModel, Path]) -> No
         adapted(IDS, use_cache=False)
     on_linears = get_peft_model(load(model, path), LoraConfig(target_modules=["q_proj", "v_proj"]))
     on_linears(IDS, use_cache=False, labels=IDS).loss.backward()
+    assert len(explain(on_linears)) == len(explain(load(model, path)))
     grads = [p.grad for n, p in on_linears.named_parameters() if "lora_A" in n or "lora_B" in n]
     assert grads and all(g is not None and g.isfinite().all() for g in grads)
     dense = get_peft_model(load(model, path, FP8Config(experts="dequantize", backend="weight_only")), config)
@@ -237,6 +290,58 @@ def test_choices(name: str, dtype: torch.dtype, backend: str, qwen: tuple[PreTra
                 one = experts(x[token : token + 1], ids[token : token + 1, slot : slot + 1], torch.ones(1, 1, dtype=dtype))
                 wanted[token] += one[0] * weights[token, slot]
     assert not len(ids) or error(found, wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss split"])
+def test_nobodys_share_is_nothing(family: str, tmp_path: Path) -> None:
+    """Biases, too, which have a row for each expert alone."""
+    model, _, _ = write_family(family, tmp_path / "fp8")
+    experts = experts_of(load(model, tmp_path / "fp8"))[0]
+    x, weights = torch.randn(5, 64), torch.rand(5, 2)
+    ids = torch.tensor([[0, 4], [4, 4], [2, -1], [3, 1], [99, 2]])
+    found = experts(x, ids, weights)
+    wanted = torch.zeros(5, 64)
+    for token in range(5):
+        for slot in (0, 1):
+            if 0 <= ids[token, slot] < 4:
+                one = [t[token : token + 1, slot : slot + 1] for t in (ids, weights)]
+                wanted[token] += experts(x[token : token + 1], *one)[0]
+    assert error(found, wanted) < 1e-6 and not found[1].any()
+
+
+MISSING, MISFIT = hf_fp8.MissingTensorError, hf_fp8.MismatchError
+BROKEN: dict[str, tuple[str, Any, type[Exception], str]] = {
+    "an expert is missing": ("experts.3.", lambda t: None, MISSING, "3 experts of .*experts.down_proj"),
+    "one in the middle": ("experts.1.", lambda t: None, MISSING, r"experts\.2\.\w+_proj.* one of the experts before"),
+    "half of one": ("experts.3.up_proj", lambda t: None, MISSING, "3 experts of .*gate_up_proj"),
+    "another shape": ("experts.2.up_proj.weight", lambda t: t[:39], MISFIT, r"experts\.2\.up_proj.* has shape \[39"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("config", [KEEP, FP8Config()], ids=["fp8", "dense"])
+def test_experts_that_are_not_those_of_the_model(case: str, config: FP8Config, tmp_path: Path) -> None:
+    part, change, kind, words = BROKEN[case]
+
+    def edit(state: State) -> State:
+        changed = {name: change(t) if f"layers.0.mlp.{part}" in name else t for name, t in state.items()}
+        return {name: t.contiguous() for name, t in changed.items() if t is not None}
+
+    model = qwen3_moe()
+    write(model, tmp_path / "fp8", quantized=is_linear, edit=edit)
+    with pytest.raises(kind, match=words):
+        load(model, tmp_path / "fp8", config)
+
+
+def test_more_experts_than_the_model_has(tmp_path: Path) -> None:
+    model = qwen3_moe()
+
+    def one_more(state: State) -> State:
+        return state | {n.replace("experts.3.", "experts.4."): t.clone() for n, t in state.items() if "experts.3." in n}
+
+    write(model, tmp_path / "fp8", quantized=is_linear, edit=one_more)
+    with pytest.raises(hf_fp8.MismatchError, match=r"experts\.4\..* has 4 experts"):
+        load(model, tmp_path / "fp8")
 
 
 def test_what_is_not_finite_stays_visible(qwen: tuple[PreTrainedModel, Path]) -> None:

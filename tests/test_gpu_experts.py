@@ -58,7 +58,7 @@ def test_near_the_multiplied_out_experts(scheme: Scheme, tokens: int) -> None:
     x = torch.randn(tokens, k, device=DEVICE, dtype=torch.bfloat16)
     ids = torch.rand(tokens, n_experts, device=DEVICE).topk(8).indices
     for sort in (True, False):
-        first, second = route(ids, n_experts, sort=sort, complete=True)
+        first, second = route(ids, n_experts, sort=sort, zeros=False)
         groups = first._replace(slots=second.slots)
         for quantizes, reference in ((True, "grouped_dequantize"), (False, "grouped_weight_only")):
             with kernels.use(reference):

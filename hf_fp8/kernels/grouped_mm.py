@@ -46,6 +46,10 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.d
     w_scale = w.scale.float()
     if w.scheme.weight.granularity.is_tensor:
         w_scale = w_scale.repeat_interleave(n // w.parts, 1)
+    ends = groups.ends
+    if not groups.zeros:
+        ends = ends.clone()  # what lies behind the last expert's rows would not be written: it takes them, too
+        ends[-1:] = groups.experts.shape[0]
     out: torch.Tensor = F.scaled_grouped_mm(  # type: ignore[attr-defined]
         groups.gather(x.x),
         w.codes.transpose(1, 2),
@@ -53,11 +57,11 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.d
         types.RowWise,
         w_scale.reshape(n_experts, n),
         types.RowWise,
-        offs=groups.ends,
+        offs=ends,
         output_dtype=dtype,
         use_fast_accum=True,  # as in torch_mm
     )
-    if not groups.complete:  # what lies behind the last expert's rows is not written
+    if groups.zeros:
         out = out.masked_fill((groups.experts >= n_experts).unsqueeze(1), 0.0)
     return out if groups.slots is None else torch.empty_like(out).index_copy_(0, groups.slots, out)
 
@@ -67,7 +71,7 @@ def sort(groups: Groups, n_experts: int) -> Groups:
     expert, order = torch.sort(groups.experts, stable=True)
     rows = order if groups.rows is None else groups.rows[order]
     slots = order if groups.slots is None else groups.slots[order]
-    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.complete)
+    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.zeros)
 
 
 def ends_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:

@@ -65,19 +65,20 @@ class Groups(NamedTuple):
 
     experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None: output i is of row i.
     ends: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
-    slots: (S,) int64, where output i is written; None: in its own place. complete: no expert is E.
+    slots: (S,) int64, where output i is written; None: in its own place. zeros: False if an output of expert E may be
+    anything that its row makes of a weight, which spares a pass over all outputs.
     """
 
     experts: torch.Tensor
     rows: torch.Tensor | None = None
     ends: torch.Tensor | None = None
     slots: torch.Tensor | None = None
-    complete: bool = True
+    zeros: bool = True
 
     def to(self, device: torch.device) -> Groups:
         """The same on another device."""
         rows, ends, slots = (None if t is None else t.to(device) for t in (self.rows, self.ends, self.slots))
-        return Groups(self.experts.to(device), rows, ends, slots, self.complete)
+        return Groups(self.experts.to(device), rows, ends, slots, self.zeros)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of x in the order of outputs."""
