@@ -27,7 +27,7 @@ from .expert_names import converters, hub_name
 from .expert_plan import check_experts, plan_experts
 from .experts import ExpertsLayout
 from .keymap import KeyMap
-from .reads import weights_read_directly
+from .reads import weights_read_by_kernels, weights_read_directly
 from .scan import Owner, Scan, scan
 from .stored import WEIGHT, ZERO_POINTS, StoredWeight, check_scale_values, check_shape
 from .transforms import Layout, transforms
@@ -41,13 +41,14 @@ def lay_out(
     *,
     dense_because: str | None,
     experts_because: str | None,
+    use_kernels: bool,
     dtype: torch.dtype,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
 
     conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
-    of merged experts. dtype: the model's. Raises CheckpointError of the fitting kind for files, config and model that
-    contradict each other.
+    of merged experts. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's. Raises
+    CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
     extra = _map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
     scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params), keymap.prefix)
@@ -66,7 +67,8 @@ def lay_out(
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
     first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
-    read = weights_read_directly(model) if dense_because is None else {}
+    read = weights_read_by_kernels(model) if use_kernels else {}
+    read |= weights_read_directly(model) if dense_because is None else {}
     for weight in weights:
         if not weight.target:
             continue  # this class of model has no such module: the host reports the key as unexpected
@@ -82,7 +84,7 @@ def lay_out(
         if weight.target not in layout.dense:
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
-    _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32)
+    _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
     if layout.saves_fp8(dense_because):
         in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
         dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
@@ -105,6 +107,7 @@ def _keep_experts(
     conversions: Sequence[WeightTransform],
     because: str | None,
     fp32: dict[str, torch.dtype],
+    read: dict[str, str],
 ) -> None:
     """Move the experts modules that can stay in FP8 from the dense parameters to `Layout.experts`; say why others cannot."""
     names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.target in layout.dense and not _is_linear(w))
@@ -115,6 +118,8 @@ def _keep_experts(
         plan = because or plan_experts(name, module, mine, conversions)
         if not isinstance(plan, str) and any(_planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
             plan = "the model keeps this module in float32"
+        if not isinstance(plan, str) and name in read:
+            plan = f"{read[name]} reads its weights instead of calling it"
         if isinstance(plan, str):
             layout.reasons.update({target: plan for target in mine if target in layout.reasons})
             continue

@@ -50,6 +50,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_scales: dict[str, torch.Tensor] = {}
         self._files: list[str] = []
         self._device_map: Any = None
+        self._use_kernels = False
         self._dtype = torch.bfloat16
         self._dense_because: str | None = None
         self._dense: list[str] = []
@@ -78,6 +79,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "or load with FP8Config(dequantize=True), save, and shard the dense checkpoint"
             )
         self._files, self._device_map = list(files), kwargs.get("device_map")
+        self._use_kernels = bool(kwargs.get("use_kernels"))
         self._dtype = dtype or torch.get_default_dtype()
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
@@ -121,7 +123,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         because = self._why_dense()
         self.layout = layout = lay_out(
             model, conversions, checkpoint, config,
-            dense_because=because, experts_because=self._why_dense_experts(because), dtype=self._dtype,
+            dense_because=because, experts_because=self._why_dense_experts(because), use_kernels=self._use_kernels,
+            dtype=self._dtype,
         )  # fmt: skip
         if layout.saves_fp8(because):
             because = None

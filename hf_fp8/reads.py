@@ -44,3 +44,16 @@ def weights_read_directly(model: nn.Module) -> dict[str, str]:
         for path in _reads(type(module)):  # type: ignore[arg-type]  # typeshed thinks that classes cannot be hashed
             found[f"{name}.{path}" if name else path] = type(module).__name__
     return found
+
+
+def weights_read_by_kernels(model: nn.Module) -> dict[str, str]:
+    """The same of what ``use_kernels=True`` may replace by a kernel from the Hub, which reads the parameters of all below.
+
+    The `kernels` package marks such classes; gpt-oss's MLP is one, whose kernel takes its experts for dense.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(type(module), "kernel_layer_name"):
+            below = (f"{name}.{child}" for child, _ in module.named_modules() if child)
+            found.update(dict.fromkeys(below, f"a kernel from the Hub for {type(module).__name__}"))
+    return found

@@ -106,6 +106,19 @@ def test_a_family_without_the_interface(qwen: tuple[PreTrainedModel, Path], monk
     assert any("Qwen3MoeExperts does not have the host's interface" in row.reason for row in explain(kept))
 
 
+def test_what_a_kernel_from_the_hub_would_read(qwen: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the parameters of the module that it replaces for dense ones. `kernels` marks the class."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    model, path = qwen
+    monkeypatch.setattr(Qwen3MoeSparseMoeBlock, "kernel_layer_name", "SomeMoE", raising=False)
+    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", lambda *_: None)
+    assert experts_of(load(model, path))
+    replaced = load(model, path, use_kernels=True)
+    assert not experts_of(replaced)
+    assert any("a kernel from the Hub for Qwen3MoeSparseMoeBlock" in row.reason for row in explain(replaced))
+
+
 def test_what_is_done_to_models(qwen: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
     model, path = qwen
     kept = load(model, path)
