@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -63,10 +64,12 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         dequantize: multiply the weights out to the model's dtype while loading.
         backend: "auto" keeps FP8 weights where the device has FP8 matmuls and dequantizes elsewhere;
             "scaled_mm" keeps them anywhere and quantizes inputs as the checkpoint says;
-            "weight_only" keeps them anywhere and leaves inputs as they are; "int8" re-quantizes them to int8
+            "weight_only" keeps them anywhere and leaves inputs as they are (both: those of Linears; for merged
+            experts see below); "int8" re-quantizes Linears to int8
             per channel after loading, with inputs quantized per token, for CPUs and for GPUs without FP8 units.
         experts: what becomes of experts that the model holds merged in one 3-D parameter: "fp8" keeps them in FP8
-            anywhere, "dequantize" multiplies them out, "auto" keeps them where the device gains from it.
+            anywhere, "dequantize" multiplies them out, "auto" keeps them where the device has a kernel that gains from it: on
+            GPUs, not on CPUs, whatever the backend. Where they are kept, `backend` says what is done to their inputs.
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
 
     Raises ConfigError for unknown values.
@@ -202,6 +205,11 @@ class _Name(str):
     """The name of a checkpoint, with how it was quantized."""
 
     quantized: dict[str, Any]
+
+
+# PEFT writes the name into a model card, as YAML, which would keep the class.
+for _dumper in (yaml.Dumper, yaml.SafeDumper):
+    _dumper.add_representer(_Name, lambda dumper, name: dumper.represent_str(str(name)))
 
 
 def remember(config: Any, quantized: FP8Config) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.integrations.moe import ExpertsInterface
 
 from .errors import UnsupportedError
-from .grouped import route, scaled_grouped_linear
+from .grouped import route, scale_shape_of_experts, scaled_grouped_linear
 from .kernels import ExpertWeights, Groups, grouped_mm
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
@@ -45,13 +45,9 @@ class Projection:
         return f"{self.name}_input_scale"
 
     @property
-    def scale_shape(self) -> tuple[int, int, int] | tuple[int, int]:
+    def scale_shape(self) -> tuple[int, ...]:
         """tensor (E, parts), channel (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols))."""
-        n_experts, n, k = self.shape
-        if self.scheme.weight.granularity.is_tensor:
-            return (n_experts, self.parts)
-        rows, cols = self.scheme.weight.granularity.grid(n // self.parts, k)
-        return (n_experts, self.parts * rows, cols)
+        return scale_shape_of_experts(self.scheme, *self.shape, self.parts)
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,8 @@ class FP8Experts(QuantizedModule):
 
     Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts).
     Whatever the family, rows are outputs and gate lies over up; only a file that stacks them interleaved is held so
-    (`interleaved`). Biases, activation, gating and norms are the family's own.
+    (`interleaved`). Biases, activation, gating and norms are the family's own. Loading makes these modules (docs/formats.md,
+    "Experts"); nobody else need.
 
     Args:
         experts: the host's module, whose attributes, biases and submodules this one takes over.
@@ -265,9 +262,10 @@ class FP8Experts(QuantizedModule):
         names = [name for name in self.parametrizations if name in self.quantized]  # type: ignore[union-attr]
         if names:
             raise UnsupportedError(
-                f"{', '.join(names)} of {self.family.__name__} hold FP8 codes: an adapter's delta (PEFT's `target_parameters`) "
-                "would be added to the codes, and nothing would be learnt. Leave the experts out of `target_parameters`, "
-                "or load with FP8Config(experts='dequantize')"
+                f"an adapter sits on {' and '.join(names)} of {self.family.__name__}, which hold FP8 codes: its delta would be "
+                "added to the codes, and nothing would be learnt. PEFT's `target_parameters` reach experts, and so do "
+                "`target_modules` such as 'all-linear' or 'down_proj': name the attention's layers instead, or load with "
+                "FP8Config(experts='dequantize')"
             )
 
     @torch.no_grad()

@@ -36,6 +36,14 @@ def route(ids: torch.Tensor, n_experts: int, *, sort: bool, zeros: bool = True) 
     return Groups(expert, order // k, ends, None, zeros), Groups(expert, None, ends, order, zeros)
 
 
+def scale_shape_of_experts(scheme: Scheme, n_experts: int, n: int, k: int, parts: int) -> tuple[int, ...]:
+    """The shape of the scales of (E, N, K) weights: tensor (E, parts), channel (E, N, 1), else a grid for each part."""
+    if scheme.weight.granularity.is_tensor:
+        return (n_experts, parts)
+    rows, cols = scheme.weight.granularity.grid(n // parts, k)
+    return (n_experts, parts * rows, cols)
+
+
 def _run(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -154,20 +162,35 @@ def scaled_grouped_linear(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     scheme: Scheme,
-    groups: Groups,
+    groups: Groups | torch.Tensor,
     *,
     input_scale: torch.Tensor | None = None,
     parts: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Output i is row `groups.rows[i]` of x times the weight of expert `groups.experts[i]`, quantized as `scheme` says.
+    """Rows of x, each times the weight of the expert that it was routed to, quantized as `scheme` says.
 
-    x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: see `ExpertWeights`, as is `parts`.
-    input_scale: (E, parts), for static schemes. Returns (S, N) in the dtype of x, 0 for rows without an expert. Gradients
-    flow to x, through the dequantized weights.
+    x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: per tensor (E, parts), per channel
+    (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)), where `parts` matrices lie over each other along N,
+    each with a grid of scales of its own (gate over up: 2). input_scale: (E, parts), for static schemes. groups: (R,)
+    integers, the expert of each row (another number than 0..E-1: nobody); or `hf_fp8.kernels.Groups`, which says how rows
+    are gathered, sorted and put back. Returns (R, N), or (S, N) for S outputs of `Groups`, in the dtype of x, 0 where there
+    is no expert. Gradients flow to x, through the dequantized weights.
 
-    Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel that cannot run.
+    Raises InputError for operands whose dtype or shape do not fit, KernelError for a forced kernel that cannot run.
     """
+    if isinstance(groups, torch.Tensor):
+        if groups.ndim != 1 or groups.shape[0] != x.shape[0]:
+            raise InputError(f"{tuple(groups.shape)} experts were given for {x.shape[0]} rows; it is one for each")
+        first, second = route(groups.unsqueeze(1), weight.shape[0], sort=True)
+        groups = first._replace(slots=second.slots)
+    n_experts, n, k = weight.shape
+    expected = scale_shape_of_experts(scheme, n_experts, n, k, parts)
+    if weight_scale.shape != expected:
+        raise InputError(
+            f"weight_scale has shape {tuple(weight_scale.shape)}; for experts of shape {tuple(weight.shape)}, {parts} part(s) "
+            f"and {scheme.describe()} it is {expected}"
+        )
     if x.dtype not in FLOATS:
         raise InputError(f"FP8 experts take inputs in bfloat16, float16, float32 or float64, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] != weight.shape[2]:

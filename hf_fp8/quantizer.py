@@ -31,6 +31,7 @@ from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
 
 logger = logging.get_logger(__name__)
+KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 anywhere, in half their memory; on CPUs it is slower."
 
 
 class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -189,7 +190,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
         device = _compute_device(self._device_map)
         reason = why_not_kept_experts(device, self._dtype)
-        return because or (None if reason is None else f"experts='auto' on {device.type}: {reason}")
+        where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
+        return because or (None if reason is None else f"{where}: {reason}")
 
     @staticmethod
     def _untie(model: PreTrainedModel, target: str) -> None:
@@ -222,16 +224,21 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             logger.warning(
                 f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "
                 f"while loading ({because}), and the model saves as a plain dense one. "
-                "FP8Config(backend='weight_only') or 'scaled_mm' keeps them in FP8; backend='int8' is the fast one on CPUs."
-                + (" experts='fp8' keeps the experts in FP8, in half the memory." if merged else "")
+                "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8; backend='int8' is the fast one on CPUs."
+                + (f" {KEEP_EXPERTS}" if merged else "")
             )
         elif because is None and layout.reasons:
             saved = "saved dense" if self.quantization_config.backend == "int8" else "written back in FP8"
             by_reason: dict[str, list[str]] = {}
             for name, reason in layout.reasons.items():
                 by_reason.setdefault(reason, []).append(name)
-            said = "; ".join(f"{len(names)} such as {names[0]} ({reason})" for reason, names in by_reason.items())
-            logger.warning(f"hf_fp8: {len(layout.reasons)} parameters are held in {self._dtype} and {saved}: {said}.")
+            said = "; ".join(f"{len(names)} parameters such as {names[0]} ({reason})" for reason, names in by_reason.items())
+            hint = f" {KEEP_EXPERTS}" if any("experts='auto'" in reason for reason in by_reason) else ""
+            logger.warning(f"hf_fp8: held in {self._dtype} and {saved}: {said}.{hint}")
+        if self.quantization_config.experts == "fp8" and not merged:
+            logger.warning(
+                "hf_fp8: experts='fp8' was asked for, but the checkpoint has no experts that the model holds merged."
+            )
         if layout.scan.cache and because is None:
             logger.warning(
                 "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: "
@@ -321,6 +328,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "load it with FP8Config(dequantize=True) instead"
             )
         swap_back(model, dtype)
+        setattr(model, NOTES, {})
         model._weight_conversions = self._native_conversions()
         remember(model.config, self.quantization_config)
         return model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import OFFLOAD, State, differing, error, tensors, write
+from build import OFFLOAD, State, differing, error, tensors, tiny_llama, write
 from moe import IDS, causal, dense_logits, is_linear, qwen3_moe, write_transposed
 from test_experts import KEEP, experts_of, load, write_family
 from transformers import AutoModel, PreTrainedModel
@@ -180,6 +180,25 @@ def test_dequantized_is_dense_whatever_was_put_on_the_module(
     for layer in dense.model.layers:
         layer.mlp.experts.down_proj.data.zero_()
     assert error(causal(dense), before) > 0.01
+
+
+def test_explained_after_dequantizing_and_without_experts(
+    qwen: tuple[PreTrainedModel, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.utils import logging
+
+    model, path = qwen
+    assert explain(load(model, path, FP8Config(experts="fp8")).dequantize()) == []
+    write(tiny_llama(), tmp_path / "llama")
+    logging.enable_propagation()
+    try:
+        load(tiny_llama(), tmp_path / "llama")
+        assert "no experts that the model holds merged" in caplog.text
+        caplog.clear()
+        load(model, path, FP8Config(backend="weight_only"))
+        assert "experts='fp8' keeps experts" in caplog.text
+    finally:
+        logging.disable_propagation()
 
 
 def test_base_model_and_back(tmp_path: Path) -> None:

@@ -148,6 +148,20 @@ def test_inputs_that_do_not_fit() -> None:
     for x, words in ((torch.ones(2, 15), "take"), (torch.ones(2, 16).to(FP8), "inputs in"), (torch.ones(1, 2, 16), "take")):
         with pytest.raises(InputError, match=words):
             scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, groups)
+    with pytest.raises(InputError, match=r"weight_scale has shape \(3, 4, 1\).*it is \(3, 8, 1\)"):
+        scaled_grouped_linear(torch.ones(2, 16), weight, scale[:, :4], FP8_DYNAMIC, groups)
+    with pytest.raises(InputError, match="one for each"):
+        scaled_grouped_linear(torch.ones(2, 16), weight, scale, FP8_DYNAMIC, torch.tensor([1]))
+
+
+def test_an_expert_for_each_row() -> None:
+    """The way to call it without knowing of groups: outputs are in the order of rows."""
+    x, weights, scales, _, _ = exact_experts(FP8_DYNAMIC, torch.float32, 24, 32)
+    ids = torch.tensor([3, 0, 9, 3, 1, 4])
+    found = scaled_grouped_linear(x, weights, scales, FP8_DYNAMIC, ids, backend="weight_only")
+    for row, e in enumerate(ids.tolist()):
+        wanted = weights[e].float() * scales[e] @ x[row] if e < 5 else torch.zeros(24)
+        assert torch.equal(found[row], wanted)
 
 
 def test_float64_and_gradients_of_the_op() -> None:

@@ -242,6 +242,18 @@ def test_saved_as_another_class(name: str, tmp_path: Path) -> None:
     assert any(isinstance(m, FP8Linear) for m in again.modules())
 
 
+@pytest.mark.parametrize("config", [FP8Config(), FP8Config(backend="int8"), KEEP], ids=["dense", "int8", "kept"])
+def test_adapters_are_saved_twice(config: FP8Config, fp8: Path, tmp_path: Path) -> None:
+    """The model card of an adapter names the base model, as YAML, and is read at the next save."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(load(fp8, config), LoraConfig(target_modules=["q_proj"]))
+    for _ in range(2):
+        adapted.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"base_model: {fp8}" in card and "python/object" not in card
+
+
 def test_adapters_learn_and_leave_the_base_alone(fp8: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = load(fp8)

@@ -34,6 +34,8 @@ def probe(kernel: Kernel | GroupedKernel, scheme: Scheme, device: torch.device, 
         with torch.device("cpu"), _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
             found = _grouped if isinstance(kernel, GroupedKernel) else _linear
             return found(kernel, scheme, device, dtype)  # type: ignore[arg-type]
+    except NotImplementedError:  # whose text is a page
+        return f"torch {torch.__version__} has no such kernel for {device.type}"
     except Exception as error:  # Triton's compiler and torch's kernels raise all kinds
         first_line = str(error).strip().split("\n")[0]
         return f"torch {torch.__version__} cannot run it on {device.type} with {dtype} output ({first_line[:120]})"
