@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.integrations.moe import ExpertsInterface
 
 from .errors import UnsupportedError
-from .grouped import route, scale_shape_of_experts, scaled_grouped_linear
+from .grouped import known, route, scale_shape_of_experts, scaled_grouped_linear
 from .kernels import ExpertWeights, Groups, grouped_mm
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
@@ -190,8 +190,9 @@ class FP8Experts(QuantizedModule):
         return self._routed(hidden_states, top_k_index, top_k_weights).to(dtype)
 
     def _routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ids, found = known(ids, self.first.shape[0])
         out = self._each(x, ids)  # (T, k, H)
-        weights = weights.masked_fill((ids < 0) | (ids >= self.first.shape[0]), 0.0)
+        weights = torch.where(found, weights, 0.0)
         # A sum over k in a fixed order: the same bits on every run.
         total: torch.Tensor = (out * weights.unsqueeze(-1)).sum(1)
         return total.to(x.dtype)

@@ -14,7 +14,7 @@ from .scheme import Scheme
 _LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
-    "Tensor? rows, Tensor? ends, Tensor? slots, bool zeros, int parts, str scheme, str backend) -> Tensor",
+    "Tensor? rows, Tensor? ends, Tensor? slots, bool zeros, int share, int parts, str scheme, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -22,18 +22,22 @@ _LIBRARY.define(
 def route(ids: torch.Tensor, n_experts: int, *, sort: bool, zeros: bool = True) -> tuple[Groups, Groups]:
     """The groups of a first and a second linear of experts, from what a router chose.
 
-    ids: (T, k) integers; what is not in 0..E-1 is nobody. The first linear takes the T tokens, its S = T * k outputs, in
+    ids: (T, k) int64, E for nobody (see `known`). The first linear takes the T tokens, its S = T * k outputs, in
     the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. zeros: see `Groups`.
     """
-    k = ids.shape[1]
-    flat = ids.reshape(-1).long()
-    flat = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
+    k, flat = ids.shape[1], ids.reshape(-1)
     if not sort:
-        rows = None if k == 1 else torch.arange(flat.shape[0], device=flat.device) // k
-        return Groups(flat, rows, zeros=zeros), Groups(flat, zeros=zeros)
+        return Groups(flat, zeros=zeros, share=k), Groups(flat, zeros=zeros)
     expert, order = torch.sort(flat, stable=True)
     ends = grouped_mm.ends_of(expert, n_experts)
-    return Groups(expert, order // k, ends, None, zeros), Groups(expert, None, ends, order, zeros)
+    return Groups(expert, order, ends, None, zeros, k), Groups(expert, None, ends, order, zeros)
+
+
+def known(ids: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 ids with E for whatever is not in 0..E-1, where they are in it)."""
+    ids = ids.long()
+    found = (ids >= 0) & (ids < n_experts)
+    return torch.where(found, ids, n_experts), found
 
 
 def scale_shape_of_experts(scheme: Scheme, n_experts: int, n: int, k: int, parts: int) -> tuple[int, ...]:
@@ -54,12 +58,13 @@ def _run(
     ends: torch.Tensor | None,
     slots: torch.Tensor | None,
     zeros: bool,
+    share: int,
     parts: int,
     scheme: str,
     backend: str,
 ) -> torch.Tensor:
     held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, zeros), backend)
+    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, zeros, share), backend)
 
 
 def _multiply(
@@ -92,9 +97,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, weight_scale, _, experts, rows, ends, slots, _, parts, scheme, _ = inputs
+    x, weight, weight_scale, _, experts, rows, ends, slots, _, share, parts, scheme, _ = inputs
     ctx.save_for_backward(weight, weight_scale, experts, rows, ends, slots)  # references: nothing of a weight's size is made
-    ctx.rest = (parts, scheme, x.shape[0])
+    ctx.rest = (share, parts, scheme, x.shape[0])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -106,7 +111,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.hf_fp8.scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
-    return grad_x, *[None] * 11
+    return grad_x, *[None] * 12
 
 
 def _grad_x(
@@ -117,12 +122,14 @@ def _grad_x(
     rows: torch.Tensor | None,
     ends: torch.Tensor | None,
     slots: torch.Tensor | None,
+    share: int,
     parts: int,
     scheme: str,
     n_rows: int,
 ) -> torch.Tensor:
     """The gradient of x (R, K), through the dequantized weights, one expert after the other."""
-    w, groups = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts), Groups(experts, rows, ends, slots)
+    w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+    groups = Groups(experts, rows, ends, slots, share=share)
     groups = groups if groups.ends is not None else grouped_mm.sort(groups, weight.shape[0])
     assert groups.ends is not None
     in_order = grad if groups.slots is None else grad[groups.slots]
@@ -134,15 +141,16 @@ def _grad_x(
             for dense, first, last in grouped_mm.pieces(w, expert, grad.dtype):
                 found[start:end] += in_order[start:end, first:last] @ dense
         start = end
-    if groups.rows is None:
+    of_rows = groups.row_numbers()
+    if of_rows is None:
         return found.to(grad.dtype)
-    return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, groups.rows, found).to(grad.dtype)
+    return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, of_rows, found).to(grad.dtype)
 
 
 # An op of its own, so that a traced backward need not know how many rows each expert has.
 _LIBRARY.define(
     "scaled_grouped_linear_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor experts, Tensor? rows, Tensor? ends, "
-    "Tensor? slots, int parts, str scheme, SymInt n_rows) -> Tensor",
+    "Tensor? slots, int share, int parts, str scheme, SymInt n_rows) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("scaled_grouped_linear_grad", _grad_x, "CompositeExplicitAutograd")
@@ -182,7 +190,7 @@ def scaled_grouped_linear(
     if isinstance(groups, torch.Tensor):
         if groups.ndim != 1 or groups.shape[0] != x.shape[0]:
             raise InputError(f"{tuple(groups.shape)} experts were given for {x.shape[0]} rows; it is one for each")
-        first, second = route(groups.unsqueeze(1), weight.shape[0], sort=True)
+        first, second = route(known(groups, weight.shape[0])[0].unsqueeze(1), weight.shape[0], sort=True)
         groups = first._replace(slots=second.slots)
     n_experts, n, k = weight.shape
     expected = scale_shape_of_experts(scheme, n_experts, n, k, parts)
@@ -201,6 +209,6 @@ def scaled_grouped_linear(
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(
         x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.zeros,
-        parts, scheme.text, backend,
+        groups.share, parts, scheme.text, backend,
     )  # fmt: skip
     return found

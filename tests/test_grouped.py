@@ -14,7 +14,7 @@ from build import error
 from test_kernels import SCHEMES as ALL
 
 from hf_fp8 import InputError, KernelError, kernels, numerics
-from hf_fp8.grouped import route, scaled_grouped_linear
+from hf_fp8.grouped import known, route, scaled_grouped_linear
 from hf_fp8.kernels import ExpertWeights, Groups, Problem, grouped_mm, select_grouped, tiling, triton_support
 from hf_fp8.kernels.probe import exact_experts
 from hf_fp8.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
@@ -88,7 +88,7 @@ def test_parts_have_grids_of_their_own(kernel: str, name: str) -> None:
     scale = scale.reshape(3, 2) if granularity.is_tensor else scale
     x, ids = torch.randint(-8, 9, (9, k)).float(), torch.randint(0, 3, (9, 2))
     x[:, ::32] = 448.0  # codes of themselves, whatever the scale covers: the interpreter rounds to E4M3 in its own way
-    first, second = route(ids, 3, sort=True)
+    first, second = route(known(ids, 3)[0], 3, sort=True)
     groups = first._replace(slots=second.slots)
     static = torch.ones(3, 2) if scheme.has_static_input else None
     with forced(kernel):
@@ -100,7 +100,7 @@ def test_parts_have_grids_of_their_own(kernel: str, name: str) -> None:
 def test_tokens_are_quantized_once_and_as_the_reference_does() -> None:
     """Before they are copied, where a scale is a row's alone; with the expert's where it is of a tensor."""
     x, ids = torch.randn(6, 256), torch.tensor([[0, 1]] * 3 + [[1, 2]] * 3)
-    groups = route(ids, 3, sort=True)[0]
+    groups = route(known(ids, 3)[0], 3, sort=True)[0]
     for scheme in (FP8_DYNAMIC, FP8_BLOCK):
         given, after = grouped_mm.quantize(x, groups, scheme.input, None, 3)  # type: ignore[arg-type]
         codes, scale = numerics.quantize_input(x, scheme.input, None)  # type: ignore[arg-type]
@@ -114,14 +114,14 @@ def test_tokens_are_quantized_once_and_as_the_reference_does() -> None:
 
 def test_routing() -> None:
     ids = torch.tensor([[2, 0], [7, 2], [-1, 0]])
-    first, second = route(ids, 3, sort=True)
+    first, second = route(known(ids, 3)[0], 3, sort=True)
     assert first.experts.tolist() == [0, 0, 2, 2, 3, 3] and first.ends is not None
     assert first.ends.tolist() == [2, 2, 4] and first.ends.dtype == torch.int32
-    assert first.rows is not None and first.rows.tolist() == [0, 2, 0, 1, 1, 2]
+    assert first.rows is not None and (first.rows // first.share).tolist() == [0, 2, 0, 1, 1, 2]
     assert second.rows is None and second.slots is not None and second.slots.tolist() == [1, 5, 0, 3, 2, 4]
-    first, second = route(ids, 3, sort=False)
+    first, second = route(known(ids, 3)[0], 3, sort=False)
     assert first.experts.tolist() == [2, 0, 3, 2, 3, 0] and first.ends is None and second.slots is None
-    assert first.rows is not None and first.rows.tolist() == [0, 0, 1, 1, 2, 2]
+    assert first.gather(torch.arange(3)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_selection() -> None:
@@ -172,7 +172,7 @@ def test_float64_and_gradients_of_the_op() -> None:
     ids = torch.tensor([[0, 2], [2, 3], [1, 0]])
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     for sort in (True, False):
-        first, second = route(ids, 3, sort=sort)
+        first, second = route(known(ids, 3)[0], 3, sort=sort)
         groups = first._replace(slots=second.slots)
 
         def call(x: torch.Tensor, groups: Groups = groups) -> Any:
@@ -202,6 +202,7 @@ def test_float64_and_gradients_of_the_op() -> None:
             None,
             None,
             False,
+            2,
             1,
             FP8_DYNAMIC.text,
             "weight_only",

@@ -32,7 +32,7 @@ def quantize(
     else:
         scale = F.pad(input_scale.float().reshape(-1), (0, 1), value=1.0)
     rows = scale[expert].unsqueeze(1)
-    return Input(numerics.quantize(x, rows, ROW, scheme.dtype), rows), groups._replace(rows=None)
+    return Input(numerics.quantize(x, rows, ROW, scheme.dtype), rows), groups._replace(rows=None, share=1)
 
 
 def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
@@ -71,7 +71,7 @@ def sort(groups: Groups, n_experts: int) -> Groups:
     expert, order = torch.sort(groups.experts, stable=True)
     rows = order if groups.rows is None else groups.rows[order]
     slots = order if groups.slots is None else groups.slots[order]
-    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.zeros)
+    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.zeros, groups.share)
 
 
 def ends_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:
@@ -87,11 +87,11 @@ def dequantize(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -
     values = x.x
     if x.scale is not None:
         values = numerics.dequantize(x.x, x.scale, _of_input(w, x.scale), dtype)
-    out = values.new_zeros((groups.experts.shape[0], n))
+    out, rows = values.new_zeros((groups.experts.shape[0], n)), groups.row_numbers()
     start = 0
     for expert, end in enumerate(groups.ends.tolist()):
         if end > start:
-            given = values[start:end] if groups.rows is None else values[groups.rows[start:end]]
+            given = values[start:end] if rows is None else values[rows[start:end]]
             place = slice(start, end) if groups.slots is None else groups.slots[start:end]
             for dense, first, last in pieces(w, expert, dtype):
                 out[place, first:last] = F.linear(given, dense)

@@ -61,9 +61,10 @@ class ExpertWeights(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which expert multiplies which row. Output i is row `rows[i]` of the input times expert `experts[i]`.
+    """Which expert multiplies which row. Output i is row `rows[i] // share` of the input times expert `experts[i]`.
 
-    experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None: output i is of row i.
+    experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None stands for 0, 1, 2, ...
+    share: how many outputs a row of the input has, one beside the other.
     ends: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
     slots: (S,) int64, where output i is written; None: in its own place. zeros: False if an output of expert E may be
     anything that its row makes of a weight, which spares a pass over all outputs.
@@ -74,15 +75,24 @@ class Groups(NamedTuple):
     ends: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     zeros: bool = True
+    share: int = 1
 
     def to(self, device: torch.device) -> Groups:
         """The same on another device."""
         rows, ends, slots = (None if t is None else t.to(device) for t in (self.rows, self.ends, self.slots))
-        return Groups(self.experts.to(device), rows, ends, slots, self.zeros)
+        return Groups(self.experts.to(device), rows, ends, slots, self.zeros, self.share)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of x in the order of outputs."""
-        return x if self.rows is None else x[self.rows]
+        rows = self.row_numbers()
+        return x if rows is None else x[rows]
+
+    def row_numbers(self) -> torch.Tensor | None:
+        """The row of each output; None: its own."""
+        if self.share == 1:
+            return self.rows
+        rows = torch.arange(self.experts.shape[0], device=self.experts.device) if self.rows is None else self.rows
+        return rows // self.share
 
 
 # (x (M, K), input_scale or None, scheme)

@@ -79,7 +79,7 @@ def exact_experts(
     weights = torch.stack([weight.float().roll(e, 0) for e in range(5)]).to(weight.dtype)
     scales = torch.stack([scale * 2.0**-e for e in range(5)])
     flat = torch.tensor(ids)
-    groups = sort(Groups(flat, torch.arange(len(ids)) // 2), 5)
+    groups = sort(Groups(flat, share=2), 5)
     of_w = scheme.weight.granularity
     wide = [numerics.expand_scale(s, of_w, n, k).double() * w.double() for s, w in zip(scales, weights, strict=True)]
     rows = [torch.zeros(n).double() if e == 5 else wide[e] @ x[i // 2].double() for i, e in enumerate(ids)]

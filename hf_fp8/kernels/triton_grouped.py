@@ -20,7 +20,7 @@ from .triton_weight_only import _widen
 
 @triton.jit
 def _grouped(
-    x, w, x_scales, w_scales, out, rows, slots, experts, ends, S, N, K, E, grid_m, factor, part, part_scales, scale_rows,
+    x, w, x_scales, w_scales, out, rows, slots, experts, ends, S, N, K, E, grid_m, factor, share, part, part_scales, scale_rows,
     stride_xm, stride_xk, stride_we, stride_wn, stride_sm, stride_sk, stride_ce, stride_cn, stride_ck,
     QUANTIZED: tl.constexpr, X_COLS: tl.constexpr, W_COLS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     SORTED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -52,7 +52,7 @@ def _grouped(
     k_tiles = tl.where(expert < E, tl.cdiv(K, BLOCK_K), 0)
     e = min(expert, E - 1).to(tl.int64)
     r = tl.load(rows + m, mask=here, other=0) if HAS_ROWS else m
-    r = tl.where(here, r, 0).to(tl.int64)
+    r = tl.where(here, r // share, 0).to(tl.int64)
     x_rows = x + r[:, None] * stride_xm
     w_rows = w + e * stride_we + n[:, None].to(tl.int64) * stride_wn
     of_n = n // part * part_scales + n % part // scale_rows
@@ -122,7 +122,7 @@ def multiply(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> 
         _grouped[(grid_m * triton.cdiv(n, block_n),)](
             values, codes.view(torch.int8) if bits else codes, x_scale, scales, out,
             *(groups.experts if t is None else t for t in (groups.rows, groups.slots, groups.experts, groups.ends)),
-            s, n, k, n_experts, grid_m, 256.0 if bits else 1.0,
+            s, n, k, n_experts, grid_m, 256.0 if bits else 1.0, groups.share,
             part, scales.shape[1] // w.parts, part if of_w.rows == -1 else of_w.rows,
             *values.stride(), *codes.stride()[:2], *x_scale.stride()[-2:], *scales.stride(),
             QUANTIZED=quantized, X_COLS=x_cols, W_COLS=max(of_w.cols, 0), BITS=bits, DTYPE=kind,
