@@ -209,10 +209,13 @@ class FP8Experts(QuantizedModule):
         """(T, k, H): what each chosen expert makes of each token."""
         n_experts = self.first.shape[0]
         count, k = ids.shape
-        # Unless many are nobody's, what they hold does not matter: their weight is 0.
-        zeros = self.layout.is_prerouted or getattr(self, "_is_expert_parallel", False)
+        expected = None
+        if self.layout.is_prerouted:
+            expected = count // n_experts  # one expert a token, as in all of Llama-4
+        elif getattr(self, "_is_expert_parallel", False):
+            expected = count * k
         sort = x.device.type == "cpu" or (count - 1) * k > n_experts * UNSORTED
-        to_first, to_second = route(ids, n_experts, sort=sort, zeros=zeros)
+        to_first, to_second = route(ids, n_experts, sort=sort, expected=expected)
         y = self._multiply(self.first, x, to_first)
         if not self.layout.is_concatenated and not self.interleaved:
             y = torch.stack(y.chunk(2, -1), -1).flatten(-2)  # as the family's gate wants it

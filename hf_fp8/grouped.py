@@ -14,23 +14,24 @@ from .scheme import Scheme
 _LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
-    "Tensor? rows, Tensor? ends, Tensor? slots, bool zeros, int share, int parts, str scheme, str backend) -> Tensor",
+    "Tensor? rows, Tensor? ends, Tensor? slots, SymInt? expected, int share, int parts, str scheme, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def route(ids: torch.Tensor, n_experts: int, *, sort: bool, zeros: bool = True) -> tuple[Groups, Groups]:
+def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None = None) -> tuple[Groups, Groups]:
     """The groups of a first and a second linear of experts, from what a router chose.
 
     ids: (T, k) int64, E for nobody (see `known`). The first linear takes the T tokens, its S = T * k outputs, in
-    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. zeros: see `Groups`.
+    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. expected: see
+    `Groups`.
     """
     k, flat = ids.shape[1], ids.reshape(-1)
     if not sort:
-        return Groups(flat, zeros=zeros, share=k), Groups(flat, zeros=zeros)
+        return Groups(flat, expected=expected, share=k), Groups(flat, expected=expected)
     expert, order = torch.sort(flat, stable=True)
     ends = grouped_mm.ends_of(expert, n_experts)
-    return Groups(expert, order, ends, None, zeros, k), Groups(expert, None, ends, order, zeros)
+    return Groups(expert, order, ends, None, expected, k), Groups(expert, None, ends, order, expected)
 
 
 def known(ids: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,14 +58,14 @@ def _run(
     rows: torch.Tensor | None,
     ends: torch.Tensor | None,
     slots: torch.Tensor | None,
-    zeros: bool,
+    expected: int | None,
     share: int,
     parts: int,
     scheme: str,
     backend: str,
 ) -> torch.Tensor:
     held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, zeros, share), backend)
+    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, expected, share), backend)
 
 
 def _multiply(
@@ -75,7 +76,7 @@ def _multiply(
     if s == 0:
         return x.new_zeros((0, n))
     choice = select_grouped(Problem(x.device, w.scheme, n, k, x.dtype), backend)
-    kernel = choice.at(-(-s // min(n_experts, s)))
+    kernel = choice.at(groups.rows_each(n_experts))
     if not kernel.quantizes or w.scheme.input is None:
         return kernel.multiply(Input(x), w, groups, x.dtype)
     if input_scale is not None and w.parts > 1:
@@ -208,7 +209,7 @@ def scaled_grouped_linear(
     if nobody_watches(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(
-        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.zeros,
+        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.expected,
         groups.share, parts, scheme.text, backend,
     )  # fmt: skip
     return found

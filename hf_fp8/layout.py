@@ -7,7 +7,7 @@ matched as they will be when loading, whatever the model is called inside.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from .experts import ExpertsLayout
 from .keymap import KeyMap
 from .reads import weights_read_by_kernels, weights_read_directly
 from .scan import Owner, Scan, scan
+from .scheme import Scheme
 from .stored import WEIGHT, ZERO_POINTS, StoredWeight, check_scale_values, check_shape
 from .transforms import Layout, transforms
 
@@ -40,14 +41,14 @@ def lay_out(
     config: FP8Config,
     *,
     dense_because: str | None,
-    experts_because: str | None,
+    experts_because: Callable[[Scheme], str | None],
     use_kernels: bool,
     dtype: torch.dtype,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
 
     conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
-    of merged experts. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's. Raises
+    of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's. Raises
     CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
     extra = _map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
@@ -105,7 +106,7 @@ def _keep_experts(
     model: PreTrainedModel,
     weights: list[StoredWeight],
     conversions: Sequence[WeightTransform],
-    because: str | None,
+    because: Callable[[Scheme], str | None],
     fp32: dict[str, torch.dtype],
     read: dict[str, str],
 ) -> None:
@@ -115,7 +116,9 @@ def _keep_experts(
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
         module = _module(model, name)
         check_experts(module, mine)
-        plan = because or plan_experts(name, module, mine, conversions)
+        schemes = {w.scheme for p in mine.values() for part in p.sources.values() for w in part if w and w.group.scheme}
+        reasons = (because(scheme) for scheme in schemes)
+        plan = next(filter(None, reasons), None) or plan_experts(name, module, mine, conversions)
         if not isinstance(plan, str) and any(_planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
             plan = "the model keeps this module in float32"
         if not isinstance(plan, str) and name in read:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from .kernels import why_not_kept, why_not_kept_experts
 from .layout import lay_out
 from .linear import FP8Linear
 from .quantized_module import QuantizedModule
-from .scheme import FP8
+from .scheme import FP8, Scheme
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
 
@@ -124,7 +125,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         because = self._why_dense()
         self.layout = layout = lay_out(
             model, conversions, checkpoint, config,
-            dense_because=because, experts_because=self._why_dense_experts(because), use_kernels=self._use_kernels,
+            dense_because=because, experts_because=partial(self._why_dense_experts, because), use_kernels=self._use_kernels,
             dtype=self._dtype,
         )  # fmt: skip
         if layout.saves_fp8(because):
@@ -181,15 +182,15 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         reason = why_not_kept(device, self._dtype)
         return None if reason is None else f"backend='auto' on {device.type}: {reason}"
 
-    def _why_dense_experts(self, because: str | None) -> str | None:
-        """The same of merged experts, for which `experts` has the last word."""
+    def _why_dense_experts(self, because: str | None, scheme: Scheme) -> str | None:
+        """The same of merged experts of a scheme, for which `experts` has the last word."""
         config = self.quantization_config
         if config.dequantize or config.experts == "fp8":
             return because if config.dequantize else None
         if config.experts == "dequantize" or config.backend == "int8":
             return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
         device = _compute_device(self._device_map)
-        reason = why_not_kept_experts(device, self._dtype)
+        reason = why_not_kept_experts(device, self._dtype, scheme)
         where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
         return because or (None if reason is None else f"{where}: {reason}")
 

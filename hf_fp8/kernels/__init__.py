@@ -67,13 +67,14 @@ class Choice(Generic[K]):
         return f"{self.small.name} (M <= {self.limit}), {self.kernel.name}"
 
 
-def _probed(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
-    """Whether kernel `name` passes its probe, with a scheme of the layout that it is made for."""
+def _probed(name: str, *schemes: Scheme) -> Callable[[Problem], str | None]:
+    """Whether kernel `name` passes its probe, with schemes of the layouts that it is made for."""
 
     def wrong_device(problem: Problem) -> str | None:
         if problem.dtype not in _FLOATS:
             return f"no {problem.dtype} output"
-        return probe(_EVERY[name], scheme, problem.device, problem.dtype)
+        reasons = (probe(_EVERY[name], scheme, problem.device, problem.dtype) for scheme in schemes)
+        return next(filter(None, reasons), None)
 
     return wrong_device
 
@@ -90,8 +91,8 @@ def _scaled_mm_device(name: str, scheme: Scheme) -> Callable[[Problem], str | No
     return wrong_device
 
 
-def _triton_device(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
-    probed = _probed(name, scheme)
+def _triton_device(name: str, *schemes: Scheme) -> Callable[[Problem], str | None]:
+    probed = _probed(name, *schemes)
 
     def wrong_device(problem: Problem) -> str | None:
         reason = triton_support.why_not(problem.device)
@@ -184,7 +185,7 @@ GROUPED_SCALED: tuple[GroupedKernel, ...] = (
         grouped_mm.scaled_grouped_mm, quantizes=True,
     ),
     GroupedKernel(
-        "triton_grouped_scaled_mm", tiling.scaled_mm_scheme, _triton_device("triton_grouped_scaled_mm", FP8_DYNAMIC),
+        "triton_grouped_scaled_mm", tiling.scaled_mm_scheme, _triton_device("triton_grouped_scaled_mm", FP8_DYNAMIC, FP8_BLOCK),
         _late("triton_grouped", "multiply"), quantizes=True,
     ),
     GroupedKernel("grouped_dequantize", _never, _never, grouped_mm.dequantize, quantizes=True),
@@ -192,7 +193,8 @@ GROUPED_SCALED: tuple[GroupedKernel, ...] = (
 GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (
     GroupedKernel(
         "triton_grouped_weight_only", tiling.weight_only_scheme,
-        _triton_device("triton_grouped_weight_only", FP8_WEIGHT_ONLY), _late("triton_grouped", "multiply"), quantizes=False,
+        _triton_device("triton_grouped_weight_only", FP8_WEIGHT_ONLY, Scheme(FP8_BLOCK.weight)),
+        _late("triton_grouped", "multiply"), quantizes=False,
     ),
     GroupedKernel("grouped_weight_only", _never, _never, grouped_mm.dequantize, quantizes=False),
 )  # fmt: skip
@@ -341,8 +343,9 @@ def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def why_not_kept_experts(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_kept_experts(device: torch.device, dtype: torch.dtype, scheme: Scheme = FP8_WEIGHT_ONLY) -> str | None:
     """None if "auto" gains from experts in FP8 on `device`: it has a kernel that reads just those with rows, as they are."""
     if dtype not in _FLOATS:
         return f"no kernel for {dtype}"
-    return GROUPED_WEIGHT_ONLY[0].wrong_device(Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
+    reading = GROUPED_WEIGHT_ONLY[0]
+    return reading.wrong_device(Problem(device, scheme, 128, 128, dtype)) or reading.wrong_scheme(scheme)

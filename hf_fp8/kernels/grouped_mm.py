@@ -46,14 +46,17 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.d
     w_scale = w.scale.float()
     if w.scheme.weight.granularity.is_tensor:
         w_scale = w_scale.repeat_interleave(n // w.parts, 1)
-    ends = groups.ends
-    if not groups.zeros:
-        ends = ends.clone()  # what lies behind the last expert's rows would not be written: it takes them, too
+    ends, x_scale = groups.ends, groups.gather(x.scale).reshape(-1)
+    nobody = groups.experts >= n_experts
+    if groups.expected is None:
+        # What lies behind the last expert's rows would not be written: it takes those few, too, times 0.
+        ends = ends.clone()
         ends[-1:] = groups.experts.shape[0]
+        x_scale = x_scale.masked_fill(nobody, 0.0)
     out: torch.Tensor = F.scaled_grouped_mm(  # type: ignore[attr-defined]
         groups.gather(x.x),
         w.codes.transpose(1, 2),
-        groups.gather(x.scale).reshape(-1),
+        x_scale,
         types.RowWise,
         w_scale.reshape(n_experts, n),
         types.RowWise,
@@ -61,8 +64,8 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.d
         output_dtype=dtype,
         use_fast_accum=True,  # as in torch_mm
     )
-    if groups.zeros:
-        out = out.masked_fill((groups.experts >= n_experts).unsqueeze(1), 0.0)
+    if groups.expected is not None:
+        out = out.masked_fill(nobody.unsqueeze(1), 0.0)
     return out if groups.slots is None else torch.empty_like(out).index_copy_(0, groups.slots, out)
 
 
@@ -71,7 +74,7 @@ def sort(groups: Groups, n_experts: int) -> Groups:
     expert, order = torch.sort(groups.experts, stable=True)
     rows = order if groups.rows is None else groups.rows[order]
     slots = order if groups.slots is None else groups.slots[order]
-    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.zeros, groups.share)
+    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.expected, groups.share)
 
 
 def ends_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:

@@ -66,21 +66,26 @@ class Groups(NamedTuple):
     experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None stands for 0, 1, 2, ...
     share: how many outputs a row of the input has, one beside the other.
     ends: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
-    slots: (S,) int64, where output i is written; None: in its own place. zeros: False if an output of expert E may be
-    anything that its row makes of a weight, which spares a pass over all outputs.
+    slots: (S,) int64, where output i is written; None: in its own place. expected: about how many outputs are an expert's,
+    where many are nobody's; None: all, or nearly. Numbers of experts below 0 or above E are not allowed.
     """
 
     experts: torch.Tensor
     rows: torch.Tensor | None = None
     ends: torch.Tensor | None = None
     slots: torch.Tensor | None = None
-    zeros: bool = True
+    expected: int | None = None
     share: int = 1
 
     def to(self, device: torch.device) -> Groups:
         """The same on another device."""
         rows, ends, slots = (None if t is None else t.to(device) for t in (self.rows, self.ends, self.slots))
-        return Groups(self.experts.to(device), rows, ends, slots, self.zeros, self.share)
+        return Groups(self.experts.to(device), rows, ends, slots, self.expected, self.share)
+
+    def rows_each(self, n_experts: int) -> int:
+        """How many rows an expert that has any gets on average, rounded up."""
+        count = self.experts.shape[0] if self.expected is None else self.expected
+        return -(-count // max(min(n_experts, count), 1))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of x in the order of outputs."""

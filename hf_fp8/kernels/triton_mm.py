@@ -68,6 +68,11 @@ def _scaled_mm(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
+def tile(m: int) -> tuple[int, int, int, int, int, int]:
+    """The entry of `TILES` for M rows."""
+    return next(entry for entry in TILES if m <= entry[0])
+
+
 def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
     """Codes, and scales (M, 1) or (M, groups)."""
     assert scheme.input is not None
@@ -80,7 +85,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     q, of_x, of_w = x.x, w.scheme.input.granularity, w.scheme.weight.granularity
     m, k = q.shape
     n = w.codes.shape[0]
-    _, block_m, block_n, block_k, warps, stages = next(tile for tile in TILES if m <= tile[0])
+    _, block_m, block_n, block_k, warps, stages = tile(m)
     block_k = columns(of_x, columns(of_w, block_k))
     scales = w.scale.reshape(of_w.grid(n, k))
     out = torch.empty((m, n), dtype=dtype, device=q.device)

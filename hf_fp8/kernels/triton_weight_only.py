@@ -87,13 +87,20 @@ def _add_up(parts, bias, out, size, N, SPLITS: tl.constexpr, HAS_BIAS: tl.conste
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < size)
 
 
+def tile(m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
+    """The entry of `TILES` for M rows of inputs in `dtype`."""
+    up_to, block_m, block_n, block_k, warps, stages = next(entry for entry in TILES if m <= entry[0])
+    # float32 needs twice the shared memory, of which GPUs of compute capability 8.6, 8.9 and 12 have 99 KB a program.
+    return up_to, block_m, block_n, block_k // 2 if dtype.itemsize == 4 else block_k, warps, stages
+
+
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """x (M, K) in bf16, fp16 or float32, any strides, times weight (N, K), E4M3 or int8; (M, N) in `dtype`."""
     values, codes = x.x, w.codes
     m, k = values.shape
     n = codes.shape[0]
     granularity = w.scheme.weight.granularity
-    _, block_m, block_n, block_k, warps, stages = next(tile for tile in TILES if m <= tile[0])
+    _, block_m, block_n, block_k, warps, stages = tile(m, values.dtype)
     block_k = columns(granularity, block_k)
     grid_n, grid_m, tiles = triton.cdiv(n, block_n), triton.cdiv(m, block_m), triton.cdiv(k, block_k)
     # Two programs for each processor hide each other's latency; a split shorter than four tiles has no pipeline.
