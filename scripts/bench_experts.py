@@ -84,7 +84,8 @@ def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str) -> li
     found.append(Contender("hf_fp8 auto", [fp8], size, True))
     problem = Problem(torch.device(device), scheme, fp8.first.shape[1], fp8.first.shape[2], dtype)
     for kernel in GROUPED_KERNELS:
-        if not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem)):
+        # On a CPU one expert at a time is all there is, and what "auto" takes.
+        if device != "cpu" and not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem)):
             found.append(Contender(kernel.name, [fp8], size, kernel.quantizes, kernel.name))
     found.append(_host_fp8(name, dense, fp8, size))
     return found

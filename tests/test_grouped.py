@@ -124,6 +124,15 @@ def test_routing() -> None:
     assert first.gather(torch.arange(3)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_kernels_and_tiles_are_for_the_rows_that_experts_get() -> None:
+    """Of 16 copies of 65 tokens, 65 rows are an expert's: 5 for each, not 65."""
+    nobodys = torch.full((16 * 65,), 16)
+    assert Groups(nobodys, expected=65).rows_each(16) == 5
+    assert Groups(nobodys).rows_each(16) == 65
+    assert Groups(torch.zeros(8, dtype=torch.long)).rows_each(128) == 1
+    assert Groups(torch.zeros(0, dtype=torch.long)).rows_each(4) == 0
+
+
 def test_selection() -> None:
     problem = Problem(CPU, FP8_DYNAMIC, 256, 128, torch.bfloat16)
     assert select_grouped(problem).kernel.name == "grouped_weight_only"
