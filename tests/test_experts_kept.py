@@ -1,4 +1,4 @@
-"""What PyTorch, transformers and users do to experts in FP8; and experts that cannot stay so."""
+"""What PyTorch, transformers and users do to experts in FP8."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from build import OFFLOAD, State, differing, error, tensors, tiny_llama, write
-from moe import IDS, causal, dense_logits, is_linear, qwen3_moe, write_transposed
+from build import OFFLOAD, differing, error, tensors, tiny_llama, write
+from moe import IDS, causal, is_linear, qwen3_moe, write_transposed
 from test_experts import KEEP, experts_of, load, write_family
 from transformers import AutoModel, PreTrainedModel
 
 import hf_fp8
 from hf_fp8 import FP8Config, UnsupportedError, explain
-from hf_fp8.experts import ExpertsLayout
-from hf_fp8.scheme import FP8, TENSOR
+from hf_fp8.scheme import FP8
 
 
 @pytest.fixture
@@ -53,70 +52,6 @@ def test_bytes_are_those_of_the_file(qwen: tuple[PreTrainedModel, Path]) -> None
     rows = {row.name: row for row in explain(kept) if ".experts." in row.name}
     assert sum(row.bytes for row in rows.values()) == held
     assert {row.kernel for row in rows.values()} == {"grouped_weight_only"} and len(rows) == 4
-
-
-UNFIT = {
-    "some dense": ({"quantized": lambda n: is_linear(n) and "experts.2" not in n, "ignore": ["lm_head", "re:.*experts.2.*"]},
-                   "some experts of gate_up_proj are dense in the files"),
-    "scale dtypes": ({"edit": lambda s: {n: t.float() if "experts.1.up_proj.weight_scale" in n else t for n, t in s.items()}},
-                     "differ in the dtypes of their scales"),
-    "down dense": ({"quantized": lambda n: is_linear(n) and ("down" not in n or "experts" not in n),
-                    "ignore": ["lm_head", "re:.*experts.*down_proj"]}, "no FP8 weights for down_proj"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_what_cannot_stay_is_multiplied_out_and_said(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from transformers.utils import logging
-
-    options, reason = UNFIT[case]
-    model, path = qwen3_moe(), tmp_path / "fp8"
-    written, dense = write(model, path, **{"quantized": is_linear, **options})  # type: ignore[arg-type]
-    logging.enable_propagation()
-    try:
-        kept = load(model, path)
-    finally:
-        logging.disable_propagation()
-    assert not experts_of(kept)
-    assert caplog.text.count("hf_fp8:") == 1 and reason in caplog.text
-    assert any(reason in row.reason and row.kernel == "dense" for row in explain(kept))
-    assert error(causal(kept), dense_logits(model, dense, tmp_path / "dense")) <= 1e-5
-    load(model, path, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
-    assert not differing(written, tensors(tmp_path / "saved"))
-
-
-def test_a_layer_that_cannot_beside_layers_that_can(tmp_path: Path) -> None:
-    model, path = qwen3_moe(), tmp_path / "fp8"
-    written, dense = write(
-        model, path, quantized=lambda n: is_linear(n) and "layers.1" not in n, ignore=["lm_head", "re:.*layers.1.*"]
-    )
-    kept = load(model, path)
-    assert len(experts_of(kept)) == 1
-    assert error(causal(kept), dense_logits(model, dense, tmp_path / "dense")) <= 1e-5
-    load(model, path, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
-    assert not differing(written, tensors(tmp_path / "saved"))
-
-
-def test_a_family_without_the_interface(qwen: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code is not known here, so that its experts are multiplied out."""
-    model, path = qwen
-    monkeypatch.setattr(ExpertsLayout, "of", staticmethod(lambda module: None))
-    kept = load(model, path)
-    assert not experts_of(kept) and torch.equal(causal(kept), causal(load(model, path, FP8Config())))
-    assert any("Qwen3MoeExperts does not have the host's interface" in row.reason for row in explain(kept))
-
-
-def test_what_a_kernel_from_the_hub_would_read(qwen: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the parameters of the module that it replaces for dense ones. `kernels` marks the class."""
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
-    model, path = qwen
-    monkeypatch.setattr(Qwen3MoeSparseMoeBlock, "kernel_layer_name", "SomeMoE", raising=False)
-    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", lambda *_: None)
-    assert experts_of(load(model, path))
-    replaced = load(model, path, use_kernels=True)
-    assert not experts_of(replaced)
-    assert any("a kernel from the Hub for Qwen3MoeSparseMoeBlock" in row.reason for row in explain(replaced))
 
 
 def test_what_is_done_to_models(qwen: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
@@ -341,41 +276,6 @@ def test_nobodys_share_is_nothing(family: str, tmp_path: Path) -> None:
     assert error(found, wanted) < 1e-6 and not found[1].any()
 
 
-MISSING, MISFIT = hf_fp8.MissingTensorError, hf_fp8.MismatchError
-BROKEN: dict[str, tuple[str, Any, type[Exception], str]] = {
-    "an expert is missing": ("experts.3.", lambda t: None, MISSING, "3 experts of .*experts.down_proj"),
-    "one in the middle": ("experts.1.", lambda t: None, MISSING, r"experts\.2\.\w+_proj.* one of the experts before"),
-    "half of one": ("experts.3.up_proj", lambda t: None, MISSING, "3 experts of .*gate_up_proj"),
-    "another shape": ("experts.2.up_proj.weight", lambda t: t[:39], MISFIT, r"experts\.2\.up_proj.* has shape \[39"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.parametrize("config", [KEEP, FP8Config()], ids=["fp8", "dense"])
-def test_experts_that_are_not_those_of_the_model(case: str, config: FP8Config, tmp_path: Path) -> None:
-    part, change, kind, words = BROKEN[case]
-
-    def edit(state: State) -> State:
-        changed = {name: change(t) if f"layers.0.mlp.{part}" in name else t for name, t in state.items()}
-        return {name: t.contiguous() for name, t in changed.items() if t is not None}
-
-    model = qwen3_moe()
-    write(model, tmp_path / "fp8", quantized=is_linear, edit=edit)
-    with pytest.raises(kind, match=words):
-        load(model, tmp_path / "fp8", config)
-
-
-def test_more_experts_than_the_model_has(tmp_path: Path) -> None:
-    model = qwen3_moe()
-
-    def one_more(state: State) -> State:
-        return state | {n.replace("experts.3.", "experts.4."): t.clone() for n, t in state.items() if "experts.3." in n}
-
-    write(model, tmp_path / "fp8", quantized=is_linear, edit=one_more)
-    with pytest.raises(hf_fp8.MismatchError, match=r"experts\.4\..* has 4 experts"):
-        load(model, tmp_path / "fp8")
-
-
 def test_what_is_not_finite_stays_visible(qwen: tuple[PreTrainedModel, Path]) -> None:
     model, path = qwen
     for backend in ("weight_only", "scaled_mm"):
@@ -384,22 +284,3 @@ def test_what_is_not_finite_stays_visible(qwen: tuple[PreTrainedModel, Path]) ->
         x[1, 3], x[3, 7] = float("nan"), float("inf")
         found = experts(x, ids, torch.rand(5, 2))
         assert found.isfinite().all(1).tolist() == [True, False, True, False, True]
-
-
-def test_scales_edited_apart_are_not_lost(tmp_path: Path) -> None:
-    """One scale for a whole stack in the file: if experts come to differ, saving says so."""
-    model, _, _ = write_transposed("llama4", "stacked", tmp_path / "fp8", weight=TENSOR)
-    path = tmp_path / "fp8"
-    state = tensors(path)
-    for name in list(state):
-        if name.endswith("_proj_scale"):
-            state[name] = state[name][:1].clone()
-    from safetensors.torch import save_file
-
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    kept = load(model, path, dtype=torch.bfloat16)
-    kept.save_pretrained(tmp_path / "saved")
-    assert not differing(state, tensors(tmp_path / "saved"))
-    experts_of(kept)[0].down_proj_scale.data[2] *= 2
-    with pytest.raises(UnsupportedError, match="come to differ"):
-        kept.save_pretrained(tmp_path / "edited")
