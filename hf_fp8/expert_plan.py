@@ -112,7 +112,8 @@ def _check_one_by_one(target: str, weights: list[StoredWeight | None], n_experts
     known = {place: weight for place, weight in enumerate(weights) if weight is not None}
     for place, weight in known.items():
         key = weight.keys[weight.primary]
-        number = next(int(part) for part in reversed(key.split(".")) if part.isdigit())
+        # As the loader will know it: a `key_mapping` may have made the name.
+        number = next(int(part) for part in reversed(weight.renamed[weight.primary].split(".")) if part.isdigit())
         if number >= n_experts:
             raise MismatchError(f"{key} is in the files, but the model's {target} has {n_experts} experts, from 0 on")
         if number != place:
@@ -126,7 +127,8 @@ def _check_one_by_one(target: str, weights: list[StoredWeight | None], n_experts
                 "the config of the model is not that of the checkpoint"
             )
     if len(weights) != n_experts:
-        sample = f" (such as {next(iter(known.values())).keys[WEIGHT]})" if known else ""
+        some = next(iter(known.values()), None)
+        sample = "" if some is None else f" (such as {some.keys[some.primary]})"
         raise MissingTensorError(
             f"{len(weights)} experts of {target} are in the files{sample}, of {n_experts} that the model has: the checkpoint "
             "is incomplete (a shard may be missing)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -81,19 +81,6 @@ class ExpertsLayout:
     def first(self) -> str:
         """The name of the first stack."""
         return "gate_up_proj" if self.has_gate else "up_proj"
-
-
-class FP8ExpertsInterface(ExpertsInterface):  # type: ignore[misc]
-    """The forwards that FP8Experts has for `config._experts_implementation`, by the host's names.
-
-    The host has one for prefill and one for decode, between which `generate` switches; here both, and "eager", are the
-    module's own forward, which takes what fits the number of tokens.
-    """
-
-    _global_mapping: dict[str, Any] = {}  # noqa: RUF012
-
-
-FORWARDS = FP8ExpertsInterface()
 
 
 class FP8Experts(QuantizedModule):
@@ -178,18 +165,17 @@ class FP8Experts(QuantizedModule):
         if self.layout.is_prerouted:
             return self._prerouted(hidden_states).to(dtype)
         assert top_k_index is not None and top_k_weights is not None
-        name = getattr(getattr(self, "config", None), "_experts_implementation", "eager")
-        if name not in (None, "eager", "grouped_mm", "batched_mm"):
-            if name not in FORWARDS:
-                raise UnsupportedError(
-                    f"experts_implementation={name!r} does not run FP8 experts; 'grouped_mm', 'batched_mm' and 'eager' do, "
-                    "or load with FP8Config(experts='dequantize')"
-                )
-            found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
-            return found.to(dtype)
-        return self._routed(hidden_states, top_k_index, top_k_weights).to(dtype)
+        name = getattr(getattr(self, "config", None), "_experts_implementation", None) or "eager"
+        if name not in FORWARDS:
+            raise UnsupportedError(
+                f"experts_implementation={name!r} does not run FP8 experts; {', '.join(map(repr, FORWARDS))} do, "
+                "or load with FP8Config(experts='dequantize')"
+            )
+        found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
+        return found.to(dtype)
 
-    def _routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """(T, H) of tokens x (T, H), weighted by (T, k)."""
         ids, found = known(ids, self.first.shape[0])
         out = self._each(x, ids)  # (T, k, H)
         weights = torch.where(found, weights, 0.0)
@@ -320,3 +306,16 @@ class FP8Experts(QuantizedModule):
     def extra_repr(self) -> str:
         stacks = ", ".join(f"{p.name}={tuple(p.shape)} {p.scheme.describe()}" for p in self.projections)
         return f"{self.family.__name__}, {stacks}, backend={self.backend}"
+
+
+class FP8ExpertsInterface(ExpertsInterface):  # type: ignore[misc]
+    """The forwards that FP8Experts has for `config._experts_implementation`, by the host's names.
+
+    The host has one for prefill and one for decode, between which `generate` switches; here all are one, which takes what
+    fits the number of tokens.
+    """
+
+    _global_mapping: ClassVar[dict[str, Any]] = dict.fromkeys(("grouped_mm", "batched_mm", "eager"), FP8Experts.routed)
+
+
+FORWARDS = FP8ExpertsInterface()

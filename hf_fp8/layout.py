@@ -111,7 +111,7 @@ def _keep_experts(
     read: dict[str, str],
 ) -> None:
     """Move the experts modules that can stay in FP8 from the dense parameters to `Layout.experts`; say why others cannot."""
-    names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.target in layout.dense and not _is_linear(w))
+    names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.is_expert and w.target in layout.dense)
     for name in names:
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
         module = _module(model, name)
@@ -134,11 +134,6 @@ def _keep_experts(
     merging = {pattern for p in layout.dense.values() for pattern, found in p.sources.items() if any(found)}
     for target in [target for target, p in layout.dense.items() if not merging & set(p.sources)]:
         del layout.dense[target]
-
-
-def _is_linear(weight: StoredWeight) -> bool:
-    """Whether a weight is a whole matrix of the model, not one or a stack of experts."""
-    return weight.pattern is None and len(weight.shapes.get(WEIGHT, ())) != 3
 
 
 def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) -> list[WeightConverter]:

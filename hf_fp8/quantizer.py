@@ -220,7 +220,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_scales = {name: tensors[key] for name, key in cast.items()}
 
     def _say(self, because: str | None, layout: Layout) -> None:
-        merged = any(weight.pattern is not None or len(weight.shape) == 3 for weight in layout.scan.weights)
+        merged = any(weight.is_expert for weight in layout.scan.weights)
         if because is not None and layout.dense and because != "dequantize=True":
             logger.warning(
                 f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "

@@ -67,6 +67,12 @@ class StoredWeight:
     def module(self) -> str:
         return self.target.removesuffix(f".{WEIGHT}")
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it goes into a stack of experts, a parameter of its own, and not into the weight of a module."""
+        merged = self.pattern is not None or len(self.shapes.get(WEIGHT, ())) == 3
+        return merged and bool(self.target) and not self.target.endswith(f".{WEIGHT}")
+
     def names_beside(self, key: str) -> dict[str, str]:
         """role -> name, for a weight that is called `key` in the model."""
         stem, _, last = key.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,25 @@ def test_experts_that_are_not_those_of_the_model(case: str, config: FP8Config, t
     write(model, tmp_path / "fp8", quantized=is_linear, edit=edit)
     with pytest.raises(kind, match=words):
         load(model, tmp_path / "fp8", config)
+
+
+def test_experts_under_names_of_the_users(tmp_path: Path) -> None:
+    """What counts is what `key_mapping` makes of a name; layer 1 is not expert 1."""
+    model = qwen3_moe()
+
+    def rename(state: State) -> State:
+        return {re.sub(r"experts\.(\d+)\.", r"expert_\1.", n): t for n, t in state.items()}
+
+    write(model, tmp_path / "fp8", quantized=is_linear, edit=rename)
+    mapping = {
+        r"expert_0\.": "experts.0.",
+        r"expert_1\.": "experts.1.",
+        r"expert_2\.": "experts.2.",
+        r"expert_3\.": "experts.3.",
+    }
+    kept = load(model, tmp_path / "fp8", key_mapping=mapping)
+    write(model, tmp_path / "plain", quantized=is_linear)
+    assert len(experts_of(kept)) == 2 and torch.equal(causal(kept), causal(load(model, tmp_path / "plain")))
 
 
 def test_more_experts_than_the_model_has(tmp_path: Path) -> None:

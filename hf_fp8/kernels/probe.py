@@ -34,8 +34,9 @@ def probe(kernel: Kernel | GroupedKernel, scheme: Scheme, device: torch.device, 
     try:
         # Not under the modes of whoever happens to be first: fake tensors, another default device.
         with torch.device("cpu"), _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            found = _grouped if isinstance(kernel, GroupedKernel) else _linear
-            return found(kernel, scheme, device, dtype)  # type: ignore[arg-type]
+            if isinstance(kernel, GroupedKernel):
+                return _grouped(kernel, scheme, device, dtype)
+            return _linear(kernel, scheme, device, dtype)
     except NotImplementedError:  # whose text is a page
         return f"torch {torch.__version__} has no such kernel for {device.type}"
     except Exception as error:  # Triton's compiler and torch's kernels raise all kinds
