@@ -41,5 +41,9 @@ class KernelError(FP8Error, RuntimeError):
     """No kernel can run a layer, or one was forced that cannot."""
 
 
+class CalibrationError(FP8Error, RuntimeError):
+    """A static scale has not been measured yet, or could not be."""
+
+
 class InputError(FP8Error, TypeError):
     """A layer was called with an input whose dtype or shape it cannot take."""

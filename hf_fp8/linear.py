@@ -1,21 +1,22 @@
-"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors.
-
-The one exception is made by `requantize_int8`, for devices whose units are int8.
-"""
+"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors, or made of a float weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from . import numerics
-from .errors import UnsupportedError
+from .errors import CalibrationError, ConfigError, UnsupportedError
 from .functional import scaled_linear
-from .quantized_module import QuantizedModule
+from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
+
+
+# What becomes of the float weight that a layer was quantized from.
+ORIGINALS = ("discard", "keep", "offload")
 
 
 class FP8Linear(QuantizedModule, nn.Linear):
@@ -32,6 +33,14 @@ class FP8Linear(QuantizedModule, nn.Linear):
         bias: whether there is a bias, of dtype `bias_dtype`.
         scale_dtype, input_scale_dtype: dtypes in which the scales are held (bf16, fp16 or float32).
         backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
+
+    Attributes that are no arguments:
+        compute_dtype: the dtype to which inputs are cast first; None takes them as they are. cast_output: whether
+            outputs are then cast back to the dtype of the input.
+        original: the float weight that the layer was quantized from, if it was kept, on the layer's device
+            (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it.
+        awaits_calibration: whether `input_scale` has yet to be measured (`hf_fp8.calibrate`).
+        observer: called with each input while the layer is being calibrated.
     """
 
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
@@ -54,6 +63,12 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.scheme, self.backend = scheme, backend
         # The name of what this layer and its siblings are part of, if they may quantize a common input once.
         self.shares_input: str | None = None
+        self.compute_dtype: torch.dtype | None = None
+        self.cast_output = True
+        self.original: torch.Tensor | None = None
+        self.originals = "discard"
+        self.awaits_calibration = False
+        self.observer: Callable[[torch.Tensor], Any] | None = None
 
         def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -69,27 +84,101 @@ class FP8Linear(QuantizedModule, nn.Linear):
         else:
             self.register_parameter("bias", None)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: Scheme, *, backend: str = "auto", **options: Any) -> FP8Linear:
+        """The layer that `linear`, a plain nn.Linear with a float weight on any device (meta too), is in `scheme`.
+
+        options: those of `quantize_from`. The bias is taken over as it is. Raises ScaleError for NaN or infinite weights.
+        """
+        new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
+        new.bias = linear.bias
+        new.quantize_from(linear.weight, **options)
+        return new.train(linear.training)
+
+    @torch.no_grad()
+    def quantize_from(
+        self, weight: torch.Tensor, *, device: torch.device | str | None = None, originals: str = "discard"
+    ) -> None:
+        """Make codes and scale of a float weight (N, K), and keep it as `originals` says ("discard", "keep", "offload").
+
+        device: where to compute; the results are put where the weight is. An input scale has yet to be measured then.
+        """
+        if originals not in ORIGINALS:
+            raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
+        granularity, home = self.scheme.weight.granularity, weight.device
+        scale_dtype = numerics.scale_dtype_of(weight.dtype)
+        if weight.is_meta:
+            codes = torch.empty(weight.shape, dtype=self.scheme.weight.dtype, device=home)
+            scale = torch.empty(scale_shape(granularity, *weight.shape), dtype=scale_dtype, device=home)
+        else:
+            there = weight.detach().to(device or home)
+            codes, scale = (part.to(home) for part in numerics.quantize_weight(there, granularity, self.scheme.weight.dtype))
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if self.scheme.has_static_input and (self.input_scale is None or self.input_scale.is_meta):
+            # NaN, so that it cannot be taken for a scale wherever it gets to.
+            unknown = torch.full((1,), torch.nan, dtype=scale_dtype, device=home)
+            self.input_scale = nn.Parameter(unknown, requires_grad=False)
+            self.awaits_calibration = not weight.is_meta
+        self.originals = originals
+        if originals == "discard" or weight.is_meta:
+            self.original = None
+        else:
+            self.original = weight.detach().to("cpu") if originals == "offload" else weight.detach()
+
+    def requantize(self) -> None:
+        """Make codes and scale anew of `original`, which may have been changed since; `input_scale` stays.
+
+        Raises UnsupportedError if the original was not kept.
+        """
+        if self.original is None:
+            raise UnsupportedError("the float weight was not kept: quantize with originals='keep' or 'offload'")
+        home, original, originals = self.weight.device, self.original, self.originals
+        self.quantize_from(original.to(home), originals=originals)
+        self.original = original
+
     def reset_parameters(self) -> None:
-        """Nothing: FP8 weights come from a checkpoint."""
+        """Nothing: FP8 weights come from a checkpoint or from a float weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input: (..., K) in bf16, fp16 or float32. Returns (..., N) in the same dtype (or autocast's)."""
+        """input: (..., K) in bf16, fp16 or float32. Returns (..., N) in the same dtype (or autocast's).
+
+        Raises CalibrationError if the scale of its inputs has yet to be measured.
+        """
+        dtype, backend = input.dtype, self.backend
         if not input.is_meta and torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        return scaled_linear(
+            input = input.to(dtype := torch.get_autocast_dtype(input.device.type))
+        if self.observer is not None:
+            self.observer(input)
+            backend = "weight_only"
+        elif self.awaits_calibration:
+            raise CalibrationError(
+                f"a layer of scheme {self.scheme.describe()} has no input scale yet: run some data through the model under "
+                "`with hf_fp8.calibrate(model):`, or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+            )
+        if self.compute_dtype is not None:
+            input = input.to(self.compute_dtype)
+        out = scaled_linear(
             input,
             self.weight,
             self.weight_scale,
             self.scheme,
             input_scale=self.input_scale,
             bias=self.bias,
-            backend=self.backend,
+            backend=backend,
             layer=self if self.shares_input is not None else None,
         )
+        return out.to(dtype) if self.cast_output and out.dtype != dtype else out
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
         return numerics.dequantize(self.weight, self.weight_scale, self.scheme.weight.granularity, dtype)
+
+    def restored_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The float weight: the original itself if it was kept, else the dequantized one."""
+        if self.original is None:
+            return self.dequantized_weight(dtype)
+        return self.original.to(self.weight.device, dtype)
 
     @torch.no_grad()
     def requantize_int8(self) -> None:
@@ -127,10 +216,24 @@ class FP8Linear(QuantizedModule, nn.Linear):
                 "an offloaded FP8Linear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(self.dequantized_weight(dtype))
+        linear.weight = nn.Parameter(self.restored_weight(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))
         return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        if self.original is not None and self.originals == "keep":
+            self.original = moved_as_it_is(self.original, fn)
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        found = state_dict.get(f"{prefix}input_scale")
+        if found is not None and not found.is_meta:
+            self.awaits_calibration = not bool(found.isfinite().all())
+        if f"{prefix}weight" in state_dict:
+            self.original = None  # of another weight
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 
 from .casts import multiply_out
-from .scheme import CODE_MAX, FP8, ROW, Granularity, TensorScheme
+from .errors import ScaleError
+from .scheme import CODE_MAX, FP8, ROW, Granularity, TensorScheme, scale_shape
 
 # amax = 0, or so small that amax / 448 underflows: the smallest normal number keeps x / scale finite.
 MIN_SCALE = torch.finfo(torch.float32).tiny
@@ -45,21 +46,24 @@ def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype 
     x: (rows, cols), any float dtype. A zero block gives the smallest normal float32, so its
     values quantize to zero; a block with NaN or inf gives a NaN or inf scale, so that it stays visible.
     """
+    if x.numel() == 0:
+        return torch.full(granularity.grid(*x.shape), MIN_SCALE, device=x.device)
+    return scale_of(amax_of(x, granularity), dtype)
+
+
+def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+    """The largest magnitude of each block of x (rows, cols), which is not empty: `granularity.grid`, in the dtype of x."""
     rows, cols = x.shape
     grid_rows, grid_cols = granularity.grid(rows, cols)
-    if x.numel() == 0:
-        return torch.full((grid_rows, grid_cols), MIN_SCALE, device=x.device)
     magnitude = x.abs()
     if granularity.is_row:
-        amax = magnitude.amax(dim=1, keepdim=True)
-    elif granularity.is_tensor:
-        amax = magnitude.amax().reshape(1, 1)
-    else:
-        block_rows, block_cols = _blocks(x, granularity)
-        pad = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
-        tiles = torch.nn.functional.pad(magnitude, pad).view(grid_rows, block_rows, grid_cols, block_cols)
-        amax = tiles.amax(dim=(1, 3))
-    return scale_of(amax, dtype)
+        return magnitude.amax(dim=1, keepdim=True)
+    if granularity.is_tensor:
+        return magnitude.amax().reshape(1, 1)
+    block_rows, block_cols = _blocks(x, granularity)
+    pad = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
+    tiles = torch.nn.functional.pad(magnitude, pad).view(grid_rows, block_rows, grid_cols, block_cols)
+    return tiles.amax(dim=(1, 3))
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
@@ -69,8 +73,11 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
 
 def expand_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
     """`scale`, in any shape that holds `granularity.grid` elements, as float32 broadcastable to (rows, cols)."""
-    grid_rows, grid_cols = granularity.grid(rows, cols)
-    scale = scale.float().reshape(grid_rows, grid_cols)
+    return _broadcast(scale.float(), granularity, rows, cols)
+
+
+def _broadcast(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
+    scale = scale.reshape(granularity.grid(rows, cols))
     if granularity.cols > 1:
         scale = scale.repeat_interleave(granularity.cols, dim=1)[:, :cols]
     if granularity.rows > 1:
@@ -91,6 +98,53 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dty
     if dtype == FP8:
         return torch.where(x.isinf(), torch.nan, clamped).to(dtype)
     return clamped.round_().nan_to_num_(0.0).to(dtype)
+
+
+def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the scale of a weight of `dtype` is made: its own, as in compressed-tensors; float32 of float64."""
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """The scale of weights whose largest magnitude is `amax` (`amax_of`), computed and rounded in its dtype.
+
+    That is compressed-tensors' arithmetic (quantization/utils/helpers.py, calculate_qparams) to the bit: a block of zeros
+    gets the dtype's eps. Only where amax / 448 underflows, which there is taken for zero, it is the smallest positive
+    number instead, so that the block is kept.
+    """
+    info = torch.finfo(amax.dtype)
+    least = info.tiny * info.eps if amax.dtype == torch.float16 else info.tiny
+    return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least))
+
+
+def quantize_weight(
+    weight: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
+
+    Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
+    (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
+    held beside weight and codes is of a fixed size.
+
+    Raises ScaleError for weights with NaN or infinity.
+    """
+    rows, cols = weight.shape
+    compute = scale_dtype_of(weight.dtype)
+    codes = torch.empty((rows, cols), dtype=dtype, device=weight.device)
+    shape = scale_shape(granularity, rows, cols)
+    scale = torch.zeros(granularity.grid(rows, cols), dtype=compute, device=weight.device)
+    elements = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+    for piece, part, _ in pieces(weight, scale, granularity, elements):
+        if piece.numel():
+            torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
+    if not bool(scale.isfinite().all()):
+        raise ScaleError(f"a weight of shape {(rows, cols)} has values that are NaN or infinite: it cannot be quantized")
+    scale.copy_(weight_scale_of(scale, dtype))
+    largest = CODE_MAX[dtype]
+    for piece, part, start in pieces(weight, scale, granularity, elements):
+        scaled = (piece.to(compute) / _broadcast(part, granularity, *piece.shape)).clamp_(-largest, largest)
+        codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
+    return codes, scale.reshape(shape)
 
 
 def dequantize(

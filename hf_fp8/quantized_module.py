@@ -42,14 +42,8 @@ class QuantizedModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            if not any(tensor is getattr(self, name) for name in self.quantized):
-                return fn(tensor)
-            # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
-            device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
-            if device == tensor.device:
-                moved = fn(tensor)
-                return moved if moved.dtype == tensor.dtype else tensor
-            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+            is_quantized = any(tensor is getattr(self, name) for name in self.quantized)
+            return moved_as_it_is(tensor, fn) if is_quantized else fn(tensor)
 
         if recurse:
             for child in self.children():
@@ -81,3 +75,13 @@ class QuantizedModule(nn.Module):
                 if scale is not None and held is not None and scale.dtype != held.dtype:
                     held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What `fn`, a `.to()` or the like, would make of `tensor`, but for its dtype."""
+    # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
+    device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
+    if device == tensor.device:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)

@@ -141,5 +141,31 @@ FP8_DYNAMIC = Scheme(TensorScheme(ROW), _DYNAMIC_TOKEN)
 FP8_STATIC = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR))
 FP8_BLOCK = Scheme(TensorScheme(Granularity(128, 128)), TensorScheme(Granularity(1, 128), dynamic=True))
 FP8_WEIGHT_ONLY = Scheme(TensorScheme(ROW))
+FP8_TENSOR = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR, dynamic=True))
 # What backend="int8" re-quantizes FP8 layers to; compressed-tensors calls it W8A8, or INT8.
 INT8_DYNAMIC = Scheme(TensorScheme(ROW, dtype=INT8), TensorScheme(ROW, dynamic=True, dtype=INT8))
+INT8_WEIGHT_ONLY = Scheme(TensorScheme(ROW, dtype=INT8))
+
+# What a scheme may be called where one is asked for.
+SCHEMES = {
+    "FP8_DYNAMIC": FP8_DYNAMIC,
+    "FP8": FP8_STATIC,
+    "FP8_STATIC": FP8_STATIC,
+    "FP8_BLOCK": FP8_BLOCK,
+    "FP8_WEIGHT_ONLY": FP8_WEIGHT_ONLY,
+    "FP8_TENSOR": FP8_TENSOR,
+    "INT8": INT8_DYNAMIC,
+    "W8A8": INT8_DYNAMIC,
+    "INT8_WEIGHT_ONLY": INT8_WEIGHT_ONLY,
+    "W8A16": INT8_WEIGHT_ONLY,
+}
+
+
+def scheme_named(scheme: str | Scheme) -> Scheme:
+    """The scheme of a name of `SCHEMES`, in any case; a Scheme is itself. Raises ValueError."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    found = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
+    if found is None:
+        raise ValueError(f"scheme={scheme!r}: it is a Scheme or one of {', '.join(SCHEMES)}")
+    return found
