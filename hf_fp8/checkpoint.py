@@ -34,7 +34,7 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
 SCALE_DTYPES = ("F32", "F16", "BF16")
 
@@ -98,7 +98,7 @@ class Checkpoint:
         state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         self._pickled[file] = state
         return {
-            name: TensorInfo(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
+            name: TensorInfo(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
             for name, tensor in state.items()
         }
 

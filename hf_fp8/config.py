@@ -1,66 +1,32 @@
-"""FP8Config, and `quantization_config` read into groups: which modules, which scheme.
-
-Parsing is compressed-tensors' own (`QuantizationConfig`, pydantic); what is ours is to say
-precisely what is wrong, to know which groups are FP8 and which of those we can run, and to match
-names as compressed-tensors does (utils/match.py).
-"""
+"""FP8Config: how a checkpoint is loaded, or quantized while loading, and what `config.json` says of it."""
 
 from __future__ import annotations
 
 import copy
-import json
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStrategy,
-    preset_name_to_scheme,
-)
-from pydantic import ValidationError
 from transformers import CompressedTensorsConfig
 
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError
+from .groups import Group, match, parse, read_group, wanted_groups, write_group, written_config
 from .kernels import BACKENDS
-from .scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
+from .scheme import INT8_DYNAMIC, Scheme
 
 EXPERTS = ("auto", "fp8", "dequantize")
-# compressed-tensors' preset W8A8, as llm-compressor writes it: what a layer of backend="int8" is.
-_INT8: dict[str, Any] = {
-    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-    "output_activations": None,
-    "format": "int-quantized",
-}
-# Formats that store E4M3 codes as they are, under "weight": int-quantized differs from the others in name
-# only (compressors/naive_quantized), and old writers fell back to it.
-FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
-KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
-
-
-@dataclass(frozen=True)
-class Group:
-    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it.
-
-    format: compressed-tensors' name of how the group is stored, its own or the whole checkpoint's.
-    """
-
-    name: str
-    targets: tuple[str, ...]
-    scheme: Scheme | None
-    parsed: QuantizationScheme
-    format: str
 
 
 class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
-    """How to load a compressed-tensors FP8 checkpoint; never written to `config.json`.
+    """How to load a compressed-tensors FP8 checkpoint, or how to quantize a dense one while loading.
 
     Args:
+        scheme: quantize a dense checkpoint while loading: "FP8_DYNAMIC", "FP8" (static inputs, to be measured with
+            `hf_fp8.calibrate`), "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", or a `Scheme`; for several groups a dict of such
+            to lists of targets, or `config_groups` as compressed-tensors writes them. None: the checkpoint is quantized.
+        targets: which modules, as in compressed-tensors: names, "re:" patterns or classes.
+        ignore: those that stay dense all the same. The output embedding and routers stay dense, too, unless a target names
+            them or `ignore` is an empty list.
         dequantize: multiply the weights out to the model's dtype while loading.
         backend: "auto" keeps FP8 weights where the device has FP8 matmuls and dequantizes elsewhere;
             "scaled_mm" keeps them anywhere and quantizes inputs as the checkpoint says;
@@ -72,12 +38,16 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             GPUs, not on CPUs, whatever the backend. Where they are kept, `backend` says what is done to their inputs.
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
 
-    Raises ConfigError for unknown values.
+    With a scheme, "auto" keeps Linears and experts in FP8 on any device, and `experts="dequantize"` leaves experts dense.
+    `dequantize`, `backend` and `experts` are never written to `config.json`. Raises ConfigError for unknown values.
     """
 
     def __init__(
         self,
+        scheme: str | Scheme | Mapping[Any, Any] | None = None,
         *,
+        targets: str | Sequence[str] = ("Linear",),
+        ignore: str | Sequence[str] | None = None,
         dequantize: bool = False,
         backend: str = "auto",
         experts: str = "auto",
@@ -87,7 +57,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if unknown:
             raise ConfigError(
-                f"FP8Config has no option {', '.join(map(repr, unknown))}; it has dequantize, backend and experts"
+                f"FP8Config has no option {', '.join(map(repr, unknown))}; it has scheme, targets, ignore, dequantize, backend "
+                "and experts"
             )
         if backend not in BACKENDS:
             raise ConfigError(f"FP8Config(backend={backend!r}): it is one of {', '.join(BACKENDS)}")
@@ -98,8 +69,13 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             raise ConfigError(f"experts='fp8' was asked for, but {given}: pass one of them")
         if dequantize and backend != "auto":
             raise ConfigError(f"dequantize=True leaves nothing for backend={backend!r} to run on: pass one of them")
+        if scheme is not None and (dequantize or backend == "int8"):
+            given = "dequantize=True" if dequantize else "backend='int8'"
+            hint = "" if dequantize else "; for int8 weights use hf_fp8.quantize_model(model, 'INT8')"
+            raise ConfigError(f"scheme={scheme!r} quantizes weights to FP8, which {given} would undo: pass one of them{hint}")
         super().__init__(dequantize=dequantize)
         self.backend, self.experts = backend, experts
+        self.scheme = scheme
         # What the checkpoint itself says, where `become_int8` has made `checkpoint` say something else.
         self.origin: dict[str, Any] | None = None
         self.of_another_load = False  # whether `checkpoint` was remembered from another load, and may not be this one's
@@ -107,11 +83,29 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         self.groups: tuple[Group, ...] = ()
         if checkpoint is not None:
             self._read(checkpoint)
+        elif scheme is not None:
+            listed = [ignore] if isinstance(ignore, str) else ignore
+            self.spares = listed is None or len(listed) > 0  # whether output embeddings and routers are left out
+            wanted = wanted_groups(scheme, [targets] if isinstance(targets, str) else list(targets))
+            self.quantization_config = parse({"config_groups": wanted, "ignore": list(listed or ())})
+            self._read_groups()
+            refused = [name for name in wanted if name in {host.name for host in self.host_groups}]
+            if refused:
+                raise ConfigError(
+                    f"FP8Config(scheme={scheme!r}): {', '.join(refused)} is not FP8, which is all that hf_fp8 quantizes to "
+                    "while loading; for int8 use hf_fp8.quantize_model(model, 'INT8')"
+                )
+        elif ignore is not None or tuple(targets) != ("Linear",):
+            raise ConfigError("targets and ignore say what to quantize while loading: pass a scheme with them")
 
     def _read(self, checkpoint: dict[str, Any]) -> None:
         self.checkpoint = checkpoint
-        self.quantization_config = config = parse(checkpoint)
-        self.groups = tuple(_group(name, group, config) for name, group in config.config_groups.items())
+        self.quantization_config = parse(checkpoint)
+        self._read_groups()
+
+    def _read_groups(self) -> None:
+        config = self.quantization_config
+        self.groups = tuple(read_group(name, group, config) for name, group in config.config_groups.items())
 
     @property
     def fp8_groups(self) -> tuple[Group, ...]:
@@ -134,11 +128,16 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         found = match(names, classes, by_target)
         return by_target[found] if found else None
 
+    def names(self, names: Iterable[str]) -> bool:
+        """Whether a target speaks of a module of these names, and not only of its class."""
+        return match(names, (), [target for group in self.groups for target in group.targets]) is not None
+
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"dequantize": self.dequantize, "backend": self.backend, "experts": self.experts}
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.get_loading_attributes().items())
+        given = {} if self.scheme is None else {"scheme": self.scheme}
+        options = ", ".join(f"{name}={value!r}" for name, value in {**given, **self.get_loading_attributes()}.items())
         return f"FP8Config({options})"
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -164,16 +163,23 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         ignore = list(dict.fromkeys([*self.ignore, *dense]))
         self._read({**self.checkpoint, "config_groups": groups, "ignore": ignore})
 
+    def become_fp8(self, dense: Iterable[str], used: Iterable[str]) -> None:
+        """Make of the groups that were asked for what `to_dict` writes: `dense` modules are not quantized, groups not in
+        `used` have none."""
+        groups = {group.name: group for group in self.groups if group.name in set(used)}
+        written = {name: write_group(group.scheme, group.targets) for name, group in groups.items() if group.scheme}
+        self._read(written_config(written, dense))
+
     def become_int8(self, dense: Iterable[str]) -> None:
         """Make what `to_dict` writes fit a model whose FP8 Linears are int8 now, and whose modules `dense` are dense."""
         written = self.to_dict()
         self.origin = copy.deepcopy(written)
         for group in self.groups:
             if group.scheme is not None:
-                written["config_groups"][group.name] = {"targets": list(group.targets), **copy.deepcopy(_INT8)}
+                written["config_groups"][group.name] = write_group(INT8_DYNAMIC, group.targets)
             elif len(self.host_groups) < len(self.groups):
                 written["config_groups"][group.name]["format"] = group.format
-        written["format"] = "mixed-precision" if self.host_groups else _INT8["format"]
+        written["format"] = "mixed-precision" if self.host_groups else "int-quantized"
         written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
         self._read(written)
 
@@ -197,7 +203,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         checkpoint = self.without_fp8_groups(ignore).to_dict()
         checkpoint["kv_cache_scheme"] = None  # ours to carry: the host's hooks would quantize the cache its own way
         if not compressed:
-            checkpoint["quantization_status"] = _value(self.quantization_config.quantization_status)
+            status = self.quantization_config.quantization_status
+            checkpoint["quantization_status"] = getattr(status, "value", status)
         return CompressedTensorsConfig(**checkpoint)
 
 
@@ -227,166 +234,3 @@ def remember(config: Any, quantized: FP8Config) -> None:
 def remembered(config: Any) -> dict[str, Any] | None:
     """The note that `remember` left on a config, None if there is none."""
     return getattr(getattr(config, "_name_or_path", None), "quantized", None)
-
-
-def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> str | None:
-    """The first of `targets` that matches, in compressed-tensors' order: exact name, ``re:`` regex, class."""
-    ordered = sorted(targets, key=lambda target: ("re:" in target, target))
-    names, classes = tuple(names), set(classes)
-    for target in ordered:
-        if any(re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target == name for name in names):
-            return target
-    return next((target for target in ordered if target in classes), None)
-
-
-def is_fp8(weights: Any) -> bool:
-    """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
-    if not isinstance(weights, dict) or weights.get("type") != "float" or str(weights.get("num_bits")) != "8":
-        return False
-    return "uint8" not in str(weights.get("scale_dtype"))
-
-
-def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
-    """Whether a compressed-tensors config has an FP8 group, or is broken in a way that may hide one."""
-    groups = _with_presets(checkpoint.get("config_groups"))
-    if any(isinstance(g, dict) and is_fp8(g.get("weights")) and _is_plain(g.get("format")) for g in groups.values()):
-        return True
-    no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
-    return checkpoint.get("format") == "float-quantized" and no_weights
-
-
-def _is_plain(fmt: Any) -> bool:
-    return not (isinstance(fmt, str) and fmt.startswith("mx"))
-
-
-def _with_presets(groups: Any) -> dict[str, Any]:
-    """`config_groups` with entries like ``"FP8_DYNAMIC": ["Linear"]`` spelled out."""
-    if not isinstance(groups, dict):
-        return {}
-    spelled = {}
-    for name, group in groups.items():
-        if isinstance(group, list):
-            try:
-                group = json.loads(preset_name_to_scheme(name, group).model_dump_json())
-            except KeyError:
-                raise ConfigError(f"quantization_config.config_groups[{name!r}]: no preset has that name") from None
-        spelled[name] = group
-    return spelled
-
-
-def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
-    """compressed-tensors' own reading of a `quantization_config`.
-
-    Raises ConfigError, naming the key, for what it cannot read or would silently ignore.
-    """
-    groups = _with_presets(checkpoint.get("config_groups"))
-    if not groups:
-        raise ConfigError(
-            "quantization_config.config_groups is missing or empty, though the format is "
-            f"{checkpoint.get('format')!r}: nothing says how the weights are quantized"
-        )
-    for name, group in groups.items():
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            raise ConfigError(
-                f"quantization_config.config_groups[{name!r}] has no `weights`: "
-                "hf_fp8 runs groups that say how weights are quantized"
-            )
-        if not group.get("targets"):
-            raise ConfigError(f"quantization_config.config_groups[{name!r}] has no `targets`")
-        _check_patterns(f"config_groups[{name!r}].targets", group["targets"])
-    _check_patterns("ignore", checkpoint.get("ignore") or [])
-    if checkpoint.get("transform_config"):
-        raise UnsupportedError(
-            "quantization_config.transform_config asks for run-time transforms (such as rotations), which "
-            "transformers would leave out: the outputs would be wrong. hf_fp8 runs checkpoints without them."
-        )
-    sparsity = checkpoint.get("sparsity_config") or {}
-    sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
-    if sparse != "dense":
-        raise UnsupportedError(f"quantization_config.sparsity_config is {sparse!r}: hf_fp8 reads dense weights only")
-    only_fp8 = all(is_fp8(group.get("weights")) for group in groups.values())
-    if checkpoint.get("format") not in (FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
-        raise ConfigError(
-            f"quantization_config.format is {checkpoint['format']!r}: FP8 weights come as float-quantized or naive-quantized"
-        )
-    try:
-        return QuantizationConfig.model_validate({**checkpoint, "config_groups": groups})
-    except ValidationError as error:
-        first = error.errors()[0]
-        # pydantic puts the validators it went through between the keys
-        where = "".join(f".{part}" for part in first["loc"] if "[" not in str(part))
-        message = first["msg"].split("\n")[0].removeprefix("Value error, ")
-        if where.endswith("strategy"):
-            message += f"; there are: {', '.join(member.value for member in QuantizationStrategy)}"
-        raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
-
-
-def _check_patterns(key: str, targets: Any) -> None:
-    for target in targets if isinstance(targets, list) else [targets]:
-        if not isinstance(target, str):
-            raise ConfigError(f"quantization_config.{key} is {targets!r}: it is a list of names, classes and re: patterns")
-        try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except re.error as error:
-            raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
-
-
-def _value(x: Any) -> Any:
-    """pydantic hands out some enums as members and some as their values."""
-    return getattr(x, "value", x)
-
-
-def _group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
-    weights = json.loads(parsed.weights.model_dump_json())
-    fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
-    fmt = _value(parsed.format) or _value(config.format)
-    return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)
-
-
-def _scheme(name: str, group: QuantizationScheme) -> Scheme:
-    """Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
-    where = f"quantization_config.config_groups[{name!r}]"
-
-    def refuse(key: str, value: Any, supported: str) -> UnsupportedError:
-        return UnsupportedError(f"{where}.{key} is {_value(value)!r}; hf_fp8 supports {supported}")
-
-    fmt = _value(group.format)
-    if fmt not in FP8_FORMATS:
-        raise ConfigError(f"{where}.format is {fmt!r}: FP8 weights come as float-quantized or naive-quantized")
-    weights, inputs = group.weights, group.input_activations
-    if not weights.symmetric:
-        raise refuse("weights.symmetric", False, "symmetric FP8 weights (no zero points)")
-    if weights.dynamic:
-        raise refuse("weights.dynamic", weights.dynamic, "weights quantized ahead of time")
-    if group.output_activations is not None:
-        raise refuse("output_activations", "set", "schemes that quantize weights and inputs only")
-    weight = {
-        "tensor": lambda: TENSOR,
-        "channel": lambda: ROW,
-        "group": lambda: Granularity(1, weights.group_size),
-        "block": lambda: Granularity(*weights.block_structure),
-    }.get(_value(weights.strategy))
-    if weight is None:
-        raise refuse("weights.strategy", weights.strategy, "tensor, channel, group and block")
-    stored = TensorScheme(weight())
-    if inputs is None:
-        return Scheme(stored)
-    if inputs.type != "float" or inputs.num_bits != 8:
-        raise refuse("input_activations", f"{inputs.num_bits}-bit {inputs.type}", "8-bit float inputs, or none")
-    if not inputs.symmetric:
-        raise refuse("input_activations.symmetric", False, "symmetric inputs (no zero points)")
-    kinds = {
-        ("tensor", True): lambda: TENSOR,
-        ("tensor", False): lambda: TENSOR,
-        ("token", True): lambda: ROW,
-        ("group", True): lambda: Granularity(1, inputs.group_size),
-    }
-    kind = kinds.get((_value(inputs.strategy), inputs.dynamic))
-    if kind is None:
-        how = "dynamic" if inputs.dynamic is True else _value(inputs.dynamic) or "static"
-        raise refuse(
-            "input_activations.strategy",
-            f"{_value(inputs.strategy)} ({how})",
-            "tensor (static or dynamic), token and group (dynamic)",
-        )
-    return Scheme(stored, TensorScheme(kind(), dynamic=bool(inputs.dynamic)))

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from . import numerics
 from .casts import multiply_out
-from .errors import UnsupportedError
-from .scheme import Granularity
+from .errors import ScaleError, UnsupportedError
+from .scheme import Granularity, TensorScheme
 from .stored import StoredWeight
 
 logger = logging.get_logger(__name__)
@@ -116,6 +116,15 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
         copy.collected_tensors = defaultdict(list)
         copy.layer_targets = defaultdict(set)
         return copy
+
+
+class LateConverter(RoutedConverter):
+    """Hands its op functions that read the tensors, instead of the tensors: the op reads one at a time."""
+
+    def materialize_tensors(self) -> dict[str, list[Any]]:
+        collected = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return collected
 
 
 class SharedOp(ConversionOps):  # type: ignore[misc]
@@ -269,6 +278,37 @@ class Requantize(SharedOp):
             parts["weight_scale"] = scale
             parts[WEIGHT] = codes_from(weight, dense, parts)
         return {name: parts[role] for role, name in weight.names_beside(key).items()}
+
+
+class QuantizeWeights(SharedOp):
+    """Quantizes the weights of Linears as they arrive: codes, scale, and a place for an input scale yet to be measured.
+
+    weights: name of a parameter -> the weight that fills it. What others have quantized already passes through.
+    """
+
+    def __init__(self, weights: Mapping[str, StoredWeight]) -> None:
+        self.weights = weights
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        stored = self.weights.get(full_layer_name)
+        if stored is None:
+            return input_dict
+        codes, scale = quantize_named(stored.name, only(input_dict.pop(full_layer_name)), stored.scheme.weight)
+        found = {full_layer_name: codes, companion(full_layer_name, "weight_scale"): scale}
+        if stored.scheme.has_static_input:
+            found[companion(full_layer_name, "input_scale")] = torch.full(
+                (1,), torch.nan, dtype=scale.dtype, device=scale.device
+            )
+        return found
+
+
+def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """`numerics.quantize_weight`, whose error says which weight it was."""
+    try:
+        return numerics.quantize_weight(weight, scheme.granularity, scheme.dtype)
+    except ScaleError as error:
+        raise ScaleError(f"{name}: {error}. Leave it out with `ignore`, or mend the checkpoint") from None
 
 
 def compressor(weight: StoredWeight) -> Any:

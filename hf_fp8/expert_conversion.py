@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from .conversion import SharedOp, only
+from .conversion import SharedOp, only, quantize_named
 from .errors import UnsupportedError
 from .expert_plan import Stack
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
@@ -52,6 +52,54 @@ class StackExperts(SharedOp):
             assert out is not None
             found[stack.name_of(role)] = out
         return found
+
+
+class QuantizeExperts(SharedOp):
+    """Fills a stack and its scales from dense experts, each read, quantized and freed before the next one is.
+
+    It is given functions that read a tensor (`conversion.LateConverter`): one for each expert, or one for a whole stack.
+    """
+
+    def __init__(self, stacks: Mapping[str, Stack]) -> None:
+        self.stacks = stacks
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        stack = self.stacks[full_layer_name]
+        whole = stack.weights[0].part is not None and stack.weights[0].part.expert is not None
+        readers = [input_dict.pop(pattern(part, WEIGHT), []) for part in range(len(stack.sources))]
+        tensor = readers[0].pop()() if whole else None
+        if not whole and any(len(found) != stack.projection.shape[0] for found in readers):
+            raise RuntimeError(f"{full_layer_name}: {[len(found) for found in readers]} tensors arrived for its experts")
+
+        def read(part: int, expert: int) -> torch.Tensor:
+            weight = stack.sources[part][expert]
+            assert weight.part is not None
+            return weight.part.take(readers[part][expert]() if tensor is None else tensor)
+
+        return quantize_stack(stack, read)
+
+
+def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a stack by their names in the model, made of the dense matrices (N, K) that `read(part, expert)` gives."""
+    projection = stack.projection
+    n_experts, parts = projection.shape[0], len(stack.sources)
+    found: dict[str, torch.Tensor] = {}
+    for part in range(parts):
+        for expert in range(n_experts):
+            stored = stack.sources[part][expert]
+            made = quantize_named(stored.name, read(part, expert), stored.scheme.weight)
+            for role, values in zip((WEIGHT, WEIGHT_SCALE), made, strict=True):
+                name = stack.name_of(role)
+                if name not in found:
+                    found[name] = torch.empty(_shape(stack, role), dtype=values.dtype, device=values.device)
+                place = _place(stack, found[name], part, expert)
+                place.copy_(values.reshape(place.shape))
+    if projection.scheme.has_static_input:
+        like = found[stack.name_of(WEIGHT_SCALE)]
+        unknown = torch.full((n_experts, parts), torch.nan, dtype=like.dtype, device=like.device)
+        found[stack.name_of(INPUT_SCALE)] = unknown
+    return found
 
 
 class SplitExperts(SharedOp):

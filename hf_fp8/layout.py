@@ -7,7 +7,8 @@ matched as they will be when loading, whatever the model is called inside.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from .expert_names import converters, hub_name
 from .expert_plan import check_experts, plan_experts
 from .experts import ExpertsLayout
 from .keymap import KeyMap
+from .parts import Part
 from .reads import weights_read_by_kernels, weights_read_directly
 from .scan import Owner, Scan, scan
 from .scheme import Scheme
@@ -44,16 +46,22 @@ def lay_out(
     experts_because: Callable[[Scheme], str | None],
     use_kernels: bool,
     dtype: torch.dtype,
+    parts: Mapping[str, Part] | None = None,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
 
     conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
-    of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's. Raises
+    of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's.
+    parts: for a checkpoint that is yet to be made of a dense one, key of a weight -> where its values come from. Raises
     CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
-    extra = _map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    scanned = scan(checkpoint, config, lambda key: _owner(model, keymap, key), set(keymap.params), keymap.prefix)
+    extra = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
+    scanned = scan(checkpoint, config, lambda key: owner_of(model, keymap, key), set(keymap.params), keymap.prefix)
     layout = Layout(scan=scanned)
+    for weight in scanned.weights:
+        if parts is not None:
+            part = parts[weight.keys[WEIGHT]]
+            weight.part = replace(part, key=keymap.rename(part.key))
     late = dict(keymap.aliases)
     for weight in [*scanned.weights, *scanned.host]:
         _place(weight, keymap, late)
@@ -63,7 +71,7 @@ def lay_out(
     for weight in scanned.weights:
         if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
             weight.check()
-    scales = check_scale_values(scanned.weights, checkpoint)
+    scales = check_scale_values(scanned.weights, checkpoint) if parts is None else {}
     filled = _check_coverage(model, keymap, checkpoint, config, scanned)
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
@@ -75,7 +83,7 @@ def lay_out(
             continue  # this class of model has no such module: the host reports the key as unexpected
         if weight.group.scheme is not None:
             check_shape(weight, tuple(keymap.params[weight.target].shape))
-        module = _module(model, weight.module)
+        module = module_of(model, weight.module)
         tie = _why_tied(model.all_tied_weights_keys, weight.target, filled)
         reason = dense_because or tie or _why_not_kept(first, read, module, weight, fp32)
         if reason is None:
@@ -114,7 +122,7 @@ def _keep_experts(
     names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.is_expert and w.target in layout.dense)
     for name in names:
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
-        module = _module(model, name)
+        module = module_of(model, name)
         check_experts(module, mine)
         schemes = {w.scheme for p in mine.values() for part in p.sources.values() for w in part if w and w.group.scheme}
         reasons = (because(scheme) for scheme in schemes)
@@ -136,7 +144,7 @@ def _keep_experts(
         del layout.dense[target]
 
 
-def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) -> list[WeightConverter]:
+def map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) -> list[WeightConverter]:
     """Aliases and converters for expert keys that the host's mapping leaves without a home."""
     extra: list[WeightConverter] = []
     for key in checkpoint.tensors:
@@ -151,28 +159,28 @@ def _map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint)
             path = renamed[: renamed.index("experts.") + len("experts")]
             # The base model's prefix may be in the file, in the model, in both or in none.
             paths = (path, f"{keymap.prefix}.{path}", path.removeprefix(f"{keymap.prefix}."))
-            layout = next(filter(None, (ExpertsLayout.of(_module(model, name)) for name in paths)), None)
+            layout = next(filter(None, (ExpertsLayout.of(module_of(model, name)) for name in paths)), None)
             if layout is not None:
                 extra = converters(layout)
                 keymap.add(extra)
     return extra
 
 
-def _module(model: nn.Module, name: str) -> nn.Module | None:
+def module_of(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
     except AttributeError:
         return None
 
 
-def _owner(model: PreTrainedModel, keymap: KeyMap, key: str) -> Owner:
+def owner_of(model: PreTrainedModel, keymap: KeyMap, key: str) -> Owner:
     if key.endswith("weight_packed"):
         key = key.removesuffix("_packed")
     target, pattern = keymap.resolve(key)
     name = target.removesuffix(f".{WEIGHT}")
-    module = _module(model, name)
+    module = module_of(model, name)
     if module is None and target in keymap.params:
-        module = _module(model, name.rpartition(".")[0])
+        module = module_of(model, name.rpartition(".")[0])
     if pattern is not None:
         name = keymap.rename(key).removesuffix(f".{WEIGHT}")  # experts are spoken of one by one
     return Owner(name, module)
@@ -205,7 +213,7 @@ def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
 def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
     if len(weight.shapes.get(WEIGHT, ())) != 3:
         return False
-    layout = ExpertsLayout.of(_module(model, weight.target.rpartition(".")[0]))
+    layout = ExpertsLayout.of(module_of(model, weight.target.rpartition(".")[0]))
     return layout is not None and layout.is_transposed
 
 

@@ -14,7 +14,6 @@ from .functional import scaled_linear
 from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
 
-
 # What becomes of the float weight that a layer was quantized from.
 ORIGINALS = ("discard", "keep", "offload")
 

@@ -24,6 +24,14 @@ class QuantizedModule(nn.Module):
         """Names of all codes and scales."""
         return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
 
+    # Whether the scales of its inputs have yet to be measured.
+    awaits_calibration: bool = False
+
+    @property
+    def has_static_input(self) -> bool:
+        """Whether it holds scales of its inputs."""
+        return any(getattr(self, name) is not None for scales in self.holds.values() for name in scales[1:])
+
     def freeze(self) -> None:
         """Codes and scales have no gradient: the loader may have asked for one."""
         for name in self.quantized:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationStatus
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
@@ -19,14 +15,17 @@ from transformers.utils import logging
 
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
-from .conversion import KeyRenaming, RoutedConverter
+from .conversion import KeyRenaming, QuantizeWeights, RoutedConverter
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear
 from .errors import ConfigError, UnsupportedError
 from .explain import NOTES
 from .kernels import why_not_kept, why_not_kept_experts
 from .layout import lay_out
 from .linear import FP8Linear
+from .placement import compute_device
+from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
+from .saving import any_number, fit_config, recompress, refuse_uncalibrated
 from .scheme import FP8, Scheme
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
@@ -57,6 +56,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense_because: str | None = None
         self._dense: list[str] = []
         self._host_conversions: list[WeightTransform] = []
+        self._plan: Plan | None = None  # of quantizing while loading
 
     # -- what the host asks before and after loading --
 
@@ -120,14 +120,31 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is quantized while it is loaded: it arrives in the model's dtype."""
+        if self._plan is None or self.layout is None:
+            return False
+        targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
+        return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
+
+    def get_quantize_ops(self) -> QuantizeWeights:
+        assert self.layout is not None
+        return QuantizeWeights({f"{name}.{WEIGHT}": weight for name, weight in self.layout.kept.items()})
+
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
         config = self.quantization_config
         because = self._why_dense()
-        self.layout = layout = lay_out(
-            model, conversions, checkpoint, config,
-            dense_because=because, experts_because=partial(self._why_dense_experts, because), use_kernels=self._use_kernels,
-            dtype=self._dtype,
-        )  # fmt: skip
+        if config.scheme is not None:
+            self._plan, layout = plan_quantization(
+                model, conversions, checkpoint, config, dtype=self._dtype, use_kernels=self._use_kernels
+            )
+        else:
+            layout = lay_out(
+                model, conversions, checkpoint, config,
+                dense_because=because, experts_because=partial(self._why_dense_experts, because),
+                use_kernels=self._use_kernels, dtype=self._dtype,
+            )  # fmt: skip
+        self.layout = layout
         if layout.saves_fp8(because):
             because = None
         self._dense_because = because
@@ -176,9 +193,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if config.dequantize:
             return "dequantize=True"
-        if config.backend != "auto":
+        if config.backend != "auto" or config.scheme is not None:
             return None
-        device = _compute_device(self._device_map)
+        device = compute_device(self._device_map)
         reason = why_not_kept(device, self._dtype)
         return None if reason is None else f"backend='auto' on {device.type}: {reason}"
 
@@ -189,7 +206,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return because if config.dequantize else None
         if config.experts == "dequantize" or config.backend == "int8":
             return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
-        device = _compute_device(self._device_map)
+        device = compute_device(self._device_map)
         reason = why_not_kept_experts(device, self._dtype, scheme)
         where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
         return because or (None if reason is None else f"{where}: {reason}")
@@ -220,6 +237,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_scales = {name: tensors[key] for name, key in cast.items()}
 
     def _say(self, because: str | None, layout: Layout) -> None:
+        if self._plan is not None:
+            (logger.warning if self._plan.reasons else logger.info)(self._plan.describe())
+            return
         merged = any(weight.is_expert for weight in layout.scan.weights)
         if because is not None and layout.dense and because != "dequantize=True":
             logger.warning(
@@ -250,6 +270,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()
+                module.awaits_calibration = self._plan is not None and module.has_static_input
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
                 raise UnsupportedError(
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "
@@ -274,7 +295,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, FP8Linear):
                 module.requantize_int8()
         # By the files' own names, too: of experts that the model merges, others look for each one.
-        merged = {_any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
+        merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
         self.quantization_config.become_int8([*self._dense, *sorted(merged)])
         names = [c for c in layout.conversions if isinstance(c, KeyRenaming)]
         model._weight_conversions = [*self._native_conversions(), *names]
@@ -294,33 +315,16 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     # -- saving and converting back --
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        self._fit_config(model)
+        if self._dense_because is None and self.layout is not None:
+            fit_config(model, self.quantization_config, self.layout)
+        refuse_uncalibrated(model)
         if not self.passengers and self.host is None:
             return None, {}
         state = dict(model.state_dict())
         if self.host is not None and self.layout is not None:
-            _recompress(model, state)
+            recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
         return {**state, **self.passengers}, {}
-
-    def _fit_config(self, model: PreTrainedModel) -> None:
-        """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one."""
-        if self._dense_because is not None or self.layout is None:
-            return
-        config, found, dense = self.quantization_config, set[str](), []
-        restored = {weight.module for weight in self.layout.scan.weights if weight.target in self.layout.dense}
-        for name, module in model.named_modules():
-            classes = [cls.__name__ for cls in type(module).__mro__]
-            group = config.group_of((name,), classes) if isinstance(module, nn.Linear) else None
-            quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
-            if group is not None and not quantized:
-                dense.append(name)
-        for weight in [*self.layout.scan.weights, *self.layout.scan.host]:
-            if weight.target and weight.module not in dense:
-                found.add(weight.group.name)
-        gone = {group.name for group in config.groups} - found
-        if dense or gone:
-            config.leave_out(dense, gone)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.host is not None:
@@ -347,41 +351,3 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # A weight's companions, for the host's tensor-parallel plans.
     serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}
-
-
-def _any_number(name: str) -> str:
-    """A target of a config that matches `name` with any layer and expert."""
-    return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
-
-
-def _recompress(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Give the host's modules, which it decompresses at the first forward, their stored form back in `state`."""
-    for name, module in model.named_modules():
-        scheme = getattr(module, "quantization_scheme", None)
-        if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
-            continue
-        own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
-        compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        compressed = compressor.compress(own, scheme)
-        if not torch.equal(compressor.decompress(compressed, scheme)[WEIGHT].to(own[WEIGHT]), own[WEIGHT]):
-            raise UnsupportedError(
-                f"{name}.weight was changed since loading, and does not fit the {scheme.format} codes and scales that it came "
-                "with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
-            )
-        state.update({f"{name}.{key}": value for key, value in compressed.items()})
-
-
-_PLACED_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def _compute_device(device_map: Any) -> torch.device:
-    """Where the model will compute. Offloaded parts compute on the accelerator; without a map the model
-    is loaded on CPU, from where users move it to the accelerator if there is one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device_map is None or device_map in _PLACED_BY_SIZE:
-        return torch.device("cpu") if accelerator is None else accelerator
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    for device in devices:
-        if device not in ("cpu", "disk", torch.device("cpu")):
-            return torch.device(accelerator.type, device) if isinstance(device, int) and accelerator else torch.device(device)
-    return torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
@@ -9,8 +10,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from .config import FP8Config, concerns_fp8, remembered
+from .config import FP8Config, remembered
 from .errors import ConfigError
+from .groups import concerns_fp8
 from .quantizer import FP8HfQuantizer
 
 METHOD = "compressed-tensors"
@@ -18,6 +20,7 @@ OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
 
 _host_door = modeling_utils.get_hf_quantizer
 _CONFIG_KEYS = ("quantization_config", "compression_config")
+_OPTIONS = {"scheme", "targets", "ignore", "backend", "experts"}
 _HOST_OPTIONS = ("dequantize", "run_compressed", "use_optimized_inference")
 
 
@@ -69,14 +72,16 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
     if isinstance(quantization_config, dict) and (
-        quantization_config.get("quant_method") == OUR_METHOD or set(quantization_config) <= {"backend", "experts"}
+        quantization_config.get("quant_method") == OUR_METHOD or set(quantization_config) <= _OPTIONS
     ):
         quantization_config = FP8Config(**quantization_config)
     if isinstance(quantization_config, FP8Config):
+        if quantization_config.scheme is not None:
+            return _host_door(config, _for_quantizing(config, quantization_config), *args, **kwargs)
         if written is None:
             raise ConfigError(
-                "FP8Config was passed, but the checkpoint's config.json has no compressed-tensors `quantization_config`: "
-                "hf_fp8 loads checkpoints that are quantized already. Load this one without FP8Config."
+                "FP8Config was passed, but the checkpoint's config.json has no compressed-tensors `quantization_config`. Pass "
+                "FP8Config(scheme='FP8_DYNAMIC'), or another scheme, to quantize it while loading; or load it without FP8Config"
             )
         if quantization_config.backend != "auto":
             raise ConfigError(
@@ -86,6 +91,20 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
             )
         quantization_config = CompressedTensorsConfig(dequantize=quantization_config.dequantize)
     return _host_door(config, quantization_config, *args, **kwargs)
+
+
+def _for_quantizing(config: PreTrainedConfig, passed: FP8Config) -> FP8Config:
+    """A copy of its own for this load, which a plan fills. Raises ConfigError for checkpoints that are quantized already."""
+    for part in (config, config.get_text_config(decoder=True)):
+        found = next((found for key in _CONFIG_KEYS if (found := getattr(part, key, None)) is not None), None)
+        if found is not None:
+            written = found if isinstance(found, dict) else found.to_dict()
+            method = written.get("quant_method", "compressed-tensors")
+            raise ConfigError(
+                f"scheme={passed.scheme!r} quantizes dense checkpoints, and this one is quantized already "
+                f"({getattr(method, 'value', method)}): leave the scheme out to load it as it is"
+            )
+    return copy.copy(passed)
 
 
 def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -123,6 +142,10 @@ def merge(written: dict[str, Any], passed: Any) -> FP8Config:
     if passed is None:
         return FP8Config(checkpoint=written)
     if isinstance(passed, FP8Config):
+        if passed.scheme is not None:
+            raise ConfigError(
+                f"scheme={passed.scheme!r} quantizes dense checkpoints, and this one is FP8 already: leave the scheme out"
+            )
         return FP8Config(**passed.get_loading_attributes(), checkpoint=written)
     if isinstance(passed, CompressedTensorsConfig):
         # `use_optimized_inference` asks for what "auto" does anyway where the hardware can.

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .checkpoint import DENSE_DTYPES, Checkpoint
-from .config import FP8Config, Group, match
+from .config import FP8Config
 from .errors import ConfigError, MismatchError, UnusedTensorError
+from .groups import Group, match
 from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
 # `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
@@ -54,11 +55,10 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
     candidates = []
     classes: dict[str, set[str]] = {}
     for key, info in checkpoint.tensors.items():
-        name = _module_of(key, info.dtype, len(info.shape))
+        name = module_named(key, info.dtype, len(info.shape))
         if name is not None:
             place = owner(key)
-            bare = [n.removeprefix(f"{prefix}.") for n in (name, place.name)]
-            names = tuple(dict.fromkeys((name, place.name, *bare, *(f"{prefix}.{n}" for n in bare))))
+            names = names_of(name, place.name, prefix)
             candidates.append((name, key, names, _group_of(config, names, place, info.dtype)))
             classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
     _check_groups(config, [(names, classes[name], group) for name, _, names, group in candidates])
@@ -91,7 +91,13 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
     return found
 
 
-def _module_of(key: str, dtype: str, ndim: int) -> str | None:
+def names_of(name: str, place: str, prefix: str) -> tuple[str, ...]:
+    """What a config may call a module: by the file or by the model, with or without the base model's prefix."""
+    bare = [n.removeprefix(f"{prefix}.") for n in (name, place)]
+    return tuple(dict.fromkeys((name, place, *bare, *(f"{prefix}.{n}" for n in bare))))
+
+
+def module_named(key: str, dtype: str, ndim: int) -> str | None:
     """The module in the file that `key` is the (possibly packed) weight of; None if it is no weight."""
     for suffix in (f".{WEIGHT}", ".weight_packed"):
         if key.endswith(suffix):

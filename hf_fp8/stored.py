@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .checkpoint import SCALE_DTYPES, Checkpoint
-from .config import Group
 from .errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from .groups import Group
+from .parts import Part
 from .scheme import Scheme, scale_shape
 
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
@@ -36,7 +37,8 @@ class StoredWeight:
     name: the module's name in the file. keys: role ("weight", "weight_scale", ...) -> key in the file.
     renamed: role -> that key after the host's renamings. target: the parameter of the model that it
     goes into, "" if the model has none. pattern: the source pattern of the host's converter that
-    takes it there, None if it goes there as it is. transposed: (in, out) instead of (out, in).
+    takes it there, None if it goes there as it is. transposed: (in, out) instead of (out, in). part: for a weight that is
+    yet to be quantized, where its values come from, by the renamed key.
     """
 
     name: str
@@ -48,6 +50,7 @@ class StoredWeight:
     target: str = ""
     pattern: str | None = None
     transposed: bool = False
+    part: Part | None = None
 
     @property
     def scheme(self) -> Scheme:

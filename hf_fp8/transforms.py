@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers.core_model_loading import WeightConverter, WeightTransform
 
-from .conversion import Dequantize, KeyRenaming, Parameter, Requantize, Reshape, RoutedConverter, companion
-from .expert_conversion import PATTERNS, ROLES, SplitExperts, StackExperts, pattern
+from .conversion import Dequantize, KeyRenaming, LateConverter, Parameter, Requantize, Reshape, RoutedConverter, companion
+from .expert_conversion import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
 from .expert_plan import ExpertsPlan, Stack
 from .scan import Scan
 from .scheme import scale_shape
@@ -51,6 +51,9 @@ def transforms(
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
     converters = [*_plain_converters(layout, op, back), *_scale_converters(layout), *_experts_converters(stacks, late.prefix)]
+    for transform in extra:
+        # Not used for loading what is stacked in the files; but what is written is one tensor per expert, its bias too.
+        transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
     for transform in [*host, *extra]:
         if isinstance(transform, WeightConverter):
             transform = _merged_converter(transform, layout, weights, op, back)
@@ -61,7 +64,9 @@ def transforms(
 
 def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
     """The same, such that the host's saver, which goes through them from the end, asks ours for experts first."""
-    last = [c for c in conversions if isinstance(c, RoutedConverter) and isinstance(c.operations[0], StackExperts)]
+    last = [
+        c for c in conversions if isinstance(c, RoutedConverter) and isinstance(c.operations[0], StackExperts | QuantizeExperts)
+    ]
     return [*(c for c in conversions if c not in last), *last]
 
 
@@ -115,16 +120,22 @@ def _experts_converters(stacks: dict[str, Stack], prefix: str) -> list[WeightTra
     if not stacks:
         return []
     routes, back, names = {}, {}, {}
+    fresh = any(weight.part for stack in stacks.values() for weight in stack.weights)
     for target, stack in stacks.items():
         for part, weights in enumerate(stack.sources):
             for weight in weights:
+                if weight.part is not None:
+                    routes[weight.part.key] = (target, pattern(0 if weight.part.expert is not None else part, WEIGHT))
                 for role in ROLES:
                     if role in weight.keys:
-                        routes[weight.renamed[role]] = (target, pattern(part, role))
+                        if weight.part is None:
+                            routes[weight.renamed[role]] = (target, pattern(part, role))
                         names[weight.keys[role]] = _beside(target, weight.renamed[role], prefix)
         back.update({stack.name_of(role): (target, pattern(0, role)) for role in ROLES if role in stack.weights[0].keys})
     patterns = [pattern(0, role) for role in ROLES]
     reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks, names)])
+    if fresh:
+        return [LateConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks)], reverse=reverse)]
     return [RoutedConverter(routes, PATTERNS, ["hf_fp8_experts"], [StackExperts(stacks)], reverse=reverse)]
 
 

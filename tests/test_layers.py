@@ -28,13 +28,15 @@ LAYERS = [
     {"functional", "quantized_module"},
     {"grouped", "linear"},
     {"experts"},
-    {"convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap"},
+    {"groups", "parts", "observers", "placement"},
+    {"convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap", "calibration", "quality"},
     {"stored"},
     {"conversion", "scan"},
     {"expert_plan"},
     {"expert_conversion"},
     {"transforms"},
-    {"layout"},
+    {"layout", "saving"},
+    {"plan"},
     {"quantizer"},
     {"registration"},
     {""},
@@ -42,7 +44,7 @@ LAYERS = [
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
     "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
-    "registration",
+    "registration", "plan",
 }  # fmt: skip
 
 

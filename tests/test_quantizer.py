@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear
-from hf_fp8.quantizer import _compute_device
+from hf_fp8.placement import compute_device
 from hf_fp8.scheme import FP8, TENSOR
 
 WAYS: dict[str, Any] = {
@@ -137,11 +137,11 @@ def test_device_maps(device_map: Any, config: FP8Config, fp8: Path) -> None:
 
 
 def test_where_a_device_map_computes() -> None:
-    assert _compute_device({"": "cpu"}) == torch.device("cpu")
-    assert _compute_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
-    assert _compute_device({"a": "cpu", "b": "cuda:1"}) == torch.device("cuda:1")
-    assert _compute_device("cuda") == torch.device("cuda")
-    assert _compute_device(torch.device("xpu", 0)) == torch.device("xpu:0")
+    assert compute_device({"": "cpu"}) == torch.device("cpu")
+    assert compute_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
+    assert compute_device({"a": "cpu", "b": "cuda:1"}) == torch.device("cuda:1")
+    assert compute_device("cuda") == torch.device("cuda")
+    assert compute_device(torch.device("xpu", 0)) == torch.device("xpu:0")
 
 
 def test_shards(fp8: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class TestHost:
 
 
 def test_microscaling_groups_are_left_to_the_host() -> None:
-    from hf_fp8.config import concerns_fp8
+    from hf_fp8.groups import concerns_fp8
 
     weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "weights": weights}

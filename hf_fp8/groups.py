@@ -1,0 +1,274 @@
+"""`config_groups` of a `quantization_config`: which modules, which scheme; read from JSON, and written.
+
+Parsing is compressed-tensors' own (`QuantizationConfig`, pydantic); what is ours is to say
+precisely what is wrong, to know which groups are FP8 and which of those we can run, and to match
+names as compressed-tensors does (utils/match.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import compressed_tensors
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
+from pydantic import ValidationError
+
+from .errors import ConfigError, UnsupportedError
+from .scheme import INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+
+# Formats that store E4M3 codes as they are, under "weight": int-quantized differs from the others in name
+# only (compressors/naive_quantized), and old writers fell back to it.
+FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
+KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it.
+
+    format: compressed-tensors' name of how the group is stored, its own or the whole checkpoint's.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: Scheme | None
+    parsed: QuantizationScheme
+    format: str
+
+
+def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> str | None:
+    """The first of `targets` that matches, in compressed-tensors' order: exact name, ``re:`` regex, class."""
+    ordered = sorted(targets, key=lambda target: ("re:" in target, target))
+    names, classes = tuple(names), set(classes)
+    for target in ordered:
+        if any(re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target == name for name in names):
+            return target
+    return next((target for target in ordered if target in classes), None)
+
+
+def is_fp8(weights: Any) -> bool:
+    """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
+    if not isinstance(weights, dict) or weights.get("type") != "float" or str(weights.get("num_bits")) != "8":
+        return False
+    return "uint8" not in str(weights.get("scale_dtype"))
+
+
+def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors config has an FP8 group, or is broken in a way that may hide one."""
+    groups = with_presets(checkpoint.get("config_groups"))
+    if any(isinstance(g, dict) and is_fp8(g.get("weights")) and _is_plain(g.get("format")) for g in groups.values()):
+        return True
+    no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
+    return checkpoint.get("format") == "float-quantized" and no_weights
+
+
+def _is_plain(fmt: Any) -> bool:
+    return not (isinstance(fmt, str) and fmt.startswith("mx"))
+
+
+def with_presets(groups: Any) -> dict[str, Any]:
+    """`config_groups` with entries like ``"FP8_DYNAMIC": ["Linear"]`` spelled out."""
+    if not isinstance(groups, dict):
+        return {}
+    spelled = {}
+    for name, group in groups.items():
+        if isinstance(group, list):
+            try:
+                group = json.loads(preset_name_to_scheme(name, group).model_dump_json())
+            except KeyError:
+                raise ConfigError(f"quantization_config.config_groups[{name!r}]: no preset has that name") from None
+        spelled[name] = group
+    return spelled
+
+
+def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
+    """compressed-tensors' own reading of a `quantization_config`.
+
+    Raises ConfigError, naming the key, for what it cannot read or would silently ignore.
+    """
+    groups = with_presets(checkpoint.get("config_groups"))
+    if not groups:
+        raise ConfigError(
+            "quantization_config.config_groups is missing or empty, though the format is "
+            f"{checkpoint.get('format')!r}: nothing says how the weights are quantized"
+        )
+    for name, group in groups.items():
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            raise ConfigError(
+                f"quantization_config.config_groups[{name!r}] has no `weights`: "
+                "hf_fp8 runs groups that say how weights are quantized"
+            )
+        if not group.get("targets"):
+            raise ConfigError(f"quantization_config.config_groups[{name!r}] has no `targets`")
+        _check_patterns(f"config_groups[{name!r}].targets", group["targets"])
+    _check_patterns("ignore", checkpoint.get("ignore") or [])
+    if checkpoint.get("transform_config"):
+        raise UnsupportedError(
+            "quantization_config.transform_config asks for run-time transforms (such as rotations), which "
+            "transformers would leave out: the outputs would be wrong. hf_fp8 runs checkpoints without them."
+        )
+    sparsity = checkpoint.get("sparsity_config") or {}
+    sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if sparse != "dense":
+        raise UnsupportedError(f"quantization_config.sparsity_config is {sparse!r}: hf_fp8 reads dense weights only")
+    only_fp8 = all(is_fp8(group.get("weights")) for group in groups.values())
+    if checkpoint.get("format") not in (FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
+        raise ConfigError(
+            f"quantization_config.format is {checkpoint['format']!r}: FP8 weights come as float-quantized or naive-quantized"
+        )
+    try:
+        return QuantizationConfig.model_validate({**checkpoint, "config_groups": groups})
+    except ValidationError as error:
+        first = error.errors()[0]
+        # pydantic puts the validators it went through between the keys
+        where = "".join(f".{part}" for part in first["loc"] if "[" not in str(part))
+        message = first["msg"].split("\n")[0].removeprefix("Value error, ")
+        if where.endswith("strategy"):
+            message += f"; there are: {', '.join(member.value for member in QuantizationStrategy)}"
+        raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
+
+
+def _check_patterns(key: str, targets: Any) -> None:
+    for target in targets if isinstance(targets, list) else [targets]:
+        if not isinstance(target, str):
+            raise ConfigError(f"quantization_config.{key} is {targets!r}: it is a list of names, classes and re: patterns")
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
+
+
+def _value(x: Any) -> Any:
+    """pydantic hands out some enums as members and some as their values."""
+    return getattr(x, "value", x)
+
+
+def read_group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
+    weights = json.loads(parsed.weights.model_dump_json())
+    fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
+    fmt = _value(parsed.format) or _value(config.format)
+    return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)
+
+
+def _scheme(name: str, group: QuantizationScheme) -> Scheme:
+    """Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
+    where = f"quantization_config.config_groups[{name!r}]"
+
+    def refuse(key: str, value: Any, supported: str) -> UnsupportedError:
+        return UnsupportedError(f"{where}.{key} is {_value(value)!r}; hf_fp8 supports {supported}")
+
+    fmt = _value(group.format)
+    if fmt not in FP8_FORMATS:
+        raise ConfigError(f"{where}.format is {fmt!r}: FP8 weights come as float-quantized or naive-quantized")
+    weights, inputs = group.weights, group.input_activations
+    if not weights.symmetric:
+        raise refuse("weights.symmetric", False, "symmetric FP8 weights (no zero points)")
+    if weights.dynamic:
+        raise refuse("weights.dynamic", weights.dynamic, "weights quantized ahead of time")
+    if group.output_activations is not None:
+        raise refuse("output_activations", "set", "schemes that quantize weights and inputs only")
+    weight = {
+        "tensor": lambda: TENSOR,
+        "channel": lambda: ROW,
+        "group": lambda: Granularity(1, weights.group_size),
+        "block": lambda: Granularity(*weights.block_structure),
+    }.get(_value(weights.strategy))
+    if weight is None:
+        raise refuse("weights.strategy", weights.strategy, "tensor, channel, group and block")
+    stored = TensorScheme(weight())
+    if inputs is None:
+        return Scheme(stored)
+    if inputs.type != "float" or inputs.num_bits != 8:
+        raise refuse("input_activations", f"{inputs.num_bits}-bit {inputs.type}", "8-bit float inputs, or none")
+    if not inputs.symmetric:
+        raise refuse("input_activations.symmetric", False, "symmetric inputs (no zero points)")
+    kinds = {
+        ("tensor", True): lambda: TENSOR,
+        ("tensor", False): lambda: TENSOR,
+        ("token", True): lambda: ROW,
+        ("group", True): lambda: Granularity(1, inputs.group_size),
+    }
+    kind = kinds.get((_value(inputs.strategy), inputs.dynamic))
+    if kind is None:
+        how = "dynamic" if inputs.dynamic is True else _value(inputs.dynamic) or "static"
+        raise refuse(
+            "input_activations.strategy",
+            f"{_value(inputs.strategy)} ({how})",
+            "tensor (static or dynamic), token and group (dynamic)",
+        )
+    return Scheme(stored, TensorScheme(kind(), dynamic=bool(inputs.dynamic)))
+
+
+def wanted_groups(scheme: str | Scheme | Mapping[Any, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """`config_groups` for what a user asks for: one scheme, several with the targets of each, or `config_groups` as they are.
+
+    Raises ConfigError for schemes that there are none of.
+    """
+    if not isinstance(scheme, Mapping):
+        scheme = {scheme: list(targets)}
+    groups: dict[str, Any] = {}
+    for name, value in scheme.items():
+        if isinstance(value, Mapping):
+            groups[str(name)] = dict(value)
+            continue
+        try:
+            found = scheme_named(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        groups[f"group_{len(groups)}"] = write_group(found, [value] if isinstance(value, str) else list(value))
+    return groups
+
+
+def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
+    """A group of `scheme` as JSON, in compressed-tensors' words: what `read_group` reads back."""
+    if scheme.input is None:
+        fmt = CompressionFormat.naive_quantized  # as llm-compressor says of W8A16
+    else:
+        fmt = CompressionFormat.int_quantized if scheme.weight.dtype == INT8 else CompressionFormat.float_quantized
+    group = QuantizationScheme(
+        targets=list(targets),
+        weights=_arguments(scheme.weight, "channel"),
+        input_activations=None if scheme.input is None else _arguments(scheme.input, "token"),
+        format=fmt.value,
+    )
+    written: dict[str, Any] = json.loads(group.model_dump_json())
+    return written
+
+
+def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
+    granularity = operand.granularity
+    options: dict[str, Any] = {"strategy": {TENSOR: "tensor", ROW: row}.get(granularity, "group")}
+    if granularity.rows > 1:
+        options = {"strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
+    elif options["strategy"] == "group":
+        options["group_size"] = granularity.cols
+    kind = "int" if operand.dtype == INT8 else "float"
+    return QuantizationArgs(num_bits=8, type=kind, symmetric=True, dynamic=operand.dynamic, **options)
+
+
+def written_config(groups: Mapping[str, dict[str, Any]], ignore: Iterable[str]) -> dict[str, Any]:
+    """A whole `quantization_config`, as llm-compressor writes it. ignore: names of the modules that are dense."""
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": compressed_tensors.__version__,
+        "format": formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        "quantization_status": "compressed",
+        "config_groups": dict(groups),
+        "ignore": list(dict.fromkeys(ignore)),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }

@@ -1,0 +1,270 @@
+"""Plans what a dense checkpoint is to become: which tensors are quantized, under which names, and why others are not.
+
+The plan is a checkpoint that does not exist yet, by its headers. Loading while quantizing, quantizing in place and writing
+files are then loading, building and writing that checkpoint, by the mechanisms that serve those that exist.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+from transformers.utils import logging
+
+from .checkpoint import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
+from .config import FP8Config
+from .errors import ConfigError, MismatchError
+from .experts import ExpertsLayout
+from .groups import Group, match
+from .keymap import KeyMap
+from .layout import lay_out, map_experts, module_of, owner_of
+from .numerics import scale_dtype_of
+from .parts import Part
+from .scan import module_named, names_of
+from .scheme import scale_shape
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from .transforms import Layout
+
+logger = logging.get_logger(__name__)
+
+# What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
+ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
+
+# (names of a module, itself if the model has it) -> the group that is to quantize it
+Choice = Callable[[tuple[str, ...], nn.Module | None], Group | None]
+
+
+@dataclass
+class Plan:
+    """`written`: the headers of the checkpoint to be. `parts`: key in it -> where its values come from. `groups`: key of a
+    quantized weight -> its group. `dense`: names of modules that the config has to say are dense. `reasons`: name of a
+    module that a group speaks of -> why it is dense all the same. `names`: what each Linear may be called.
+    """
+
+    written: Checkpoint
+    parts: dict[str, Part] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    names: list[tuple[str, ...]] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """A line for the log."""
+        kinds = {group.scheme.describe(): None for group in self.groups.values() if group.scheme is not None}
+        said = f"hf_fp8: {len(self.groups)} matrices are quantized ({'; '.join(kinds)})"
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        dense = "; ".join(f"{len(names)} such as {names[0]} ({reason})" for reason, names in by_reason.items())
+        return f"{said}. Left dense: {dense}" if dense else said
+
+
+def plan_quantization(
+    model: PreTrainedModel,
+    conversions: Sequence[WeightTransform],
+    checkpoint: Checkpoint,
+    config: FP8Config,
+    *,
+    dtype: torch.dtype,
+    cast: bool = True,
+    use_kernels: bool = False,
+    choose: Choice | None = None,
+) -> tuple[Plan, Layout]:
+    """The plan of quantizing `checkpoint`, which is dense, as `config` says; and how it is laid out on `model`.
+
+    dtype: the model's. cast: whether weights are cast to it before they are quantized. choose: decides instead of the
+    groups' targets. `config` then says what the checkpoint to be says of itself.
+
+    What the model could not hold in FP8 (layers whose weight its code reads, tied ones, experts that it merges in its own
+    way) is not quantized. Raises ConfigError if nothing is left, MismatchError for a checkpoint that is quantized already.
+    """
+    for key, info in checkpoint.tensors.items():
+        if info.dtype.startswith("F8_") or key.endswith((".weight_packed", ".weight_scale", ".weight_scale_inv")):
+            raise MismatchError(
+                f"{key} is stored as {info}: the checkpoint is quantized already, and FP8 made of it would be rounded twice. "
+                "Quantize the dense checkpoint that it was made of, or `hf-fp8 dequantize` it first"
+            )
+    wanted, given = choose or (lambda names, module: _by_target(config, names, module)), config.groups
+    excluded: dict[str, str] = {}
+    while True:
+        plan = _plan(model, conversions, checkpoint, config, wanted, excluded, dtype if cast else None)
+        used = {group.name for group in plan.groups.values()}
+        _check_use(model, config, plan, [group for group in given if group.name not in used])
+        trial = copy.copy(config)
+        trial.become_fp8(plan.dense, used)
+        layout = lay_out(
+            model, conversions, plan.written, trial, dense_because=None, experts_because=lambda scheme: None,
+            use_kernels=use_kernels, dtype=dtype, parts=plan.parts,
+        )  # fmt: skip
+        unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_unfit(weight, layout))}
+        if not unfit:
+            config.__dict__.update(trial.__dict__)
+            return plan, layout
+        excluded |= unfit
+
+
+def _by_target(config: FP8Config, names: tuple[str, ...], module: nn.Module | None) -> Group | None:
+    return config.group_of(names, {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+
+
+def _check_use(model: PreTrainedModel, config: FP8Config, plan: Plan, unused: list[Group]) -> None:
+    for group in unused:
+        if said := [f"{name}: {reason}" for name, reason in plan.reasons.items()][:5]:
+            raise ConfigError(f"nothing of {type(model).__name__} can be quantized by targets {list(group.targets)}: {said}")
+        raise ConfigError(
+            f"targets {list(group.targets)}, ignore {list(config.ignore)}: they leave no Linear of {type(model).__name__} to "
+            f"be quantized; it has {', '.join(names[0] for names in plan.names[:3]) or 'none'}, ..."
+        )
+    for entry in config.ignore:
+        if not any(match(names, ("Linear",), [entry]) for names in plan.names):
+            logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
+
+
+def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:
+    if not weight.target:
+        return "this class of model does not have it"
+    return layout.reasons.get(weight.module) or layout.reasons.get(weight.target)
+
+
+def _plan(
+    model: PreTrainedModel,
+    conversions: Sequence[WeightTransform],
+    checkpoint: Checkpoint,
+    config: FP8Config,
+    choose: Choice,
+    excluded: dict[str, str],
+    dtype: torch.dtype | None,
+) -> Plan:
+    map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
+    head = model.get_output_embeddings()
+    plan = Plan(Checkpoint([]))
+    for key, info in checkpoint.tensors.items():
+        stack = _stack_of(model, keymap, key, info)
+        taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
+        if stack is not None and not _any_chosen(taken, config, choose, keymap.prefix, excluded):
+            taken = [(key, Part(key))]  # as it is: nothing of it is quantized
+        for name, part in taken:
+            shape = part.shape(info.shape)
+            plan.parts[name] = part
+            plan.written.tensors[name] = TensorInfo(info.dtype, shape, info.file)
+            module = module_named(name, info.dtype, len(shape))
+            if module is None or len(shape) != 2 or info.dtype not in DENSE_DTYPES:
+                continue
+            place, owner = (module, None) if part.expert is not None else _linear(model, keymap, name)
+            if place is None:
+                continue
+            plan.names.append(names_of(module, place, keymap.prefix))
+            group, reason = _decide(config, choose, plan.names[-1], owner, head), None
+            if config.experts == "dequantize" and (part.expert is not None or keymap.resolve(name)[1] is not None):
+                reason = "experts='dequantize'"
+            if group is not None and reason is None:
+                reason = excluded.get(module) or _unfit(group, shape)
+                if reason is not None:
+                    plan.reasons[module] = reason
+            if group is None or reason is not None:
+                plan.dense.append(module)
+                continue
+            plan.groups[name] = group
+            plan.written.tensors |= _quantized(module, info, shape, group, dtype)
+    if head is not None:
+        name = next(name for name, module in model.named_modules() if module is head)
+        if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
+            plan.dense.append(name)  # tied, and not in the files: others look for it all the same
+    return plan
+
+
+def _quantized(
+    module: str, info: TensorInfo, shape: tuple[int, ...], group: Group, dtype: torch.dtype | None
+) -> dict[str, TensorInfo]:
+    """What a dense matrix becomes. dtype: to which it is cast before it is quantized, None as it is."""
+    assert group.scheme is not None
+    scale = DTYPE_NAMES[scale_dtype_of(dtype or TORCH_DTYPES[info.dtype])]
+    dot = f"{module}." if module else ""
+    made = {
+        dot + WEIGHT: TensorInfo("F8_E4M3", shape, info.file),
+        dot + WEIGHT_SCALE: TensorInfo(scale, scale_shape(group.scheme.weight.granularity, *shape), info.file),
+    }
+    if group.scheme.has_static_input:
+        made[dot + INPUT_SCALE] = TensorInfo(scale, (1,), info.file)
+    return made
+
+
+def _linear(model: PreTrainedModel, keymap: KeyMap, key: str) -> tuple[str | None, nn.Module | None]:
+    """(name in the model, module) of a matrix that is one of a Linear: a layer's, an expert's, or one that the model lacks.
+
+    (None, None) for one that is something else.
+    """
+    owner = owner_of(model, keymap, key)
+    target, pattern = keymap.resolve(key)
+    if pattern is not None:
+        experts = module_of(model, target.rpartition(".")[0])
+        layout = ExpertsLayout.of(experts)
+        if layout is None and "experts." in key:
+            return owner.name, None  # merged in the family's own way: it will be told so
+        is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
+        return (owner.name, None) if is_expert else (None, None)
+    if isinstance(owner.module, nn.Embedding) or not (owner.module is None or isinstance(owner.module, nn.Linear)):
+        # A router may hold its matrix itself. Others, who make it a Linear, have to be told that it is dense.
+        return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
+    return owner.name, owner.module
+
+
+def _decide(
+    config: FP8Config, choose: Choice, names: tuple[str, ...], module: nn.Module | None, head: nn.Module | None
+) -> Group | None:
+    """The group of a Linear; None, too, for what is not meant unless a target names it: the output embedding, routers."""
+    group = choose(names, module)
+    if group is None or not config.spares or config.names(names):
+        return group
+    spared = (module is not None and module is head) or any(ROUTER.search(name) for name in names)
+    return None if spared else group
+
+
+def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
+    assert group.scheme is not None
+    cols = group.scheme.weight.granularity.cols
+    if 0 in shape:
+        return f"it has no values: its shape is {list(shape)}"
+    if group.scheme.weight.granularity.rows == 1 and cols > 1 and shape[1] % cols:
+        return f"K = {shape[1]} is no multiple of the group of {cols}, which compressed-tensors asks for"
+    return None
+
+
+def _stack_of(model: PreTrainedModel, keymap: KeyMap, key: str, info: TensorInfo) -> tuple[ExpertsLayout, str] | None:
+    """(layout, leaf) of a tensor that holds a projection, or its bias, of all experts of a module; None for any other."""
+    if not 2 <= len(info.shape) <= 3 or info.dtype not in DENSE_DTYPES:
+        return None
+    target, pattern = keymap.resolve(key)
+    name, _, leaf = target.rpartition(".")
+    layout = ExpertsLayout.of(module_of(model, name))
+    if layout is None or pattern is not None or key.rpartition(".")[2] != leaf:
+        return None
+    known = (layout.first, "down_proj") if len(info.shape) == 3 else (f"{layout.first}_bias", "down_proj_bias")
+    return (layout, leaf) if leaf in known and target in keymap.params else None
+
+
+def _experts_of(key: str, info: TensorInfo, stack: tuple[ExpertsLayout, str]) -> Iterator[tuple[str, Part]]:
+    """(key, part) of each expert, under the names that llm-compressor gives them."""
+    layout, leaf = stack
+    is_first = leaf.removesuffix("_bias") == layout.first
+    projections = ("gate_proj", "up_proj") if is_first and layout.has_gate else ("up_proj",) if is_first else ("down_proj",)
+    role = "bias" if leaf.endswith("_bias") else WEIGHT
+    stem = key.rpartition(".")[0]
+    for expert in range(info.shape[0]):
+        for index, projection in enumerate(projections):
+            part = Part(key, expert, index, len(projections), layout.is_transposed, not layout.is_concatenated)
+            yield f"{stem}.{expert}.{projection}.{role}", part
+
+
+def _any_chosen(
+    taken: list[tuple[str, Part]], config: FP8Config, choose: Choice, prefix: str, excluded: dict[str, str]
+) -> bool:
+    """Whether any expert of a stack is quantized; of the names of a bias, whether its weight is."""
+    modules = (name.rpartition(".")[0] for name, _ in taken)
+    return any(choose(names_of(module, module, prefix), None) and module not in excluded for module in modules)

@@ -1,0 +1,121 @@
+"""Draws SQNR against depth: one panel for weights, one for outputs, one colour and marker for each kind of layer."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .quality_rows import Row, Rows
+
+# A vertical line at every so many blocks.
+GRID = 5
+MARKERS = "osD^vPX<>*hp"
+PANELS = (
+    ("weight_sqnr", "weights"),
+    ("output_sqnr", "outputs, each layer alone"),
+    ("accumulated_sqnr", "outputs, in the quantized model"),
+)
+
+
+def depths(rows: Rows) -> tuple[dict[str, int], dict[int, str]]:
+    """(name of a row -> its place on the axis, place -> label).
+
+    A place is a block: what a name has up to its first number, `model.layers.3`; a layer outside of any has its own.
+    """
+    places: dict[str, int] = {}
+    found: dict[str, int] = {}
+    labels: dict[int, str] = {}
+    for row in rows:
+        parts = row.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = row.name if number is None else ".".join(parts[: number + 1])
+        found[row.name] = places.setdefault(key, len(places))
+        labels.setdefault(found[row.name], row.kind if number is None else parts[number])
+    return found, labels
+
+
+def draw(rows: Rows, title: str, path: Path) -> Path:
+    """A picture of `rows` in `path`, .svg or .png. Raises ImportError without matplotlib, ValueError with nothing to draw."""
+    try:
+        matplotlib, figures = import_module("matplotlib"), import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError("a picture of the report needs matplotlib: pip install matplotlib") from error
+    panels = [(measure, name) for measure, name in PANELS if rows.values(measure)]
+    if not panels:
+        raise ValueError("no row has a number to draw")
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    places, labels = depths(rows)
+    with matplotlib.rc_context({"svg.hashsalt": "hf_fp8"}):  # the same rows, the same file
+        width = min(max(6.5, 2.5 + 0.16 * len(labels)), 14)
+        figure = figures.Figure(figsize=(width, 0.9 + 2.3 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        outlying = {row.name for row in rows.standing_out()}
+        for axis, (measure, name) in zip(axes, panels, strict=True):
+            _panel(axis, rows, measure, kinds, places, outlying)
+            axis.set_title(name, fontsize=9, loc="left")
+            axis.set_ylabel("SQNR, dB", fontsize=8)
+            axis.tick_params(labelsize=8)
+        _label(axes[-1], labels)
+        handles, names = axes[0].get_legend_handles_labels()
+        for axis in axes[1:]:  # a kind may be in one panel only
+            more = [(h, n) for h, n in zip(*axis.get_legend_handles_labels(), strict=True) if n not in names]
+            handles, names = handles + [h for h, _ in more], names + [n for _, n in more]
+        figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    return path
+
+
+def _panel(axis: Any, rows: Rows, measure: str, kinds: list[str], places: dict[str, int], outlying: set[str]) -> None:
+    """One measure of all rows. What is not finite stands at the edge that it belongs to, in words."""
+    colours = [f"C{number}" for number in range(10)]
+    values = [value for value in rows.values(measure) if math.isfinite(value)]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    room = max(0.08 * (high - low), 0.25)
+    axis.set_ylim(low - room, high + room)
+    by_kind: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if getattr(row, measure) is not None:
+            by_kind[row.kind].append(row)
+    for number, kind in enumerate(kinds):
+        points = [(places[row.name], getattr(row, measure), row) for row in by_kind[kind]]
+        if not points:
+            continue
+        colour, marker = colours[number % len(colours)], MARKERS[number % len(MARKERS)]
+        finite = [(x, y) for x, y, _ in points if math.isfinite(y)]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "label": kind}
+        # Several of a kind in a block, such as experts one by one, are points without a line.
+        line = "-" if len({x for x, _ in finite}) == len(finite) else ""
+        axis.plot(*(zip(*finite, strict=True) if finite else ([], [])), linestyle=line, linewidth=0.7, **style)
+        for x, y, row in points:
+            if not math.isfinite(y):
+                exact = y == math.inf
+                at = 0.98 if exact else 0.02
+                transform = axis.get_xaxis_transform()  # x in data, y in parts of the panel
+                axis.plot([x], [at], color=colour, marker=marker, markersize=5, fillstyle="none", transform=transform)
+                if not exact:
+                    axis.text(x, 0.07, str(y), transform=transform, fontsize=6, color="red", ha="center")
+            elif row.name in outlying:
+                axis.plot([x], [y], marker="o", markersize=9, fillstyle="none", color="black", linewidth=0)
+    if any(value == math.inf for value in rows.values(measure)):
+        axis.set_title("hollow, at the top: exact", fontsize=7, loc="right")
+
+
+def _label(axis: Any, labels: dict[int, str]) -> None:
+    """Numbers of blocks at every GRID-th of them, with a line through all panels; names of layers outside of blocks."""
+    blocks = [place for place, label in labels.items() if label.isdigit() and int(label) % GRID == 0]
+    others = [place for place, label in labels.items() if not label.isdigit()]
+    others = others if len(others) <= 12 else []
+    for place in blocks:
+        for each in axis.figure.axes:
+            each.axvline(place, color="0.85", linewidth=0.7, zorder=0)
+    ticks = sorted(blocks + others)
+    axis.set_xticks(ticks, [labels[place] for place in ticks])
+    for tick, place in zip(axis.get_xticklabels(), ticks, strict=True):
+        if not labels[place].isdigit():
+            tick.set(rotation=30, ha="right")
+    axis.set_xlim(-0.6, max(labels) + 0.6)
+    axis.set_xlabel("block" if blocks else "layer", fontsize=8)

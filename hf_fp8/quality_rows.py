@@ -1,0 +1,160 @@
+"""What `quality` found, layer by layer: rows that print as a table, their statistics, and which of them stand out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+# A layer stands out if its SQNR lies more than so many median absolute deviations below the median of all layers. The
+# median and its deviation do not move with the few layers that are looked for, as a mean and a standard deviation would;
+# 3 of them are about 2 standard deviations of a normal distribution.
+OUTLYING_DEVIATIONS = 3.0
+# And at least so many dB below it, which is twice the noise: layers of one shape differ by tenths of a dB, where three
+# deviations mean nothing to anybody.
+OUTLYING_DB = 3.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, one projection of an experts module, or an experts module as a whole (outputs only).
+
+    SQNRs are in dB, 20 log10(||x|| / ||x - x_hat||), larger is better: inf where nothing differs, -inf where the float
+    values are all zero and the quantized ones are not, None where there is nothing to compare.
+
+    module: the name to put on an `ignore` list; that of the experts module for a projection. shape: of the weight.
+    relative_error: ||w - w_hat|| / ||w||. largest_error: max |w - w_hat|. worst_expert, worst_expert_sqnr: of a
+    projection, the expert whose weight has the lowest SQNR. output_sqnr: the layer alone, given the float model's
+    inputs. accumulated_sqnr: the layer in the quantized model against the layer in the float model. note: what could
+    not be compared, and why.
+    """
+
+    name: str
+    module: str
+    scheme: str
+    shape: tuple[int, ...] = ()
+    weight_sqnr: float | None = None
+    relative_error: float | None = None
+    largest_error: float | None = None
+    worst_expert: int | None = None
+    worst_expert_sqnr: float | None = None
+    output_sqnr: float | None = None
+    accumulated_sqnr: float | None = None
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name: q_proj, down_proj, ..."""
+        return self.name.rpartition(".")[2]
+
+    def as_json(self) -> dict[str, Any]:
+        """Fields by name, strictly JSON: see `finite`."""
+        return finite({field.name: getattr(self, field.name) for field in fields(self)})
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with null for numbers that JSON does not have, and what these are under "not_finite": inf, -inf, nan."""
+    strange = {key: str(v) for key, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    kept = {key: None if key in strange else list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    return {**kept, "not_finite": strange} if strange else kept
+
+
+class Rows(list[Row]):
+    """Rows as a list; printed, a table."""
+
+    def __str__(self) -> str:
+        return self.table()
+
+    __repr__ = __str__
+
+    def values(self, measure: str) -> list[float]:
+        """The numbers of a field, of the rows that have one."""
+        return [value for row in self if (value := getattr(row, measure)) is not None]
+
+    def table(self, footer: bool = False) -> str:
+        """One line a row, with columns for what any row has; with `footer`, median and minimum of each SQNR below."""
+        if not self:
+            return "no layers"
+        columns = [
+            (title, measure, digits)
+            for title, measure, digits in (
+                ("weight dB", "weight_sqnr", ".2f"),
+                ("rel. error", "relative_error", ".4f"),
+                ("max error", "largest_error", ".2e"),
+                ("output dB", "output_sqnr", ".2f"),
+                ("in model dB", "accumulated_sqnr", ".2f"),
+            )
+            if self.values(measure)
+        ]
+        several = len({row.scheme for row in self}) > 1
+        lines = [["layer", *(["scheme"] if several else []), *(title for title, _, _ in columns), "note"]]
+        for row in self:
+            numbers = [shown(getattr(row, measure), digits) for _, measure, digits in columns]
+            note = row.note
+            if row.worst_expert is not None:
+                note = f"worst expert {row.worst_expert}: {shown(row.worst_expert_sqnr)} dB" + (f"; {note}" if note else "")
+            lines.append([row.name, *([row.scheme] if several else []), *numbers, note])
+        if footer:
+            for title, statistic in (("median", median), ("minimum", minimum)):
+                found = [statistic(self.values(m)) if m.endswith("sqnr") else None for _, m, _ in columns]
+                cells = ["" if value is None else shown(value) for value in found]
+                lines.append([title, *([""] if several else []), *cells, ""])
+        words = {0, len(lines[0]) - 1, *([1] if several else [])}
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i in words else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def worst(self, n: int) -> Rows:
+        """The n rows with the lowest `output_sqnr` (`weight_sqnr` for rows without), NaN first."""
+        rated = [(row.weight_sqnr if row.output_sqnr is None else row.output_sqnr, row) for row in self]
+        known = [(value, row) for value, row in rated if value is not None]
+        return Rows(row for _, row in sorted(known, key=lambda pair: rank(pair[0]))[:n])
+
+    def standing_out(self) -> Rows:
+        """The rows that stand out (`OUTLYING_DEVIATIONS`, `OUTLYING_DB`) by their outputs or by their weights.
+
+        So do all with an SQNR of NaN or -inf.
+        """
+        names = {name for measure in ("output_sqnr", "weight_sqnr") for name in self._standing_out(measure)}
+        return Rows(row for row in self if row.name in names)
+
+    def _standing_out(self, measure: str) -> list[str]:
+        numbers = [value for value in self.values(measure) if math.isfinite(value)]
+        limit = -math.inf
+        if numbers:
+            middle = statistics.median(numbers)
+            deviation = statistics.median(abs(value - middle) for value in numbers)
+            limit = middle - max(OUTLYING_DEVIATIONS * deviation, OUTLYING_DB)
+        rated = [(row.name, getattr(row, measure)) for row in self]
+        return [name for name, v in rated if v is not None and (math.isnan(v) or v == -math.inf or v < limit)]
+
+
+def rank(value: float) -> float:
+    """A key to sort by: NaN is worse than anything."""
+    return -math.inf if math.isnan(value) else value
+
+
+def median(values: Iterable[float]) -> float | None:
+    """Of those that are finite; of exact ones alone, inf. None of none."""
+    given = [value for value in values if not math.isnan(value) and value != -math.inf]
+    numbers = [value for value in given if math.isfinite(value)]
+    return statistics.median(numbers) if numbers else math.inf if given else None
+
+
+def minimum(values: Iterable[float]) -> float | None:
+    """The smallest, NaN if there is one. None of none."""
+    return min(values, key=rank, default=None)
+
+
+def shown(value: float | None, digits: str = ".2f") -> str:
+    """A number in a table: `-` for None, `exact` for inf."""
+    if value is None:
+        return "-"
+    return {"inf": "exact", "nan": "NaN"}.get(str(value)) or format(value, digits)

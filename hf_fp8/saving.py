@@ -1,0 +1,66 @@
+"""What has to be seen to before a model is saved: what the config says of it, and what others would misread."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from torch import nn
+
+from .config import FP8Config
+from .errors import CalibrationError, UnsupportedError
+from .linear import FP8Linear
+from .stored import WEIGHT
+from .transforms import Layout
+
+
+def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
+    """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one."""
+    found, dense = set[str](), []
+    restored = {weight.module for weight in layout.scan.weights if weight.target in layout.dense}
+    for name, module in model.named_modules():
+        classes = [cls.__name__ for cls in type(module).__mro__]
+        group = config.group_of((name,), classes) if isinstance(module, nn.Linear) else None
+        quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
+        if group is not None and not quantized:
+            dense.append(name)
+    for weight in [*layout.scan.weights, *layout.scan.host]:
+        if weight.target and weight.module not in dense:
+            found.add(weight.group.name)
+    gone = {group.name for group in config.groups} - found
+    if dense or gone:
+        config.leave_out(dense, gone)
+
+
+def refuse_uncalibrated(model: nn.Module) -> None:
+    """Raise CalibrationError if any layer's input scale has yet to be measured: others would read NaN."""
+    waiting = [name for name, module in model.named_modules() if getattr(module, "awaits_calibration", False)]
+    if waiting:
+        raise CalibrationError(
+            f"{len(waiting)} layers (such as {waiting[0]}) have no input scale yet, and cannot be saved: run some data through "
+            "the model under `with hf_fp8.calibrate(model):` first"
+        )
+
+
+def any_number(name: str) -> str:
+    """A target of a config that matches `name` with any layer and expert."""
+    return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
+
+
+def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give the host's modules, which it decompresses at the first forward, their stored form back in `state`."""
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
+            continue
+        own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        compressed = compressor.compress(own, scheme)
+        if not torch.equal(compressor.decompress(compressed, scheme)[WEIGHT].to(own[WEIGHT]), own[WEIGHT]):
+            raise UnsupportedError(
+                f"{name}.weight was changed since loading, and does not fit the {scheme.format} codes and scales that it came "
+                "with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+            )
+        state.update({f"{name}.{key}": value for key, value in compressed.items()})
