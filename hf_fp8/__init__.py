@@ -7,6 +7,7 @@ from . import kernels
 from .config import FP8Config
 from .convert import dequantize_model
 from .errors import (
+    CalibrationError,
     CheckpointError,
     ConfigError,
     CorruptFileError,
@@ -23,14 +24,20 @@ from .experts import FP8Experts
 from .explain import explain
 from .functional import scaled_linear
 from .grouped import scaled_grouped_linear
+from .in_place import quantize_model, requantize_model
 from .linear import FP8Linear
+from .pointwise import FP8PointwiseConv
 from .quantizer import FP8HfQuantizer
 from .registration import register, unregister
 from .scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
     FP8_STATIC,
+    FP8_TENSOR,
     FP8_WEIGHT_ONLY,
+    INT8_DYNAMIC,
+    INT8_WEIGHT_ONLY,
+    SCHEMES,
     Granularity,
     Scheme,
     TensorScheme,
@@ -41,7 +48,12 @@ __all__ = [
     "FP8_BLOCK",
     "FP8_DYNAMIC",
     "FP8_STATIC",
+    "FP8_TENSOR",
     "FP8_WEIGHT_ONLY",
+    "INT8_DYNAMIC",
+    "INT8_WEIGHT_ONLY",
+    "SCHEMES",
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "CorruptFileError",
@@ -50,6 +62,7 @@ __all__ = [
     "FP8Experts",
     "FP8HfQuantizer",
     "FP8Linear",
+    "FP8PointwiseConv",
     "Granularity",
     "InputError",
     "KernelError",
@@ -64,7 +77,9 @@ __all__ = [
     "dequantize_model",
     "explain",
     "kernels",
+    "quantize_model",
     "register",
+    "requantize_model",
     "scaled_grouped_linear",
     "scaled_linear",
     "unregister",

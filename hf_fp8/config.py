@@ -10,9 +10,9 @@ import yaml  # type: ignore[import-untyped]
 from transformers import CompressedTensorsConfig
 
 from .errors import ConfigError
-from .groups import Group, match, parse, read_group, wanted_groups, write_group, written_config
+from .groups import Group, all_of, asked_groups, match, parse, read_group, write_group, written_config
 from .kernels import BACKENDS
-from .scheme import INT8_DYNAMIC, Scheme
+from .scheme import FP8, INT8_DYNAMIC, Scheme
 
 EXPERTS = ("auto", "fp8", "dequantize")
 
@@ -84,19 +84,22 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         if checkpoint is not None:
             self._read(checkpoint)
         elif scheme is not None:
-            listed = [ignore] if isinstance(ignore, str) else ignore
-            self.spares = listed is None or len(listed) > 0  # whether output embeddings and routers are left out
-            wanted = wanted_groups(scheme, [targets] if isinstance(targets, str) else list(targets))
-            self.quantization_config = parse({"config_groups": wanted, "ignore": list(listed or ())})
-            self._read_groups()
-            refused = [name for name in wanted if name in {host.name for host in self.host_groups}]
-            if refused:
+            self.ask(scheme, targets, ignore)
+            if not all_of(FP8, self.groups):
                 raise ConfigError(
-                    f"FP8Config(scheme={scheme!r}): {', '.join(refused)} is not FP8, which is all that hf_fp8 quantizes to "
-                    "while loading; for int8 use hf_fp8.quantize_model(model, 'INT8')"
+                    f"scheme={scheme!r} is not FP8, which is all that hf_fp8 quantizes to while loading; for int8 use "
+                    "hf_fp8.quantize_model(model, 'INT8')"
                 )
         elif ignore is not None or tuple(targets) != ("Linear",):
             raise ConfigError("targets and ignore say what to quantize while loading: pass a scheme with them")
+
+    def ask(
+        self, scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: str | Sequence[str] | None
+    ) -> None:
+        """Take the groups of what is to be quantized from what a user asks for (see the arguments of the class)."""
+        listed = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        self.spares = ignore is None or len(listed) > 0  # whether output embeddings and routers are left out
+        self.quantization_config, self.groups = asked_groups(scheme, targets, listed)
 
     def _read(self, checkpoint: dict[str, Any]) -> None:
         self.checkpoint = checkpoint
@@ -163,9 +166,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         ignore = list(dict.fromkeys([*self.ignore, *dense]))
         self._read({**self.checkpoint, "config_groups": groups, "ignore": ignore})
 
-    def become_fp8(self, dense: Iterable[str], used: Iterable[str]) -> None:
-        """Make of the groups that were asked for what `to_dict` writes: `dense` modules are not quantized, groups not in
-        `used` have none."""
+    def become(self, used: Iterable[str], dense: Iterable[str]) -> None:
+        """Make of the groups that were asked for what `to_dict` writes: those in `used`, with modules `dense` not quantized."""
         groups = {group.name: group for group in self.groups if group.name in set(used)}
         written = {name: write_group(group.scheme, group.targets) for name, group in groups.items() if group.scheme}
         self._read(written_config(written, dense))

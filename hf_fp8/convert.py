@@ -13,6 +13,13 @@ from .linear import FP8Linear
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
 
+# The dicts in which a module keeps hooks, and what is said of some of them.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
 
 def swap_linear(
     model: nn.Module,
@@ -79,8 +86,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
     """Replace every FP8Linear and FP8Experts of `model` by what it stands for, weights multiplied out, in place.
 
     dtype: of the new weights and biases; by default that of the model's dense parameters (bfloat16
-    if it has none). One layer is held twice at a time, never the model. Returns `model` (or, if
-    `model` is such a layer itself, the new layer). A transformers model that was loaded in FP8 is
+    if it has none), and layers that kept their float weights (`quantize_model(originals=...)`) get
+    those back, to the bit. One layer is held twice at a time, never the model. Returns `model` (or,
+    if `model` is such a layer itself, the new layer). A transformers model that was loaded in FP8 is
     also told that it is dense now, so that it saves as such: it is the same as `model.dequantize()`.
 
     Raises UnsupportedError, before anything is changed, if a layer is offloaded.
@@ -89,31 +97,66 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
         dequantize: Any = model.dequantize
         dequantized: nn.Module = dequantize(dtype)
         return dequantized
+    for module in model.modules():
+        if module is not model and getattr(module, "hf_quantizer", None) is not None:
+            dequantize_model(module, dtype)  # a transformers model in one of another kind
     return swap_back(model, dtype)
 
 
 @torch.no_grad()
-def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """`dequantize_model`, without a word to transformers."""
+def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default: torch.dtype | None = None) -> nn.Module:
+    """`dequantize_model`, without a word to transformers. default: the dtype where none is given and none was kept."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."))
-    if dtype is None:
+    asked: torch.dtype | None = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if default is None:
         frozen = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
-        dtype = next(dense, torch.bfloat16)
-    assert isinstance(dtype, torch.dtype)
+        default = next(dense, torch.bfloat16)
+
+    def dense_of(layer: QuantizedModule) -> nn.Module:
+        original = getattr(layer, "original", None)
+        new = layer.to_dense(asked or (default if original is None else original.dtype))
+        take_over(layer, new)
+        return new
+
     for layer in layers:
         if layer.is_offloaded:
-            layer.to_dense(dtype)  # raises
-    if isinstance(model, QuantizedModule):
-        return model.to_dense(dtype)
+            layer.to_dense(default)  # raises
     made: dict[int, nn.Module] = {}  # a module that sits in two places stays one module
+    weights: dict[int, nn.Parameter] = {}  # and a weight of two modules one weight
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedModule):
             if id(module) not in made:
-                made[id(module)] = new = module.to_dense(dtype)
-                if (hook := getattr(module, "_hf_hook", None)) is not None:
-                    add_hook_to_module(new, hook)  # it brings inputs to the module's device
-            model.set_submodule(name, made[id(module)])
+                made[id(module)] = new = dense_of(module)
+                if isinstance(module, FP8Linear):
+                    new.weight = weights.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type]
+            model = put(model, name, made[id(module)])
+    _restore_fast_path(model)
     return model
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` in the place of the module called `name`. Returns `model`, or `new` if that is the model itself."""
+    if not name:
+        return new
+    model.set_submodule(name, new)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, QuantizedModule):
+        # Its fused path reads the weights of its Linears. Zero says that it has an activation without one.
+        vars(parent).setdefault("_hf_fp8_activation", parent.activation_relu_or_gelu)
+        parent.activation_relu_or_gelu = 0
+    return model
+
+
+def _restore_fast_path(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and hasattr(module, "_hf_fp8_activation"):
+            module.activation_relu_or_gelu = vars(module).pop("_hf_fp8_activation")
+
+
+def take_over(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks that were put on `old`, its users' and accelerate's, which brings inputs to its device."""
+    for name in _HOOKS:
+        getattr(new, name).update(getattr(old, name))
+    if (hook := getattr(old, "_hf_hook", None)) is not None:
+        add_hook_to_module(new, hook)

@@ -38,21 +38,21 @@ class PlainMerge(WeightConverter):  # type: ignore[misc]
     """A converter of ours from one tensor per expert to the layout of a family's module."""
 
 
-def converters(layout: ExpertsLayout) -> list[WeightConverter]:
-    """Converters from ``experts.N.{gate,up,down}_proj`` to this layout."""
+def converters(layout: ExpertsLayout, stem: str) -> list[WeightConverter]:
+    """Converters from ``experts.N.{gate,up,down}_proj`` to this layout. stem: the end of the path of such modules."""
     interleave: list[ConversionOps] = [] if layout.is_concatenated else [Interleave(dim=1, inverse=True)]
     transpose: list[ConversionOps] = [Transpose(1, 2)] if layout.is_transposed else []
 
     def first(leaf: str, target: str, last: list[ConversionOps]) -> WeightConverter:
         if not layout.has_gate:
-            return PlainMerge(f"experts.*.up_proj.{leaf}", target, [MergeModulelist(0), *last])
-        sources = [f"experts.*.gate_proj.{leaf}", f"experts.*.up_proj.{leaf}"]
+            return PlainMerge(f"{stem}.*.up_proj.{leaf}", target, [MergeModulelist(0), *last])
+        sources = [f"{stem}.*.gate_proj.{leaf}", f"{stem}.*.up_proj.{leaf}"]
         return PlainMerge(sources, target, [MergeModulelist(0), Concatenate(1), *interleave, *last])
 
     def down(leaf: str, target: str, last: list[ConversionOps]) -> WeightConverter:
-        return PlainMerge(f"experts.*.down_proj.{leaf}", target, [MergeModulelist(0), *last])
+        return PlainMerge(f"{stem}.*.down_proj.{leaf}", target, [MergeModulelist(0), *last])
 
-    made = [first("weight", f"experts.{layout.first}", transpose), down("weight", "experts.down_proj", transpose)]
+    made = [first("weight", f"{stem}.{layout.first}", transpose), down("weight", f"{stem}.down_proj", transpose)]
     if layout.has_bias:
-        made += [first("bias", f"experts.{layout.first}_bias", []), down("bias", "experts.down_proj_bias", [])]
+        made += [first("bias", f"{stem}.{layout.first}_bias", []), down("bias", f"{stem}.down_proj_bias", [])]
     return made

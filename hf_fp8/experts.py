@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -97,6 +98,10 @@ class FP8Experts(QuantizedModule):
         interleaved: rows of gate and up take turns, instead of lying over each other.
         scale_dtypes: name of a scale -> dtype in which it is held.
         backend: "auto", "scaled_mm" or "weight_only"; see `kernels.select_grouped`.
+
+    Attributes that are no arguments:
+        observer: called with a projection, its input and the groups that say which expert reads which row of it, while the
+            layer is being calibrated; inputs are not quantized then.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class FP8Experts(QuantizedModule):
         self.train(experts.training)
         self.family, self.layout = type(experts), layout
         self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
+        self.observer: Callable[[Projection, torch.Tensor, Groups], Any] | None = None
         dtypes = scale_dtypes or {}
         for projection in (first, second):
             shapes = {projection.name: projection.shape, projection.scale: projection.scale_shape}
@@ -215,6 +221,8 @@ class FP8Experts(QuantizedModule):
         return each
 
     def _multiply(self, projection: Projection, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        if self.observer is not None:
+            self.observer(projection, x, groups)
         return scaled_grouped_linear(
             x,
             getattr(self, projection.name),
@@ -223,7 +231,7 @@ class FP8Experts(QuantizedModule):
             groups,
             input_scale=getattr(self, projection.input_scale),
             parts=projection.parts,
-            backend=self.backend,
+            backend=self.backend if self.observer is None else "weight_only",
         )
 
     def _with_bias(self, y: torch.Tensor, projection: Projection, expert: torch.Tensor) -> torch.Tensor:

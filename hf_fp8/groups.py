@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import compressed_tensors
+import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -210,24 +211,36 @@ def _scheme(name: str, group: QuantizationScheme) -> Scheme:
     return Scheme(stored, TensorScheme(kind(), dynamic=bool(inputs.dynamic)))
 
 
-def wanted_groups(scheme: str | Scheme | Mapping[Any, Any], targets: Sequence[str]) -> dict[str, Any]:
-    """`config_groups` for what a user asks for: one scheme, several with the targets of each, or `config_groups` as they are.
+def all_of(dtype: torch.dtype, groups: Iterable[Group]) -> bool:
+    """Whether the weights of all groups are codes of `dtype`."""
+    return all(group.scheme is not None and group.scheme.weight.dtype == dtype for group in groups)
+
+
+def asked_groups(
+    scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: Sequence[str]
+) -> tuple[QuantizationConfig, tuple[Group, ...]]:
+    """What a user asks for: one scheme for `targets`, several with the targets of each, or `config_groups` as they are.
 
     Raises ConfigError for schemes that there are none of.
     """
     if not isinstance(scheme, Mapping):
-        scheme = {scheme: list(targets)}
-    groups: dict[str, Any] = {}
+        scheme = {scheme: targets}
+    written: dict[str, Any] = {}
+    schemes: dict[str, Scheme] = {}
     for name, value in scheme.items():
         if isinstance(value, Mapping):
-            groups[str(name)] = dict(value)
+            written[str(name)] = dict(value)
             continue
         try:
             found = scheme_named(name)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        groups[f"group_{len(groups)}"] = write_group(found, [value] if isinstance(value, str) else list(value))
-    return groups
+        group = f"group_{len(written)}"
+        schemes[group] = found
+        written[group] = write_group(found, [value] if isinstance(value, str) else list(value))
+    parsed = parse({"config_groups": written, "ignore": list(ignore)})
+    groups = (read_group(name, group, parsed) for name, group in parsed.config_groups.items())
+    return parsed, tuple(replace(group, scheme=group.scheme or schemes.get(group.name)) for group in groups)
 
 
 def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) 
             paths = (path, f"{keymap.prefix}.{path}", path.removeprefix(f"{keymap.prefix}."))
             layout = next(filter(None, (ExpertsLayout.of(module_of(model, name)) for name in paths)), None)
             if layout is not None:
-                extra = converters(layout)
+                # With the name of its parent: `experts` alone is also the end of `shared_experts`.
+                extra = converters(layout, ".".join(path.split(".")[-2:]))
                 keymap.add(extra)
     return extra
 

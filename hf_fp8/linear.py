@@ -84,15 +84,28 @@ class FP8Linear(QuantizedModule, nn.Linear):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme, *, backend: str = "auto", **options: Any) -> FP8Linear:
+    def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> FP8Linear:
+        """An empty layer on the meta device for what `linear` computes, with its bias as it is."""
+        assert isinstance(linear, nn.Linear)
+        new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
+        new.bias = linear.bias
+        return new.train(linear.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto", **options: Any) -> FP8Linear:
         """The layer that `linear`, a plain nn.Linear with a float weight on any device (meta too), is in `scheme`.
 
         options: those of `quantize_from`. The bias is taken over as it is. Raises ScaleError for NaN or infinite weights.
         """
-        new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
-        new.bias = linear.bias
-        new.quantize_from(linear.weight, **options)
-        return new.train(linear.training)
+        new = cls.like(linear, scheme, backend=backend)
+        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+        new.quantize_from(weight.flatten(1), **options)
+        return new
+
+    def share(self, other: FP8Linear) -> None:
+        """Hold the tensors of `other`: codes, scales and the original, if it was kept."""
+        self.weight, self.weight_scale, self.input_scale = other.weight, other.weight_scale, other.input_scale
+        self.original, self.originals, self.awaits_calibration = other.original, other.originals, other.awaits_calibration
 
     @torch.no_grad()
     def quantize_from(

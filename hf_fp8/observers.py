@@ -14,18 +14,20 @@ from . import numerics
 from .errors import ConfigError
 from .scheme import FP8, ROW
 
-# Bins of a histogram, evenly spread over 0 .. 2**n, of which inputs fill half at least. Of four distributions of 2**20
-# values (normal, Student's t with 3 degrees, a tenth zeros, one value in 2**16 a thousand times as large), the worst of
-# `scripts`-less trials with 512, 1024, 2048, 4096, 8192 bins: BINS_MEASURED
-BINS = 4096
+# Bins of a histogram, evenly spread over 0 .. 2**n, the upper half of which is in use. Measured on 2**20 values of six kinds
+# (normal, a tenth normal and the rest zeros, log-normal, Student's t with 3 degrees, normal with 16 values 100 or 1000 times
+# as large), four seeds; worst of all, for 512, 1024, 2048, 4096, 8192 bins: error squared of `Mse` above that of a search
+# over the values themselves 11%, 11%, 0.03%, 0.00%, 0.01%; threshold of `Percentile` off by 105%, 2.6%, 2.5%, 2.3%, 1.7%.
+BINS = 2048
 # Exponent of the range before anything was seen: below every magnitude that matters, so that the first input is a growth
 # like any other.
 LEAST = -100
 # Values counted at a time: 16 MB of float32 beside the input.
 CHUNK = 2**22
-# Thresholds that `Mse` tries for each halving, and how many halvings at most: E4M3 reaches no further down than 2**-17.
-STEPS, OCTAVES = 16, 16
-# `Mse` takes each of the first COARSE bins for SPLIT values.
+# Thresholds that `Mse` tries for each halving (with 16 or 32 the trials above end 11% above the best), and how many halvings
+# at most: E4M3 reaches no further down than 2**-17.
+STEPS, OCTAVES = 64, 16
+# `Mse` takes each of the first COARSE bins for SPLIT values. As one value each, the trials above end up to 24% above the best.
 COARSE, SPLIT = 64, 16
 
 
@@ -33,7 +35,7 @@ class Observer(ABC):
     """What is seen of one stream of inputs, or of several side by side (the experts of a stack).
 
     An instance that has not been started is a prototype: `hf_fp8.calibrate` starts a copy of it for each layer. A subclass
-    says what it remembers (`_see`, beside `amax`) and what threshold follows (`threshold`).
+    says what it remembers (`see`, beside `amax`) and what threshold follows (`threshold`).
 
     Attributes: amax: (streams,) float32, the largest magnitude that each stream had; -1 if it had nothing, NaN or inf if
     it had that.
@@ -65,9 +67,10 @@ class Observer(ABC):
             rows = torch.maximum(-low, high).float()
             amax = torch.full_like(self.amax, -1.0).scatter_reduce(0, stream, rows, "amax")
         self.amax = torch.maximum(self.amax, amax)
-        self._see(x, stream, amax)
+        self.see(x, stream, amax)
 
-    def _see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
+    @abstractmethod
+    def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
         """Remember more of x, whose largest magnitudes are `amax` (-1: no row of that stream)."""
 
     @torch.no_grad()
@@ -84,6 +87,9 @@ class Observer(ABC):
 class Amax(Observer):
     """The largest magnitude that was seen: nothing is clipped."""
 
+    def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
+        """Nothing more is needed."""
+
     def threshold(self, dtype: torch.dtype = FP8) -> torch.Tensor:
         return self.amax
 
@@ -91,7 +97,7 @@ class Amax(Observer):
 class Histogram(Observer):
     """Counts magnitudes in `BINS` even bins from 0 to 2**exponent. The range grows by doubling: bins are added up in pairs.
 
-    Attributes: exponent (streams,) int32; counts (streams, BINS) int64. 32 KB a stream, however much is seen.
+    Attributes: exponent (streams,) int32; counts (streams, BINS) int64. 16 KB a stream, however much is seen.
     """
 
     exponent: torch.Tensor
@@ -102,11 +108,12 @@ class Histogram(Observer):
         self.exponent = torch.full((streams,), LEAST, dtype=torch.int32, device=device)
         self.counts = torch.zeros((streams, BINS), dtype=torch.int64, device=device)
 
-    def _see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
+    def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
         if not bool(amax.isfinite().all()):
             return  # there will be no threshold
         # m * 2**e with m < 1: every magnitude is below 2**e.
-        self._grow(torch.maximum(self.exponent, torch.frexp(amax).exponent))
+        needed = torch.where(amax > 0, torch.frexp(amax).exponent, LEAST)
+        self._grow(torch.maximum(self.exponent, needed))
         width = self._width()
         x = x.reshape(-1, x.shape[-1])
         step = max(CHUNK // x.shape[1], 1)
@@ -167,7 +174,7 @@ class Percentile(Histogram):
 class Mse(Histogram):
     """The threshold with the least mean squared error of quantizing all that was seen, of `STEPS` for each halving.
 
-    Every magnitude is taken for the middle of its bin, and is rounded as `numerics.quantize` does it.
+    Every magnitude is taken for the middle of its bin, or of its part of one, and rounded as `numerics.quantize` does it.
     """
 
     @torch.no_grad()

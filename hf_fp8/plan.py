@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 # What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
 ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
 
-# (names of a module, itself if the model has it) -> the group that is to quantize it
+# (names of a module, itself or the experts that it is one of, if the model has it) -> the group that is to quantize it
 Choice = Callable[[tuple[str, ...], nn.Module | None], Group | None]
 
 
@@ -79,7 +79,7 @@ def plan_quantization(
     """The plan of quantizing `checkpoint`, which is dense, as `config` says; and how it is laid out on `model`.
 
     dtype: the model's. cast: whether weights are cast to it before they are quantized. choose: decides instead of the
-    groups' targets. `config` then says what the checkpoint to be says of itself.
+    groups' targets, and may leave nothing. `config` then says what the checkpoint to be says of itself.
 
     What the model could not hold in FP8 (layers whose weight its code reads, tied ones, experts that it merges in its own
     way) is not quantized. Raises ConfigError if nothing is left, MismatchError for a checkpoint that is quantized already.
@@ -95,9 +95,12 @@ def plan_quantization(
     while True:
         plan = _plan(model, conversions, checkpoint, config, wanted, excluded, dtype if cast else None)
         used = {group.name for group in plan.groups.values()}
-        _check_use(model, config, plan, [group for group in given if group.name not in used])
+        if choose is not None and not used:
+            return plan, Layout()
+        if choose is None:
+            _check_use(model, config, plan, [group for group in given if group.name not in used])
         trial = copy.copy(config)
-        trial.become_fp8(plan.dense, used)
+        trial.become(used, plan.dense)
         layout = lay_out(
             model, conversions, plan.written, trial, dense_because=None, experts_because=lambda scheme: None,
             use_kernels=use_kernels, dtype=dtype, parts=plan.parts,
@@ -147,7 +150,8 @@ def _plan(
     for key, info in checkpoint.tensors.items():
         stack = _stack_of(model, keymap, key, info)
         taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
-        if stack is not None and not _any_chosen(taken, config, choose, keymap.prefix, excluded):
+        experts = module_of(model, keymap.resolve(key)[0].rpartition(".")[0]) if stack is not None else None
+        if stack is not None and not _any_chosen(taken, experts, choose, keymap.prefix, excluded):
             taken = [(key, Part(key))]  # as it is: nothing of it is quantized
         for name, part in taken:
             shape = part.shape(info.shape)
@@ -156,7 +160,10 @@ def _plan(
             module = module_named(name, info.dtype, len(shape))
             if module is None or len(shape) != 2 or info.dtype not in DENSE_DTYPES:
                 continue
-            place, owner = (module, None) if part.expert is not None else _linear(model, keymap, name)
+            if part.expert is None:
+                place, owner = _linear(model, keymap, name)
+            else:
+                place, owner = module, experts
             if place is None:
                 continue
             plan.names.append(names_of(module, place, keymap.prefix))
@@ -208,7 +215,7 @@ def _linear(model: PreTrainedModel, keymap: KeyMap, key: str) -> tuple[str | Non
         if layout is None and "experts." in key:
             return owner.name, None  # merged in the family's own way: it will be told so
         is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
-        return (owner.name, None) if is_expert else (None, None)
+        return (owner.name, experts) if is_expert else (None, None)
     if isinstance(owner.module, nn.Embedding) or not (owner.module is None or isinstance(owner.module, nn.Linear)):
         # A router may hold its matrix itself. Others, who make it a Linear, have to be told that it is dense.
         return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
@@ -263,8 +270,8 @@ def _experts_of(key: str, info: TensorInfo, stack: tuple[ExpertsLayout, str]) ->
 
 
 def _any_chosen(
-    taken: list[tuple[str, Part]], config: FP8Config, choose: Choice, prefix: str, excluded: dict[str, str]
+    taken: list[tuple[str, Part]], experts: nn.Module | None, choose: Choice, prefix: str, excluded: dict[str, str]
 ) -> bool:
     """Whether any expert of a stack is quantized; of the names of a bias, whether its weight is."""
     modules = (name.rpartition(".")[0] for name, _ in taken)
-    return any(choose(names_of(module, module, prefix), None) and module not in excluded for module in modules)
+    return any(choose(names_of(module, module, prefix), experts) and module not in excluded for module in modules)

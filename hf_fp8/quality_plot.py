@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from .quality_rows import Row, Rows
 # A vertical line at every so many blocks.
 GRID = 5
 MARKERS = "osD^vPX<>*hp"
+RING: dict[str, Any] = {"marker": "o", "markersize": 9, "fillstyle": "none", "color": "black", "linewidth": 0}
 PANELS = (
     ("weight_sqnr", "weights"),
     ("output_sqnr", "outputs, each layer alone"),
@@ -63,8 +65,11 @@ def draw(rows: Rows, title: str, path: Path) -> Path:
         for axis in axes[1:]:  # a kind may be in one panel only
             more = [(h, n) for h, n in zip(*axis.get_legend_handles_labels(), strict=True) if n not in names]
             handles, names = handles + [h for h, _ in more], names + [n for _, n in more]
-        figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
-        figure.suptitle(title, fontsize=10)
+        if outlying:
+            handles.append(axes[0].plot([], [], **RING)[0])
+            names.append("stands out")
+        figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
+        figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=10)
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
     return path
 
@@ -99,7 +104,7 @@ def _panel(axis: Any, rows: Rows, measure: str, kinds: list[str], places: dict[s
                 if not exact:
                     axis.text(x, 0.07, str(y), transform=transform, fontsize=6, color="red", ha="center")
             elif row.name in outlying:
-                axis.plot([x], [y], marker="o", markersize=9, fillstyle="none", color="black", linewidth=0)
+                axis.plot([x], [y], **RING)
     if any(value == math.inf for value in rows.values(measure)):
         axis.set_title("hollow, at the top: exact", fontsize=7, loc="right")
 

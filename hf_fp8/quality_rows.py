@@ -122,10 +122,15 @@ class Rows(list[Row]):
 
         So do all with an SQNR of NaN or -inf.
         """
-        names = {name for measure in ("output_sqnr", "weight_sqnr") for name in self._standing_out(measure)}
+        # Outputs of experts have gone through two layers and a gate: they are held against other experts.
+        wholes = Rows(row for row in self if not row.shape)
+        layers = Rows(row for row in self if row.shape)
+        groups = (layers.outlying("weight_sqnr"), layers.outlying("output_sqnr"), wholes.outlying("output_sqnr"))
+        names = {name for group in groups for name in group}
         return Rows(row for row in self if row.name in names)
 
-    def _standing_out(self, measure: str) -> list[str]:
+    def outlying(self, measure: str) -> list[str]:
+        """Names of the rows that stand out by one number among all rows here."""
         numbers = [value for value in self.values(measure) if math.isfinite(value)]
         limit = -math.inf
         if numbers:

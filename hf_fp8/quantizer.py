@@ -25,7 +25,7 @@ from .linear import FP8Linear
 from .placement import compute_device
 from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
-from .saving import any_number, fit_config, recompress, refuse_uncalibrated
+from .saving import any_number, fit_config, recompress, refuse_unwritable
 from .scheme import FP8, Scheme
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
@@ -120,6 +120,27 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
+    def plan(
+        self,
+        model: PreTrainedModel,
+        conversions: Sequence[WeightTransform],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> Layout:
+        """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`."""
+        self._host_conversions = list(conversions)
+        self._plan, self.layout = plan_quantization(
+            model, conversions, checkpoint, self.quantization_config, dtype=dtype, **options
+        )
+        (logger.warning if self._plan.reasons else logger.info)(self._plan.describe())
+        return self.layout
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Name of what was to be quantized and is not -> why."""
+        return {} if self._plan is None else self._plan.reasons
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is quantized while it is loaded: it arrives in the model's dtype."""
         if self._plan is None or self.layout is None:
@@ -135,9 +156,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         because = self._why_dense()
         if config.scheme is not None:
-            self._plan, layout = plan_quantization(
-                model, conversions, checkpoint, config, dtype=self._dtype, use_kernels=self._use_kernels
-            )
+            layout = self.plan(model, conversions, checkpoint, self._dtype, use_kernels=self._use_kernels)
         else:
             layout = lay_out(
                 model, conversions, checkpoint, config,
@@ -238,7 +257,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _say(self, because: str | None, layout: Layout) -> None:
         if self._plan is not None:
-            (logger.warning if self._plan.reasons else logger.info)(self._plan.describe())
             return
         merged = any(weight.is_expert for weight in layout.scan.weights)
         if because is not None and layout.dense and because != "dequantize=True":
@@ -317,7 +335,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if self._dense_because is None and self.layout is not None:
             fit_config(model, self.quantization_config, self.layout)
-        refuse_uncalibrated(model)
+        refuse_unwritable(model)
         if not self.passengers and self.host is None:
             return None, {}
         state = dict(model.state_dict())
@@ -326,13 +344,19 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
         return {**state, **self.passengers}, {}
 
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get those back as they are."""
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.host is not None:
             raise UnsupportedError(
                 "model.dequantize(): some of the model's layers are of other formats, which transformers runs; "
                 "load it with FP8Config(dequantize=True) instead"
             )
-        swap_back(model, dtype)
+        swap_back(model, dtype, default=model.dtype)
         setattr(model, NOTES, {})
         model._weight_conversions = self._native_conversions()
         remember(model.config, self.quantization_config)

@@ -12,6 +12,7 @@ from torch import nn
 from .config import FP8Config
 from .errors import CalibrationError, UnsupportedError
 from .linear import FP8Linear
+from .pointwise import FP8PointwiseConv
 from .stored import WEIGHT
 from .transforms import Layout
 
@@ -34,8 +35,15 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
         config.leave_out(dense, gone)
 
 
-def refuse_uncalibrated(model: nn.Module) -> None:
-    """Raise CalibrationError if any layer's input scale has yet to be measured: others would read NaN."""
+def refuse_unwritable(model: nn.Module) -> None:
+    """Raise for layers that others would misread: CalibrationError for scales that have yet to be measured, which are NaN,
+    UnsupportedError for convolutions, which no config group can speak of."""
+    for name, module in model.named_modules():
+        if isinstance(module, FP8PointwiseConv):
+            raise UnsupportedError(
+                f"{name} is a convolution in FP8, which the compressed-tensors format has no word for: save with "
+                "hf_fp8.save_quantized, or quantize without conv1x1"
+            )
     waiting = [name for name, module in model.named_modules() if getattr(module, "awaits_calibration", False)]
     if waiting:
         raise CalibrationError(

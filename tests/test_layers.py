@@ -27,9 +27,10 @@ LAYERS = [
     {"shared_input"},
     {"functional", "quantized_module"},
     {"grouped", "linear"},
+    {"pointwise"},
     {"experts"},
     {"groups", "parts", "observers", "placement"},
-    {"convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap", "calibration", "quality"},
+    {"candidates", "convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap", "calibration", "quality"},
     {"stored"},
     {"conversion", "scan"},
     {"expert_plan"},
@@ -38,13 +39,15 @@ LAYERS = [
     {"layout", "saving"},
     {"plan"},
     {"quantizer"},
-    {"registration"},
+    {"registration", "adopt"},
+    {"choice"},
+    {"in_place"},
     {""},
 ]
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
     "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
-    "registration", "plan",
+    "registration", "plan", "adopt", "choice",
 }  # fmt: skip
 
 

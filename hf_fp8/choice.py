@@ -1,0 +1,136 @@
+"""What `quantize_model` is to quantize in a model: by targets, by the user's filter, and by what can be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adopt import plan_in_place, plan_int8, transformers_models
+from .candidates import Candidate, candidates, why_unfit
+from .config import FP8Config
+from .errors import ConfigError, ScaleError
+from .groups import Group, all_of
+from .plan import ROUTER
+from .quantizer import FP8HfQuantizer
+from .scheme import FP8, Scheme
+
+Filter = Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Choice:
+    """layers: name -> scheme. reasons: name of what was asked for and cannot be quantized -> why. quantizers: name of a
+    transformers model in the model -> what will save it, with its experts in its layout.
+    """
+
+    layers: dict[str, Scheme] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    quantizers: dict[str, FP8HfQuantizer] = field(default_factory=dict)
+
+
+def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x1: bool) -> Choice:
+    """Raises ConfigError if nothing is left, or a group of several has nothing; ScaleError for experts that are not finite."""
+    found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
+    choice = Choice()
+    planned: list[str] = []
+    is_fp8 = all_of(FP8, config.groups)
+    used: set[str] = set()
+
+    def accepted(group: Group | None, name: str, module: nn.Module) -> Group | None:
+        if group is None or (filter_fn is not None and not filter_fn(name, module)):
+            return None
+        candidate = found.get(name)
+        reason = None if candidate is None else candidate.reason
+        if reason is None and candidate is not None and group.scheme is not None:
+            reason = why_unfit(module, group.scheme)
+        if reason is not None:
+            choice.reasons[name] = reason
+            return None
+        used.add(group.name)
+        return group
+
+    parts = dict(transformers_models(model))
+    for path, part in parts.items() if is_fp8 else ():
+        planned.append(path)
+        _plan(path, part, config, accepted, choice)
+    for name, candidate in found.items():
+        if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
+            continue
+        group = config.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
+        if group is not None and config.spares and not config.names((name,)) and _is_spared(candidate, parts):
+            continue
+        if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
+            choice.layers[name] = group.scheme
+    if not is_fp8:
+        for path, part in parts.items():
+            inside = {name[len(path) + 1 if path else 0 :] for name in choice.layers if _within(name, path)}
+            if inside:
+                choice.quantizers[path] = plan_int8(part, config, inside)
+    _check(model, config, choice, used)
+    return choice
+
+
+def _plan(
+    path: str,
+    part: PreTrainedModel,
+    config: FP8Config,
+    accepted: Callable[[Group | None, str, nn.Module], Group | None],
+    choice: Choice,
+) -> None:
+    dot = f"{path}." if path else ""
+    names = {id(module): dot + name for name, module in part.named_modules()}
+    decided: dict[tuple[int, str | None], Group | None] = {}
+
+    def wanted(called: tuple[str, ...], module: nn.Module | None) -> Group | None:
+        if module is None or id(module) not in names:
+            return None
+        name = names[id(module)]
+        group = config.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+        key = (id(module), None if group is None else group.name)
+        if key not in decided:
+            decided[key] = accepted(group, name, module)
+        return decided[key]
+
+    quantizer = plan_in_place(part, copy.copy(config), wanted)
+    assert quantizer.layout is not None and quantizer.reasons is not None
+    choice.reasons.update({dot + name: reason for name, reason in quantizer.reasons.items()})
+    if quantizer.layout.kept or quantizer.layout.experts:
+        choice.quantizers[path] = quantizer
+        choice.layers.update({dot + name: weight.scheme for name, weight in quantizer.layout.kept.items()})
+
+
+def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) -> None:
+    for group in config.groups:
+        if group.name not in used:
+            said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+            raise ConfigError(
+                f"no layer of {type(model).__name__} is quantized by targets {list(group.targets)}, ignore "
+                f"{list(config.ignore)} and filter_fn{f' ({said})' if said else ''}"
+            )
+    if not choice.layers and not choice.quantizers:
+        said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
+    for path, quantizer in choice.quantizers.items():
+        for plan in quantizer.layout.experts.values() if quantizer.layout is not None else ():
+            for stack in plan.stacks:
+                name = f"{path}.{stack.target}" if path else stack.target
+                values = model.get_parameter(name)
+                if not values.is_meta and not all(bool(end.isfinite()) for end in torch.aminmax(values)):
+                    raise ScaleError(
+                        f"{name} has values that are NaN or infinite: they cannot be quantized; put it in `ignore`"
+                    )
+
+
+def _is_spared(candidate: Candidate, parts: dict[str, PreTrainedModel]) -> bool:
+    """Whether it is the output embedding or a router of a transformers model."""
+    inside = [part for path, part in parts.items() if _within(candidate.name, path)]
+    return bool(inside) and (candidate.module is inside[0].get_output_embeddings() or ROUTER.search(candidate.name) is not None)
+
+
+def _within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
