@@ -4,6 +4,7 @@
 """
 
 from . import kernels
+from .calibration import apply_scales, calibrate
 from .config import FP8Config
 from .convert import dequantize_model
 from .errors import (
@@ -26,7 +27,9 @@ from .functional import scaled_linear
 from .grouped import scaled_grouped_linear
 from .in_place import quantize_model, requantize_model
 from .linear import FP8Linear
+from .observers import Amax, Mse, Observer, Percentile
 from .pointwise import FP8PointwiseConv
+from .portable import load_quantized, save_quantized
 from .quantizer import FP8HfQuantizer
 from .registration import register, unregister
 from .scheme import (
@@ -53,6 +56,7 @@ __all__ = [
     "INT8_DYNAMIC",
     "INT8_WEIGHT_ONLY",
     "SCHEMES",
+    "Amax",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
@@ -68,18 +72,25 @@ __all__ = [
     "KernelError",
     "MismatchError",
     "MissingTensorError",
+    "Mse",
+    "Observer",
+    "Percentile",
     "ScaleError",
     "Scheme",
     "TensorScheme",
     "UnsupportedError",
     "UnusedTensorError",
     "__version__",
+    "apply_scales",
+    "calibrate",
     "dequantize_model",
     "explain",
     "kernels",
+    "load_quantized",
     "quantize_model",
     "register",
     "requantize_model",
+    "save_quantized",
     "scaled_grouped_linear",
     "scaled_linear",
     "unregister",

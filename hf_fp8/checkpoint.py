@@ -6,8 +6,10 @@ Nothing here executes code from a checkpoint: safetensors holds none, and pickle
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +62,7 @@ class Checkpoint:
     def __init__(self, files: Sequence[str]) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, dict[str, torch.Tensor]] = {}
+        self._places: dict[str, dict[str, tuple[int, int]]] = {}
         for file in files:
             self.tensors.update(self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file))
 
@@ -115,3 +118,29 @@ class Checkpoint:
             with safe_open(file, framework="pt") as opened:
                 found.update({name: opened.get_tensor(name).clone() for name in wanted})
         return found
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in memory of its own: the file is not mapped, so that nothing stays when it is dropped."""
+        info = self.tensors[name]
+        if info.file in self._pickled:
+            return self._pickled[info.file][name].clone()
+        start, end = self._offsets(info.file)[name]
+        data = torch.empty(end - start, dtype=torch.uint8)
+        with open(info.file, "rb") as file:
+            file.seek(start)
+            if file.readinto(memoryview(data.numpy())) != end - start:  # type: ignore[arg-type]
+                raise CorruptFileError(f"{info.file} ends before {name} does: it is truncated")
+        return data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+    def _offsets(self, file: str) -> dict[str, tuple[int, int]]:
+        """Where each tensor's bytes lie in a safetensors file (https://github.com/huggingface/safetensors#format)."""
+        if file not in self._places:
+            with open(file, "rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            base = 8 + length
+            self._places[file] = {
+                name: (base + entry["data_offsets"][0], base + entry["data_offsets"][1]) for name, entry in header.items()
+            }
+        return self._places[file]

@@ -17,6 +17,7 @@ from .convert import let_siblings_share, put, take_over
 from .errors import ConfigError, ScaleError
 from .linear import ORIGINALS, FP8Linear
 from .pointwise import FP8PointwiseConv
+from .quantized_module import QuantizedModule
 from .scheme import Scheme
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ def quantize_model(
     root = model
     for name, layer_scheme in choice.layers.items():
         old = model.get_submodule(name)
+        if isinstance(old, QuantizedModule):
+            continue  # it sits in a module that itself sits in two places
         if id(old) not in made:
             try:
                 new = _layer(old, layer_scheme, by_weight, how)

@@ -395,9 +395,11 @@ def test_experts_are_measured_each_for_itself(tokens: int, moe: Any, caplog: pyt
     if tokens == 1:
         calls = [(calls[0][0], torch.tensor([[2, 0]]))]
     before = module.down_proj_input_scale.clone()
+    unquantized = [module(x, ids, torch.ones(ids.shape)) for x, ids in calls]
+    module.backend = "scaled_mm"
     with calibrate(module) as run:
-        for x, ids in calls:
-            module(x, ids, torch.rand(ids.shape))
+        for (x, ids), wanted in zip(calls, unquantized, strict=True):
+            assert torch.equal(module(x, ids, torch.ones(ids.shape)), wanted)
     assert module.observer is None
     found = module.gate_up_proj_input_scale, module.down_proj_input_scale
     for scale, wanted, rtol in zip(found, routed_by_hand(module, calls), (0, 1e-2), strict=True):
@@ -408,7 +410,6 @@ def test_experts_are_measured_each_for_itself(tokens: int, moe: Any, caplog: pyt
     assert run.scales == {n: getattr(module, f"{n}_input_scale")[:, 0].tolist() for n in ("gate_up_proj", "down_proj")}
     found_messages = ["gate_up_proj 2 of 4, down_proj 2 of 4" in record.getMessage() for record in caplog.records]
     assert found_messages == ([] if tokens > 1 else [True])
-    module.backend = "scaled_mm"
     quantized = module(calls[0][0], calls[0][1], torch.ones(tokens, 2))
     module.gate_up_proj_input_scale.mul_(1.3)
     assert not torch.equal(module(calls[0][0], calls[0][1], torch.ones(tokens, 2)), quantized)
@@ -475,6 +476,12 @@ def of_rank(rank: int) -> list[torch.Tensor]:
     return [torch.randn(2, 5, 32) * size for size in ((1, 3), (900,))[rank]]
 
 
+def apart(model: Attention) -> None:
+    """After this v is no sibling of q and k, though on one rank alone; and the spare layer has seen something."""
+    model.spare(torch.ones(1, 32))
+    model.v(torch.ones(1, 32))
+
+
 OBSERVED = ("amax", "percentile", "mse")
 
 
@@ -487,7 +494,7 @@ def process(rank: int, folder: str) -> None:
             for x in of_rank(rank):
                 model(x)
             if rank == 1:
-                model.spare(torch.ones(1, 32))
+                apart(model)
         torch.save((run.scales, model.state_dict()), f"{folder}/{observer}{rank}.pt")
         try:
             with calibrate(model, observer), torch.no_grad():
@@ -506,7 +513,7 @@ def test_two_processes_measure_what_one_would(tmp_path: Path) -> None:
         with calibrate(model, observer, tie_weights=True) as run, torch.no_grad():
             for x in (*of_rank(0), *of_rank(1)):
                 model(x)
-            model.spare(torch.ones(1, 32))
+            apart(model)
         for rank in (0, 1):
             scales, state = torch.load(tmp_path / f"{observer}{rank}.pt")
             assert scales == run.scales

@@ -1,0 +1,230 @@
+"""Checkpoints rewritten file by file, in memory for one tensor: dense to FP8, and FP8 to dense."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
+from .config import FP8Config
+from .conversion import quantize_named, weight_from
+from .errors import CalibrationError, CheckpointError, ConfigError
+from .groups import concerns_fp8
+from .layout import lay_out
+from .plan import Plan, plan_quantization
+from .shards import ShardWriter, nbytes, whole_folder, write_index
+from .source import Source
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from .transforms import Layout
+
+# Called with the bytes of the source that have been dealt with since the last call.
+Tick = Callable[[int], Any]
+
+
+@dataclass
+class Written:
+    """What was, or would be, written. bytes: of all tensors, before and after. reasons: matrix that was to be quantized
+    -> why it is dense.
+    """
+
+    weights: int
+    before: int
+    after: int
+    quantization: dict[str, Any] | None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
+    """The plan of quantizing a dense checkpoint; `config` then says what the new one says of itself.
+
+    Raises CheckpointError for one that is quantized already.
+    """
+    if source.quantization is not None:
+        method = source.quantization.get("quant_method", "compressed-tensors")
+        raise CheckpointError(
+            f"{source.folder} is quantized already ({method}): take the checkpoint that it was made of, or dequantize it first "
+            "(`hf-fp8 dequantize`)"
+        )
+    model, checkpoint = source.structure(), source.checkpoint()
+    plan, _ = plan_quantization(model, source.conversions(model), checkpoint, config, dtype=source.dtype, cast=False)
+    return checkpoint, plan
+
+
+def quantize_checkpoint(
+    source: Source,
+    destination: Path,
+    config: FP8Config,
+    *,
+    input_scales: Mapping[str, torch.Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    tick: Tick = lambda count: None,
+) -> Written:
+    """Write the FP8 checkpoint that `config`, with a scheme, makes of a dense one; `destination` appears when it is whole.
+
+    Weights are quantized on `device` as they are in the files. input_scales: key of each static input scale -> its value, by
+    calibration. Files are sharded as the source's are.
+
+    Raises CalibrationError without scales for a static scheme, ScaleError for a weight with NaN or infinity, by its name.
+    """
+    checkpoint, plan = plan_source(source, config)
+    groups = {key: group.scheme for key, group in plan.groups.items() if group.scheme is not None}
+    static = [key for key in plan.written.tensors if key.rpartition(".")[2] == INPUT_SCALE]
+    if lacking := [key for key in static if key not in (input_scales or {})]:
+        raise CalibrationError(
+            f"the scheme has static input scales, and {len(lacking)} such as {lacking[0]} are not known: give data to "
+            "calibrate with (--calibrate), or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+        )
+    by_source: dict[str, list[str]] = {}
+    for key, part in plan.parts.items():
+        by_source.setdefault(part.key, []).append(key)
+
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        tensor = checkpoint.load(key)
+        for written in by_source[key]:
+            values = plan.parts[written].take(tensor)
+            scheme = groups.get(written)
+            if scheme is None:
+                yield written, values
+                continue
+            module = written.removesuffix(WEIGHT)
+            codes, scale = quantize_named(module.rstrip("."), values.to(device), scheme.weight)
+            yield written, codes
+            yield module + WEIGHT_SCALE, scale
+            if scheme.has_static_input:
+                assert input_scales is not None
+                yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(scale.dtype)
+
+    _write(source, destination, checkpoint, plan.written, make, config.to_dict(), overwrite, tick)
+    return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), config.to_dict(), plan.reasons)
+
+
+def read_layout(source: Source) -> tuple[Checkpoint, FP8Config, Layout]:
+    """A quantized checkpoint, held against its config and its model as in loading. Raises what loading raises."""
+    if source.quantization is None:
+        raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
+    method = source.quantization.get("quant_method", "compressed-tensors")
+    if method not in ("compressed-tensors", "sparseml") or not concerns_fp8(source.quantization):
+        raise ConfigError(f"{source.folder} is quantized as {method}, with no FP8 group: hf-fp8 reads compressed-tensors FP8")
+    config = FP8Config(dequantize=True, checkpoint=source.quantization)
+    model, checkpoint = source.structure(), source.checkpoint()
+    layout = lay_out(
+        model, source.conversions(model), checkpoint, config, dense_because="dequantize=True",
+        experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
+    )  # fmt: skip
+    return checkpoint, config, layout
+
+
+def dequantize_checkpoint(
+    source: Source,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    tick: Tick = lambda count: None,
+) -> Written:
+    """Write the dense checkpoint that a quantized one stands for: weights multiplied out in float32 and rounded once.
+
+    dtype: to which (the config's by default). Scales are left out, the rest is written as it is.
+    """
+    checkpoint, _, layout = read_layout(source)
+    dtype = dtype or source.dtype
+    weights = {weight.keys[weight.primary]: weight for weight in [*layout.scan.weights, *layout.scan.host]}
+    companions = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary}
+    dropped = companions | set(layout.scan.cache)
+    written = Checkpoint([])
+    for key, info in checkpoint.tensors.items():
+        if key in weights:
+            shape = _dense_shape(weights[key], checkpoint)
+            written.tensors[_dense_name(key)] = TensorInfo(DTYPE_NAMES[dtype], shape, info.file)
+        elif key not in dropped:
+            written.tensors[key] = info
+
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        weight = weights.get(key)
+        if weight is not None:
+            parts = {role: checkpoint.load(name) for role, name in weight.keys.items()}
+            yield _dense_name(key), weight_from(weight, parts, dtype)
+        elif key not in dropped:
+            yield key, checkpoint.load(key)
+
+    _write(source, destination, checkpoint, written, make, None, overwrite, tick, dtype)
+    return Written(len(weights), total_bytes(checkpoint), total_bytes(written), None)
+
+
+def total_bytes(checkpoint: Checkpoint) -> int:
+    """Of all tensors, by their headers."""
+    return sum(map(nbytes, checkpoint.tensors.values()))
+
+
+def _dense_name(key: str) -> str:
+    return key.removesuffix("_packed")
+
+
+def _dense_shape(weight: StoredWeight, checkpoint: Checkpoint) -> tuple[int, ...]:
+    if weight.primary == WEIGHT:
+        return weight.shape
+    shape = checkpoint.read([weight.keys["weight_shape"]])[weight.keys["weight_shape"]]
+    return tuple(int(extent) for extent in shape)
+
+
+def _write(
+    source: Source,
+    destination: Path,
+    checkpoint: Checkpoint,
+    written: Checkpoint,
+    make: Callable[[str], Iterator[tuple[str, torch.Tensor]]],
+    quantization: dict[str, Any] | None,
+    overwrite: bool,
+    tick: Tick,
+    dtype: torch.dtype | None = None,
+) -> None:
+    files = _files(written)
+    total = total_bytes(written)
+    if source.folder.resolve() in (destination.resolve(), *destination.resolve().parents):
+        raise ConfigError(f"{destination} is in {source.folder}, which is being read: write somewhere else")
+    _check_space(destination, total)
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        for file, (name, tensors) in files.items():
+            with _shard(folder / name, tensors) as shard:
+                for key in (key for key, info in checkpoint.tensors.items() if info.file == file):
+                    for made, values in make(key):
+                        shard.write(made, values)
+                    tick(nbytes(checkpoint.tensors[key]))
+        write_index(folder, dict(files.values()))
+        source.copy_rest(folder)
+        source.write_config(folder, quantization, dtype)
+
+
+@contextmanager
+def _shard(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[ShardWriter]:
+    with ExitStack() as stack:
+        shard = ShardWriter(path, tensors)
+        stack.callback(shard.abandon)
+        yield shard
+        shard.close()
+
+
+def _files(written: Checkpoint) -> dict[str, tuple[str, dict[str, TensorInfo]]]:
+    """File of the source -> (name of the new one, its tensors)."""
+    by_file: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in written.tensors.items():
+        by_file.setdefault(info.file, {})[key] = info
+    count = len(by_file)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    return {file: (name, by_file[file]) for file, name in zip(sorted(by_file), names, strict=True)}
+
+
+def _check_space(destination: Path, total: int) -> None:
+    place = destination.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < total:
+        raise ConfigError(f"{total / 1e9:.2f} GB are to be written to {destination}, where {free / 1e9:.2f} GB are free")
