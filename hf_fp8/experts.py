@@ -165,6 +165,8 @@ class FP8Experts(QuantizedModule):
         for adapters on the stacked parameters, which would be added to codes.
         """
         self._refuse_adapters()
+        if self.observer is None:
+            self.refuse_uncalibrated()
         dtype = hidden_states.dtype
         if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))

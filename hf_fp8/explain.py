@@ -57,10 +57,10 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
+def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Explanation:
     """Per FP8 module of `model`: its scheme, the kernel chosen for it on its device, why, and its bytes.
 
-    dtype: that of the inputs; by default the first one found among the model's dense parameters.
+    dtype: that of the inputs; by default the first one found among the model's dense parameters. device: as if it were there.
     Weights that were multiplied out while loading are listed too, with the reason.
     """
     if dtype is None:
@@ -69,12 +69,12 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
     rows = Explanation()
     for name, module in model.named_modules():
         if isinstance(module, FP8Linear):
-            device = _execution_device(module)
-            choice = select(Problem(device, module.scheme, module.out_features, module.in_features, dtype), module.backend)
+            place = _execution_device(module, device)
+            choice = select(Problem(place, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
         elif isinstance(module, FP8Experts):
-            rows += _experts(name, module, dtype)
+            rows += _experts(name, module, dtype, _execution_device(module, device))
     # In whatever the model was wrapped by, and without what is not there any more.
     notes = [(part, vars(part)[NOTES]) for part in model.modules() if NOTES in vars(part)]
     for part, name, scheme, reason in ((part, name, *note) for part, found in notes for name, note in found.items()):
@@ -99,9 +99,9 @@ def _held(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
             return None
 
 
-def _experts(name: str, module: FP8Experts, dtype: torch.dtype) -> list[Row]:
+def _experts(name: str, module: FP8Experts, dtype: torch.dtype, device: torch.device) -> list[Row]:
     """A row for each stack."""
-    device, rows = _execution_device(module), []
+    rows = []
     for projection in module.projections:
         _, n, k = projection.shape
         choice = select_grouped(Problem(device, projection.scheme, n, k, dtype), module.backend)
@@ -111,8 +111,10 @@ def _experts(name: str, module: FP8Experts, dtype: torch.dtype) -> list[Row]:
     return rows
 
 
-def _execution_device(module: nn.Module) -> torch.device:
+def _execution_device(module: nn.Module, asked: torch.device | str | None) -> torch.device:
     """Where the module computes: accelerate moves offloaded weights there for the call."""
+    if asked is not None:
+        return torch.device(asked)
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device(device)

@@ -47,12 +47,14 @@ def lay_out(
     use_kernels: bool,
     dtype: torch.dtype,
     parts: Mapping[str, Part] | None = None,
+    read_values: bool = True,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
 
     conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
     of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's.
-    parts: for a checkpoint that is yet to be made of a dense one, key of a weight -> where its values come from. Raises
+    parts: for a checkpoint that is yet to be made of a dense one, key of a weight -> where its values come from.
+    read_values: whether to read the scales, to check them and to write weights back; not, if only the layout is wanted. Raises
     CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
     extra = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
@@ -71,8 +73,8 @@ def lay_out(
     for weight in scanned.weights:
         if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
             weight.check()
-    scales = check_scale_values(scanned.weights, checkpoint) if parts is None else {}
-    filled = _check_coverage(model, keymap, checkpoint, config, scanned)
+    scales = check_scale_values(scanned.weights, checkpoint) if parts is None and read_values else {}
+    filled, layout.missing = _check_coverage(model, keymap, checkpoint, config, scanned)
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
     first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
@@ -94,7 +96,7 @@ def lay_out(
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
-    if layout.saves_fp8(dense_because):
+    if layout.saves_fp8(dense_because) and read_values:
         in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
         dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
         host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
@@ -261,8 +263,8 @@ def _planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) 
 
 def _check_coverage(
     model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan
-) -> set[str]:
-    """The parameters that the files fill.
+) -> tuple[set[str], list[str]]:
+    """The parameters that the files fill, and those that they do not.
 
     Raise for FP8 weights that find no module while modules find no weights: the host would leave those random.
     """
@@ -310,7 +312,7 @@ def _check_coverage(
                 f"no tensor in the files goes into {name}, though they hold other tensors of {match.group()[:-1]}: the "
                 "checkpoint is incomplete, or its names do not fit the model, and the host would leave it random"
             )
-    return filled
+    return filled, missing
 
 
 def _collect(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import numerics
-from .errors import CalibrationError, ConfigError, UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .functional import scaled_linear
 from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
@@ -163,11 +163,8 @@ class FP8Linear(QuantizedModule, nn.Linear):
         if self.observer is not None:
             self.observer(input)
             backend = "weight_only"
-        elif self.awaits_calibration:
-            raise CalibrationError(
-                f"a layer of scheme {self.scheme.describe()} has no input scale yet: run some data through the model under "
-                "`with hf_fp8.calibrate(model):`, or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
-            )
+        else:
+            self.refuse_uncalibrated()
         if self.compute_dtype is not None:
             input = input.to(self.compute_dtype)
         out = scaled_linear(
@@ -241,9 +238,6 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        found = state_dict.get(f"{prefix}input_scale")
-        if found is not None and not found.is_meta:
-            self.awaits_calibration = not bool(found.isfinite().all())
         if f"{prefix}weight" in state_dict:
             self.original = None  # of another weight
 

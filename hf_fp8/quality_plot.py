@@ -69,7 +69,8 @@ def draw(rows: Rows, title: str, path: Path) -> Path:
             handles.append(axes[0].plot([], [], **RING)[0])
             names.append("stands out")
         figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
-        figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=10)
+        wrapped = [textwrap.fill(line, int(11 * width)) for line in title.splitlines()]
+        figure.suptitle("\n".join(wrapped), fontsize=10)
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
     return path
 

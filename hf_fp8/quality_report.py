@@ -110,5 +110,5 @@ class QualityReport:
         """
         if title is None:
             title = "; ".join(self.schemes)
-            title += f", perplexity {self.perplexity_text()}" if self.perplexity is not None else ""
+            title += f"\nperplexity {self.perplexity_text()}" if self.perplexity is not None else ""
         return draw(self.rows, title, Path(path))

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .errors import CalibrationError
+
 
 class QuantizedModule(nn.Module):
     """A module whose parameters `holds` names: codes -> the scales that belong to them.
@@ -31,6 +33,14 @@ class QuantizedModule(nn.Module):
     def has_static_input(self) -> bool:
         """Whether it holds scales of its inputs."""
         return any(getattr(self, name) is not None for scales in self.holds.values() for name in scales[1:])
+
+    def refuse_uncalibrated(self) -> None:
+        """Raise CalibrationError if the scales of its inputs have yet to be measured."""
+        if self.awaits_calibration:
+            raise CalibrationError(
+                f"a {type(self).__name__} with static input scales has not got them yet: run some data through the model under "
+                "`with hf_fp8.calibrate(model):`, or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+            )
 
     def freeze(self) -> None:
         """Codes and scales have no gradient: the loader may have asked for one."""
@@ -83,6 +93,10 @@ class QuantizedModule(nn.Module):
                 if scale is not None and held is not None and scale.dtype != held.dtype:
                     held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        static = [state_dict.get(prefix + name) for scales in self.holds.values() for name in scales[1:]]
+        measured = [bool(scale.isfinite().all()) for scale in static if scale is not None and not scale.is_meta]
+        if measured:
+            self.awaits_calibration = not all(measured)
 
 
 def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

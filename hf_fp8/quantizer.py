@@ -57,6 +57,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense: list[str] = []
         self._host_conversions: list[WeightTransform] = []
         self._plan: Plan | None = None  # of quantizing while loading
+        self._read_values = True
 
     # -- what the host asks before and after loading --
 
@@ -152,6 +153,26 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.layout is not None
         return QuantizeWeights({f"{name}.{WEIGHT}": weight for name, weight in self.layout.kept.items()})
 
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the model will compute."""
+        return compute_device(self._device_map)
+
+    def look_at(
+        self,
+        model: PreTrainedModel,
+        conversions: Sequence[WeightTransform],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device_map: Any = None,
+    ) -> Layout:
+        """Change `model`, on the meta device, as loading `checkpoint` would, by its headers alone; nothing is read."""
+        self._host_conversions, self._dtype, self._read_values = list(conversions), dtype, False
+        self._device_map = device_map
+        self._lay_out(model, conversions, checkpoint)
+        assert self.layout is not None
+        return self.layout
+
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
         config = self.quantization_config
         because = self._why_dense()
@@ -161,7 +182,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             layout = lay_out(
                 model, conversions, checkpoint, config,
                 dense_because=because, experts_because=partial(self._why_dense_experts, because),
-                use_kernels=self._use_kernels, dtype=self._dtype,
+                use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
             )  # fmt: skip
         self.layout = layout
         if layout.saves_fp8(because):
@@ -193,7 +214,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=dense, compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
-        if because is None or self.host is not None:
+        if (because is None or self.host is not None) and self._read_values:
             self._carry(checkpoint, layout)
         elif not config.dequantize:
             config.dequantize = True  # all of it: what is saved is a plain dense model
@@ -214,7 +235,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return "dequantize=True"
         if config.backend != "auto" or config.scheme is not None:
             return None
-        device = compute_device(self._device_map)
+        device = self.compute_device
         reason = why_not_kept(device, self._dtype)
         return None if reason is None else f"backend='auto' on {device.type}: {reason}"
 
@@ -225,7 +246,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return because if config.dequantize else None
         if config.experts == "dequantize" or config.backend == "int8":
             return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
-        device = compute_device(self._device_map)
+        device = self.compute_device
         reason = why_not_kept_experts(device, self._dtype, scheme)
         where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
         return because or (None if reason is None else f"{where}: {reason}")

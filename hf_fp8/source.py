@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightTransform
+from transformers.modeling_utils import local_torch_dtype
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError, CorruptFileError, MissingTensorError
@@ -62,7 +63,7 @@ class Source:
     def structure(self) -> PreTrainedModel:
         """The model on the meta device: modules and shapes, no memory."""
         kind: Any = getattr(transformers, (self.config.architectures or [""])[0], None)
-        with torch.device("meta"):
+        with torch.device("meta"), local_torch_dtype(self.dtype):
             if kind is not None:
                 model: PreTrainedModel = kind(self.config)
             else:

@@ -24,7 +24,8 @@ class Layout:
 
     reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
     the model -> keys in the files, of tensors that no module uses and that are written back. scales:
-    name of a dense weight -> what its codes were multiplied by, for writing it back.
+    name of a dense weight -> what its codes were multiplied by, for writing it back. missing: parameters that nothing in the
+    files goes into.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Layout:
     conversions: list[WeightTransform] = field(default_factory=list)
     scan: Scan = field(default_factory=Scan)
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     def saves_fp8(self, dense_because: str | None) -> bool:
         """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""

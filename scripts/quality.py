@@ -104,7 +104,7 @@ def main() -> None:
         path = smollm2.write_fp8(dense, options.folder / kind, kind)
         reports[kind] = measure(kind, reference, path, ids, options.windows)
     report = reports["dynamic"]
-    title = f"SmolLM2-135M, FP8_DYNAMIC: {'; '.join(report.schemes)}; perplexity {report.perplexity_text()}"
+    title = f"SmolLM2-135M, FP8_DYNAMIC: {'; '.join(report.schemes)}\nperplexity {report.perplexity_text()}"
     picture = report.plot(options.target / "quality.svg", title)
     print(f"{report.worst(10)}\n\n{report.footer()}\n")
     lines = [line(kind, found) for kind, found in reports.items()]

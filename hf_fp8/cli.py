@@ -1,0 +1,261 @@
+"""The command line: `hf-fp8 quantize | dequantize | inspect | verify`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .errors import FP8Error
+from .scheme import SCHEMES
+from .version import __version__
+
+app = typer.Typer(
+    help="FP8 checkpoints in the compressed-tensors format: make them, undo them, look at them, check them.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or the name of a repository on the Hub.")]
+Dst = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write. It appears when all of it is written.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST, once the new one is whole.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")]
+
+
+class Observers(str, Enum):
+    amax = "amax"
+    percentile = "percentile"
+    mse = "mse"
+
+
+class Dtypes(str, Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
+def quantize(
+    src: Src,
+    dst: Dst,
+    scheme: Annotated[
+        list[str],
+        typer.Option(help=f"One of {', '.join(n for n in SCHEMES if n.startswith('FP8'))}; or NAME=TARGET, several times."),
+    ] = ["FP8_DYNAMIC"],  # noqa: B006 (typer's way)
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A module that stays dense: its name, a re: pattern or a class. Several times.")
+    ] = None,
+    targets: Annotated[list[str] | None, typer.Option("--target", help="What is quantized [default: Linear].")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text, or .jsonl with `text` or `messages`, for static input scales.")
+    ] = None,
+    observer: Annotated[Observers, typer.Option(help="What of the inputs a static scale covers.")] = Observers.amax,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of FILE are used.")] = 16384,
+    dense_experts: Annotated[bool, typer.Option("--dense-experts", help="Leave a mixture's experts dense.")] = False,
+    device: Annotated[str, typer.Option(help="Where to quantize, and to calibrate.")] = "cpu",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write an FP8 checkpoint of a dense one, tensor by tensor."""
+    from .calibration_data import measure
+    from .config import FP8Config
+    from .rewrite import plan_source, quantize_checkpoint, total_bytes
+    from .source import open_source
+
+    def config() -> FP8Config:
+        return FP8Config(
+            _schemes(scheme), targets=targets or ["Linear"], ignore=ignore, experts="dequantize" if dense_experts else "auto"
+        )
+
+    start = time.perf_counter()
+    source = open_source(src, trust_remote_code=trust_remote_code)
+    checkpoint, plan = plan_source(source, config())
+    scales = None
+    if calibrate is not None:
+        if not any(group.scheme and group.scheme.has_static_input for group in plan.groups.values()):
+            raise typer.BadParameter(f"--calibrate measures static input scales, which {', '.join(scheme)} does not have")
+        with _bar("calibrating", 0, bytes_=False) as tick:
+            scales = measure(
+                source, config(), calibrate, observer=observer.value, tokens=tokens, device_map=device,
+                tick=lambda done, of: tick(1, of),
+            )  # fmt: skip
+    with _bar("quantizing", total_bytes(checkpoint)) as tick:
+        written = quantize_checkpoint(source, dst, config(), input_scales=scales, device=device, overwrite=overwrite, tick=tick)
+    _say_left_out(written.reasons)
+    out.print(
+        f"{dst}: {written.weights:,} matrices in FP8, {_size(written.before)} -> {_size(written.after)} "
+        f"({written.after / written.before:.2f}x), {time.perf_counter() - start:.1f} s"
+    )
+
+
+@app.command()
+def dequantize(
+    src: Src,
+    dst: Dst,
+    dtype: Annotated[Dtypes | None, typer.Option(help="Of the weights [default: that in config.json].")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write the dense checkpoint that an FP8 one stands for, tensor by tensor."""
+    import torch
+
+    from .rewrite import dequantize_checkpoint, total_bytes
+    from .source import open_source
+
+    start = time.perf_counter()
+    source = open_source(src, trust_remote_code=trust_remote_code)
+    of = None if dtype is None else getattr(torch, dtype.value)
+    with _bar("dequantizing", total_bytes(source.checkpoint())) as tick:
+        written = dequantize_checkpoint(source, dst, dtype=of, overwrite=overwrite, tick=tick)
+    out.print(
+        f"{dst}: {written.weights:,} matrices multiplied out, {_size(written.before)} -> {_size(written.after)}, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+
+
+@app.command()
+def inspect(
+    src: Src,
+    device: Annotated[str | None, typer.Option(help="Say what would run there [default: here].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what a checkpoint holds, and what would run here and why. Reads headers only."""
+    from .inspection import inspect_source
+    from .source import open_source
+
+    found = inspect_source(open_source(src, trust_remote_code=trust_remote_code), device)
+    if as_json:
+        out.print_json(data=found.to_dict())
+        return
+    out.print(f"{found.folder}: {found.model}, {len(found.files)} file(s), {_size(found.bytes)}")
+    table = Table("stored as", "tensors", "bytes", box=None)
+    for dtype, count, size in found.dtypes:
+        table.add_row(dtype, f"{count:,}", _size(size))
+    out.print(table)
+    if found.groups:
+        table = Table("group", "scheme", "targets", "matrices", "bytes", box=None)
+        for group in found.groups:
+            table.add_row(group.name, group.scheme, ", ".join(group.targets), f"{group.matrices:,}", _size(group.bytes))
+        out.print(table)
+    if found.ignore:
+        shown = ", ".join(found.ignore[:8]) + (f" and {len(found.ignore) - 8} more" if len(found.ignore) > 8 else "")
+        out.print(f"dense: {shown}")
+    out.print(found.summary)
+    if found.explanation:
+        out.print(found.explanation, soft_wrap=True)
+    if found.error:
+        err.print(f"error: {found.error}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(src: Src, trust_remote_code: Trust = False) -> None:
+    """Make every check of loading, and look for NaN in the codes, without building the model."""
+    from .inspection import verify_source
+    from .rewrite import total_bytes
+    from .source import open_source
+
+    start = time.perf_counter()
+    source = open_source(src, trust_remote_code=trust_remote_code)
+    with _bar("reading", total_bytes(source.checkpoint())) as tick:
+        checks = verify_source(source, tick)
+    for check in checks:
+        out.print(f"ok: {check}")
+    out.print(f"{src}: nothing wrong found, {time.perf_counter() - start:.1f} s")
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"hf-fp8 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _schemes(given: list[str]) -> Any:
+    """``NAME``, or ``NAME=TARGET`` for each of several groups."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    groups: dict[str, list[str]] = {}
+    for entry in given:
+        name, equals, target = entry.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--scheme {entry}: of several, each says what it is for, as in FP8_BLOCK='re:.*mlp.*'")
+        groups.setdefault(name, []).append(target)
+    return groups
+
+
+@contextmanager
+def _bar(what: str, total: int, *, bytes_: bool = True) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, with the time that is left; `tick(count, total=None)` moves it."""
+    amount = DownloadColumn() if bytes_ else TextColumn("{task.completed:.0f}/{task.total:.0f}")
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count, total=None: progress.update(task, advance=count, total=total)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _say_left_out(reasons: Any) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        err.print(f"left dense: {len(names)} such as {names[0]}: {reason}")
+
+
+def _terminated(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The command `hf-fp8`. Ends with 1 after an error, 130 when it was interrupted; DST is then as it was before."""
+    signal.signal(signal.SIGTERM, _terminated)
+    from transformers.utils import logging as host_logging
+
+    host_logging.set_verbosity_error()
+    host_logging.disable_progress_bar()
+    logging.getLogger("hf_fp8").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=False)
+    except (FP8Error, OSError) as error:
+        err.print(f"error: {error}", soft_wrap=True, markup=False)
+        sys.exit(1)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted: nothing was written")
+        sys.exit(130)
+    except Exception as error:
+        if show := getattr(error, "show", None):  # of the arguments
+            show()
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()
