@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,24 +21,20 @@ from .errors import ConfigError, UnsupportedError
 from .in_place import quantize_model
 from .linear import FP8Linear
 from .quantized_module import QuantizedModule
-from .scheme import (
-    FP8, FP8_BLOCK, FP8_STATIC, FP8_WEIGHT_ONLY, INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme,
-)  # fmt: skip
+from .scheme import FP8, INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
 
 _ORIGINALS = {"keep": "keep", "cpu_offload": "offload", "discard": "discard"}
 
 
 @dataclass(frozen=True)
 class FP8GemmOptions:
-    """The options of `enable_fp8_gemm`.
-
-    cast_inputs: a layer whose weight is neither fp16 nor bf16 casts its inputs to bf16 first; False leaves them as they are.
+    """cast_inputs: a layer whose weight is neither fp16 nor bf16 casts its inputs to bf16 first; False leaves them as they are.
         Layers with a 16-bit weight take inputs as they come either way.
     cast_output_back: such a layer casts its output back to the dtype of its input; False leaves it in bf16.
     fp16_weight_storage: what becomes of the float weights: "keep" beside the codes, "cpu_offload", "discard".
     materialize_fp8_on_wrap: True; weights are quantized when the layer is made.
 
-    Raises ConfigError for another storage, UnsupportedError for weights that are to be quantized later.
+    Raises ConfigError for another storage, UnsupportedError for materialize_fp8_on_wrap=False.
     """
 
     cast_inputs: bool = True
@@ -50,10 +46,7 @@ class FP8GemmOptions:
         if self.fp16_weight_storage not in _ORIGINALS:
             raise ConfigError(f"fp16_weight_storage={self.fp16_weight_storage!r}: it is one of {', '.join(_ORIGINALS)}")
         if not self.materialize_fp8_on_wrap:
-            raise UnsupportedError(
-                f"materialize_fp8_on_wrap={self.materialize_fp8_on_wrap!r}: weights are quantized when the layer is made, on "
-                "any device; leave it True"
-            )
+            raise UnsupportedError("materialize_fp8_on_wrap=False: weights are quantized when the layer is made; leave it True")
 
 
 _DEFAULTS = FP8GemmOptions()
@@ -69,7 +62,7 @@ def enable_fp8_gemm(
     """`quantize_model(model, "FP8_DYNAMIC")` by the name and options of a utility that wraps Linears in vLLM's FP8 GEMM.
 
     module_filter: called with (name, module) for Linears; only those for which it gives True are quantized. options: may be a
-    dict of the fields of `FP8GemmOptions`.
+    dict of their fields.
 
     Differences: weights have a scale per channel, not per tensor; CPUs compute with the codes, and need no float weight, so
     that every storage goes with every `cast_inputs`; what `quantize_model` leaves alone (subclasses of Linear, a transformers
@@ -83,8 +76,6 @@ def enable_fp8_gemm(
         if unknown := [name for name in options if name not in known]:
             raise ConfigError(f"options have no {', '.join(map(repr, unknown))}; they have {', '.join(known)}")
         options = FP8GemmOptions(**options)
-    if not isinstance(options, FP8GemmOptions):
-        raise ConfigError(f"options={options!r}: it is FP8GemmOptions, or a dict of its fields")
     # Layer by layer, as a model may mix dtypes: an fp16 layer beside float32 ones is not to compute in bf16.
     cast = {
         name
@@ -134,137 +125,185 @@ def _granularity(marker: Any) -> Granularity | None:
     return TENSOR if kind == "PerTensor" else None
 
 
-def _word(value: Any) -> str:
-    return str(getattr(value, "name", value)).lower()  # torchao's enums, and the strings that name their members
-
-
-def _mm_as_ours(config: Any) -> bool:
-    given = (getattr(config, "emulate", None), getattr(config, "use_fast_accum", None))
-    return config is None or given == (False, True)
-
-
-# Parameters of torchao's recipes that choose nothing here: whether a value means what hf_fp8 does, and which one does.
-_FIXED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "weight_dtype": (lambda v: v == FP8, f"{FP8}"),
-    "activation_dtype": (lambda v: v == FP8, f"{FP8}"),
-    "packing_format": (lambda v: _word(v) in ("none", "plain"), "None and PLAIN"),
-    "layout": (lambda v: v is None or type(v).__name__ == "PlainLayout", "None and PlainLayout"),
-    "mm_config": (_mm_as_ours, "None and Float8MMConfig(emulate=False, use_fast_accum=True)"),
-    "kernel_preference": (lambda v: _word(v) == "auto", "AUTO; quantize_model(model, recipe.scheme, backend=...) has others"),
-    "activation_value_lb": (lambda v: v is None, "None: scales of inputs have no bounds"),
-    "activation_value_ub": (lambda v: v is None, "None: scales of inputs have no bounds"),
-    "act_mapping_type": (lambda v: _word(v) in ("none", "symmetric"), "SYMMETRIC: there are no zero points"),
-    "weight_only_decode": (lambda v: not v, "False; quantize_model(model, recipe.scheme, backend='weight_only') is for all"),
-    "reduce_range": (lambda v: not v, "False: codes go to 127"),
-    "set_inductor_config": (lambda v: not v, "False: hf_fp8 changes no settings of the compiler"),
-    "step": (lambda v: v is None, "None: quantize without a scale, then run data under hf_fp8.calibrate(model)"),
-    "quantize_and_dequantize_output": (lambda v: not v, "False: outputs are not quantized"),
-    "output_act_quant_scale": (lambda v: v is None, "None: outputs are not quantized"),
-    # Which of its tensor classes torchao takes; ours are neither.
-    "version": (lambda v: v in (1, 2), "1 and 2, which are the same here"),
+# torchao's parameters that hf_fp8 has one meaning for: how the values are written that mean it.
+_ONE_MEANING = {
+    "weight_dtype": ("torch.float8_e4m3fn",),
+    "activation_dtype": ("torch.float8_e4m3fn",),
+    "packing_format": ("None", "PLAIN", "plain"),
+    "layout": ("None", "PlainLayout()"),
+    # Of the kernels on CUDA (`kernels.torch_mm`); elsewhere nothing accumulates faster.
+    "mm_config": ("None", "Float8MMConfig(emulate=False, use_fast_accum=True, pad_inner_dim=False)"),
+    "kernel_preference": ("AUTO", "auto"),
+    "activation_value_lb": ("None",),
+    "activation_value_ub": ("None",),
+    "act_mapping_type": ("None", "SYMMETRIC"),
+    "weight_only_decode": ("False",),
+    "reduce_range": ("None", "False"),
+    "set_inductor_config": ("False",),  # no settings of the compiler are changed
+    "step": ("None",),  # `hf_fp8.calibrate` takes the place of preparing and converting
+    "quantize_and_dequantize_output": ("None", "False"),
+    "output_act_quant_scale": ("None",),
+    "version": ("1", "2"),  # which of its tensor classes torchao takes; they hold the same
 }
 
 
-@dataclass(frozen=True)
 class Recipe:
     """What torchao calls a config. `scheme` is what it stands for.
 
-    Raises UnsupportedError, with the parameter, for values of torchao's parameters that hf_fp8 has nothing for.
+    Every recipe takes torchao's parameters that hf_fp8 has one meaning for (`_ONE_MEANING`), by name, and raises
+    UnsupportedError for values that mean something else.
     """
 
-    set_inductor_config: bool = dataclasses.field(default=False, kw_only=True)
-    version: int = dataclasses.field(default=2, kw_only=True)
+    scheme: Scheme
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in _FIXED and not _FIXED[field.name][0](value):
-                raise self._refusal(field.name, _FIXED[field.name][1])
-        _ = self.scheme  # raises for granularities
+    def __init__(self, **parameters: Any) -> None:
+        for name, value in parameters.items():
+            accepted = _ONE_MEANING.get(name, ())
+            if not {str(value), repr(value), getattr(value, "name", "")} & set(accepted):
+                raise self._refusal(name, value, " or ".join(accepted) or "no such parameter")
 
-    def _refusal(self, parameter: str, supported: str) -> UnsupportedError:
-        value = getattr(self, parameter)
+    def _refusal(self, parameter: str, value: object, supported: str) -> UnsupportedError:
         return UnsupportedError(f"{type(self).__name__}({parameter}={value!r}): hf_fp8 supports {supported}")
 
-    def _granularities(self, supported: str, default: Granularity) -> tuple[Granularity | None, Granularity | None]:
-        """(of inputs, of weights), from a marker for both or a pair of them in torchao's order."""
-        given: Any = getattr(self, "granularity", None)
-        if given is None:
-            return default, default
-        pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
-        if len(pair) != 2:
-            raise self._refusal("granularity", supported)
-        return _granularity(pair[0]), _granularity(pair[1])
-
-    @property
-    def scheme(self) -> Scheme:
-        raise NotImplementedError
+    def _of(self, granularity: Any, supported: str, *schemes: str | Scheme) -> Scheme:
+        """The scheme for a marker, or a pair (inputs, weights), as in torchao; the first one for None."""
+        given = granularity if isinstance(granularity, (tuple, list)) else (granularity, granularity)
+        found = [_granularity(marker) for marker in given]
+        for scheme in map(scheme_named, schemes):
+            assert scheme.input is not None
+            if granularity is None or found == [scheme.input.granularity, scheme.weight.granularity]:
+                return scheme
+        raise self._refusal("granularity", granularity, supported)
 
 
-@dataclass(frozen=True)
 class Float8WeightOnly(Recipe):
     """FP8 weights with a scale per channel, inputs as they are: FP8_WEIGHT_ONLY."""
 
-    weight_dtype: torch.dtype = FP8
-
-    @property
-    def scheme(self) -> Scheme:
-        return FP8_WEIGHT_ONLY
+    def __init__(self, weight_dtype: torch.dtype = FP8, **parameters: Any) -> None:
+        super().__init__(weight_dtype=weight_dtype, **parameters)
+        self.scheme = scheme_named("FP8_WEIGHT_ONLY")
 
 
-@dataclass(frozen=True)
 class Float8DynamicActivationFloat8Weight(Recipe):
     """FP8 weights and inputs, scales of inputs computed from each.
 
-    granularity: `PerTensor()` (torchao's default, too) is a scale per tensor for both, FP8_TENSOR; `PerRow()` is per channel
-    and per token, FP8_DYNAMIC, and more exact. torchao's pair (PerBlock((1, 128)), PerBlock((128, 128))) is FP8_BLOCK.
+    granularity: `PerTensor()` (the default, as in torchao) is a scale per tensor for both, FP8_TENSOR; `PerRow()` is per
+    channel and per token, FP8_DYNAMIC, and more exact; torchao's (PerBlock((1, 128)), PerBlock((128, 128))) is FP8_BLOCK.
     """
 
-    activation_dtype: torch.dtype = FP8
-    weight_dtype: torch.dtype = FP8
-    granularity: Any = None
-    packing_format: Any = dataclasses.field(default="plain", kw_only=True)
-    mm_config: Any = dataclasses.field(default=None, kw_only=True)
-    activation_value_lb: float | None = dataclasses.field(default=None, kw_only=True)
-    activation_value_ub: float | None = dataclasses.field(default=None, kw_only=True)
-    kernel_preference: Any = dataclasses.field(default="auto", kw_only=True)
-
-    _supported: ClassVar[str] = "PerTensor(), PerRow(), or (PerBlock((1, 128)), PerBlock((128, 128))), for inputs and weights"
-
-    @property
-    def scheme(self) -> Scheme:
-        inputs, weights = self._granularities(self._supported, TENSOR)
-        if inputs in (TENSOR, ROW) and inputs == weights:
-            return Scheme(TensorScheme(inputs), TensorScheme(inputs, dynamic=True))
-        assert FP8_BLOCK.input is not None
-        if (inputs, weights) == (FP8_BLOCK.input.granularity, FP8_BLOCK.weight.granularity):
-            return FP8_BLOCK
-        raise self._refusal("granularity", self._supported)
+    def __init__(self, activation_dtype: Any = FP8, weight_dtype: Any = FP8, granularity: Any = None, **parameters: Any):
+        super().__init__(activation_dtype=activation_dtype, weight_dtype=weight_dtype, **parameters)
+        supported = "PerTensor(), PerRow() or (PerBlock((1, 128)), PerBlock((128, 128)))"
+        self.scheme = self._of(granularity, supported, "FP8_TENSOR", "FP8_DYNAMIC", "FP8_BLOCK")
 
 
-@dataclass(frozen=True)
 class Float8StaticActivationFloat8Weight(Recipe):
     """FP8 weights and inputs with a scale per tensor each, that of inputs fixed: FP8_STATIC.
 
-    scale: what stored inputs are multiplied by, amax / 448, one positive number, for all layers that `quantize_` makes. It is
-    torchao's own convention (quant_primitives: ``clamp(x / scale)``), not that of torch's older "scale" to multiply by. It is
-    held in the dtype of the weight's scale, that is rounded to bf16 in a bf16 model. None: layers wait for
-    `hf_fp8.calibrate`. act_quant_scale: the same, as torchao calls it now.
+    scale: amax / 448 of the inputs, the DEcode factor, one positive number for all layers that `quantize_` makes. torchao's
+    is the same (quant_primitives._quantize_affine_float8 divides by it); the scale of torchao.float8, for training, is its
+    inverse. Held in the dtype of weight scales, so rounded to bf16 in a bf16 model. None: layers await `hf_fp8.calibrate`.
+    act_quant_scale: torchao's present name of it. Raises ConfigError for two scales, and for what is none.
     """
 
-    scale: float | torch.Tensor | None = None
-    activation_dtype: torch.dtype = FP8
-    weight_dtype: torch.dtype = FP8
-    granularity: Any = None
-    act_quant_scale: float | torch.Tensor | None = dataclasses.field(default=None, kw_only=True)
-    step: Any = dataclasses.field(default=None, kw_only=True)
-    mm_config: Any = dataclasses.field(default=None, kw_only=True)
-    kernel_preference: Any = dataclasses.field(default="auto", kw_only=True)
-    quantize_and_dequantize_output: bool = dataclasses.field(default=False, kw_only=True)
-    output_act_quant_scale: Any = dataclasses.field(default=None, kw_only=True)
+    def __init__(self, scale: Any = None, *, act_quant_scale: Any = None, granularity: Any = None, **parameters: Any) -> None:
+        super().__init__(**parameters)
+        self.scheme = self._of(granularity, "PerTensor()", "FP8_STATIC")
+        given = [torch.as_tensor(s, dtype=torch.float64) for s in (scale, act_quant_scale) if s is not None]
+        if len(given) > 1 or not all(s.numel() == 1 and 0 < s.item() < math.inf for s in given):
+            raise ConfigError(f"scale={scale!r}, act_quant_scale={act_quant_scale!r}: give one finite positive number, or none")
+        self.input_scale = given[0].item() if given else None
 
-    @property
-    def scheme(self) -> Scheme:
-        if self._granularities("PerTensor()", TENSOR) != (TENSOR, TENSOR):
-            raise self._refusal("granularity", "PerTensor()")
-        return FP8_STATIC
+
+class Int8WeightOnly(Recipe):
+    """int8 weights, inputs as they are: INT8_WEIGHT_ONLY. A scale per channel, or per `group_size` values of one, or as
+    `granularity` says: `PerRow()`, `PerTensor()`, or torchao's PerGroup. Layers that groups do not divide stay dense.
+    """
+
+    def __init__(self, group_size: int | None = None, *, granularity: Any = None, **parameters: Any) -> None:
+        super().__init__(**parameters)
+        found = ROW if granularity is None else _granularity(granularity)
+        if group_size is not None:
+            found = Granularity(1, group_size) if granularity is None else None
+        if found is None or found.rows > 1:
+            raise self._refusal("granularity", granularity, "PerRow(), PerTensor() or PerGroup(size), or a group_size alone")
+        self.scheme = Scheme(TensorScheme(found, dtype=INT8))
+
+
+class Int8DynamicActivationInt8Weight(Recipe):
+    """int8 weights per channel and inputs per token: INT8_DYNAMIC. `granularity`: `PerRow()`, or `PerTensor()` for both."""
+
+    def __init__(self, *, granularity: Any = None, **parameters: Any) -> None:
+        super().__init__(**parameters)
+        whole = Scheme(TensorScheme(TENSOR, dtype=INT8), TensorScheme(TENSOR, dynamic=True, dtype=INT8))
+        self.scheme = self._of(granularity, "PerRow() or PerTensor()", "INT8", whole)
+
+
+Float8WeightOnlyConfig = Float8WeightOnly
+Float8DynamicActivationFloat8WeightConfig = Float8DynamicActivationFloat8Weight
+Float8StaticActivationFloat8WeightConfig = Float8StaticActivationFloat8Weight
+Int8WeightOnlyConfig = Int8WeightOnly
+Int8DynamicActivationInt8WeightConfig = Int8DynamicActivationInt8Weight
+
+RECIPES: dict[str, type[Recipe]] = {kind.__name__: kind for kind in Recipe.__subclasses__()}
+
+# Part of a name, without case and underscores -> why there is no such recipe. The first that fits speaks.
+_BITS = "weights of hf_fp8 have 8 bits: take Float8WeightOnly or Int8WeightOnly, or torchao itself"
+_REFUSED = {
+    "sparse": "2:4 sparse weights run on cuSPARSELt or CUTLASS alone, on CUDA devices of SM90; none was there to hold the "
+    "compressed layout against exact numbers, and a wrong one gives wrong numbers without an error. Take the dense "
+    "Float8DynamicActivationFloat8Weight, which keeps the zeros of pruned weights, or torchao itself",
+    "nvfp4": f"NVFP4 has 4-bit codes and two levels of scales; {_BITS}",
+    "mx": "microscaling formats have scales that are powers of two, here they are floats: take "
+    "Float8DynamicActivationFloat8Weight, or torchao itself",
+    **dict.fromkeys(("int4", "intx", "fpx"), _BITS),
+    "int8static": "there are no static int8 inputs: take Int8DynamicActivationInt8Weight",
+}
+
+
+def recipe(name: str, **parameters: Any) -> Recipe:
+    """The recipe of a torchao name: of a config's class with or without "Config", or as once spelled, float8_weight_only.
+
+    Raises UnsupportedError, with the reason, for those there cannot be, ConfigError, with those there are, for other names.
+    """
+    word = name.replace("_", "").lower().removesuffix("config")
+    if (kind := {known.lower(): kind for known, kind in RECIPES.items()}.get(word)) is not None:
+        return kind(**parameters)
+    if why := next((why for part, why in _REFUSED.items() if part in word), None):
+        raise UnsupportedError(f"recipe {name!r}: {why}")
+    raise ConfigError(f"recipe {name!r}: there are {', '.join(RECIPES)}; schemes by name are quantize_model's")
+
+
+def quantize_(
+    model: nn.Module,
+    config: Recipe | str,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    device: torch.device | str | int | None = None,
+) -> None:
+    """`quantize_model(model, config.scheme)`, in place, with torchao's order of arguments, everywhere.
+
+    config: a recipe, or its name. filter_fn: called with (module, name), as torchao does, not (name, module); by default all
+    Linears. What `quantize_model` leaves alone stays, with a line in the log, whatever it says; so do merged experts.
+    device: Linears are quantized there one by one, and then all of `model` is moved there; torchao moves each module first.
+
+    Raises ConfigError for what is no recipe and if no layer is left, UnsupportedError for a Linear itself.
+    """
+    config = recipe(config) if isinstance(config, str) else config
+    if not isinstance(config, Recipe):
+        raise ConfigError(f"config is a {type(config).__name__}: it is one of hf_fp8's {', '.join(RECIPES)}, or such a name")
+    if _is_dense_linear(model):
+        raise UnsupportedError("a Linear cannot be replaced in place: use the layer that quantize_model(model, ...) returns")
+    found, there = filter_fn, None if device is None else torch.device(device)
+    held = {name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    quantize_model(
+        model,
+        config.scheme,
+        filter_fn=lambda name, module: isinstance(module, nn.Linear) if found is None else found(module, name),
+        device=there,
+        experts="dequantize",
+    )
+    if isinstance(config, Float8StaticActivationFloat8Weight) and (scale := config.input_scale) is not None:
+        made = (name for name, module in model.named_modules() if isinstance(module, FP8Linear) and name not in held)
+        apply_scales(model, dict.fromkeys(made, scale))
+    if there is not None:
+        model.to(there)

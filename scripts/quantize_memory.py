@@ -1,0 +1,114 @@
+"""Peak memory of quantizing a checkpoint of 2.2 GB, while loading and by the command line, against the bounds that are meant to hold.
+
+.venv/bin/python scripts/quantize_memory.py writes a bfloat16 Llama (1.1 billion random weights, three files) and a mixture of
+experts (2.3 GB) to a temporary folder, and quantizes each in processes of their own. Linux: anonymous memory is read from
+/proc, and the largest resident size (which counts mapped files) from the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+SHARD = 800_000_000
+
+
+def write(folder: Path, kind: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    if kind == "dense":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+                vocab_size=32000, tie_word_embeddings=False, dtype="bfloat16",
+            )
+        )  # fmt: skip
+    else:
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                hidden_size=1024, num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+                vocab_size=1000, intermediate_size=1024, moe_intermediate_size=1024, num_experts=32, num_experts_per_tok=2,
+                dtype="bfloat16",
+            )
+        )  # fmt: skip
+    model.save_pretrained(folder, max_shard_size=SHARD)
+
+
+def anonymous() -> float:
+    """Anonymous memory of this process in GB: mapped files do not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
+
+
+def watched(folder: str, how: str, scheme: str) -> None:
+    """In a process of its own: quantize `folder`, and print a line."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import hf_fp8
+    from hf_fp8.rewrite import plan_source, quantize_checkpoint, total_bytes
+    from hf_fp8.source import open_source
+
+    source = open_source(folder)
+    _, plan = plan_source(source, hf_fp8.FP8Config(scheme))
+    checkpoint = source.checkpoint()
+    largest_bytes = max(2 * torch.Size(info.shape).numel() for info in checkpoint.tensors.values()) / 1e9
+    done, peak, before = threading.Event(), [0.0], anonymous()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    fp8 = total_bytes(plan.written) / 1e9
+    if how == "load":
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=hf_fp8.FP8Config(scheme))
+        bound = fp8 + largest_bytes
+    else:
+        with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out:
+            quantize_checkpoint(source, Path(out) / "fp8", hf_fp8.FP8Config(scheme))
+        bound = largest_bytes
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    used, resident = peak[0] - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"| {Path(folder).name} | {total_bytes(checkpoint) / 1e9:.2f} | {scheme} | {how} | {fp8:.2f} | {largest_bytes:.3f} | "
+        f"{bound:.2f} | {used:.2f} | {before:.2f} | {resident:.2f} | {seconds:.0f} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="*", help=argparse.SUPPRESS)
+    run = parser.parse_args().run
+    if run:
+        return write(Path(run[1]), run[2]) if run[0] == "write" else watched(*run)
+    print("| checkpoint | GB | scheme | how | FP8 GB | largest tensor | bound | peak anonymous | before | max resident | s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("dense", "mixture"):
+            path = f"{folder}/{kind}"
+            subprocess.run([sys.executable, __file__, "write", path, kind], check=True, stderr=subprocess.DEVNULL)
+            for how in ("load", "stream"):
+                for scheme in ("FP8_DYNAMIC", "FP8_BLOCK"):
+                    subprocess.run([sys.executable, __file__, path, how, scheme], check=True, stderr=subprocess.DEVNULL)
+    return None
+
+
+if __name__ == "__main__":
+    main()
