@@ -23,6 +23,7 @@ from .errors import (
 )
 from .experts import FP8Experts
 from .explain import explain
+from .fidelity import QualityReport, perplexity, quality
 from .functional import scaled_linear
 from .grouped import scaled_grouped_linear
 from .in_place import quantize_model, requantize_model
@@ -75,6 +76,7 @@ __all__ = [
     "Mse",
     "Observer",
     "Percentile",
+    "QualityReport",
     "ScaleError",
     "Scheme",
     "TensorScheme",
@@ -87,6 +89,8 @@ __all__ = [
     "explain",
     "kernels",
     "load_quantized",
+    "perplexity",
+    "quality",
     "quantize_model",
     "register",
     "requantize_model",

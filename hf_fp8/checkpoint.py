@@ -10,8 +10,9 @@ import json
 import os
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,12 +126,30 @@ class Checkpoint:
         if info.file in self._pickled:
             return self._pickled[info.file][name].clone()
         start, end = self._offsets(info.file)[name]
-        data = torch.empty(end - start, dtype=torch.uint8)
         with open(info.file, "rb") as file:
             file.seek(start)
-            if file.readinto(memoryview(data.numpy())) != end - start:  # type: ignore[arg-type]
-                raise CorruptFileError(f"{info.file} ends before {name} does: it is truncated")
+            data = self._from(file, end - start, info, name)
         return data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+    def pieces(self, name: str, size: int = 2**26) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor, uint8, `size` at a time."""
+        info = self.tensors[name]
+        if info.file in self._pickled:
+            data = self._pickled[info.file][name].contiguous().reshape(-1).view(torch.uint8)
+            yield from (data[start : start + size] for start in range(0, len(data), size))
+            return
+        start, end = self._offsets(info.file)[name]
+        with open(info.file, "rb") as file:
+            file.seek(start)
+            for position in range(start, end, size):
+                yield self._from(file, min(size, end - position), info, name)
+
+    @staticmethod
+    def _from(file: Any, count: int, info: TensorInfo, name: str) -> torch.Tensor:
+        data = torch.empty(count, dtype=torch.uint8)
+        if file.readinto(memoryview(data.numpy())) != count:  # type: ignore[arg-type]
+            raise CorruptFileError(f"{info.file} ends before {name} does: it is truncated")
+        return data
 
     def _offsets(self, file: str) -> dict[str, tuple[int, int]]:
         """Where each tensor's bytes lie in a safetensors file (https://github.com/huggingface/safetensors#format)."""

@@ -29,12 +29,10 @@ _ORIGINALS = {"keep": "keep", "cpu_offload": "offload", "discard": "discard"}
 @dataclass(frozen=True)
 class FP8GemmOptions:
     """cast_inputs: a layer whose weight is neither fp16 nor bf16 casts its inputs to bf16 first; False leaves them as they are.
-        Layers with a 16-bit weight take inputs as they come either way.
+        Layers with a 16-bit weight take inputs as they come either way (the utility looks at each input instead).
     cast_output_back: such a layer casts its output back to the dtype of its input; False leaves it in bf16.
     fp16_weight_storage: what becomes of the float weights: "keep" beside the codes, "cpu_offload", "discard".
-    materialize_fp8_on_wrap: True; weights are quantized when the layer is made.
-
-    Raises ConfigError for another storage, UnsupportedError for materialize_fp8_on_wrap=False.
+    materialize_fp8_on_wrap: True; weights are quantized when the layer is made. UnsupportedError for False.
     """
 
     cast_inputs: bool = True
@@ -127,22 +125,16 @@ def _granularity(marker: Any) -> Granularity | None:
 
 # torchao's parameters that hf_fp8 has one meaning for: how the values are written that mean it.
 _ONE_MEANING = {
-    "weight_dtype": ("torch.float8_e4m3fn",),
-    "activation_dtype": ("torch.float8_e4m3fn",),
+    **dict.fromkeys(("weight_dtype", "activation_dtype"), ("torch.float8_e4m3fn",)),
     "packing_format": ("None", "PLAIN", "plain"),
     "layout": ("None", "PlainLayout()"),
-    # Of the kernels on CUDA (`kernels.torch_mm`); elsewhere nothing accumulates faster.
-    "mm_config": ("None", "Float8MMConfig(emulate=False, use_fast_accum=True, pad_inner_dim=False)"),
+    "mm_config": ("None", "Float8MMConfig(emulate=False, use_fast_accum=True, pad_inner_dim=False)"),  # `kernels.torch_mm`
     "kernel_preference": ("AUTO", "auto"),
-    "activation_value_lb": ("None",),
-    "activation_value_ub": ("None",),
     "act_mapping_type": ("None", "SYMMETRIC"),
-    "weight_only_decode": ("False",),
-    "reduce_range": ("None", "False"),
+    **dict.fromkeys(("reduce_range", "weight_only_decode", "quantize_and_dequantize_output"), ("None", "False")),
     "set_inductor_config": ("False",),  # no settings of the compiler are changed
-    "step": ("None",),  # `hf_fp8.calibrate` takes the place of preparing and converting
-    "quantize_and_dequantize_output": ("None", "False"),
-    "output_act_quant_scale": ("None",),
+    # `hf_fp8.calibrate` takes the place of the two steps.
+    **dict.fromkeys(("step", "activation_value_lb", "activation_value_ub", "output_act_quant_scale"), ("None",)),
     "version": ("1", "2"),  # which of its tensor classes torchao takes; they hold the same
 }
 
@@ -170,8 +162,7 @@ class Recipe:
         given = granularity if isinstance(granularity, (tuple, list)) else (granularity, granularity)
         found = [_granularity(marker) for marker in given]
         for scheme in map(scheme_named, schemes):
-            assert scheme.input is not None
-            if granularity is None or found == [scheme.input.granularity, scheme.weight.granularity]:
+            if granularity is None or found == [scheme.input and scheme.input.granularity, scheme.weight.granularity]:
                 return scheme
         raise self._refusal("granularity", granularity, supported)
 
@@ -246,7 +237,6 @@ Int8WeightOnlyConfig = Int8WeightOnly
 Int8DynamicActivationInt8WeightConfig = Int8DynamicActivationInt8Weight
 
 RECIPES: dict[str, type[Recipe]] = {kind.__name__: kind for kind in Recipe.__subclasses__()}
-
 # Part of a name, without case and underscores -> why there is no such recipe. The first that fits speaks.
 _BITS = "weights of hf_fp8 have 8 bits: take Float8WeightOnly or Int8WeightOnly, or torchao itself"
 _REFUSED = {

@@ -85,7 +85,12 @@ def quantize_checkpoint(
     for key, part in plan.parts.items():
         by_source.setdefault(part.key, []).append(key)
 
-    def make(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
+        if by_source[key] == [key] and key not in groups:
+            return None
+        return quantized(key)
+
+    def quantized(key: str) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = checkpoint.load(key)
         for written in by_source[key]:
             values = plan.parts[written].take(tensor)
@@ -146,13 +151,12 @@ def dequantize_checkpoint(
         elif key not in dropped:
             written.tensors[key] = info
 
-    def make(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
         weight = weights.get(key)
-        if weight is not None:
-            parts = {role: checkpoint.load(name) for role, name in weight.keys.items()}
-            yield _dense_name(key), weight_from(weight, parts, dtype)
-        elif key not in dropped:
-            yield key, checkpoint.load(key)
+        if weight is None:
+            return iter(()) if key in dropped else None
+        parts = {role: checkpoint.load(name) for role, name in weight.keys.items()}
+        return iter([(_dense_name(key), weight_from(weight, parts, dtype))])
 
     _write(source, destination, checkpoint, written, make, None, overwrite, tick, dtype)
     return Written(len(weights), total_bytes(checkpoint), total_bytes(written), None)
@@ -179,7 +183,7 @@ def _write(
     destination: Path,
     checkpoint: Checkpoint,
     written: Checkpoint,
-    make: Callable[[str], Iterator[tuple[str, torch.Tensor]]],
+    make: Callable[[str], Iterator[tuple[str, torch.Tensor]] | None],
     quantization: dict[str, Any] | None,
     overwrite: bool,
     tick: Tick,
@@ -194,7 +198,9 @@ def _write(
         for file, (name, tensors) in files.items():
             with _shard(folder / name, tensors) as shard:
                 for key in (key for key, info in checkpoint.tensors.items() if info.file == file):
-                    for made, values in make(key):
+                    if (tensors_made := make(key)) is None:
+                        shard.copy(key, checkpoint.pieces(key))  # as it is, and never whole in memory
+                    for made, values in tensors_made or ():
                         shard.write(made, values)
                     tick(nbytes(checkpoint.tensors[key]))
         write_index(folder, dict(files.values()))

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,6 +64,15 @@ class ShardWriter:
         self._file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
         self._missing.discard(name)
         return flat.numel()
+
+    def copy(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Write one tensor from its bytes, uint8, piece by piece."""
+        self._file.seek(self._base + self._starts[name])
+        count = 0
+        for piece in pieces:
+            count += self._file.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
+        assert count == nbytes(self.tensors[name]), (name, count)
+        self._missing.discard(name)
 
     def close(self) -> None:
         """Make sure that it is all there, on the disk."""

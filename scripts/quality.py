@@ -22,9 +22,8 @@ from loguru import logger as loguru
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fp8 import FP8Config
-from hf_fp8.quality import quality
-from hf_fp8.quality_report import QualityReport
-from hf_fp8.quality_rows import median, minimum, shown
+from hf_fp8.fidelity import QualityReport, quality
+from hf_fp8.fidelity.rows import median, minimum, shown
 
 PAGE = """# Quality
 

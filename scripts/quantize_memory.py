@@ -1,4 +1,4 @@
-"""Peak memory of quantizing a checkpoint of 2.2 GB, while loading and by the command line, against the bounds that are meant to hold.
+"""Peak memory of quantizing a checkpoint of 2.2 GB, while loading and file by file, against the bounds that are to hold.
 
 .venv/bin/python scripts/quantize_memory.py writes a bfloat16 Llama (1.1 billion random weights, three files) and a mixture of
 experts (2.3 GB) to a temporary folder, and quantizes each in processes of their own. Linux: anonymous memory is read from

@@ -30,7 +30,12 @@ LAYERS = [
     {"pointwise"},
     {"experts"},
     {"groups", "parts", "observers", "placement"},
-    {"candidates", "convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap", "calibration", "quality"},
+    {"candidates", "convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap", "calibration"},
+    {"fidelity.run", "fidelity.rows", "shards"},
+    {"fidelity.outputs", "fidelity.plot"},
+    {"fidelity.report"},
+    {"fidelity.compare"},
+    {"fidelity", "portable"},
     {"stored"},
     {"conversion", "scan"},
     {"expert_plan"},
@@ -40,14 +45,16 @@ LAYERS = [
     {"plan"},
     {"quantizer"},
     {"registration", "adopt"},
-    {"choice"},
-    {"in_place"},
+    {"choice", "source"},
+    {"in_place", "rewrite", "calibration_data"},
+    {"inspection", "recipes"},
+    {"cli"},
     {""},
 ]
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
     "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
-    "registration", "plan", "adopt", "choice",
+    "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli",
 }  # fmt: skip
 
 

@@ -18,10 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_fp8 import FP8Config, FP8Linear, numerics
+from hf_fp8.fidelity import Row, Rows, perplexity, quality
+from hf_fp8.fidelity.plot import depths
 from hf_fp8.pointwise import FP8PointwiseConv
-from hf_fp8.quality import perplexity, quality
-from hf_fp8.quality_plot import depths
-from hf_fp8.quality_rows import Row, Rows
 from hf_fp8.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_TENSOR, FP8_WEIGHT_ONLY, Granularity, Scheme, TensorScheme
 
 MANY = [FP8_DYNAMIC, FP8_TENSOR, FP8_BLOCK, Scheme(TensorScheme(Granularity(24, 40))), FP8_WEIGHT_ONLY]

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .quality_rows import Row, Rows
+from .rows import Row, Rows
 
 # A vertical line at every so many blocks.
 GRID = 5

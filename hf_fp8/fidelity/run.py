@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .quantized_module import QuantizedModule
+from ..quantized_module import QuantizedModule
 
 # Called with (what is done, how much of it, of how much; None if that is unknown).
 Progress = Callable[[str, int, "int | None"], Any]

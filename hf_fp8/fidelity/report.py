@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .quality_plot import draw
-from .quality_rows import OUTLYING_DB, OUTLYING_DEVIATIONS, Rows, finite, median, minimum, shown
+from .plot import draw
+from .rows import OUTLYING_DB, OUTLYING_DEVIATIONS, Rows, finite, median, minimum, shown
 
 
 @dataclass(repr=False)

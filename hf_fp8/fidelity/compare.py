@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import numerics
-from .experts import FP8Experts, Projection
-from .kernels import ExpertWeights, grouped_mm
-from .linear import FP8Linear
-from .quality_outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals
-from .quality_report import QualityReport
-from .quality_rows import Row, Rows, rank
-from .quality_run import Progress, evaluating, perplexity
-from .quantized_module import QuantizedModule
+from .. import numerics
+from ..experts import FP8Experts, Projection
+from ..kernels import ExpertWeights, grouped_mm
+from ..linear import FP8Linear
+from ..quantized_module import QuantizedModule
+from .outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals
+from .report import QualityReport
+from .rows import Row, Rows, rank
+from .run import Progress, evaluating, perplexity
 
 
 def quality(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .experts import FP8Experts
-from .linear import FP8Linear
-from .numerics import CPU_CHUNK, GPU_CHUNK
-from .quality_run import Progress, call, device_of, dtype_of, first_tensor, logits_of, moved
+from ..experts import FP8Experts
+from ..linear import FP8Linear
+from ..numerics import CPU_CHUNK, GPU_CHUNK
+from .run import Progress, call, device_of, dtype_of, first_tensor, logits_of, moved
 
 Layer = FP8Linear | FP8Experts
 Hook = Callable[..., None]
