@@ -32,6 +32,7 @@ from .observers import Amax, Mse, Observer, Percentile
 from .pointwise import FP8PointwiseConv
 from .portable import load_quantized, save_quantized
 from .quantizer import FP8HfQuantizer
+from .recipes import FP8GemmOptions, enable_fp8_gemm, quantize_, recipe
 from .registration import register, unregister
 from .scheme import (
     FP8_BLOCK,
@@ -65,6 +66,7 @@ __all__ = [
     "FP8Config",
     "FP8Error",
     "FP8Experts",
+    "FP8GemmOptions",
     "FP8HfQuantizer",
     "FP8Linear",
     "FP8PointwiseConv",
@@ -86,12 +88,15 @@ __all__ = [
     "apply_scales",
     "calibrate",
     "dequantize_model",
+    "enable_fp8_gemm",
     "explain",
     "kernels",
     "load_quantized",
     "perplexity",
     "quality",
+    "quantize_",
     "quantize_model",
+    "recipe",
     "register",
     "requantize_model",
     "save_quantized",

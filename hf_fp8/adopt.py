@@ -24,6 +24,7 @@ from .experts import FP8Experts
 from .groups import Group
 from .keymap import KeyMap
 from .parts import Part
+from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 
 
@@ -34,12 +35,7 @@ def plan_in_place(
 
     Raises UnsupportedError for a model that is quantized already.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
-        method = model.hf_quantizer.quantization_config.quant_method
-        raise UnsupportedError(
-            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method)}): call model.dequantize() first, "
-            "or load the dense checkpoint"
-        )
+    _refuse_quantized(model)
     conversions = _conversions(model)
     quantizer = FP8HfQuantizer(config, pre_quantized=False)
     quantizer.plan(model, conversions, _headers(model), model.dtype, cast=False, choose=choose)
@@ -47,7 +43,11 @@ def plan_in_place(
 
 
 def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP8HfQuantizer:
-    """The quantizer that saves `model`, whose Linears called `layers` become int8: they need no conversions."""
+    """The quantizer that saves `model`, whose Linears called `layers` become int8: they need no conversions.
+
+    Raises UnsupportedError for a model that is quantized already.
+    """
+    _refuse_quantized(model)
     written = copy.copy(config)
     keymap = KeyMap(model, _conversions(model))
     matrices = [key for key, info in _headers(model).tensors.items() if key.endswith(".weight") and len(info.shape) == 2]
@@ -56,6 +56,17 @@ def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP
     dense = [key.removesuffix(".weight") for key in matrices if keymap.resolve(key)[0] not in inside | embeddings]
     written.become({group.name for group in config.groups}, [*dense, *_head(model, layers)])
     return FP8HfQuantizer(written, pre_quantized=False)
+
+
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None or any(isinstance(module, QuantizedModule) for module in model.modules()):
+        method = "" if quantizer is None else quantizer.quantization_config.quant_method
+        raise UnsupportedError(
+            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method) or 'FP8 layers in it'}): one call "
+            "says all of how a transformers model is quantized (several groups: scheme={scheme: targets, ...}). Call "
+            "hf_fp8.dequantize_model first, or load the dense checkpoint"
+        )
 
 
 def _head(model: PreTrainedModel, layers: set[str]) -> list[str]:

@@ -14,8 +14,8 @@ from .adopt import plan_in_place, plan_int8, transformers_models
 from .candidates import Candidate, candidates, why_unfit
 from .config import FP8Config
 from .errors import ConfigError, ScaleError
-from .groups import Group, all_of
-from .plan import ROUTER
+from .groups import Group, all_of, match
+from .plan import is_spared, pointed_targets
 from .quantizer import FP8HfQuantizer
 from .scheme import FP8, Scheme
 
@@ -58,11 +58,13 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     for path, part in parts.items() if is_fp8 else ():
         planned.append(path)
         _plan(path, part, config, accepted, choice)
+    spared = {name for name, candidate in found.items() if config.spares and _is_spared(candidate, parts)}
+    pointed = pointed_targets(config, [(name,) for name in found if name not in spared])
     for name, candidate in found.items():
         if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
             continue
         group = config.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
-        if group is not None and config.spares and not config.names((name,)) and _is_spared(candidate, parts):
+        if name in spared and not match((name,), (), pointed):
             continue
         if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
             choice.layers[name] = group.scheme
@@ -129,7 +131,7 @@ def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) 
 def _is_spared(candidate: Candidate, parts: dict[str, PreTrainedModel]) -> bool:
     """Whether it is the output embedding or a router of a transformers model."""
     inside = [part for path, part in parts.items() if _within(candidate.name, path)]
-    return bool(inside) and (candidate.module is inside[0].get_output_embeddings() or ROUTER.search(candidate.name) is not None)
+    return bool(inside) and is_spared((candidate.name,), candidate.module, inside[0].get_output_embeddings())
 
 
 def _within(name: str, path: str) -> bool:

@@ -241,12 +241,13 @@ def main() -> None:
     host_logging.disable_progress_bar()
     logging.getLogger("hf_fp8").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns what it would exit with
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except (FP8Error, OSError) as error:
         err.print(f"error: {error}", soft_wrap=True, markup=False)
         sys.exit(1)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted: nothing was written")
         sys.exit(130)

@@ -25,8 +25,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             `hf_fp8.calibrate`), "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", or a `Scheme`; for several groups a dict of such
             to lists of targets, or `config_groups` as compressed-tensors writes them. None: the checkpoint is quantized.
         targets: which modules, as in compressed-tensors: names, "re:" patterns or classes.
-        ignore: those that stay dense all the same. The output embedding and routers stay dense, too, unless a target names
-            them or `ignore` is an empty list.
+        ignore: those that stay dense all the same. The output embedding and routers stay dense, too, unless a target is
+            about them alone ("lm_head", "re:.*router"), or `ignore` is an empty list.
         dequantize: multiply the weights out to the model's dtype while loading.
         backend: "auto" keeps FP8 weights where the device has FP8 matmuls and dequantizes elsewhere;
             "scaled_mm" keeps them anywhere and quantizes inputs as the checkpoint says;
@@ -130,10 +130,6 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         by_target = {target: group for group in self.groups for target in group.targets}
         found = match(names, classes, by_target)
         return by_target[found] if found else None
-
-    def names(self, names: Iterable[str]) -> bool:
-        """Whether a target speaks of a module of these names, and not only of its class."""
-        return match(names, (), [target for group in self.groups for target in group.targets]) is not None
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"dequantize": self.dequantize, "backend": self.backend, "experts": self.experts}

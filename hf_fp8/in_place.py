@@ -64,6 +64,8 @@ def quantize_model(
     """
     if originals not in ORIGINALS:
         raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
+    if device is not None and torch.device(device).type == "meta":
+        raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
     config = FP8Config(backend=backend, experts=experts)
     config.ask(scheme, targets, ignore)
     choice = choose(model, config, filter_fn, conv1x1)

@@ -96,7 +96,7 @@ def lay_out(
             layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
-    if layout.saves_fp8(dense_because) and read_values:
+    if layout.saves_fp8(dense_because) and read_values and parts is None:
         in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
         dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
         host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]

@@ -103,8 +103,10 @@ class FP8Linear(QuantizedModule, nn.Linear):
         return new
 
     def share(self, other: FP8Linear) -> None:
-        """Hold the tensors of `other`: codes, scales and the original, if it was kept."""
-        self.weight, self.weight_scale, self.input_scale = other.weight, other.weight_scale, other.input_scale
+        """Hold the weight of `other`: codes, scale and the original, if it was kept. Inputs, and their scale, are its own."""
+        self.weight, self.weight_scale = other.weight, other.weight_scale
+        if other.input_scale is not None:
+            self.input_scale = nn.Parameter(other.input_scale.detach().clone(), requires_grad=False)
         self.original, self.originals, self.awaits_calibration = other.original, other.originals, other.awaits_calibration
 
     @torch.no_grad()

@@ -36,6 +36,20 @@ logger = logging.get_logger(__name__)
 # What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
 ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
 
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of the checkpoint to be that could be quantized: one of a Linear, or of an expert."""
+
+    key: str
+    module: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    owner: nn.Module | None
+    is_expert: bool
+    spared: bool
+
+
 # (names of a module, itself or the experts that it is one of, if the model has it) -> the group that is to quantize it
 Choice = Callable[[tuple[str, ...], nn.Module | None], Group | None]
 
@@ -147,10 +161,11 @@ def _plan(
     map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
     head = model.get_output_embeddings()
     plan = Plan(Checkpoint([]))
+    found: list[_Matrix] = []
     for key, info in checkpoint.tensors.items():
         stack = _stack_of(model, keymap, key, info)
-        taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
         experts = module_of(model, keymap.resolve(key)[0].rpartition(".")[0]) if stack is not None else None
+        taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
         if stack is not None and not _any_chosen(taken, experts, choose, keymap.prefix, excluded):
             taken = [(key, Part(key))]  # as it is: nothing of it is quantized
         for name, part in taken:
@@ -160,25 +175,27 @@ def _plan(
             module = module_named(name, info.dtype, len(shape))
             if module is None or len(shape) != 2 or info.dtype not in DENSE_DTYPES:
                 continue
-            if part.expert is None:
-                place, owner = _linear(model, keymap, name)
-            else:
-                place, owner = module, experts
-            if place is None:
-                continue
-            plan.names.append(names_of(module, place, keymap.prefix))
-            group, reason = _decide(config, choose, plan.names[-1], owner, head), None
-            if config.experts == "dequantize" and (part.expert is not None or keymap.resolve(name)[1] is not None):
-                reason = "experts='dequantize'"
-            if group is not None and reason is None:
-                reason = excluded.get(module) or _unfit(group, shape)
-                if reason is not None:
-                    plan.reasons[module] = reason
-            if group is None or reason is not None:
-                plan.dense.append(module)
-                continue
-            plan.groups[name] = group
-            plan.written.tensors |= _quantized(module, info, shape, group, dtype)
+            place, owner = (module, experts) if part.expert is not None else _linear(model, keymap, name)
+            if place is not None:
+                is_expert = part.expert is not None or keymap.resolve(name)[1] is not None
+                names = names_of(module, place, keymap.prefix)
+                found.append(_Matrix(name, module, names, shape, owner, is_expert, is_spared(names, owner, head)))
+    plan.names = [matrix.names for matrix in found]
+    pointed = pointed_targets(config, [matrix.names for matrix in found if not matrix.spared])
+    for matrix in found:
+        info = checkpoint.tensors[plan.parts[matrix.key].key]
+        spared = matrix.spared and config.spares and not match(matrix.names, (), pointed)
+        group = None if spared else choose(matrix.names, matrix.owner)
+        reason = "experts='dequantize'" if config.experts == "dequantize" and matrix.is_expert else None
+        if group is not None and reason is None:
+            reason = excluded.get(matrix.module) or _unfit(group, matrix.shape)
+            if reason is not None:
+                plan.reasons[matrix.module] = reason
+        if group is None or reason is not None:
+            plan.dense.append(matrix.module)
+            continue
+        plan.groups[matrix.key] = group
+        plan.written.tensors |= _quantized(matrix.module, info, matrix.shape, group, dtype)
     if head is not None:
         name = next(name for name, module in model.named_modules() if module is head)
         if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
@@ -222,15 +239,15 @@ def _linear(model: PreTrainedModel, keymap: KeyMap, key: str) -> tuple[str | Non
     return owner.name, owner.module
 
 
-def _decide(
-    config: FP8Config, choose: Choice, names: tuple[str, ...], module: nn.Module | None, head: nn.Module | None
-) -> Group | None:
-    """The group of a Linear; None, too, for what is not meant unless a target names it: the output embedding, routers."""
-    group = choose(names, module)
-    if group is None or not config.spares or config.names(names):
-        return group
-    spared = (module is not None and module is head) or any(ROUTER.search(name) for name in names)
-    return None if spared else group
+def pointed_targets(config: FP8Config, usual: Sequence[tuple[str, ...]]) -> list[str]:
+    """The targets that ask for the output embedding, or routers: those about nothing else. usual: names of other Linears."""
+    targets = [target for group in config.groups for target in group.targets]
+    return [target for target in targets if not any(match(names, ("Linear",), [target]) for names in usual)]
+
+
+def is_spared(names: tuple[str, ...], module: nn.Module | None, head: nn.Module | None) -> bool:
+    """Whether it is what stays dense unless a target asks for it: the output embedding, or a router."""
+    return (module is not None and module is head) or any(ROUTER.search(name) for name in names)
 
 
 def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:

@@ -87,7 +87,6 @@ def enable_fp8_gemm(
         inplace=inplace,
         originals=_ORIGINALS[options.fp16_weight_storage],
         cast_output=options.cast_output_back,
-        experts="dequantize",
     )
     for name, module in quantized.named_modules(remove_duplicate=False):
         if name in cast and isinstance(module, FP8Linear):

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
+from .checkpoint import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from .config import FP8Config
 from .conversion import quantize_named, weight_from
-from .errors import CalibrationError, CheckpointError, ConfigError
+from .errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
 from .groups import concerns_fp8
+from .host_form import host_form
 from .layout import lay_out
+from .parts import Part
 from .plan import Plan, plan_quantization
 from .shards import ShardWriter, nbytes, whole_folder, write_index
 from .source import Source
@@ -136,39 +138,58 @@ def dequantize_checkpoint(
 ) -> Written:
     """Write the dense checkpoint that a quantized one stands for: weights multiplied out in float32 and rounded once.
 
-    dtype: to which (the config's by default). Scales are left out, the rest is written as it is.
+    dtype: to which (the config's by default). Scales are left out, the rest is written as it is; but experts that
+    llm-compressor took apart are written in the family's own form, as the host would load others as random numbers.
     """
     checkpoint, _, layout = read_layout(source)
-    dtype = dtype or source.dtype
+    of = dtype or source.dtype
+    model = source.structure()
+    homes, shapes = host_form(model, source.conversions(model), checkpoint)
     weights = {weight.keys[weight.primary]: weight for weight in [*layout.scan.weights, *layout.scan.host]}
-    companions = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary}
-    dropped = companions | set(layout.scan.cache)
-    written = Checkpoint([])
+    dropped = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary} | set(layout.scan.cache)
+    written, members = Checkpoint([]), dict[str, list[str]]()
     for key, info in checkpoint.tensors.items():
-        if key in weights:
-            shape = _dense_shape(weights[key], checkpoint)
-            written.tensors[_dense_name(key)] = TensorInfo(DTYPE_NAMES[dtype], shape, info.file)
-        elif key not in dropped:
-            written.tensors[key] = info
+        if key in dropped:
+            continue
+        home = homes.get(key, Part(key.removesuffix("_packed") if key in weights else key))
+        members.setdefault(home.key, []).append(key)
+        stored = DTYPE_NAMES[of] if key in weights else info.dtype
+        shape = _dense_shape(weights[key], checkpoint) if key in weights else info.shape
+        written.tensors.setdefault(home.key, TensorInfo(stored, shapes.get(home.key, shape), info.file))
 
-    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
+    def values(key: str) -> torch.Tensor:
         weight = weights.get(key)
         if weight is None:
-            return iter(()) if key in dropped else None
-        parts = {role: checkpoint.load(name) for role, name in weight.keys.items()}
-        return iter([(_dense_name(key), weight_from(weight, parts, dtype))])
+            return checkpoint.load(key)
+        return weight_from(weight, {role: checkpoint.load(name) for role, name in weight.keys.items()}, of)
 
-    _write(source, destination, checkpoint, written, make, None, overwrite, tick, dtype)
+    def stacked(name: str) -> torch.Tensor:
+        info = written.tensors[name]
+        if len(members[name]) != info.shape[0] * homes[members[name][0]].of:
+            raise MissingTensorError(f"{len(members[name])} tensors of the files go into {name}, which has shape {info.shape}")
+        out = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        for key in members[name]:
+            homes[key].take(out).copy_(values(key))
+        return out
+
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
+        if key in dropped:
+            return iter(())
+        home = homes.get(key)
+        if home is not None and home.expert is not None:
+            first = members[home.key][0] == key
+            return iter([(home.key, stacked(home.key))] if first else ())
+        if key not in weights and home is None:
+            return None
+        return iter([(home.key if home else key.removesuffix("_packed"), values(key))])
+
+    _write(source, destination, checkpoint, written, make, None, overwrite, tick, of)
     return Written(len(weights), total_bytes(checkpoint), total_bytes(written), None)
 
 
 def total_bytes(checkpoint: Checkpoint) -> int:
     """Of all tensors, by their headers."""
     return sum(map(nbytes, checkpoint.tensors.values()))
-
-
-def _dense_name(key: str) -> str:
-    return key.removesuffix("_packed")
 
 
 def _dense_shape(weight: StoredWeight, checkpoint: Checkpoint) -> tuple[int, ...]:

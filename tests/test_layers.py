@@ -29,8 +29,8 @@ LAYERS = [
     {"grouped", "linear"},
     {"pointwise"},
     {"experts"},
-    {"groups", "parts", "observers", "placement"},
-    {"candidates", "convert", "explain", "reads", "config", "checkpoint", "expert_names", "keymap", "calibration"},
+    {"groups", "parts", "observers", "placement", "reads"},
+    {"candidates", "convert", "explain", "config", "checkpoint", "expert_names", "keymap", "calibration"},
     {"fidelity.run", "fidelity.rows", "shards"},
     {"fidelity.outputs", "fidelity.plot"},
     {"fidelity.report"},
@@ -43,7 +43,7 @@ LAYERS = [
     {"transforms"},
     {"layout", "saving"},
     {"plan"},
-    {"quantizer"},
+    {"quantizer", "host_form"},
     {"registration", "adopt"},
     {"choice", "source"},
     {"in_place", "rewrite", "calibration_data"},
@@ -54,7 +54,7 @@ LAYERS = [
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
     "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
-    "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli",
+    "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli", "host_form",
 }  # fmt: skip
 
 

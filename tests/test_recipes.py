@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_fp8 import ConfigError, FP8Linear, UnsupportedError, calibrate, dequantize_model, quantize_model, recipes
 from hf_fp8.errors import CalibrationError
@@ -50,9 +52,8 @@ class Net(nn.Module):
     def __init__(self, *dtypes: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = (
-            nn.Linear(k, n).to(dtype) for (k, n), dtype in zip([(64, 32), (32, 48)], dtypes, strict=True)
-        )
+        self.first, self.second = nn.Linear(64, 32).to(dtypes[0]), nn.Linear(32, 48).to(dtypes[1])
+        self.between = dtypes[1]
         self.norm = nn.LayerNorm(32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -269,13 +270,35 @@ def test_what_cannot_be_quantized_stays(caplog: pytest.LogCaptureFixture) -> Non
         caplog.clear()
 
 
-def test_device_moves_the_whole_model() -> None:
+def test_merged_experts_and_the_head_of_a_transformers_model_stay() -> None:
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=50, num_local_experts=4,
+    )  # fmt: skip
+    for change in (lambda m: quantize_(m, Float8WeightOnly(), lambda module, name: True), enable_fp8_gemm):
+        model = MixtralForCausalLM(config).to(BF16)
+        change(model)
+        layer = model.model.layers[0]
+        assert type(layer.self_attn.q_proj) is FP8Linear and type(layer.mlp.experts) is MixtralExperts
+        assert type(model.lm_head) is nn.Linear and model.hf_quantizer is not None
+
+
+def test_device_is_where_it_is_quantized_and_then_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
-    quantize_(model, Float8WeightOnly(), device="meta")
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    moved = net()
-    quantize_(moved, Float8WeightOnly(), device="cpu")
-    assert {p.device.type for p in moved.parameters()} == {"cpu"} and type(moved.first) is FP8Linear
+    steps: list[tuple[str, Any, type]] = []
+
+    def quantize(*args: Any, device: Any, **options: Any) -> nn.Module:
+        steps.append(("quantize", device, type(model.first)))
+        return quantize_model(*args, device=device, **options)
+
+    def to(device: Any) -> nn.Module:
+        steps.append(("to", device, type(model.first)))
+        return model
+
+    monkeypatch.setattr(recipes, "quantize_model", quantize)
+    monkeypatch.setattr(model, "to", to)
+    quantize_(model, Float8WeightOnly(), None, "cpu")
+    assert steps == [("quantize", torch.device("cpu"), nn.Linear), ("to", torch.device("cpu"), FP8Linear)]
 
 
 def test_a_linear_itself() -> None:
