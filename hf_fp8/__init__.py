@@ -32,7 +32,7 @@ from .observers import Amax, Mse, Observer, Percentile
 from .pointwise import FP8PointwiseConv
 from .portable import load_quantized, save_quantized
 from .quantizer import FP8HfQuantizer
-from .recipes import FP8GemmOptions, enable_fp8_gemm, quantize_, recipe
+from .recipes import FP8GemmOptions, enable_fp8_gemm, quantize_
 from .registration import register, unregister
 from .scheme import (
     FP8_BLOCK,
@@ -96,7 +96,6 @@ __all__ = [
     "quality",
     "quantize_",
     "quantize_model",
-    "recipe",
     "register",
     "requantize_model",
     "save_quantized",

@@ -368,8 +368,7 @@ def _write(targets: list[_Target], scales: dict[str, torch.Tensor]) -> None:
         if target.name in scales:
             scale = scales[target.name]
             target.scale.copy_(scale.unsqueeze(1) if target.scale.ndim == 2 else scale)
-            if isinstance(target.layer, FP8Linear):
-                target.layer.awaits_calibration = False
+            target.layer.see_calibration()
 
 
 @contextmanager

@@ -165,6 +165,10 @@ def _plan(
     for key, info in checkpoint.tensors.items():
         stack = _stack_of(model, keymap, key, info)
         experts = module_of(model, keymap.resolve(key)[0].rpartition(".")[0]) if stack is not None else None
+        if stack is not None and not key.endswith(f".{stack[1]}"):
+            if experts is not None and choose(names_of(key, key, keymap.prefix), experts):
+                plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
+            stack = None
         taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
         if stack is not None and not _any_chosen(taken, experts, choose, keymap.prefix, excluded):
             taken = [(key, Part(key))]  # as it is: nothing of it is quantized
@@ -267,7 +271,7 @@ def _stack_of(model: PreTrainedModel, keymap: KeyMap, key: str, info: TensorInfo
     target, pattern = keymap.resolve(key)
     name, _, leaf = target.rpartition(".")
     layout = ExpertsLayout.of(module_of(model, name))
-    if layout is None or pattern is not None or key.rpartition(".")[2] != leaf:
+    if layout is None or pattern is not None:
         return None
     known = (layout.first, "down_proj") if len(info.shape) == 3 else (f"{layout.first}_bias", "down_proj_bias")
     return (layout, leaf) if leaf in known and target in keymap.params else None

@@ -34,11 +34,16 @@ class QuantizedModule(nn.Module):
         """Whether it holds scales of its inputs."""
         return any(getattr(self, name) is not None for scales in self.holds.values() for name in scales[1:])
 
+    def see_calibration(self) -> None:
+        """Note whether the scales of its inputs are all there now: those that have yet to be measured are NaN."""
+        static = [getattr(self, name) for scales in self.holds.values() for name in scales[1:]]
+        self.awaits_calibration = any(not bool(s.isfinite().all()) for s in static if s is not None and not s.is_meta)
+
     def refuse_uncalibrated(self) -> None:
         """Raise CalibrationError if the scales of its inputs have yet to be measured."""
         if self.awaits_calibration:
             raise CalibrationError(
-                f"a {type(self).__name__} with static input scales has not got them yet: run some data through the model under "
+                f"a {type(self).__name__} with static inputs has no input scale yet: run some data through the model under "
                 "`with hf_fp8.calibrate(model):`, or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
             )
 
@@ -93,10 +98,9 @@ class QuantizedModule(nn.Module):
                 if scale is not None and held is not None and scale.dtype != held.dtype:
                     held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        static = [state_dict.get(prefix + name) for scales in self.holds.values() for name in scales[1:]]
-        measured = [bool(scale.isfinite().all()) for scale in static if scale is not None and not scale.is_meta]
-        if measured:
-            self.awaits_calibration = not all(measured)
+        static = (prefix + name for scales in self.holds.values() for name in scales[1:])
+        if any(name in state_dict and not state_dict[name].is_meta for name in static):
+            self.see_calibration()
 
 
 def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
