@@ -163,7 +163,9 @@ def test_a_folder_of_something_else_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.xfail(strict=True, reason="any folder with a config.json is removed with all that is in it, without being asked for")
+@pytest.mark.xfail(
+    strict=True, reason="any folder with a config.json is removed with all that is in it, without being asked for"
+)
 def test_someone_elses_checkpoint_stays(tmp_path: Path) -> None:
     """A diffusers folder, say: config.json beside the only copy of the float weights."""
     (tmp_path / "config.json").write_text("{}")
@@ -250,7 +252,8 @@ def bug(*values: Any, why: str, id: str) -> Any:
 MIDWAY = "torch's error in the middle of loading, when layers have been swapped already"
 UNCHECKED = "not looked at: loaded as it is"
 DAMAGE: dict[str, tuple[Callable[[Path], None], type[FP8Error]]] = {
-    "truncated": (cut(-5), CorruptFileError), "cut in the header": (cut(20), CorruptFileError), "nothing": (cut(0), CorruptFileError),
+    "truncated": (cut(-5), CorruptFileError), "cut in the header": (cut(20), CorruptFileError),
+    "nothing": (cut(0), CorruptFileError),
     "NaN scale": (tensor("first.weight_scale", lambda t: t * torch.nan), ScaleError),
     "negative scale": (tensor("first.weight_scale", lambda t: -t), ScaleError),
     "zero scale": (tensor("one.weight_scale", lambda t: t * 0), ScaleError),
@@ -267,21 +270,35 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[FP8Error]]] = {
     "no JSON": (lambda path: (path / "quantization.json").write_text("{") and None, CorruptFileError),
     "bytes": (lambda path: (path / "quantization.json").write_bytes(b"\xff\x80") and None, CorruptFileError),
     "a list": (lambda path: (path / "quantization.json").write_text("[]") and None, CheckpointError),
-    "format 2": (text(lambda d: d.update(format=2)), CheckpointError), "no format": (text(lambda d: d.pop("format")), CheckpointError),
-    "no modules": (text(lambda d: d.pop("modules")), CheckpointError), "shared list": (text(lambda d: d.update(shared=[])), CheckpointError),
+    "format 2": (text(lambda d: d.update(format=2)), CheckpointError),
+    "no format": (text(lambda d: d.pop("format")), CheckpointError),
+    "no modules": (text(lambda d: d.pop("modules")), CheckpointError),
+    "shared list": (text(lambda d: d.update(shared=[])), CheckpointError),
     "kind": (layer(kind="conv3"), CheckpointError), "kind of another": (layer(kind="conv1x1"), MismatchError),
     "backend": (layer(backend="mine"), CheckpointError), "scheme": (layer(scheme="FP8"), CheckpointError),
     "scheme of zeros": (layer(scheme="0x5s|-"), CheckpointError), "no scheme": (layer(scheme=None), CheckpointError),
-    "scheme per tensor": (layer(scheme="-1x-1s|-"), MismatchError), "scheme int8": (layer(scheme="1x-1si|1x-1di"), MismatchError),
-    "static scheme": (layer(scheme="1x-1s|-1x-1s"), MissingTensorError), "entry": (text(lambda d: d["modules"].update(first=3)), CheckpointError),
+    "scheme per tensor": (layer(scheme="-1x-1s|-"), MismatchError),
+    "scheme int8": (layer(scheme="1x-1si|1x-1di"), MismatchError),
+    "static scheme": (layer(scheme="1x-1s|-1x-1s"), MissingTensorError),
+    "entry": (text(lambda d: d["modules"].update(first=3)), CheckpointError),
     "unknown module": (text(lambda d: d["modules"].update(more=d["modules"]["first"])), MismatchError),
     "module left out": (text(lambda d: d["modules"].pop("conv")), CheckpointError),
     "shares nothing": (text(lambda d: d["shared"].update({"two.weight": "more"})), MissingTensorError),
     "shares another": (text(lambda d: d["shared"].update({"two.weight": "conv.weight"})), MismatchError),
 }  # fmt: skip
 BUGS = [
-    bug(tensor("first.weight_scale", lambda t: torch.ones_like(t, dtype=torch.int32)), MismatchError, why=UNCHECKED, id="int scale"),
-    bug(tensor("first.weight_scale", lambda t: t.to(torch.float8_e4m3fn)), MismatchError, why="NotImplementedError", id="FP8 scale"),
+    bug(
+        tensor("first.weight_scale", lambda t: torch.ones_like(t, dtype=torch.int32)),
+        MismatchError,
+        why=UNCHECKED,
+        id="int scale",
+    ),
+    bug(
+        tensor("first.weight_scale", lambda t: t.to(torch.float8_e4m3fn)),
+        MismatchError,
+        why="NotImplementedError",
+        id="FP8 scale",
+    ),
     bug(tensor("first.bias", lambda t: t.long()), MismatchError, why=MIDWAY, id="int bias"),
     bug(tensor("dense.weight", lambda t: t.bool()), MismatchError, why=MIDWAY, id="bool weight"),
     bug(tensor("dense.weight", lambda t: t.to(torch.float8_e4m3fn)), MismatchError, why=UNCHECKED, id="codes in a dense layer"),
@@ -291,7 +308,12 @@ BUGS = [
     bug(layer(cast_output="no"), CheckpointError, why=UNCHECKED, id="cast_output"),
     bug(layer("conv", stride=[1, 1]), MismatchError, why=UNCHECKED, id="stride of another model"),
     bug(layer(scheme="1x-1d|1x-1d"), CheckpointError, why=UNCHECKED, id="dynamic weights"),
-    bug(text(lambda d: d["shared"].update({"two.weight": ["one.weight"]})), CheckpointError, why="TypeError", id="shared with a list"),
+    bug(
+        text(lambda d: d["shared"].update({"two.weight": ["one.weight"]})),
+        CheckpointError,
+        why="TypeError",
+        id="shared with a list",
+    ),
 ]
 
 

@@ -14,7 +14,17 @@ from build import IDS, OFFLOAD, differing, error, load, logits, sqnr, tensors, t
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from moe import MOE, causal
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from test_quantize_load import config_of, kept
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear, Granularity, Scheme, TensorScheme
@@ -41,8 +51,8 @@ def dense(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
-def quantized(path: Path, scheme: Any = "FP8_DYNAMIC", **options: Any) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=FP8Config(scheme=scheme), **options)
+def quantized(path: Path, scheme: Any = "FP8_DYNAMIC", cls: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = cls.from_pretrained(path, quantization_config=FP8Config(scheme=scheme), **options)
     if scheme == "FP8" and "disk" not in str(options):
         with hf_fp8.calibrate(model), torch.no_grad():
             model(IDS, use_cache=False)
@@ -50,24 +60,24 @@ def quantized(path: Path, scheme: Any = "FP8_DYNAMIC", **options: Any) -> PreTra
 
 
 @pytest.mark.parametrize("scheme", [*NAMES, SMALL_BLOCK], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_stock_transformers_reads_what_is_saved(scheme: Any, dtype: torch.dtype, dense: Path, tmp_path: Path) -> None:
-    model = quantized(dense, scheme, dtype=dtype)
+def test_stock_transformers_reads_what_is_saved(scheme: Any, dense: Path, tmp_path: Path) -> None:
+    model = quantized(dense, scheme, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     ours = load(tmp_path / "saved", FP8Config(backend="weight_only"), dtype=torch.float32)
     with stock():
         config = CompressedTensorsConfig(dequantize=True)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=config, dtype=torch.float32)
         assert not any(p.dtype.itemsize == 1 for p in plain.parameters())
-        assert error(logits(plain), logits(ours)) < (5e-3 if dtype == torch.bfloat16 else 1e-5)  # scales in its dtype round
-        default = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-        assert sqnr(logits(default), logits(ours)) > 15
+        assert error(logits(plain), logits(ours)) < 1e-5
+        if scheme != "FP8_BLOCK":  # it does not quantize inputs in groups that do not divide them
+            default = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+            assert sqnr(logits(default), logits(ours)) > 15
     reference = logits(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
     assert sqnr(logits(plain), reference) > 12
 
 
 @pytest.mark.parametrize("scheme", [*NAMES, SMALL_BLOCK], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_compressor_multiplies_out_to_the_same(scheme: Any, dtype: torch.dtype, dense: Path, tmp_path: Path) -> None:
     model = quantized(dense, scheme, dtype=dtype)
     model.save_pretrained(tmp_path / "saved")
@@ -145,9 +155,10 @@ def test_device_maps(device_map: Any, dense: Path) -> None:
     assert torch.equal(logits(quantized(dense, device_map=device_map)), logits(quantized(dense)))
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+@pytest.mark.parametrize("form", [
+    pytest.param("safetensors", marks=pytest.mark.xfail(strict=True, reason=OFFLOADED)), "pickle"
+])  # fmt: skip
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_TENSOR", "FP8_WEIGHT_ONLY"])
-@pytest.mark.xfail(strict=True, reason=OFFLOADED)
 def test_disk_offload(scheme: str, form: str, dense: Path, tmp_path: Path) -> None:
     if form == "pickle":
         source = AutoModelForCausalLM.from_pretrained(dense)
@@ -165,7 +176,7 @@ def test_disk_offload(scheme: str, form: str, dense: Path, tmp_path: Path) -> No
 def test_disk_offload_of_experts(tmp_path: Path) -> None:
     source = MOE["qwen3_moe"]()
     source.save_pretrained(tmp_path / "dense")
-    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     device_map |= {"model.layers.0.mlp": "disk", "model.layers.1": "cpu"}
     device_map |= {f"model.layers.0.{n}": "cpu" for n in ("self_attn", "input_layernorm", "post_attention_layernorm")}
     config = FP8Config(scheme="FP8_DYNAMIC")
@@ -213,7 +224,7 @@ def test_experts_that_stay_dense(tmp_path: Path) -> None:
 def test_after_loading(dense: Path, tmp_path: Path) -> None:
     model = quantized(dense, "FP8_WEIGHT_ONLY")
     wanted = logits(model)
-    plain = model.dequantize(torch.float32)
+    plain = model.dequantize()
     assert error(logits(plain), wanted) < 0.02 and not any(p.dtype == FP8 for p in plain.parameters())
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -224,13 +235,63 @@ def test_after_loading(dense: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [
-    {"scheme": "FP8_DYNAMIC", "backend": "weight_only"}, {"scheme": "FP8_DYNAMIC", "backend": "scaled_mm"}, {"scheme": "FP8_DYNAMIC"},
+    {"scheme": "FP8_DYNAMIC", "backend": "weight_only"}, {"scheme": "FP8_DYNAMIC", "backend": "scaled_mm"},
+    {"scheme": "FP8_DYNAMIC"},
 ])  # fmt: skip
 def test_backends(config: dict[str, str], dense: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=FP8Config(**config))
     assert {m.backend for m in model.modules() if isinstance(m, FP8Linear)} == {config.get("backend", "auto")}
     model.save_pretrained(tmp_path / "saved")
     text = (tmp_path / "saved" / "config.json").read_text()
-    assert "backend" not in text and "scheme\"" not in text
+    assert '"backend"' not in text and '"scheme"' not in text
     again = load(tmp_path / "saved", FP8Config(backend=config.get("backend", "scaled_mm")), dtype=torch.bfloat16)
     assert torch.equal(logits(again), logits(model))
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+    return BertForSequenceClassification(config).eval()
+
+
+def test_a_base_model_from_the_files_of_a_task(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    model = quantized(tmp_path, cls=BertModel)
+    assert len(kept(model)) == 13
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    source = bert()
+    source.save_pretrained(tmp_path / "dense")
+    model = quantized(tmp_path / "dense", cls=type(source))
+    model.save_pretrained(tmp_path / "saved")
+    again = type(source).from_pretrained(tmp_path / "saved", quantization_config=FP8Config(backend="scaled_mm"))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert sqnr(model(IDS).logits, source(IDS).logits) > 15
+    assert kept(again) == kept(model) and "classifier" in kept(model)
+
+
+def test_t5_whose_code_reads_a_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=4, vocab_size=50, decoder_start_token_id=0
+    )
+    source = T5ForConditionalGeneration(config).eval()
+    source.save_pretrained(tmp_path / "dense")
+    model = quantized(tmp_path / "dense", "FP8_WEIGHT_ONLY", type(source))
+    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is torch.nn.Linear
+    assert all("reads its weight" in reason for reason in model.hf_quantizer.reasons.values())
+    two = hf_fp8.quantize_model(type(source).from_pretrained(tmp_path / "dense"), "FP8_WEIGHT_ONLY")
+    with torch.no_grad():
+        one, other, plain = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, two, source))
+    assert torch.equal(one, other) and sqnr(one, plain) > 20
+    model.save_pretrained(tmp_path / "saved")
+    assert any("wo" in name for name in config_of(tmp_path / "saved")["ignore"])
+
+
+def test_a_pattern_that_takes_in_a_router(tmp_path: Path) -> None:
+    source = MOE["mixtral"]()
+    source.save_pretrained(tmp_path)
+    model = quantized(tmp_path, {"FP8_DYNAMIC": ["re:.*self_attn.*"], "FP8_WEIGHT_ONLY": ["re:.*mlp.*"]}, type(source))
+    assert sqnr(causal(model), causal(source)) > 9
