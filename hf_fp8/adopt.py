@@ -85,7 +85,7 @@ def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, dev
         values: torch.Tensor = getattr(dense, stack.projection.name).detach()
         if values.is_meta:
             continue
-        for name, made in quantize_stack(stack, partial(_expert, new, stack, values, device)).items():
+        for name, made in quantize_stack(stack, partial(_expert, new, stack, values, device), []).items():
             setattr(new, name.rpartition(".")[2], nn.Parameter(made.to(values.device), requires_grad=False))
         del dense._parameters[stack.projection.name]  # free it before the next one
     return new

@@ -30,12 +30,26 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
     """Every Linear of `model`, and on request every convolution, once for each place where it sits."""
     users = _users(model)
     read = weights_read_directly(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedModule):
-            continue
-        if isinstance(module, nn.Linear) or (conv1x1 and isinstance(module, Convolution)):
-            reason = _own_code(module) or (f"{read[name]} reads its weight instead of calling it" if name in read else None)
-            yield Candidate(name, module, reason or _weight(module, users))
+    layers = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, QuantizedModule)
+        and (isinstance(module, nn.Linear) or (conv1x1 and isinstance(module, Convolution)))
+    ]
+    reasons: dict[int, str] = {}  # of a layer, wherever it sits
+    for name, module in layers:
+        direct = f"{read[name]} reads its weight instead of calling it" if name in read else None
+        if reason := _own_code(module) or direct or _weight(module, users):
+            reasons[id(module)] = reason
+    for name, module in layers:
+        yield Candidate(name, module, reasons.get(id(module)))
+
+
+def adapters(model: nn.Module) -> str | None:
+    """The name of a layer of PEFT's in `model`, None if there is none."""
+    layers = (name for name, m in model.named_modules() if any(cls.__name__ == "BaseTunerLayer" for cls in type(m).__mro__))
+    found: str | None = next(layers, None)
+    return found
 
 
 def why_unfit(module: nn.Module, scheme: Scheme) -> str | None:

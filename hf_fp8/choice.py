@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adopt import plan_in_place, plan_int8, transformers_models
-from .candidates import Candidate, candidates, why_unfit
+from .candidates import Candidate, adapters, candidates, why_unfit
 from .config import FP8Config
-from .errors import ConfigError, ScaleError
+from .errors import ConfigError, ScaleError, UnsupportedError
 from .groups import Group, all_of, match
 from .plan import is_spared, pointed_targets
 from .quantizer import FP8HfQuantizer
@@ -34,7 +34,13 @@ class Choice:
 
 
 def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x1: bool) -> Choice:
-    """Raises ConfigError if nothing is left, or a group of several has nothing; ScaleError for experts that are not finite."""
+    """Raises ConfigError if nothing is left, or a group of several has nothing; ScaleError for experts that are not finite;
+    UnsupportedError for models with adapters."""
+    if (adapter := adapters(model)) is not None:
+        raise UnsupportedError(
+            f"{adapter} has an adapter on it, whose own Linears are not to be quantized: quantize the model first, then add "
+            "adapters to it"
+        )
     found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
     choice = Choice()
     planned: list[str] = []

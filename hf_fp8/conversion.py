@@ -283,24 +283,39 @@ class Requantize(SharedOp):
 class QuantizeWeights(SharedOp):
     """Quantizes the weights of Linears as they arrive: codes, scale, and a place for an input scale yet to be measured.
 
-    weights: name of a parameter -> the weight that fills it. What others have quantized already passes through.
+    weights: name of a parameter -> the weight that fills it. broken: where it says what was wrong with one.
     """
 
-    def __init__(self, weights: Mapping[str, StoredWeight]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, StoredWeight], broken: list[str]) -> None:
+        self.weights, self.broken = weights, broken
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
-        stored = self.weights.get(full_layer_name)
-        if stored is None:
-            return input_dict
-        codes, scale = quantize_named(stored.name, only(input_dict.pop(full_layer_name)), stored.scheme.weight)
+        stored = self.weights[full_layer_name]
+        codes, scale = quantize_or_note(stored.name, only(input_dict.pop(WEIGHT)), stored.scheme.weight, self.broken)
         found = {full_layer_name: codes, companion(full_layer_name, "weight_scale"): scale}
         if stored.scheme.has_static_input:
-            found[companion(full_layer_name, "input_scale")] = torch.full(
-                (1,), torch.nan, dtype=scale.dtype, device=scale.device
-            )
+            unknown = torch.full((1,), torch.nan, dtype=scale.dtype, device=scale.device)
+            found[companion(full_layer_name, "input_scale")] = unknown
         return found
+
+
+class AsItIs(SharedOp):
+    """What the host runs after the converters while quantizing: nothing, they have done it."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+def quantize_or_note(
+    name: str, weight: torch.Tensor, scheme: TensorScheme, broken: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_named`; but an error is noted in `broken`, as the host would make a general one of it, and zeros returned."""
+    try:
+        return quantize_named(name, weight, scheme)
+    except ScaleError as error:
+        broken.append(str(error))
+        return numerics.quantize_weight(torch.zeros_like(weight), scheme.granularity, scheme.dtype)
 
 
 def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:

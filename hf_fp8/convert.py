@@ -13,12 +13,19 @@ from .linear import FP8Linear
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
 
-# The dicts in which a module keeps hooks, and what is said of some of them.
+# Where a module keeps hooks, and what is said of some of them.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+
+
+# (class, attribute, its value without a fused path)
+_FUSED: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
 
 
 def swap_linear(
@@ -85,11 +92,12 @@ def let_siblings_share(model: nn.Module) -> None:
 def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
     """Replace every FP8Linear and FP8Experts of `model` by what it stands for, weights multiplied out, in place.
 
-    dtype: of the new weights and biases; by default that of the model's dense parameters (bfloat16
-    if it has none), and layers that kept their float weights (`quantize_model(originals=...)`) get
-    those back, to the bit. One layer is held twice at a time, never the model. Returns `model` (or,
-    if `model` is such a layer itself, the new layer). A transformers model that was loaded in FP8 is
-    also told that it is dense now, so that it saves as such: it is the same as `model.dequantize()`.
+    dtype: of the new weights and biases; by default that of the model's dense parameters (without
+    any, what the layers were made of, else bfloat16), and layers that kept their float weights
+    (`quantize_model(originals=...)`) get those back, to the bit. One layer is held twice at a time,
+    never the model. Returns `model` (or, if `model` is such a layer itself, the new layer). A
+    transformers model that was loaded in FP8 is also told that it is dense now, so that it saves as
+    such: it is the same as `model.dequantize()`.
 
     Raises UnsupportedError, before anything is changed, if a layer is offloaded.
     """
@@ -111,7 +119,8 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
     if default is None:
         frozen = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
-        default = next(dense, torch.bfloat16)
+        made_of = next((layer.made_of for layer in layers if isinstance(layer, FP8Linear) and layer.made_of), torch.bfloat16)
+        default = next(dense, made_of)
 
     def dense_of(layer: QuantizedModule) -> nn.Module:
         original = getattr(layer, "original", None)
@@ -131,7 +140,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
                 if isinstance(module, FP8Linear):
                     new.weight = weights.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type]
             model = put(model, name, made[id(module)])
-    _restore_fast_path(model)
+    restore_fused_paths(model)
     return model
 
 
@@ -140,23 +149,33 @@ def put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     if not name:
         return new
     model.set_submodule(name, new)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, QuantizedModule):
-        # Its fused path reads the weights of its Linears. Zero says that it has an activation without one.
-        vars(parent).setdefault("_hf_fp8_activation", parent.activation_relu_or_gelu)
-        parent.activation_relu_or_gelu = 0
     return model
 
 
-def _restore_fast_path(model: nn.Module) -> None:
+def leave_fused_paths(model: nn.Module) -> None:
+    """Switch off what torch's own encoder does without calling its Linears, where those hold codes.
+
+    `restore_fused_paths` undoes it. In torch.nn.modules.transformer, an activation of 0 is one without a fused kernel.
+    """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and hasattr(module, "_hf_fp8_activation"):
-            module.activation_relu_or_gelu = vars(module).pop("_hf_fp8_activation")
+        for kind, name, off in _FUSED:
+            if isinstance(module, kind) and any(isinstance(part, QuantizedModule) for part in module.modules()):
+                vars(module).setdefault(f"_hf_fp8_{name}", getattr(module, name))
+                setattr(module, name, off)
+
+
+def restore_fused_paths(model: nn.Module) -> None:
+    """Undo `leave_fused_paths` where no codes are left."""
+    for module in model.modules():
+        for kind, name, _ in _FUSED:
+            holds_codes = any(isinstance(part, QuantizedModule) for part in module.modules())
+            if isinstance(module, kind) and not holds_codes and f"_hf_fp8_{name}" in vars(module):
+                setattr(module, name, vars(module).pop(f"_hf_fp8_{name}"))
 
 
 def take_over(old: nn.Module, new: nn.Module) -> None:
     """Give `new` the hooks that were put on `old`, its users' and accelerate's, which brings inputs to its device."""
     for name in _HOOKS:
-        getattr(new, name).update(getattr(old, name))
+        setattr(new, name, getattr(old, name))  # the very dicts: handles remove hooks from those
     if (hook := getattr(old, "_hf_hook", None)) is not None:
         add_hook_to_module(new, hook)

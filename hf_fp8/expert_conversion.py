@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .conversion import SharedOp, only, quantize_named
+from .conversion import SharedOp, only, quantize_or_note
 from .errors import UnsupportedError
 from .expert_plan import Stack
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
@@ -60,8 +60,8 @@ class QuantizeExperts(SharedOp):
     It is given functions that read a tensor (`conversion.LateConverter`): one for each expert, or one for a whole stack.
     """
 
-    def __init__(self, stacks: Mapping[str, Stack]) -> None:
-        self.stacks = stacks
+    def __init__(self, stacks: Mapping[str, Stack], broken: list[str]) -> None:
+        self.stacks, self.broken = stacks, broken
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -77,18 +77,21 @@ class QuantizeExperts(SharedOp):
             assert weight.part is not None
             return weight.part.take(readers[part][expert]() if tensor is None else tensor)
 
-        return quantize_stack(stack, read)
+        return quantize_stack(stack, read, self.broken)
 
 
-def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a stack by their names in the model, made of the dense matrices (N, K) that `read(part, expert)` gives."""
+def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor], broken: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a stack by their names in the model, made of the dense matrices (N, K) that `read(part, expert)` gives.
+
+    What is wrong with one is noted in `broken`.
+    """
     projection = stack.projection
     n_experts, parts = projection.shape[0], len(stack.sources)
     found: dict[str, torch.Tensor] = {}
     for part in range(parts):
         for expert in range(n_experts):
             stored = stack.sources[part][expert]
-            made = quantize_named(stored.name, read(part, expert), stored.scheme.weight)
+            made = quantize_or_note(stored.name, read(part, expert), stored.scheme.weight, broken)
             for role, values in zip((WEIGHT, WEIGHT_SCALE), made, strict=True):
                 name = stack.name_of(role)
                 if name not in found:

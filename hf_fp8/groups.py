@@ -231,10 +231,7 @@ def asked_groups(
         if isinstance(value, Mapping):
             written[str(name)] = dict(value)
             continue
-        try:
-            found = scheme_named(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        found = scheme_named(name)
         group = f"group_{len(written)}"
         schemes[group] = found
         written[group] = write_group(found, [value] if isinstance(value, str) else list(value))

@@ -13,7 +13,7 @@ from torch import nn
 from .adopt import adopt, fill_experts
 from .choice import Choice, Filter, choose
 from .config import FP8Config
-from .convert import let_siblings_share, put, take_over
+from .convert import leave_fused_paths, let_siblings_share, put, take_over
 from .errors import ConfigError, ScaleError
 from .linear import ORIGINALS, FP8Linear
 from .pointwise import FP8PointwiseConv
@@ -87,8 +87,11 @@ def quantize_model(
         if inplace:
             root = put(root, name, made[id(old)])
         del old  # so that its weight is freed before the next one is quantized
+    if not made and choice.layers:
+        said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
     if not inplace:
-        root = copy.deepcopy(model, {**made})
+        root = _copy(model, made)
         for name in choice.layers:
             if id(old := model.get_submodule(name)) in made:
                 root = put(root, name, made[id(old)])
@@ -102,8 +105,16 @@ def requantize_model(model: nn.Module) -> nn.Module:
     Raises UnsupportedError, before anything is changed, for a layer whose original was not kept.
     """
     layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
-    for layer in sorted(layers, key=lambda layer: layer.original is not None):
-        layer.requantize()  # those without come first, and raise
+    done: dict[int, FP8Linear] = {}
+    keep: list[torch.Tensor] = []  # so that no id is given twice
+    for layer in sorted(layers, key=lambda layer: layer.original is not None):  # those without come first, and raise
+        before = layer.weight
+        twin = done.setdefault(id(before), layer)
+        if twin is layer:
+            layer.requantize()
+        else:
+            layer.share_weight(twin)
+        keep.append(before)
     return model
 
 
@@ -114,9 +125,21 @@ def _layer(old: nn.Module, scheme: Scheme, by_weight: dict[tuple[int, Scheme], F
         new = by_weight[id(old.weight), scheme] = kind.from_linear(old, scheme, **how)
     else:
         new = kind.like(old, scheme, backend=how["backend"])
-        new.share(twin)
+        new.share_weight(twin)
     take_over(old, new)
     return new
+
+
+def _copy(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of `model` with the layers that were made of some of its own, by id; only what stays as it is is copied."""
+    memo: dict[int, Any] = {}
+    for new in made.values():
+        for held in (new.weight, new.weight_scale):
+            memo[id(held)] = held  # made for the copy: no second one
+    for old, new in made.items():
+        memo[old] = copy.deepcopy(new, memo)  # biases, kept originals
+        made[old] = memo[old]
+    return copy.deepcopy(model, memo)
 
 
 def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) -> None:
@@ -126,6 +149,7 @@ def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) 
             fill_experts(part, plan, backend=quantizer.quantization_config.backend, device=device)
         adopt(part, quantizer)
     let_siblings_share(root)
+    leave_fused_paths(root)
     if choice.reasons:
         by_reason: dict[str, list[str]] = {}
         for name, reason in choice.reasons.items():

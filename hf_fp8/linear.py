@@ -38,6 +38,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
             outputs are then cast back to the dtype of the input.
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
             (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it.
+        made_of, trainable: the dtype of that weight, and whether it asked for gradients; what `to_linear` gives has both.
         awaits_calibration: whether `input_scale` has yet to be measured (`hf_fp8.calibrate`).
         observer: called with each input while the layer is being calibrated.
     """
@@ -66,6 +67,8 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.cast_output = True
         self.original: torch.Tensor | None = None
         self.originals = "discard"
+        self.made_of: torch.dtype | None = None
+        self.trainable = True
         self.awaits_calibration = False
         self.observer: Callable[[torch.Tensor], Any] | None = None
 
@@ -88,8 +91,15 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """An empty layer on the meta device for what `linear` computes, with its bias as it is."""
         assert isinstance(linear, nn.Linear)
         new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
-        new.bias = linear.bias
-        return new.train(linear.training)
+        new.remember(linear)
+        return new
+
+    def remember(self, layer: nn.Module) -> None:
+        """Take over what of `layer`, which this one stands for, is not its weight."""
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        self.bias = layer.bias  # type: ignore[assignment]
+        self.made_of, self.trainable = weight.dtype, weight.requires_grad
+        self.train(layer.training)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto", **options: Any) -> FP8Linear:
@@ -102,12 +112,13 @@ class FP8Linear(QuantizedModule, nn.Linear):
         new.quantize_from(weight.flatten(1), **options)
         return new
 
-    def share(self, other: FP8Linear) -> None:
+    def share_weight(self, other: FP8Linear) -> None:
         """Hold the weight of `other`: codes, scale and the original, if it was kept. Inputs, and their scale, are its own."""
         self.weight, self.weight_scale = other.weight, other.weight_scale
-        if other.input_scale is not None:
-            self.input_scale = nn.Parameter(other.input_scale.detach().clone(), requires_grad=False)
-        self.original, self.originals, self.awaits_calibration = other.original, other.originals, other.awaits_calibration
+        self.original, self.originals = other.original, other.originals
+        if self.input_scale is not None and self.input_scale.is_meta and other.input_scale is not None:
+            self.input_scale = nn.Parameter(torch.full_like(other.input_scale, torch.nan), requires_grad=False)
+            self.awaits_calibration = not other.weight.is_meta
 
     @torch.no_grad()
     def quantize_from(
@@ -227,9 +238,9 @@ class FP8Linear(QuantizedModule, nn.Linear):
                 "an offloaded FP8Linear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(self.restored_weight(dtype))
+        linear.weight = nn.Parameter(self.restored_weight(dtype), requires_grad=self.trainable)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -204,6 +204,8 @@ def _plan(
         name = next(name for name, module in model.named_modules() if module is head)
         if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
             plan.dense.append(name)  # tied, and not in the files: others look for it all the same
+            if match((name,), (), pointed):
+                plan.reasons[name] = "it is tied to another parameter, and has no weight of its own"
     return plan
 
 

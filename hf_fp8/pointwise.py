@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import InputError
 from .linear import FP8Linear
 from .scheme import Scheme
 
@@ -41,16 +42,18 @@ class FP8PointwiseConv(FP8Linear):
         assert isinstance(linear, Convolution)
         stride = tuple(linear.stride)
         new = cls(linear.in_channels, linear.out_channels, scheme, stride=stride, backend=backend, device="meta")
-        new.bias = linear.bias  # type: ignore[assignment]
-        return new.train(linear.training)
+        new.remember(linear)
+        return new
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, *spatial) or without B -> the same with out_channels, points `stride` apart."""
         channels = -1 - len(self.stride)
+        if input.ndim not in (len(self.stride) + 1, len(self.stride) + 2):
+            raise InputError(f"a convolution over {len(self.stride)} dimensions was given an input of shape {[*input.shape]}")
+        last = not input.is_contiguous() and input.movedim(channels, -1).is_contiguous()
         if any(step != 1 for step in self.stride):
             for dim, step in enumerate(self.stride, -len(self.stride)):
                 input = input[(slice(None),) * (input.ndim + dim) + (slice(None, None, step),)]
-        last = not input.is_contiguous() and input.movedim(channels, -1).is_contiguous()
         out = super().forward(input.movedim(channels, -1)).movedim(-1, channels)
         # As a convolution does: channels last only if they came so. What follows may take a view.
         return out if last else out.contiguous()
@@ -63,7 +66,8 @@ class FP8PointwiseConv(FP8Linear):
         conv: Any = kind(
             self.in_features, self.out_features, 1, stride=stride, bias=self.bias is not None, device="meta", dtype=dtype
         )
-        conv.weight = nn.Parameter(linear.weight.detach().view(*linear.weight.shape, *(1 for _ in self.stride)))
+        weight = linear.weight.detach().view(*linear.weight.shape, *(1 for _ in self.stride))
+        conv.weight = nn.Parameter(weight, requires_grad=self.trainable)
         conv.bias = linear.bias
         return conv.train(self.training)
 

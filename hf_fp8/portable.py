@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
-from .convert import let_siblings_share, put, take_over
+from .checkpoint import DENSE_DTYPES, DTYPE_NAMES, SCALE_DTYPES, Checkpoint, TensorInfo
+from .convert import leave_fused_paths, let_siblings_share, put, take_over
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -34,17 +34,19 @@ from .version import __version__
 CONFIG = "quantization.json"
 # Of the file's layout: another number is refused.
 FORMAT = 1
+COMPUTE = ("bfloat16", "float16", "float32", "float64")
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write `model`, quantized by `quantize_model`, to `folder`, which is replaced when all is written.
+    """Write `model`, quantized by `quantize_model`, to `folder`, which appears, or is replaced, when all is written.
 
     Files: `model.safetensors` (or several with an index) with the state dict under its own names, tensors that are shared
     once; `quantization.json` with the scheme of each layer and the names of what is shared. Float weights that were kept
     beside the codes are not saved. `load_quantized` reads it into the float model's structure.
 
-    Raises UnsupportedError for transformers models (`save_pretrained` writes those for everybody), offloaded layers and
-    state that is no tensor; CalibrationError for layers whose input scale has yet to be measured.
+    Raises ConfigError if `folder` is there and was not written by this function; UnsupportedError for quantized
+    transformers models (`save_pretrained` writes those for everybody), offloaded layers and state that is no tensor;
+    CalibrationError for layers whose input scale has yet to be measured.
     """
     layers = {
         name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedModule)
@@ -75,7 +77,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
         "modules": {name: _describe(module) for name, module in layers.items() if isinstance(module, FP8Linear)},
         "shared": shared,
     }
-    with whole_folder(Path(folder), overwrite=True) as part:
+    with whole_folder(Path(folder), replaces=CONFIG) as part:
         files = dict(_shards({name: value for name, value in state.items() if name not in shared}, max_shard_bytes))
         for file, infos in files.items():
             writer = ShardWriter(part / file, infos)
@@ -127,6 +129,7 @@ def load_quantized(
         model = put(model, name, layer)
     _assign(model, state, described["shared"], device)
     let_siblings_share(model)
+    leave_fused_paths(model)
     return model
 
 
@@ -143,10 +146,14 @@ def _describe(layer: FP8Linear) -> dict[str, Any]:
 
 def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> FP8Linear:
     kind = FP8PointwiseConv if entry["kind"] == "conv1x1" else FP8Linear
-    fits = isinstance(old, Convolution) if kind is FP8PointwiseConv else isinstance(old, nn.Linear)
+    fits = isinstance(old, nn.Linear)
+    if isinstance(old, Convolution):
+        fits = kind is FP8PointwiseConv and FP8PointwiseConv.why_not(old) is None and list(old.stride) == entry.get("stride")
+    elif kind is FP8PointwiseConv:
+        fits = False
     if not fits or isinstance(old, QuantizedModule):
         raise MismatchError(
-            f"{name} is a {type(old).__name__} in the model, and was a {entry['kind']} when it was quantized: build the float "
+            f"{name} is {old} in the model, and was a {entry['kind']} with {entry} when it was quantized: build the float "
             "model as it was then"
         )
     new = kind.like(old, Scheme.parse(entry["scheme"]), backend=entry["backend"])
@@ -171,8 +178,14 @@ def _compare(model: nn.Module, layers: dict[str, FP8Linear], held: dict[str, Ten
             continue
         if found.shape != tuple(tensor.shape):
             raise MismatchError(f"{name} is {found} in {folder}, and the model's has shape {list(tensor.shape)}")
-        if name in quantized and name.endswith("weight") and found.dtype != DTYPE_NAMES[tensor.dtype]:
-            raise MismatchError(f"{name} is {found} in {folder}, and its scheme has codes of {tensor.dtype}")
+        if name in quantized and name.endswith("_scale"):
+            fits = found.dtype in SCALE_DTYPES
+        elif name not in quantized and DTYPE_NAMES[tensor.dtype] in DENSE_DTYPES:
+            fits = found.dtype in DENSE_DTYPES
+        else:
+            fits = found.dtype == DTYPE_NAMES[tensor.dtype]
+        if not fits:
+            raise MismatchError(f"{name} is {found} in {folder}, and the model holds {tensor.dtype} there")
     if strict and (extra := sorted(set(held) - set(wanted))):
         raise CheckpointError(f"{extra[0]} is in the files of {folder}, and the model does not have it")
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in held]
@@ -235,8 +248,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {found.get('format') if isinstance(found, dict) else '?'}; this is {FORMAT}")
     modules, shared = found.get("modules"), found.get("shared", {})
-    if not isinstance(modules, dict) or not isinstance(shared, dict):
-        raise CheckpointError(f"{path} has no `modules`")
+    if not isinstance(modules, dict) or not isinstance(shared, dict) or not all(isinstance(k, str) for k in shared.values()):
+        raise CheckpointError(f"{path} has no `modules`, or a `shared` that is no table of names")
     for name, entry in modules.items():
         if (
             not isinstance(entry, dict)
@@ -244,6 +257,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             or entry.get("backend") not in BACKENDS
         ):
             raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}: no layer that hf_fp8 knows")
+        compute = entry.get("compute_dtype")
+        if not isinstance(entry.get("cast_output", True), bool) or compute not in (None, *COMPUTE):
+            raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}: compute_dtype is one of {', '.join(COMPUTE)}")
         try:
             Scheme.parse(entry["scheme"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
-from .conversion import KeyRenaming, QuantizeWeights, RoutedConverter
+from .conversion import AsItIs, KeyRenaming, RoutedConverter
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, ScaleError, UnsupportedError
 from .explain import NOTES
 from .kernels import why_not_kept, why_not_kept_experts
 from .layout import lay_out
@@ -149,9 +149,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
         return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
 
-    def get_quantize_ops(self) -> QuantizeWeights:
-        assert self.layout is not None
-        return QuantizeWeights({f"{name}.{WEIGHT}": weight for name, weight in self.layout.kept.items()})
+    def get_quantize_ops(self) -> AsItIs:
+        return AsItIs()
 
     @property
     def compute_device(self) -> torch.device:
@@ -306,6 +305,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.layout is not None and self.layout.broken:
+            raise ScaleError("; ".join(self.layout.broken))
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+from functools import wraps
 from typing import Any
 
-from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
+from transformers import CompressedTensorsConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from .config import FP8Config, remembered
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .groups import concerns_fp8
+from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 
 METHOD = "compressed-tensors"
 OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
 
 _host_door = modeling_utils.get_hf_quantizer
+_host_save = PreTrainedModel.save_pretrained
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _OPTIONS = {"scheme", "targets", "ignore", "backend", "experts"}
 _HOST_OPTIONS = ("dequantize", "run_compressed", "use_optimized_inference")
@@ -31,6 +34,7 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING[OUR_METHOD] = quantizer_for
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OUR_METHOD] = FP8Config
     modeling_utils.get_hf_quantizer = get_hf_quantizer
+    PreTrainedModel.save_pretrained = save_pretrained
 
 
 def unregister() -> None:
@@ -39,6 +43,7 @@ def unregister() -> None:
     auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
     modeling_utils.get_hf_quantizer = _host_door
+    PreTrainedModel.save_pretrained = _host_save
 
 
 def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
@@ -72,7 +77,9 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
     if isinstance(quantization_config, dict) and (
-        quantization_config.get("quant_method") == OUR_METHOD or set(quantization_config) <= _OPTIONS
+        quantization_config.get("quant_method") == OUR_METHOD
+        or "scheme" in quantization_config
+        or set(quantization_config) <= _OPTIONS
     ):
         quantization_config = FP8Config(**quantization_config)
     if isinstance(quantization_config, FP8Config):
@@ -105,6 +112,18 @@ def _for_quantizing(config: PreTrainedConfig, passed: FP8Config) -> FP8Config:
                 f"({getattr(method, 'value', method)}): leave the scheme out to load it as it is"
             )
     return copy.copy(passed)
+
+
+@wraps(_host_save)
+def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, but not for a model of which a part was quantized by itself: nothing would say what its codes are."""
+    if getattr(self, "hf_quantizer", None) is None and any(isinstance(module, QuantizedModule) for module in self.modules()):
+        raise UnsupportedError(
+            f"{type(self).__name__} holds FP8 layers that it does not know of (a part of it was quantized by itself, or "
+            "loaded by load_quantized): saved, their codes would be taken for values. Quantize the whole model, with targets "
+            "or a filter_fn that choose the part; or call hf_fp8.dequantize_model first"
+        )
+    return _host_save(self, *args, **kwargs)
 
 
 def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:

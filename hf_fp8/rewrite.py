@@ -215,7 +215,7 @@ def _write(
     if source.folder.resolve() in (destination.resolve(), *destination.resolve().parents):
         raise ConfigError(f"{destination} is in {source.folder}, which is being read: write somewhere else")
     _check_space(destination, total)
-    with whole_folder(destination, overwrite=overwrite) as folder:
+    with whole_folder(destination, replaces="config.json" if overwrite else None) as folder:
         for file, (name, tensors) in files.items():
             with _shard(folder / name, tensors) as shard:
                 for key in (key for key, info in checkpoint.tensors.items() if info.file == file):

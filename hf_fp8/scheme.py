@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from .errors import ConfigError
+
 FP8 = torch.float8_e4m3fn
 INT8 = torch.int8
 # The largest magnitude of a code. int8 is symmetric: -128 is not used.
@@ -30,7 +32,7 @@ class Granularity:
     def __post_init__(self) -> None:
         for extent in (self.rows, self.cols):
             if extent != -1 and extent < 1:
-                raise ValueError(f"an extent of a Granularity is -1 or positive, got ({self.rows}, {self.cols})")
+                raise ConfigError(f"an extent of a Granularity is -1 or positive, got ({self.rows}, {self.cols})")
 
     def grid(self, n_rows: int, n_cols: int) -> tuple[int, int]:
         """How many scales an (n_rows, n_cols) matrix has along each axis; the last block may be partial."""
@@ -68,7 +70,7 @@ class TensorScheme:
 
     def __post_init__(self) -> None:
         if self.dtype not in CODE_MAX:
-            raise ValueError(f"codes are {' or '.join(map(str, CODE_MAX))}, got {self.dtype}")
+            raise ConfigError(f"codes are {' or '.join(map(str, CODE_MAX))}, got {self.dtype}")
 
     def __str__(self) -> str:
         return f"{self.granularity}{'d' if self.dynamic else 's'}{'i' if self.dtype == INT8 else ''}"
@@ -87,6 +89,13 @@ class Scheme:
     text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.weight.dynamic:
+            raise ConfigError("weights are quantized ahead of time: their TensorScheme is not dynamic")
+        rows, cols = self.weight.granularity.rows, self.weight.granularity.cols
+        if not self.weight.granularity.is_row and (cols == 1 or (rows == -1) != (cols == -1)):
+            raise ConfigError(f"weights have scales per tensor, channel, group or block, not {self.weight.granularity}")
+        if self.input is not None and not self.input.dynamic and not self.input.granularity.is_tensor:
+            raise ConfigError(f"static inputs have one scale per tensor, not one per {self.input.granularity}")
         object.__setattr__(self, "text", f"{self.weight}|{self.input if self.input else '-'}")
 
     def __str__(self) -> str:
@@ -162,10 +171,10 @@ SCHEMES = {
 
 
 def scheme_named(scheme: str | Scheme) -> Scheme:
-    """The scheme of a name of `SCHEMES`, in any case; a Scheme is itself. Raises ValueError."""
+    """The scheme of a name of `SCHEMES`, in any case; a Scheme is itself. Raises ConfigError."""
     if isinstance(scheme, Scheme):
         return scheme
     found = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
     if found is None:
-        raise ValueError(f"scheme={scheme!r}: it is a Scheme or one of {', '.join(SCHEMES)}")
+        raise ConfigError(f"scheme={scheme!r}: it is a Scheme or one of {', '.join(SCHEMES)}")
     return found

@@ -17,8 +17,6 @@ from .checkpoint import TORCH_DTYPES, TensorInfo
 from .errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
-# What tells that a folder holds a checkpoint, and may be replaced by another.
-CHECKPOINT_FILES = ("config.json", "quantization.json")
 
 
 def nbytes(info: TensorInfo) -> int:
@@ -96,18 +94,22 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> 
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
 
     What is at `path` stays until then. A process that is killed leaves a hidden folder beside it, which the next one that
-    writes there removes. Raises ConfigError if `path` is there, is no empty folder, and is not to be overwritten.
+    writes there removes. replaces: a folder that is there is replaced if it holds a file of this name. Raises ConfigError if
+    `path` is there, is no empty folder, and is not to be replaced.
     """
     path = Path(os.path.abspath(path))
     _clear_up(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} is there already: choose another place, or ask for it to be overwritten")
-    if overwrite and path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in CHECKPOINT_FILES):
-        raise ConfigError(f"{path} is no checkpoint (none of {', '.join(CHECKPOINT_FILES)} is in it): it is not overwritten")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file, not a folder")
+    if path.exists() and any(path.iterdir()):
+        if replaces is None:
+            raise ConfigError(f"{path} is there already: choose another place, or ask for it to be overwritten")
+        if not (path / replaces).exists():
+            raise ConfigError(f"{path} is there already, and has no {replaces}: it is something else, and is not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = _beside(path, "part", os.getpid()), _beside(path, "old", os.getpid())
     part.mkdir()

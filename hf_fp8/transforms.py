@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from transformers.core_model_loading import WeightConverter, WeightTransform
 
-from .conversion import Dequantize, KeyRenaming, LateConverter, Parameter, Requantize, Reshape, RoutedConverter, companion
+from .conversion import (
+    Dequantize,
+    KeyRenaming,
+    LateConverter,
+    Parameter,
+    QuantizeWeights,
+    Requantize,
+    Reshape,
+    RoutedConverter,
+    companion,
+)
 from .expert_conversion import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
 from .expert_plan import ExpertsPlan, Stack
 from .scan import Scan
@@ -25,7 +35,7 @@ class Layout:
     reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
     the model -> keys in the files, of tensors that no module uses and that are written back. scales:
     name of a dense weight -> what its codes were multiplied by, for writing it back. missing: parameters that nothing in the
-    files goes into.
+    files goes into. broken: while loading, what was wrong with weights that were to be quantized.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
@@ -37,6 +47,7 @@ class Layout:
     scan: Scan = field(default_factory=Scan)
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     def saves_fp8(self, dense_because: str | None) -> bool:
         """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""
@@ -52,7 +63,8 @@ def transforms(
 ) -> list[WeightTransform]:
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
-    converters = [*_plain_converters(layout, op, back), *_scale_converters(layout), *_experts_converters(stacks, late.prefix)]
+    converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
+    converters += [*_fresh_converters(layout), *_experts_converters(layout, stacks, late.prefix)]
     for transform in extra:
         # Not used for loading what is stacked in the files; but what is written is one tensor per expert, its bias too.
         transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
@@ -117,7 +129,18 @@ def _merged_converter(
     )
 
 
-def _experts_converters(stacks: dict[str, Stack], prefix: str) -> list[WeightTransform]:
+def _fresh_converters(layout: Layout) -> list[WeightTransform]:
+    """For Linears that are quantized while they are loaded. A converter, not a renaming: what the host offloads to disk
+    would else stay what it is in the files."""
+    fresh = {f"{name}.{WEIGHT}": weight for name, weight in layout.kept.items() if weight.part is not None}
+    if not fresh:
+        return []
+    routes = {weight.part.key: (weight.part.key, WEIGHT) for weight in fresh.values() if weight.part is not None}
+    nothing = RoutedConverter({}, [WEIGHT], [WEIGHT], [Reshape({})])  # saved under the names that they have
+    return [RoutedConverter(routes, [WEIGHT], [WEIGHT], [QuantizeWeights(fresh, layout.broken)], reverse=nothing)]
+
+
+def _experts_converters(layout: Layout, stacks: dict[str, Stack], prefix: str) -> list[WeightTransform]:
     """For experts that stay in FP8."""
     if not stacks:
         return []
@@ -137,7 +160,7 @@ def _experts_converters(stacks: dict[str, Stack], prefix: str) -> list[WeightTra
     patterns = [pattern(0, role) for role in ROLES]
     reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks, names)])
     if fresh:
-        return [LateConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks)], reverse=reverse)]
+        return [LateConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks, layout.broken)], reverse=reverse)]
     return [RoutedConverter(routes, PATTERNS, ["hf_fp8_experts"], [StackExperts(stacks)], reverse=reverse)]
 
 

@@ -114,7 +114,10 @@ def equal(work: Path, folder: Path, tokens: int) -> list[str]:
         found = [perplexity(path, quantization_config=FP8Config(backend=b)) for b in ("weight_only", "scaled_mm")]
         ids = text[None, :64]
         dequantized = stock(path, ids, "weight_only", quantization_config=CompressedTensorsConfig(dequantize=True))
-        rounded = f"{stock(path, ids, 'scaled_mm'):.1e}"
+        try:
+            rounded = f"{stock(path, ids, 'scaled_mm'):.1e}"
+        except RuntimeError as error:  # its emulation wants groups of 128 to divide 576
+            rounded = f"raises ({str(error).split(chr(10))[0][:60]}...)"
         cells = " | ".join(f"{value:.3f} ({100 * (value / base - 1):+.2f}%)" for value in found)
         lines.append(f"| {scheme} | {said} | {lost(path)} | {dequantized:.1e} | {rounded} | {cells} | {base:.3f} |")
         print(lines[-1], flush=True)

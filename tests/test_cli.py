@@ -215,7 +215,7 @@ def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with whole_folder(path) as part:
         (part / "config.json").write_text("1")
-    with pytest.raises(KeyboardInterrupt), whole_folder(path, overwrite=True) as part:
+    with pytest.raises(KeyboardInterrupt), whole_folder(path, replaces="config.json") as part:
         (part / "config.json").write_text("2")
         raise KeyboardInterrupt
     assert (path / "config.json").read_text() == "1" and list(tmp_path.iterdir()) == [path]

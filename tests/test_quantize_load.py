@@ -302,13 +302,11 @@ def test_what_cannot_be_asked_for(make: Any, words: str) -> None:
     {"weight": TensorScheme(Granularity(1, -1), dynamic=True)},
     {"weight": TensorScheme(Granularity(1, -1)), "input": TensorScheme(Granularity(1, -1))},
 ], ids=["dynamic weights", "static rows"])  # fmt: skip
-@pytest.mark.xfail(strict=True, reason="pydantic's ValidationError, or nothing, instead of ConfigError")
 def test_schemes_that_there_are_none_of(operand: Any) -> None:
     with pytest.raises(ConfigError):
         FP8Config(scheme=Scheme(**operand))
 
 
-@pytest.mark.xfail(strict=True, reason="a dict with an unknown key beside `scheme` gives the host's 'no quant_method'")
 def test_a_dict_with_a_misspelt_option(dense: Path) -> None:
     with pytest.raises(ConfigError, match="ignores"):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config={"scheme": "FP8_DYNAMIC", "ignores": []})

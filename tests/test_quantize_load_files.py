@@ -118,7 +118,6 @@ def test_a_tied_head_alone(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FP8Config(scheme="FP8_DYNAMIC", targets="lm_head"))
 
 
-@pytest.mark.xfail(strict=True, reason="a head that was named and is tied stays dense without a word")
 def test_a_tied_head_that_was_named_is_told(tmp_path: Path) -> None:
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     config = FP8Config(scheme="FP8_DYNAMIC", targets=["Linear", "lm_head"])
@@ -156,7 +155,7 @@ def test_device_maps(device_map: Any, dense: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [
-    pytest.param("safetensors", marks=pytest.mark.xfail(strict=True, reason=OFFLOADED)), "pickle"
+    "safetensors", "pickle"
 ])  # fmt: skip
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_TENSOR", "FP8_WEIGHT_ONLY"])
 def test_disk_offload(scheme: str, form: str, dense: Path, tmp_path: Path) -> None:

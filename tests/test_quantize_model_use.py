@@ -100,7 +100,6 @@ def test_codes_are_made_anew(originals: str) -> None:
         requantize_model(mixed)
 
 
-@pytest.mark.xfail(strict=True, reason="each twin makes parameters of its own in requantize")
 def test_shared_weights_stay_shared_when_made_anew() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight
@@ -125,13 +124,11 @@ def test_dtype_of_what_is_dequantized() -> None:
     assert {p.dtype for p in dequantize_model(quantize_model(mlp()), torch.float16)[0].parameters()} == {torch.float16}
 
 
-@pytest.mark.xfail(strict=True, reason="a float32 model of Linears alone comes back in bfloat16, and takes its inputs no more")
 def test_dtype_of_linears_alone() -> None:
     model = quantize_model(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)))
     assert dequantize_model(model)(X).dtype == torch.float32
 
 
-@pytest.mark.xfail(strict=True, reason="new Parameters: a frozen layer comes back trainable")
 def test_frozen_layers_come_back_frozen() -> None:
     model = dequantize_model(quantize_model(mlp().requires_grad_(False), originals="keep"))
     assert not any(p.requires_grad for p in model.parameters())
@@ -171,7 +168,6 @@ def test_hooks_are_taken_along(inplace: bool) -> None:
     assert seen == ["pre", "post", "whole"]
 
 
-@pytest.mark.xfail(strict=True, reason="take_over leaves _is_full_backward_hook out: full backward hooks are never called")
 def test_full_backward_hooks() -> None:
     model, seen = mlp(), list[str]()
     model[0].register_full_backward_hook(lambda m, grad_in, grad_out: seen.append("back"))
@@ -179,7 +175,6 @@ def test_full_backward_hooks() -> None:
     assert seen == ["back"]
 
 
-@pytest.mark.xfail(strict=True, reason="hooks are copied into another dict, which the handle does not know")
 def test_handles_of_hooks_still_remove_them() -> None:
     model, seen = mlp(), list[str]()
     handle = model[0].register_forward_hook(lambda *_: seen.append("post"))
@@ -189,9 +184,6 @@ def test_handles_of_hooks_still_remove_them() -> None:
     assert seen == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the copy's layers hold the very biases of the original, and with originals='keep' its weights"
-)
 @pytest.mark.parametrize("originals", ["discard", "keep"])
 def test_a_copy_has_tensors_of_its_own(originals: str) -> None:
     model = mlp()
@@ -281,21 +273,19 @@ def test_a_transformers_model_in_another(scheme: str, tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="load_quantized adopts no transformers model inside: its codes are saved without a config"
-)
 def test_a_transformers_model_in_another_that_was_loaded(tmp_path: Path) -> None:
     model = quantize_model(Outer(), "FP8_WEIGHT_ONLY")
     save_quantized(model, tmp_path / "outer")
     again = load_quantized(Outer(), tmp_path / "outer")
     assert torch.equal(run(again, IDS), run(model, IDS))
-    assert error(saved_and_loaded(again.lm, tmp_path / "lm"), logits(model.lm)) < ROTARY
+    with pytest.raises(UnsupportedError, match="does not know of"):  # nothing in the files says how to save it
+        again.lm.save_pretrained(tmp_path / "lm")
 
 
 @pytest.mark.parametrize("part", [
-    pytest.param("model.layers", marks=pytest.mark.xfail(strict=True, reason=NO_CONFIG)),
-    pytest.param("model.layers.0.mlp", marks=pytest.mark.xfail(strict=True, reason=NO_CONFIG)),
-    pytest.param("model", marks=pytest.mark.xfail(strict=True, reason="the whole model's config does not ignore lm_head")),
+    "model.layers",
+    "model.layers.0.mlp",
+    "model",
 ])  # fmt: skip
 def test_a_part_of_a_transformers_model(part: str, tmp_path: Path) -> None:
     """Right when it is saved as a whole, or refused."""
@@ -327,12 +317,8 @@ def test_an_adapter_on_a_quantized_model() -> None:
     assert all(p.grad is not None for name, p in peft.named_parameters() if "lora_" in name)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lora_A and lora_B are quantized like any Linear: frozen, and the forward raises InputError"
-)
 def test_a_model_with_an_adapter(tmp_path: Path) -> None:
     peft = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=4))
-    wanted = logits(peft)
-    quantize_model(peft, "FP8_WEIGHT_ONLY")
-    assert not [n for n, m in peft.named_modules() if "lora_" in n and isinstance(m, FP8Linear)]
-    assert sqnr(logits(peft), wanted) > 12
+    with pytest.raises(UnsupportedError, match="adapter"):
+        quantize_model(peft, "FP8_WEIGHT_ONLY")
+    assert not [m for m in peft.modules() if isinstance(m, FP8Linear)]
