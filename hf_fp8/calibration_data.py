@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -29,19 +30,29 @@ def texts(file: Path) -> Iterator[str | list[dict[str, Any]]]:
             f"{file} is no file: calibration takes a text file, or .jsonl with a `text` or `messages` in each line"
         )
     if file.suffix != ".jsonl":
-        yield file.read_text(encoding="utf-8")
+        yield _text(file)
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except ValueError as error:
             raise CorruptFileError(f"{file}, line {number}: no JSON ({error})") from error
-        found = entry.get("text") or entry.get("messages") if isinstance(entry, dict) else None
-        if not isinstance(found, str | list):
-            raise ConfigError(f"{file}, line {number}: has no `text` and no `messages`")
-        yield found
+        text, messages = (entry.get("text"), entry.get("messages")) if isinstance(entry, dict) else (None, None)
+        if isinstance(text, str):
+            yield text
+        elif isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+            yield messages
+        else:
+            raise ConfigError(f"{file}, line {number}: has no `text` (a string) and no `messages` (a list of objects)")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{file} is no UTF-8 text ({error})") from None
 
 
 def windows(file: Path, tokenizer: Any, length: int, tokens: int) -> list[torch.Tensor]:
@@ -49,9 +60,12 @@ def windows(file: Path, tokenizer: Any, length: int, tokens: int) -> list[torch.
     pieces: list[torch.Tensor] = []
     left = tokens
     for text in texts(file):
-        if isinstance(text, list):
-            text = tokenizer.apply_chat_template(text, tokenize=False)
-        ids = tokenizer(text, return_tensors="pt").input_ids[0][:left]
+        chat = isinstance(text, list)
+        if chat and tokenizer.chat_template is None:
+            raise ConfigError(f"{file} has `messages`, and the checkpoint no chat template to put them into text with")
+        said = tokenizer.apply_chat_template(text, tokenize=False) if chat else text
+        # A template writes what a text begins with itself.
+        ids = tokenizer(said, return_tensors="pt", add_special_tokens=not chat).input_ids[0][:left]
         pieces += [ids[None, start : start + length] for start in range(0, len(ids), length)]
         left -= len(ids)
         if left <= 0:
@@ -75,16 +89,20 @@ def measure(
     """Key of each static input scale of the checkpoint that `config` makes of `source` -> its value.
 
     The model is loaded, quantized on the way, and run on `tokens` of the text, `length` at a time: this takes memory for the
-    FP8 model. tick: called with (windows done, of how many).
+    FP8 model. The model is of the class that config.json names, and is given text alone: of one that sees or hears, what only
+    pictures or sound reach is not measured. tick: called with (windows done, of how many).
     """
+    next(texts(file))  # raises for one that cannot be read
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     pieces = windows(file, tokenizer, length, tokens)
-    model = AutoModelForCausalLM.from_pretrained(
+    kind: Any = getattr(transformers, (source.config.architectures or [""])[0], AutoModelForCausalLM)
+    model = kind.from_pretrained(
         source.folder, quantization_config=config, device_map=device_map, trust_remote_code=source.trust_remote_code
     )
     with torch.no_grad(), calibrate(model, observer, progress=False):
-        for done, ids in enumerate(pieces, 1):
-            model(ids.to(model.device), use_cache=False)
+        for done, piece in enumerate(pieces, 1):
+            ids = piece.to(model.device)
+            model(ids, **({"decoder_input_ids": ids} if source.config.is_encoder_decoder else {}))
             tick(done, len(pieces))
     found = {}
     for name, tensor in revert_weight_conversion(model, model.state_dict()).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,21 +17,24 @@ from .config import FP8Config
 from .errors import ConfigError, ScaleError, UnsupportedError
 from .groups import Group, all_of, match
 from .plan import is_spared, pointed_targets
+from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 from .scheme import FP8, Scheme
 
 Filter = Callable[[str, nn.Module], bool]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Choice:
     """layers: name -> scheme. reasons: name of what was asked for and cannot be quantized -> why. quantizers: name of a
-    transformers model in the model -> what will save it, with its experts in its layout.
+    transformers model in the model -> what will save it, with its experts in its layout. names: what each Linear is called.
     """
 
     layers: dict[str, Scheme] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     quantizers: dict[str, FP8HfQuantizer] = field(default_factory=dict)
+    names: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x1: bool) -> Choice:
@@ -80,6 +84,10 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
             if inside:
                 choice.quantizers[path] = plan_int8(part, config, inside)
     _check(model, config, choice, used)
+    choice.names += [(name,) for name in found]
+    for entry in config.ignore:
+        if not any(match(names, ("Linear",), [entry]) for names in choice.names):
+            logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
     return choice
 
 
@@ -105,16 +113,20 @@ def _plan(
         return decided[key]
 
     quantizer = plan_in_place(part, copy.copy(config), wanted)
-    assert quantizer.layout is not None and quantizer.reasons is not None
-    choice.reasons.update({dot + name: reason for name, reason in quantizer.reasons.items()})
+    assert quantizer.layout is not None and quantizer.planned is not None
+    choice.reasons.update({dot + name: reason for name, reason in quantizer.planned.reasons.items()})
+    choice.names += quantizer.planned.names
     if quantizer.layout.kept or quantizer.layout.experts:
         choice.quantizers[path] = quantizer
         choice.layers.update({dot + name: weight.scheme for name, weight in quantizer.layout.kept.items()})
 
 
 def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) -> None:
+    held = sum(isinstance(module, QuantizedModule) for module in model.modules())
     for group in config.groups:
         if group.name not in used:
+            if held:
+                choice.reasons.setdefault("", f"{held} layers are quantized already")
             said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
             raise ConfigError(
                 f"no layer of {type(model).__name__} is quantized by targets {list(group.targets)}, ignore "

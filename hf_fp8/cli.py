@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -28,8 +30,8 @@ app = typer.Typer(
     help="FP8 checkpoints in the compressed-tensors format: make them, undo them, look at them, check them.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or the name of a repository on the Hub.")]
 Dst = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write. It appears when all of it is written.")]
@@ -60,7 +62,9 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module that stays dense: its name, a re: pattern or a class. Several times.")
     ] = None,
-    targets: Annotated[list[str] | None, typer.Option("--target", help="What is quantized [default: Linear].")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", help="What is quantized: names, re: patterns, classes (by default Linear).")
+    ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text, or .jsonl with `text` or `messages`, for static input scales.")
     ] = None,
@@ -72,9 +76,11 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an FP8 checkpoint of a dense one, tensor by tensor."""
+    import torch
+
     from .calibration_data import measure
     from .config import FP8Config
-    from .rewrite import plan_source, quantize_checkpoint, total_bytes
+    from .rewrite import check_destination, plan_source, quantize_checkpoint, total_bytes
     from .source import open_source
 
     def config() -> FP8Config:
@@ -83,7 +89,11 @@ def quantize(
         )
 
     start = time.perf_counter()
+    if targets and any("=" in entry for entry in scheme):
+        raise typer.BadParameter("--target goes with one --scheme; with NAME=TARGET each says its own")
+    torch.empty(0, device=device)  # raises for one that is not there
     source = open_source(src, trust_remote_code=trust_remote_code)
+    check_destination(source, dst, overwrite)
     checkpoint, plan = plan_source(source, config())
     scales = None
     if calibrate is not None:
@@ -97,6 +107,8 @@ def quantize(
     with _bar("quantizing", total_bytes(checkpoint)) as tick:
         written = quantize_checkpoint(source, dst, config(), input_scales=scales, device=device, overwrite=overwrite, tick=tick)
     _say_left_out(written.reasons)
+    if written.unmatched:
+        err.print(f"--ignore {', '.join(written.unmatched)}: matches nothing")
     out.print(
         f"{dst}: {written.weights:,} matrices in FP8, {_size(written.before)} -> {_size(written.after)} "
         f"({written.after / written.before:.2f}x), {time.perf_counter() - start:.1f} s"
@@ -107,18 +119,19 @@ def quantize(
 def dequantize(
     src: Src,
     dst: Dst,
-    dtype: Annotated[Dtypes | None, typer.Option(help="Of the weights [default: that in config.json].")] = None,
+    dtype: Annotated[Dtypes | None, typer.Option(help="The dtype of the weights (by default that of config.json).")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the dense checkpoint that an FP8 one stands for, tensor by tensor."""
     import torch
 
-    from .rewrite import dequantize_checkpoint, total_bytes
+    from .rewrite import check_destination, dequantize_checkpoint, total_bytes
     from .source import open_source
 
     start = time.perf_counter()
     source = open_source(src, trust_remote_code=trust_remote_code)
+    check_destination(source, dst, overwrite)
     of = None if dtype is None else getattr(torch, dtype.value)
     with _bar("dequantizing", total_bytes(source.checkpoint())) as tick:
         written = dequantize_checkpoint(source, dst, dtype=of, overwrite=overwrite, tick=tick)
@@ -131,7 +144,7 @@ def dequantize(
 @app.command()
 def inspect(
     src: Src,
-    device: Annotated[str | None, typer.Option(help="Say what would run there [default: here].")] = None,
+    device: Annotated[str | None, typer.Option(help="Say what would run on that device (by default on this machine).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -154,8 +167,9 @@ def inspect(
             table.add_row(group.name, group.scheme, ", ".join(group.targets), f"{group.matrices:,}", _size(group.bytes))
         out.print(table)
     if found.ignore:
-        shown = ", ".join(found.ignore[:8]) + (f" and {len(found.ignore) - 8} more" if len(found.ignore) > 8 else "")
-        out.print(f"dense: {shown}")
+        patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in found.ignore)
+        shown = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in patterns.items())
+        out.print(f"{'dense' if found.groups else 'would stay dense'}: {shown}")
     out.print(found.summary)
     if found.explanation:
         out.print(found.explanation, soft_wrap=True)
@@ -234,19 +248,19 @@ def _terminated(*_: Any) -> None:
 
 def main() -> None:
     """The command `hf-fp8`. Ends with 1 after an error, 130 when it was interrupted; DST is then as it was before."""
-    signal.signal(signal.SIGTERM, _terminated)
-    from transformers.utils import logging as host_logging
-
-    host_logging.set_verbosity_error()
-    host_logging.disable_progress_bar()
-    logging.getLogger("hf_fp8").setLevel(logging.ERROR)
     try:
+        signal.signal(signal.SIGTERM, _terminated)
+        from transformers.utils import logging as host_logging
+
+        host_logging.set_verbosity_error()
+        host_logging.disable_progress_bar()
+        logging.getLogger("hf_fp8").setLevel(logging.ERROR)
         code = app(standalone_mode=False)  # typer returns what it would exit with
         if code == 130:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except (FP8Error, OSError) as error:
-        err.print(f"error: {error}", soft_wrap=True, markup=False)
+        err.print(f"error: {error}")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted: nothing was written")
@@ -255,7 +269,10 @@ def main() -> None:
         if show := getattr(error, "show", None):  # of the arguments
             show()
             sys.exit(2)
-        raise
+        if os.environ.get("HF_FP8_TRACEBACK"):
+            raise
+        err.print(f"error: {type(error).__name__}: {error}\n(HF_FP8_TRACEBACK=1 shows where)")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def inspect_source(source: Source, device: torch.device | str | None = None) -> 
 
     Raises CheckpointError only for files that cannot be read: what else is wrong is in `Inspection.error`.
     """
+    if device is not None:
+        device = torch.device(device)
     checkpoint = source.checkpoint()
     counts, sizes = Counter[str](), Counter[str]()
     for info in checkpoint.tensors.values():

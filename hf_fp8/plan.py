@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
-from transformers.utils import logging
 
 from .checkpoint import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from .config import FP8Config
@@ -30,8 +29,6 @@ from .scan import module_named, names_of
 from .scheme import scale_shape
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from .transforms import Layout
-
-logger = logging.get_logger(__name__)
 
 # What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
 ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
@@ -58,7 +55,8 @@ Choice = Callable[[tuple[str, ...], nn.Module | None], Group | None]
 class Plan:
     """`written`: the headers of the checkpoint to be. `parts`: key in it -> where its values come from. `groups`: key of a
     quantized weight -> its group. `dense`: names of modules that the config has to say are dense. `reasons`: name of a
-    module that a group speaks of -> why it is dense all the same. `names`: what each Linear may be called.
+    module that a group speaks of -> why it is dense all the same. `names`: what each Linear may be called. `unmatched`:
+    entries of `ignore` that match none of them.
     """
 
     written: Checkpoint
@@ -67,6 +65,7 @@ class Plan:
     dense: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     names: list[tuple[str, ...]] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """A line for the log."""
@@ -76,7 +75,8 @@ class Plan:
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
         dense = "; ".join(f"{len(names)} such as {names[0]} ({reason})" for reason, names in by_reason.items())
-        return f"{said}. Left dense: {dense}" if dense else said
+        said = f"{said}. Left dense: {dense}" if dense else said
+        return f"{said}. In `ignore` {', '.join(map(repr, self.unmatched))} matches no Linear" if self.unmatched else said
 
 
 def plan_quantization(
@@ -138,9 +138,7 @@ def _check_use(model: PreTrainedModel, config: FP8Config, plan: Plan, unused: li
             f"targets {list(group.targets)}, ignore {list(config.ignore)}: they leave no Linear of {type(model).__name__} to "
             f"be quantized; it has {', '.join(names[0] for names in plan.names[:3]) or 'none'}, ..."
         )
-    for entry in config.ignore:
-        if not any(match(names, ("Linear",), [entry]) for names in plan.names):
-            logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
+    plan.unmatched = [e for e in config.ignore if not any(match(names, ("Linear",), [e]) for names in plan.names)]
 
 
 def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:

@@ -43,7 +43,7 @@ class QuantizedModule(nn.Module):
         """Raise CalibrationError if the scales of its inputs have yet to be measured."""
         if self.awaits_calibration:
             raise CalibrationError(
-                f"a {type(self).__name__} with static inputs has no input scale yet: run some data through the model under "
+                f"this {type(self).__name__} with static inputs has no input scale yet: run some data through the model under "
                 "`with hf_fp8.calibrate(model):`, or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
             )
 

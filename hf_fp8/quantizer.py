@@ -56,7 +56,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense_because: str | None = None
         self._dense: list[str] = []
         self._host_conversions: list[WeightTransform] = []
-        self._plan: Plan | None = None  # of quantizing while loading
+        self.planned: Plan | None = None  # of quantizing while loading
         self._read_values = True
 
     # -- what the host asks before and after loading --
@@ -131,20 +131,15 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> Layout:
         """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`."""
         self._host_conversions = list(conversions)
-        self._plan, self.layout = plan_quantization(
+        self.planned, self.layout = plan_quantization(
             model, conversions, checkpoint, self.quantization_config, dtype=dtype, **options
         )
-        (logger.warning if self._plan.reasons else logger.info)(self._plan.describe())
+        (logger.warning if self.planned.reasons or self.planned.unmatched else logger.info)(self.planned.describe())
         return self.layout
-
-    @property
-    def reasons(self) -> dict[str, str]:
-        """Name of what was to be quantized and is not -> why."""
-        return {} if self._plan is None else self._plan.reasons
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is quantized while it is loaded: it arrives in the model's dtype."""
-        if self._plan is None or self.layout is None:
+        if self.planned is None or self.layout is None:
             return False
         targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
         return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
@@ -276,7 +271,12 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_scales = {name: tensors[key] for name, key in cast.items()}
 
     def _say(self, because: str | None, layout: Layout) -> None:
-        if self._plan is not None:
+        if self.planned is not None:
+            if slow := why_not_kept(self.compute_device, self._dtype):
+                logger.warning(
+                    f"hf_fp8: what was just quantized stays in FP8, inputs rounded, on {self.compute_device.type} too, which "
+                    f"is slow ({slow}). Saved and loaded again it runs as suits the device; backend='weight_only' is faster"
+                )
             return
         merged = any(weight.is_expert for weight in layout.scan.weights)
         if because is not None and layout.dense and because != "dequantize=True":
@@ -310,7 +310,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()
-                module.awaits_calibration = self._plan is not None and module.has_static_input
+                module.awaits_calibration = self.planned is not None and module.has_static_input
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
                 raise UnsupportedError(
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "

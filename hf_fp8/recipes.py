@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +70,8 @@ def enable_fp8_gemm(
     Returns `model`, the copy, or the new layer if `model` is a Linear itself. Raises ConfigError for unknown options and if
     no layer is left.
     """
+    if not isinstance(options, FP8GemmOptions | Mapping):
+        raise ConfigError(f"options={options!r}: they are FP8GemmOptions, or a dict of their fields")
     if isinstance(options, Mapping):
         known = [field.name for field in dataclasses.fields(FP8GemmOptions)]
         if unknown := [name for name in options if name not in known]:
@@ -261,6 +264,14 @@ def recipe(name: str, **parameters: Any) -> Recipe:
     if why := next((why for part, why in _REFUSED.items() if part in word), None):
         raise UnsupportedError(f"recipe {name!r}: {why}")
     raise ConfigError(f"recipe {name!r}: there are {', '.join(RECIPES)}; schemes by name are quantize_model's")
+
+
+def __getattr__(name: str) -> Any:
+    """What torchao has and this module has not is refused by its name, with the reason."""
+    if not name.startswith("_"):
+        with suppress(ConfigError):  # no name of torchao's either
+            recipe(name)
+    raise AttributeError(f"module {__name__} has no attribute {name!r}")
 
 
 def quantize_(

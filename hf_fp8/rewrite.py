@@ -20,19 +20,21 @@ from .host_form import host_form
 from .layout import lay_out
 from .parts import Part
 from .plan import Plan, plan_quantization
-from .shards import ShardWriter, nbytes, whole_folder, write_index
+from .shards import ShardWriter, check_place, nbytes, whole_folder, write_index
 from .source import Source
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from .transforms import Layout
 
 # Called with the bytes of the source that have been dealt with since the last call.
 Tick = Callable[[int], Any]
+# By which a folder is known for a checkpoint, which `overwrite` may replace.
+_MARK = "config.json"
 
 
 @dataclass
 class Written:
     """What was, or would be, written. bytes: of all tensors, before and after. reasons: matrix that was to be quantized
-    -> why it is dense.
+    -> why it is dense. unmatched: entries of `ignore` that match nothing.
     """
 
     weights: int
@@ -40,6 +42,7 @@ class Written:
     after: int
     quantization: dict[str, Any] | None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
 
 
 def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
@@ -109,7 +112,9 @@ def quantize_checkpoint(
                 yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(scale.dtype)
 
     _write(source, destination, checkpoint, plan.written, make, config.to_dict(), overwrite, tick)
-    return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), config.to_dict(), plan.reasons)
+    return Written(
+        len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), config.to_dict(), plan.reasons, plan.unmatched
+    )
 
 
 def read_layout(source: Source) -> tuple[Checkpoint, FP8Config, Layout]:
@@ -187,6 +192,14 @@ def dequantize_checkpoint(
     return Written(len(weights), total_bytes(checkpoint), total_bytes(written), None)
 
 
+def check_destination(source: Source, destination: Path, overwrite: bool) -> None:
+    """Raise ConfigError if a checkpoint made of `source` cannot, or should not, be written there."""
+    read, write = source.folder.resolve(), destination.resolve()
+    if read in (write, *write.parents) or write in read.parents:
+        raise ConfigError(f"{destination} and {source.folder}, which is read, are in one another: write somewhere else")
+    check_place(write, _MARK if overwrite else None)
+
+
 def total_bytes(checkpoint: Checkpoint) -> int:
     """Of all tensors, by their headers."""
     return sum(map(nbytes, checkpoint.tensors.values()))
@@ -212,10 +225,9 @@ def _write(
 ) -> None:
     files = _files(written)
     total = total_bytes(written)
-    if source.folder.resolve() in (destination.resolve(), *destination.resolve().parents):
-        raise ConfigError(f"{destination} is in {source.folder}, which is being read: write somewhere else")
+    check_destination(source, destination, overwrite)
     _check_space(destination, total)
-    with whole_folder(destination, replaces="config.json" if overwrite else None) as folder:
+    with whole_folder(destination, replaces=_MARK if overwrite else None) as folder:
         for file, (name, tensors) in files.items():
             with _shard(folder / name, tensors) as shard:
                 for key in (key for key, info in checkpoint.tensors.items() if info.file == file):

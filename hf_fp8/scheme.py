@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 
 import torch
@@ -176,5 +177,7 @@ def scheme_named(scheme: str | Scheme) -> Scheme:
         return scheme
     found = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
     if found is None:
-        raise ConfigError(f"scheme={scheme!r}: it is a Scheme or one of {', '.join(SCHEMES)}")
+        near = get_close_matches(str(scheme).upper(), SCHEMES, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"scheme={scheme!r}: it is a Scheme or one of {', '.join(SCHEMES)}{hint}")
     return found

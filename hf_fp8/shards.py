@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any, BinaryIO
 import torch
 
 from .checkpoint import TORCH_DTYPES, TensorInfo
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
+# What holds weights, in whatever format.
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json", ".ckpt")
 
 
 def nbytes(info: TensorInfo) -> int:
-    """Bytes of a tensor's values."""
+    """Bytes of a tensor's values. Raises UnsupportedError for a dtype that torch does not have."""
+    if info.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(f"a tensor in {info.file} is {info}: torch has no such dtype")
     size = TORCH_DTYPES[info.dtype].itemsize
     for extent in info.shape:
         size *= extent
@@ -93,30 +98,48 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+# Folders that this process is filling.
+_BEGUN: set[Path] = set()
+
+
+def check_place(path: Path, replaces: str | None) -> None:
+    """Raise ConfigError unless a folder can be written to `path`: nothing is there, or an empty folder, or one to replace.
+
+    replaces: the name of a file by which a folder that may be replaced is known. One with other folders in it that hold
+    weights is not replaced.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file, not a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if replaces is None:
+        raise ConfigError(f"{path} is there already: choose another place, or pass --overwrite (overwrite=True)")
+    if not (path / replaces).exists():
+        raise ConfigError(f"{path} is there already, and has no {replaces}: it is something else, and is not overwritten")
+    inside = (file for file in path.rglob("*") if file.parent != path and file.name.endswith(WEIGHT_FILES))
+    if (found := next(inside, None)) is not None:
+        raise ConfigError(f"{path} is not overwritten, since {found} is in it, too")
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
 
     What is at `path` stays until then. A process that is killed leaves a hidden folder beside it, which the next one that
-    writes there removes. replaces: a folder that is there is replaced if it holds a file of this name. Raises ConfigError if
-    `path` is there, is no empty folder, and is not to be replaced.
+    writes there removes. Raises ConfigError as `check_place` does, before the block and again after it.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     _clear_up(path)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file, not a folder")
-    if path.exists() and any(path.iterdir()):
-        if replaces is None:
-            raise ConfigError(f"{path} is there already: choose another place, or ask for it to be overwritten")
-        if not (path / replaces).exists():
-            raise ConfigError(f"{path} is there already, and has no {replaces}: it is something else, and is not overwritten")
+    check_place(path, replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _beside(path, "part", os.getpid()), _beside(path, "old", os.getpid())
+    part, old = _beside(path, "part"), _beside(path, "old")
     part.mkdir()
+    _BEGUN.add(part)
     try:
         yield part
         for file in part.rglob("*"):
             _sync(file)
+        check_place(path, replaces)  # somebody else may have been here meanwhile
         if path.exists() and any(path.iterdir()):
             path.rename(old)
         part.rename(path)  # over an empty folder, too
@@ -126,19 +149,24 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(part, ignore_errors=True)
         raise
+    finally:
+        _BEGUN.discard(part)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(path: Path, kind: str, process: int) -> Path:
-    return path.with_name(f".{path.name}.{kind}-{process}")
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
 
 
 def _clear_up(path: Path) -> None:
-    """Remove what killed processes left; and put back what one of them had moved away when it was killed."""
+    """Remove what killed processes of this machine left; and put back what one of them had moved away when it was killed."""
+    if not path.parent.exists():
+        return
     for kind in ("old", "part"):
-        for left in path.parent.glob(f".{path.name}.{kind}-*"):
-            process = left.name.rpartition("-")[2]
-            if not process.isdigit() or _is_running(int(process)):
+        start = f".{path.name}.{kind}-{socket.gethostname()}-"
+        for left in [file for file in path.parent.iterdir() if file.name.startswith(start)]:
+            process = left.name.removeprefix(start)
+            if left in _BEGUN or not process.isdigit() or _is_running(int(process)):
                 continue
             if kind == "old" and not path.exists():
                 left.rename(path)

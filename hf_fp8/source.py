@@ -15,48 +15,56 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightTransform
 from transformers.modeling_utils import local_torch_dtype
 
-from .checkpoint import Checkpoint
+from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .errors import CheckpointError, ConfigError, CorruptFileError, MissingTensorError
-from .shards import INDEX
-
-# What holds weights, in whatever format: not copied beside the ones that are written.
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json", ".ckpt")
+from .shards import INDEX, WEIGHT_FILES
 
 
 @dataclass
 class Source:
-    """`folder` with `config.json`, parsed (`config`) and as it is (`text`), and the files that hold the weights."""
+    """`folder` with `config.json`, parsed (`config`) and as it is (`text`); the files with the weights, and their index."""
 
     folder: Path
     config: PreTrainedConfig
     text: dict[str, Any]
     files: list[str]
+    index: Path | None
     trust_remote_code: bool = False
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         """What `config.json` says of how it is quantized; None if nothing."""
-        inner = self.text.get("text_config") or {}
-        for part in (self.text, inner):
+        for part in (self.text, self.text.get("text_config")):
             for key in ("quantization_config", "compression_config"):
-                if part.get(key):
-                    found: dict[str, Any] = part[key]
+                found = part.get(key) if isinstance(part, dict) else None
+                if found is not None and not isinstance(found, dict):
+                    raise ConfigError(f"{self.folder / 'config.json'}: {key} is {found!r}, not an object")
+                if found:
                     return found
         return None
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights that are dense are meant to be; bfloat16 if the config does not say."""
+        """What dense weights are meant to be: by the config, else, as the host has it, by the first in the files."""
         dtype = self.config.dtype if self.config.dtype is not None else self.config.get_text_config().dtype
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.bfloat16
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+        stored = (info.dtype for info in Checkpoint(self.files).tensors.values() if info.dtype in DENSE_DTYPES)
+        return TORCH_DTYPES[next(stored, "BF16")]
 
     def checkpoint(self) -> Checkpoint:
         """The headers of its files. Raises if the index and the files contradict each other."""
         checkpoint = Checkpoint(self.files)
-        for name, file in self._index().items():
-            if name not in checkpoint.tensors:
+        index = _weight_map(self.index) if self.index is not None else {}
+        for name, file in index.items():
+            found = checkpoint.tensors.get(name)
+            if found is None:
                 raise MissingTensorError(f"{name} is not in {file}, where the index of {self.folder} has it")
-        if unlisted := sorted(set(checkpoint.tensors) - set(self._index())) if self._index() else []:
+            if Path(found.file).name != file:
+                raise CheckpointError(f"{name} is in {Path(found.file).name}, and the index of {self.folder} has it in {file}")
+        if index and (unlisted := sorted(set(checkpoint.tensors) - set(index))):
             raise CheckpointError(f"{unlisted[0]} is in the files of {self.folder}, but not in their index")
         return checkpoint
 
@@ -79,11 +87,13 @@ class Source:
         return found
 
     def copy_rest(self, folder: Path) -> None:
-        """Copy what is no weight: tokenizer, generation config, model card, code, licence."""
-        for file in sorted(self.folder.iterdir()):
-            name = file.name
-            if file.is_file() and not name.startswith(".") and not name.endswith(WEIGHT_FILES) and name != "config.json":
-                shutil.copy2(file, folder / name)
+        """Copy what is no weight, from folders, too: tokenizer, chat templates, generation config, card, code, licence."""
+        for file in sorted(self.folder.rglob("*")):
+            path = file.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in path.parts)
+            if file.is_file() and not hidden and not file.name.endswith(WEIGHT_FILES) and str(path) != "config.json":
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, folder / path)
 
     def write_config(self, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None) -> None:
         """`config.json` with another `quantization_config`, and else as it is."""
@@ -100,12 +110,6 @@ class Source:
             text["dtype" if "torch_dtype" not in text else "torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n")
 
-    def _index(self) -> dict[str, str]:
-        for name in (INDEX, "pytorch_model.bin.index.json"):
-            if (self.folder / name).exists() and self.files and self.files[0].endswith(name.split(".")[1]):
-                return _weight_map(self.folder / name)
-        return {}
-
 
 def open_source(source: str, *, trust_remote_code: bool = False) -> Source:
     """A folder, or the name of a repository on the Hub (downloaded, or found in its cache).
@@ -114,13 +118,15 @@ def open_source(source: str, *, trust_remote_code: bool = False) -> Source:
     """
     folder = Path(source)
     if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ConfigError(f"{source} is no folder, and no name of a repository on the Hub")
         folder = _from_hub(source)
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{folder} has no config.json: it is no transformers checkpoint")
     text = _json(path)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return Source(folder, config, text, _weight_files(folder), trust_remote_code)
+    return Source(folder, config, text, *_weight_files(folder), trust_remote_code)
 
 
 def _from_hub(source: str) -> Path:
@@ -132,12 +138,13 @@ def _from_hub(source: str) -> Path:
         raise ConfigError(f"{source} is no folder, and was not found on the Hub ({error})") from error
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _weight_files(folder: Path) -> tuple[list[str], Path | None]:
+    """The files that the host would load, in its order of preference, and their index."""
     for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-        if (folder / index).exists():
-            return [str(folder / name) for name in dict.fromkeys(_weight_map(folder / index).values())]
         if (folder / single).exists():
-            return [str(folder / single)]
+            return [str(folder / single)], None
+        if (folder / index).exists():
+            return [str(folder / name) for name in dict.fromkeys(_weight_map(folder / index).values())], folder / index
     raise ConfigError(f"{folder} has no model.safetensors, no pytorch_model.bin and no index of several: no weights")
 
 

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 import hf_fp8
 from hf_fp8 import FP8Config
 
+CALIBRATION_TOKENS = 8192  # from the end of the prose, beside the first 2,048
 SCHEMES = {"dynamic": "FP8_DYNAMIC", "block": "FP8_BLOCK", "static": "FP8"}
 
 
@@ -47,7 +48,9 @@ def commands(work: Path, dense: Path) -> str:
     """The session that the page shows. Paths are those of the reader: dense, fp8, ..."""
     (work / "dense").symlink_to(dense.resolve())
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    (work / "prose.txt").write_text(tokenizer.decode(smollm2.calibration(smollm2.prose(tokenizer))))
+    prose = smollm2.prose(tokenizer)  # of which the evaluation takes some from 2,048 on
+    ids = torch.cat([prose[: smollm2.CALIBRATION_TOKENS], prose[-CALIBRATION_TOKENS:]])
+    (work / "prose.txt").write_text(tokenizer.decode(ids))
     session = [
         ("--help",),
         ("quantize", "--help"),
@@ -79,19 +82,20 @@ def lost(path: Path) -> int:
     return count
 
 
-def stock(path: Path, ids: torch.Tensor, ours: str, **options: object) -> float:
-    """The error of stock transformers' logits against ours."""
+def stock(path: Path, ids: torch.Tensor, dtype: torch.dtype, ours: FP8Config, theirs: object = None) -> float:
+    """The error of stock transformers' logits against ours; models loaded in `dtype`, computing in float32."""
 
-    def logits(**given: object) -> torch.Tensor:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **given)
+    def logits(config: object) -> torch.Tensor:
+        options = {} if config is None else {"quantization_config": config}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).float()
         with torch.no_grad():
             found: torch.Tensor = model(ids, use_cache=False).logits
         return found
 
-    wanted = logits(quantization_config=FP8Config(backend=ours))
+    wanted = logits(ours)
     hf_fp8.unregister()
     try:
-        return build.error(logits(**options), wanted)
+        return build.error(logits(theirs), wanted)
     finally:
         hf_fp8.register()
 
@@ -113,9 +117,9 @@ def equal(work: Path, folder: Path, tokens: int) -> list[str]:
         said = f"{len(weights)}" + (f" ({len(differing) - len(weights)} input scales)" if len(differing) > len(weights) else "")
         found = [perplexity(path, quantization_config=FP8Config(backend=b)) for b in ("weight_only", "scaled_mm")]
         ids = text[None, :64]
-        dequantized = stock(path, ids, "weight_only", quantization_config=CompressedTensorsConfig(dequantize=True))
+        dequantized = stock(path, ids, torch.bfloat16, FP8Config(dequantize=True), CompressedTensorsConfig(dequantize=True))
         try:
-            rounded = f"{stock(path, ids, 'scaled_mm'):.1e}"
+            rounded = f"{stock(path, ids, torch.float32, FP8Config(backend='scaled_mm')):.1e}"
         except RuntimeError as error:  # its emulation wants groups of 128 to divide 576
             rounded = f"raises ({str(error).split(chr(10))[0][:60]}...)"
         cells = " | ".join(f"{value:.3f} ({100 * (value / base - 1):+.2f}%)" for value in found)

@@ -122,7 +122,7 @@ def test_a_tied_head_that_was_named_is_told(tmp_path: Path) -> None:
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     config = FP8Config(scheme="FP8_DYNAMIC", targets=["Linear", "lm_head"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    assert "lm_head" in model.hf_quantizer.reasons
+    assert "lm_head" in model.hf_quantizer.planned.reasons
 
 
 def test_shards_and_pickles(dense: Path, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_t5_whose_code_reads_a_weight(tmp_path: Path) -> None:
     source.save_pretrained(tmp_path / "dense")
     model = quantized(tmp_path / "dense", "FP8_WEIGHT_ONLY", type(source))
     assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is torch.nn.Linear
-    assert all("reads its weight" in reason for reason in model.hf_quantizer.reasons.values())
+    assert all("reads its weight" in reason for reason in model.hf_quantizer.planned.reasons.values())
     two = hf_fp8.quantize_model(type(source).from_pretrained(tmp_path / "dense"), "FP8_WEIGHT_ONLY")
     with torch.no_grad():
         one, other, plain = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, two, source))

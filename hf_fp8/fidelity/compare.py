@@ -17,7 +17,7 @@ from ..quantized_module import QuantizedModule
 from .outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals
 from .report import QualityReport
 from .rows import Row, Rows, rank
-from .run import Progress, evaluating, perplexity
+from .run import Progress, check_text, evaluating, perplexity
 
 
 def quality(
@@ -57,6 +57,8 @@ def quality(
     """
     if reference is quantized:
         raise ValueError("`reference` and `quantized` are the same model: pass the float one and the quantized one")
+    if text is not None:
+        check_text(text, window)  # before hours of layers
     pairs = list(_pairs(reference, quantized, names))
     found = []
     for done, pair in enumerate(pairs, 1):

@@ -81,6 +81,15 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return next((found for part in parts if (found := first_tensor(part)) is not None), None)
 
 
+def check_text(ids: torch.Tensor, window: int) -> None:
+    """Raise ValueError for what `perplexity` cannot be measured on."""
+    if ids.ndim != 1 or len(ids) < 2 or window < 2:
+        raise ValueError(
+            f"perplexity is that of a text of two or more tokens, ids (L,), in windows of two or more; got ids "
+            f"{tuple(ids.shape)} and window={window}"
+        )
+
+
 def perplexity(model: nn.Module, ids: torch.Tensor, window: int = 512, progress: Progress | None = None) -> float:
     """exp of the mean negative log-likelihood of a token, given those before it in its window.
 
@@ -88,11 +97,7 @@ def perplexity(model: nn.Module, ids: torch.Tensor, window: int = 512, progress:
     cut into windows of `window` tokens; a last one of a single token is left out. Computed on the model's device, in
     evaluation mode, from logits in float32. Raises ValueError for ids that are not 1-D, or fewer than two.
     """
-    if ids.ndim != 1 or len(ids) < 2 or window < 2:
-        raise ValueError(
-            f"perplexity is that of a text of two or more tokens, ids (L,), in windows of two or more; got ids "
-            f"{tuple(ids.shape)} and window={window}"
-        )
+    check_text(ids, window)
     total, count, device = 0.0, 0, device_of(model)
     with evaluating(model):
         for start in range(0, len(ids) - 1, window):
