@@ -68,7 +68,8 @@ def quantize(
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text, or .jsonl with `text` or `messages`, for static input scales.")
     ] = None,
-    observer: Annotated[Observers, typer.Option(help="What of the inputs a static scale covers.")] = Observers.amax,
+    # SmolLM2's perplexity with scales of 2,048 and of 10,240 tokens: mse +1.7%, +1.6%; amax +2.7%, +2.2%; percentile 57.
+    observer: Annotated[Observers, typer.Option(help="What of the inputs a static scale covers.")] = Observers.mse,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens of FILE are used.")] = 16384,
     dense_experts: Annotated[bool, typer.Option("--dense-experts", help="Leave a mixture's experts dense.")] = False,
     device: Annotated[str, typer.Option(help="Where to quantize, and to calibrate.")] = "cpu",

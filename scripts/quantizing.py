@@ -40,7 +40,7 @@ def shown(*arguments: str, folder: Path) -> str:
         capture_output=True, text=True, cwd=folder, env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"},
     )  # fmt: skip
     lines = (done.stdout + done.stderr).rstrip().splitlines()
-    text = "\n".join(line.rstrip() for line in lines)
+    text = "\n".join(line.rstrip().replace(f"{folder.resolve()}/", "") for line in lines)
     return f"```\n$ hf-fp8 {' '.join(arguments)}\n{text}\n```\n"
 
 
@@ -87,7 +87,8 @@ def stock(path: Path, ids: torch.Tensor, dtype: torch.dtype, ours: FP8Config, th
 
     def logits(config: object) -> torch.Tensor:
         options = {} if config is None else {"quantization_config": config}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).float()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        torch.nn.Module.float(model)  # the host refuses its own of models that were quantized
         with torch.no_grad():
             found: torch.Tensor = model(ids, use_cache=False).logits
         return found
