@@ -134,7 +134,7 @@ class Checkpoint:
             data = self._from(file, end - start, info, name)
         return data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
-    def pieces(self, name: str, size: int = 2**26) -> Iterator[torch.Tensor]:
+    def pieces(self, name: str, size: int = 2**24) -> Iterator[torch.Tensor]:
         """The bytes of a tensor, uint8, `size` at a time."""
         info = self.tensors[name]
         if info.file in self._pickled:
