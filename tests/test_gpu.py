@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kernels import BY_NAME, SCHEMES, THRESHOLD, expected, operands, runs, sqnr
 
-from hf_fp8 import FP8Linear, kernels, numerics
+from hf_fp8 import FP8Linear, kernels, numerics, quantize_model
 from hf_fp8.functional import scaled_linear
 from hf_fp8.kernels import WEIGHT_ONLY, Problem, select
 from hf_fp8.kernels.probe import exact_operands
@@ -107,3 +107,15 @@ def test_what_auto_takes() -> None:
         print(f"{name}: {choice} ({choice.reason})")
         if kernels.has_fp8_matmul(DEVICE) is None and name in ("dynamic", "static"):
             assert choice.kernel.name.startswith("scaled_mm")
+
+
+@pytest.mark.parametrize("granularity", [ROW, TENSOR, Granularity(128, 128), Granularity(1, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_quantizing_gives_the_bytes_of_a_cpu(granularity: Granularity, dtype: torch.dtype) -> None:
+    """Quotients are rounded to the dtype of the weight there, too; and a model quantized through the GPU comes back."""
+    weight = (torch.randn(300, 448) * 0.05).to(dtype)
+    codes, scale = numerics.quantize_weight(weight, granularity)
+    there = numerics.quantize_weight(weight.to(DEVICE), granularity)
+    assert torch.equal(there[0].cpu().view(torch.uint8), codes.view(torch.uint8)) and torch.equal(there[1].cpu(), scale)
+    model = quantize_model(torch.nn.Sequential(torch.nn.Linear(448, 300, dtype=dtype)), device=DEVICE)
+    assert model[0].weight.device.type == "cpu"
