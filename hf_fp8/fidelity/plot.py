@@ -56,7 +56,7 @@ def draw(rows: Rows, title: str, path: Path) -> Path:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         outlying = {row.name for row in rows.standing_out()}
         for axis, (measure, name) in zip(axes, panels, strict=True):
-            _panel(axis, rows, measure, kinds, places, outlying)
+            _panel(axis, rows, measure, kinds, places, outlying.intersection(rows.outlying(measure)))
             axis.set_title(name, fontsize=9, loc="left")
             axis.set_ylabel("SQNR, dB", fontsize=8)
             axis.tick_params(labelsize=8)
