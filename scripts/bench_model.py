@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memory import watched
+
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 # name -> (whether hf_fp8 is registered, options of from_pretrained)
@@ -35,12 +37,6 @@ ON_GPU = ("stock", "stock dequantize=True", "stock optimized", "hf_fp8 auto", "h
 DECODED = 24
 
 
-def anonymous() -> float:
-    """Memory of this process in GB that no file backs (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
-
-
 def load(path: str, name: str, dtype: str, device: str) -> tuple[Any, dict[str, float]]:
     import torch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -51,25 +47,12 @@ def load(path: str, name: str, dtype: str, device: str) -> tuple[Any, dict[str, 
     if not ours:
         hf_fp8.unregister()
     config = (hf_fp8.FP8Config if ours else CompressedTensorsConfig)(**options) if options or ours else None
-    done, peak, before = threading.Event(), [0.0], anonymous()
-
-    def watch() -> None:
-        while not done.wait(0.003):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
     given = {} if config is None else {"quantization_config": config}
-    try:
+    with watched() as memory:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device, **given).eval()
-    finally:
-        seconds = time.perf_counter() - start
-        done.set()
-        thread.join()
     held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else peak[0] - before
-    return model, {"load_s": seconds, "load_peak_gb": peak_gb, "held_gb": sum(held.values()) / 1e9}
+    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else memory.used
+    return model, {"load_s": memory.seconds, "load_peak_gb": peak_gb, "held_gb": sum(held.values()) / 1e9}
 
 
 def held_now(model: Any) -> float:

@@ -11,9 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+
+from memory import watched
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -56,39 +56,21 @@ def write(path: Path) -> None:
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def anonymous() -> float:
-    """Anonymous memory of this process in GB: mapped files do not count."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
-
-
 def load(path: str, backend: str, experts: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     import hf_fp8
 
-    done, peak, before = threading.Event(), [0.0], anonymous()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
     config = hf_fp8.FP8Config(backend=backend, experts=experts)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
+    with watched(0.005) as memory:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    used = peak[0] - before
     layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters()) / 1e9
     held = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".experts." in n) / 1e9
     print(
         f"backend={backend:<12} experts={experts:<10} model {size:.2f} GB (experts {held:.3f}, a layer {layer:.2f}), "
-        f"peak {used:.2f} GB = {used / size:.2f}x, {seconds:.1f} s",
+        f"peak {memory.used:.2f} GB = {memory.used / size:.2f}x, {memory.seconds:.1f} s",
         flush=True,
     )
 

@@ -13,9 +13,9 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+
+from memory import watched
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 SHARD = 800_000_000
@@ -45,13 +45,7 @@ def write(folder: Path, kind: str) -> None:
     model.save_pretrained(folder, max_shard_size=SHARD)
 
 
-def anonymous() -> float:
-    """Anonymous memory of this process in GB: mapped files do not count."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
-
-
-def watched(folder: str, how: str, scheme: str) -> None:
+def quantize(folder: str, how: str, scheme: str) -> None:
     """In a process of its own: quantize `folder`, and print a line."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -64,30 +58,18 @@ def watched(folder: str, how: str, scheme: str) -> None:
     _, plan = plan_source(source, hf_fp8.FP8Config(scheme))
     checkpoint = source.checkpoint()
     largest_bytes = max(2 * torch.Size(info.shape).numel() for info in checkpoint.tensors.values()) / 1e9
-    done, peak, before = threading.Event(), [0.0], anonymous()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
     fp8 = total_bytes(plan.written) / 1e9
-    if how == "load":
-        AutoModelForCausalLM.from_pretrained(folder, quantization_config=hf_fp8.FP8Config(scheme))
-        bound = fp8 + largest_bytes
-    else:
-        with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out:
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out, watched() as memory:
+        if how == "load":
+            AutoModelForCausalLM.from_pretrained(folder, quantization_config=hf_fp8.FP8Config(scheme))
+            bound = fp8 + largest_bytes
+        else:
             quantize_checkpoint(source, Path(out) / "fp8", hf_fp8.FP8Config(scheme))
-        bound = largest_bytes
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    used, resident = peak[0] - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            bound = largest_bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
         f"| {Path(folder).name} | {total_bytes(checkpoint) / 1e9:.2f} | {scheme} | {how} | {fp8:.2f} | {largest_bytes:.3f} | "
-        f"{bound:.2f} | {used:.2f} | {before:.2f} | {resident:.2f} | {seconds:.0f} |",
+        f"{bound:.2f} | {memory.used:.2f} | {memory.before:.2f} | {resident:.2f} | {memory.seconds:.0f} |",
         flush=True,
     )
 
@@ -97,7 +79,7 @@ def main() -> None:
     parser.add_argument("run", nargs="*", help=argparse.SUPPRESS)
     run = parser.parse_args().run
     if run:
-        return write(Path(run[1]), run[2]) if run[0] == "write" else watched(*run)
+        return write(Path(run[1]), run[2]) if run[0] == "write" else quantize(*run)
     print("| checkpoint | GB | scheme | how | FP8 GB | largest tensor | bound | peak anonymous | before | max resident | s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
