@@ -16,7 +16,7 @@ from transformers.core_model_loading import PrefixChange, WeightTransform, rever
 from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
 from .config import FP8Config
 from .convert import swap_experts
-from .errors import UnsupportedError
+from .errors import ScaleError, UnsupportedError
 from .expert_conversion import quantize_stack
 from .expert_names import PlainMerge
 from .expert_plan import ExpertsPlan, Stack
@@ -85,7 +85,10 @@ def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, dev
         values: torch.Tensor = getattr(dense, stack.projection.name).detach()
         if values.is_meta:
             continue
-        for name, made in quantize_stack(stack, partial(_expert, new, stack, values, device), []).items():
+        made_of = quantize_stack(stack, partial(_expert, new, stack, values, device), broken := list[str]())
+        if broken:
+            raise ScaleError("; ".join(broken))
+        for name, made in made_of.items():
             setattr(new, name.rpartition(".")[2], nn.Parameter(made.to(values.device), requires_grad=False))
         del dense._parameters[stack.projection.name]  # free it before the next one
     return new

@@ -92,7 +92,7 @@ def measure(
     FP8 model. The model is of the class that config.json names, and is given text alone: of one that sees or hears, what only
     pictures or sound reach is not measured. tick: called with (windows done, of how many).
     """
-    next(texts(file))  # raises for one that cannot be read
+    next(texts(file), None)  # raises for one that cannot be read
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     pieces = windows(file, tokenizer, length, tokens)
     kind: Any = getattr(transformers, (source.config.architectures or [""])[0], AutoModelForCausalLM)

@@ -16,7 +16,8 @@ from .candidates import Candidate, adapters, candidates, why_unfit
 from .config import FP8Config
 from .errors import ConfigError, ScaleError, UnsupportedError
 from .groups import Group, all_of, match
-from .plan import is_spared, pointed_targets
+from .numerics import scale_dtype_of
+from .plan import is_spared, pointed_targets, unmatched
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 from .scheme import FP8, Scheme
@@ -85,9 +86,8 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
                 choice.quantizers[path] = plan_int8(part, config, inside)
     _check(model, config, choice, used)
     choice.names += [(name,) for name in found]
-    for entry in config.ignore:
-        if not any(match(names, ("Linear",), [entry]) for names in choice.names):
-            logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
+    for entry in unmatched(config, choice.names):
+        logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
     return choice
 
 
@@ -140,7 +140,8 @@ def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) 
             for stack in plan.stacks:
                 name = f"{path}.{stack.target}" if path else stack.target
                 values = model.get_parameter(name)
-                if not values.is_meta and not all(bool(end.isfinite()) for end in torch.aminmax(values)):
+                ends = () if values.is_meta else torch.aminmax(values)
+                if not all(bool(end.to(scale_dtype_of(values.dtype)).isfinite()) for end in ends):
                     raise ScaleError(
                         f"{name} has values that are NaN or infinite: they cannot be quantized; put it in `ignore`"
                     )

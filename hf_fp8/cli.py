@@ -81,7 +81,8 @@ def quantize(
 
     from .calibration_data import measure
     from .config import FP8Config
-    from .rewrite import check_destination, plan_source, quantize_checkpoint, total_bytes
+    from .explain import by_reason
+    from .rewrite import check_destination, quantize_checkpoint, total_bytes
     from .source import open_source
 
     def config() -> FP8Config:
@@ -95,19 +96,19 @@ def quantize(
     torch.empty(0, device=device)  # raises for one that is not there
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
-    checkpoint, plan = plan_source(source, config())
     scales = None
     if calibrate is not None:
-        if not any(group.scheme and group.scheme.has_static_input for group in plan.groups.values()):
+        if not any(group.scheme and group.scheme.has_static_input for group in config().groups):
             raise typer.BadParameter(f"--calibrate measures static input scales, which {', '.join(scheme)} does not have")
         with _bar("calibrating", 0, bytes_=False) as tick:
             scales = measure(
                 source, config(), calibrate, observer=observer.value, tokens=tokens, device_map=device,
                 tick=lambda done, of: tick(1, of),
             )  # fmt: skip
-    with _bar("quantizing", total_bytes(checkpoint)) as tick:
+    with _bar("quantizing", total_bytes(source.checkpoint())) as tick:
         written = quantize_checkpoint(source, dst, config(), input_scales=scales, device=device, overwrite=overwrite, tick=tick)
-    _say_left_out(written.reasons)
+    if written.reasons:
+        err.print(f"left dense: {by_reason(written.reasons)}")
     if written.unmatched:
         err.print(f"--ignore {', '.join(written.unmatched)}: matches nothing")
     out.print(
@@ -173,7 +174,7 @@ def inspect(
         out.print(f"{'dense' if found.groups else 'would stay dense'}: {shown}")
     out.print(found.summary)
     if found.explanation:
-        out.print(found.explanation, soft_wrap=True)
+        out.print(found.explanation)
     if found.error:
         err.print(f"error: {found.error}")
         raise typer.Exit(1)
@@ -233,14 +234,6 @@ def _bar(what: str, total: int, *, bytes_: bool = True) -> Iterator[Callable[...
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _say_left_out(reasons: Any) -> None:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        err.print(f"left dense: {len(names)} such as {names[0]}: {reason}")
 
 
 def _terminated(*_: Any) -> None:

@@ -19,8 +19,6 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook",
 )  # fmt: skip
-
-
 # (class, attribute, its value without a fused path)
 _FUSED: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -105,7 +103,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
         dequantize: Any = model.dequantize
         dequantized: nn.Module = dequantize(dtype)
         return dequantized
-    for module in model.modules():
+    for module in list(model.modules()):
         if module is not model and getattr(module, "hf_quantizer", None) is not None:
             dequantize_model(module, dtype)  # a transformers model in one of another kind
     return swap_back(model, dtype)

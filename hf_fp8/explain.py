@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,14 @@ class Explanation(list[Row]):
         return f"{table}\nwhy: {common}" if common else table
 
     __repr__ = __str__
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """For people: how many there are of each reason, with a name. reasons: name -> reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{len(found)} such as {found[0] or 'itself'} ({reason})" for reason, found in names.items())
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:

@@ -15,6 +15,7 @@ from .choice import Choice, Filter, choose
 from .config import FP8Config
 from .convert import leave_fused_paths, let_siblings_share, put, take_over
 from .errors import ConfigError, ScaleError
+from .explain import by_reason
 from .linear import ORIGINALS, FP8Linear
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
@@ -151,8 +152,4 @@ def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) 
     let_siblings_share(root)
     leave_fused_paths(root)
     if choice.reasons:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in choice.reasons.items():
-            by_reason.setdefault(reason, []).append(name)
-        said = "; ".join(f"{len(names)} such as {names[0] or 'itself'} ({reason})" for reason, names in by_reason.items())
-        logger.warning(f"hf_fp8: left as they are: {said}")
+        logger.warning(f"hf_fp8: left as they are: {by_reason(choice.reasons)}")

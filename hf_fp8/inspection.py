@@ -15,7 +15,7 @@ from .errors import CheckpointError, FP8Error, MissingTensorError
 from .explain import Explanation, explain
 from .groups import concerns_fp8
 from .quantizer import FP8HfQuantizer
-from .rewrite import plan_source, read_layout, total_bytes
+from .rewrite import plan_source, read_quantized, total_bytes
 from .shards import nbytes
 from .source import Source
 from .stored import WEIGHT
@@ -123,7 +123,8 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
     tick: called with the bytes that have been dealt with. Returns what was found to be right; raises CheckpointError of the
     fitting kind for the first thing that is not.
     """
-    checkpoint, config, layout = read_layout(source)
+    reading = read_quantized(source)
+    checkpoint, layout = reading.checkpoint, reading.layout
     weights = layout.scan.weights
     if layout.missing:
         raise MissingTensorError(
@@ -140,7 +141,7 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
         tick(nbytes(info))
     checks = [
         f"{len(source.files)} file(s), {len(checkpoint.tensors):,} tensors, {total_bytes(checkpoint) / 1e9:.2f} GB",
-        f"{len(config.groups)} config group(s), {len(weights):,} FP8 weights; scales have the right shapes, dtypes, values",
+        f"{len(reading.config.groups)} config group(s), {len(weights):,} FP8 weights; scales have right shapes, dtypes, values",
         "no scale without its weight, no weight in FP8 that no group speaks of, no dense one that a group does",
         f"every parameter of {type_of(source)} is filled",
         "no NaN among the codes",

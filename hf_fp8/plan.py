@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from .checkpoint import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from .config import FP8Config
 from .errors import ConfigError, MismatchError
 from .experts import ExpertsLayout
+from .explain import by_reason
 from .groups import Group, match
 from .keymap import KeyMap
 from .layout import lay_out, map_experts, module_of, owner_of
@@ -71,11 +73,7 @@ class Plan:
         """A line for the log."""
         kinds = {group.scheme.describe(): None for group in self.groups.values() if group.scheme is not None}
         said = f"hf_fp8: {len(self.groups)} matrices are quantized ({'; '.join(kinds)})"
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.reasons.items():
-            by_reason.setdefault(reason, []).append(name)
-        dense = "; ".join(f"{len(names)} such as {names[0]} ({reason})" for reason, names in by_reason.items())
-        said = f"{said}. Left dense: {dense}" if dense else said
+        said = f"{said}. Left dense: {by_reason(self.reasons)}" if self.reasons else said
         return f"{said}. In `ignore` {', '.join(map(repr, self.unmatched))} matches no Linear" if self.unmatched else said
 
 
@@ -113,6 +111,7 @@ def plan_quantization(
             return plan, Layout()
         if choose is None:
             _check_use(model, config, plan, [group for group in given if group.name not in used])
+            plan.unmatched = unmatched(config, plan.names)
         trial = copy.copy(config)
         trial.become(used, plan.dense)
         layout = lay_out(
@@ -138,7 +137,6 @@ def _check_use(model: PreTrainedModel, config: FP8Config, plan: Plan, unused: li
             f"targets {list(group.targets)}, ignore {list(config.ignore)}: they leave no Linear of {type(model).__name__} to "
             f"be quantized; it has {', '.join(names[0] for names in plan.names[:3]) or 'none'}, ..."
         )
-    plan.unmatched = [e for e in config.ignore if not any(match(names, ("Linear",), [e]) for names in plan.names)]
 
 
 def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:
@@ -168,8 +166,11 @@ def _plan(
                 plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
             stack = None
         taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
-        if stack is not None and not _any_chosen(taken, experts, choose, keymap.prefix, excluded):
-            taken = [(key, Part(key))]  # as it is: nothing of it is quantized
+        dense = config.experts == "dequantize" or not _any_chosen(taken, experts, choose, keymap.prefix, excluded)
+        if stack is not None and dense and type(experts).__name__ not in MODULES_TO_PATCH_FOR_QUANTIZATION:
+            # As it is, since nothing of it is quantized; but the host takes Llama-4's apart wherever it loads codes.
+            taken = [(key, Part(key))]
+            plan.dense.append(key.rpartition(".")[0])
         for name, part in taken:
             shape = part.shape(info.shape)
             plan.parts[name] = part
@@ -247,6 +248,11 @@ def pointed_targets(config: FP8Config, usual: Sequence[tuple[str, ...]]) -> list
     """The targets that ask for the output embedding, or routers: those about nothing else. usual: names of other Linears."""
     targets = [target for group in config.groups for target in group.targets]
     return [target for target in targets if not any(match(names, ("Linear",), [target]) for names in usual)]
+
+
+def unmatched(config: FP8Config, called: Sequence[tuple[str, ...]]) -> list[str]:
+    """The entries of `ignore` that match nothing: typing errors, as a rule. called: the names of every Linear."""
+    return [entry for entry in config.ignore if not any(match(names, ("Linear",), [entry]) for names in called)]
 
 
 def is_spared(names: tuple[str, ...], module: nn.Module | None, head: nn.Module | None) -> bool:

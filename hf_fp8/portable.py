@@ -80,13 +80,9 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
     with whole_folder(Path(folder), replaces=CONFIG) as part:
         files = dict(_shards({name: value for name, value in state.items() if name not in shared}, max_shard_bytes))
         for file, infos in files.items():
-            writer = ShardWriter(part / file, infos)
-            try:
+            with ShardWriter(part / file, infos) as shard:
                 for name in infos:
-                    writer.write(name, state[name])
-                writer.close()
-            finally:
-                writer.abandon()
+                    shard.write(name, state[name])
         write_index(part, files)
         (part / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 
@@ -173,17 +169,17 @@ def _compare(model: nn.Module, layers: dict[str, FP8Linear], held: dict[str, Ten
     for name, tensor in wanted.items():
         found = held.get(name)
         if found is None:
-            if strict or name in quantized:
+            if strict or name.rpartition(".")[0] in layers:  # a layer that is made anew has nothing to fall back to
                 raise MissingTensorError(f"{name} is not in the files of {folder}, and the model has it")
             continue
         if found.shape != tuple(tensor.shape):
             raise MismatchError(f"{name} is {found} in {folder}, and the model's has shape {list(tensor.shape)}")
         if name in quantized and name.endswith("_scale"):
             fits = found.dtype in SCALE_DTYPES
-        elif name not in quantized and DTYPE_NAMES[tensor.dtype] in DENSE_DTYPES:
+        elif name not in quantized and DTYPE_NAMES.get(tensor.dtype) in DENSE_DTYPES:
             fits = found.dtype in DENSE_DTYPES
         else:
-            fits = found.dtype == DTYPE_NAMES[tensor.dtype]
+            fits = found.dtype == DTYPE_NAMES.get(tensor.dtype)
         if not fits:
             raise MismatchError(f"{name} is {found} in {folder}, and the model holds {tensor.dtype} there")
     if strict and (extra := sorted(set(held) - set(wanted))):

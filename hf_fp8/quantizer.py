@@ -18,7 +18,7 @@ from .config import FP8Config, remember
 from .conversion import AsItIs, KeyRenaming, RoutedConverter
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear
 from .errors import ConfigError, ScaleError, UnsupportedError
-from .explain import NOTES
+from .explain import NOTES, by_reason
 from .kernels import why_not_kept, why_not_kept_experts
 from .layout import lay_out
 from .linear import FP8Linear
@@ -272,7 +272,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _say(self, because: str | None, layout: Layout) -> None:
         if self.planned is not None:
-            if slow := why_not_kept(self.compute_device, self._dtype):
+            slow = why_not_kept(self.compute_device, self._dtype)
+            if slow and self.quantization_config.backend == "auto":
                 logger.warning(
                     f"hf_fp8: what was just quantized stays in FP8, inputs rounded, on {self.compute_device.type} too, which "
                     f"is slow ({slow}). Saved and loaded again it runs as suits the device; backend='weight_only' is faster"
@@ -288,12 +289,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         elif because is None and layout.reasons:
             saved = "saved dense" if self.quantization_config.backend == "int8" else "written back in FP8"
-            by_reason: dict[str, list[str]] = {}
-            for name, reason in layout.reasons.items():
-                by_reason.setdefault(reason, []).append(name)
-            said = "; ".join(f"{len(names)} parameters such as {names[0]} ({reason})" for reason, names in by_reason.items())
-            hint = f" {KEEP_EXPERTS}" if any("experts='auto'" in reason for reason in by_reason) else ""
-            logger.warning(f"hf_fp8: held in {self._dtype} and {saved}: {said}.{hint}")
+            hint = f" {KEEP_EXPERTS}" if any("experts='auto'" in reason for reason in layout.reasons.values()) else ""
+            logger.warning(f"hf_fp8: parameters held in {self._dtype} and {saved}: {by_reason(layout.reasons)}.{hint}")
         if self.quantization_config.experts == "fp8" and not merged:
             logger.warning(
                 "hf_fp8: experts='fp8' was asked for, but the checkpoint has no experts that the model holds merged."

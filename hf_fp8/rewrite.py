@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .checkpoint import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from .config import FP8Config
@@ -40,7 +40,6 @@ class Written:
     weights: int
     before: int
     after: int
-    quantization: dict[str, Any] | None
     reasons: Mapping[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
 
@@ -112,13 +111,21 @@ def quantize_checkpoint(
                 yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(scale.dtype)
 
     _write(source, destination, checkpoint, plan.written, make, config.to_dict(), overwrite, tick)
-    return Written(
-        len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), config.to_dict(), plan.reasons, plan.unmatched
-    )
+    return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), plan.reasons, plan.unmatched)
 
 
-def read_layout(source: Source) -> tuple[Checkpoint, FP8Config, Layout]:
-    """A quantized checkpoint, held against its config and its model as in loading. Raises what loading raises."""
+@dataclass(frozen=True)
+class Reading:
+    """A quantized checkpoint, held against its config and its model."""
+
+    checkpoint: Checkpoint
+    config: FP8Config
+    model: PreTrainedModel
+    layout: Layout
+
+
+def read_quantized(source: Source) -> Reading:
+    """The headers and scales of a quantized checkpoint, checked as in loading. Raises what loading raises."""
     if source.quantization is None:
         raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
     method = source.quantization.get("quant_method", "compressed-tensors")
@@ -130,7 +137,7 @@ def read_layout(source: Source) -> tuple[Checkpoint, FP8Config, Layout]:
         model, source.conversions(model), checkpoint, config, dense_because="dequantize=True",
         experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
     )  # fmt: skip
-    return checkpoint, config, layout
+    return Reading(checkpoint, config, model, layout)
 
 
 def dequantize_checkpoint(
@@ -146,10 +153,9 @@ def dequantize_checkpoint(
     dtype: to which (the config's by default). Scales are left out, the rest is written as it is; but experts that
     llm-compressor took apart are written in the family's own form, as the host would load others as random numbers.
     """
-    checkpoint, _, layout = read_layout(source)
-    of = dtype or source.dtype
-    model = source.structure()
-    homes, shapes = host_form(model, source.conversions(model), checkpoint)
+    reading = read_quantized(source)
+    checkpoint, layout, of = reading.checkpoint, reading.layout, dtype or source.dtype
+    homes, shapes = host_form(reading.model, source.conversions(reading.model), checkpoint)
     weights = {weight.keys[weight.primary]: weight for weight in [*layout.scan.weights, *layout.scan.host]}
     dropped = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary} | set(layout.scan.cache)
     written, members = Checkpoint([]), dict[str, list[str]]()
@@ -189,7 +195,7 @@ def dequantize_checkpoint(
         return iter([(home.key if home else key.removesuffix("_packed"), values(key))])
 
     _write(source, destination, checkpoint, written, make, None, overwrite, tick, of)
-    return Written(len(weights), total_bytes(checkpoint), total_bytes(written), None)
+    return Written(len(weights), total_bytes(checkpoint), total_bytes(written))
 
 
 def check_destination(source: Source, destination: Path, overwrite: bool) -> None:
@@ -229,7 +235,7 @@ def _write(
     _check_space(destination, total)
     with whole_folder(destination, replaces=_MARK if overwrite else None) as folder:
         for file, (name, tensors) in files.items():
-            with _shard(folder / name, tensors) as shard:
+            with ShardWriter(folder / name, tensors) as shard:
                 for key in (key for key, info in checkpoint.tensors.items() if info.file == file):
                     if (tensors_made := make(key)) is None:
                         shard.copy(key, checkpoint.pieces(key))  # as it is, and never whole in memory
@@ -239,15 +245,6 @@ def _write(
         write_index(folder, dict(files.values()))
         source.copy_rest(folder)
         source.write_config(folder, quantization, dtype)
-
-
-@contextmanager
-def _shard(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[ShardWriter]:
-    with ExitStack() as stack:
-        shard = ShardWriter(path, tensors)
-        stack.callback(shard.abandon)
-        yield shard
-        shard.close()
 
 
 def _files(written: Checkpoint) -> dict[str, tuple[str, dict[str, TensorInfo]]]:

@@ -40,10 +40,10 @@ class ShardWriter:
     library writes them, so that every tensor is aligned.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
-        self.path, self.tensors = path, tensors
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
         self._missing = set(tensors)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._starts: dict[str, int] = {}
         position = 0
         for name in sorted(tensors, key=lambda name: (-TORCH_DTYPES[tensors[name].dtype].itemsize, name)):
@@ -58,15 +58,25 @@ class ShardWriter:
         self._file.write(struct.pack("<Q", len(text)) + text)
         self._file.truncate(self._base + position)
 
-    def write(self, name: str, tensor: torch.Tensor) -> int:
-        """Write one tensor; returns its bytes."""
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After the block, see to it that all is there, on the disk; after an exception, only let go."""
+        with self._file:
+            if kind is None:
+                assert not self._missing, f"{sorted(self._missing)[:3]} were never written"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor."""
         info = self.tensors[name]
         assert tensor.shape == info.shape and tensor.dtype == TORCH_DTYPES[info.dtype], (name, tensor.shape, tensor.dtype, info)
         self._file.seek(self._base + self._starts[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
         self._missing.discard(name)
-        return flat.numel()
 
     def copy(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
         """Write one tensor from its bytes, uint8, piece by piece."""
@@ -76,16 +86,6 @@ class ShardWriter:
             count += self._file.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
         assert count == nbytes(self.tensors[name]), (name, count)
         self._missing.discard(name)
-
-    def close(self) -> None:
-        """Make sure that it is all there, on the disk."""
-        assert not self._missing, f"{sorted(self._missing)[:3]} were never written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        self._file.close()
 
 
 def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:

@@ -131,10 +131,11 @@ def open_source(source: str, *, trust_remote_code: bool = False) -> Source:
 
 def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(source, ignore_patterns=["*.gguf", "*.onnx", "original/*", "*.pth"]))
-    except Exception as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(f"{source} is no folder, and was not found on the Hub ({error})") from error
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import State, differing, error, load, logits, tensors, tiny_llama, write
+from build import State, differing, error, load, logits, sqnr, tensors, tiny_llama, write
 from moe import deepseek_v3, gpt_oss, llama4, mixtral, qwen3_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as host
 
+import hf_fp8
 from hf_fp8 import FP8Config, cli
 from hf_fp8.errors import ConfigError
 from hf_fp8.shards import whole_folder
@@ -94,6 +95,36 @@ def test_dense_experts_and_groups(tmp_path: Path) -> None:
     groups = config_of(tmp_path / "b")["quantization_config"]["config_groups"]
     assert [group["weights"]["strategy"] for group in groups.values()] == ["block", "channel"]
     load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("family", [gpt_oss, llama4])
+def test_stacked_experts_that_stay_dense(tmp_path: Path, family) -> None:
+    """As the files have them; but Llama-4's apart, as stock transformers looks for them beside codes."""
+    dense = saved(family(), tmp_path / "dense")
+    run("quantize", dense, tmp_path / "fp8", "--dense-experts", "--scheme", "FP8_WEIGHT_ONLY")
+    apart = [name for name in tensors(tmp_path / "fp8") if ".experts.0." in name]
+    assert bool(apart) == (family is llama4) and not [name for name in apart if name.endswith("_scale")]
+    ours = logits(load(tmp_path / "fp8"))
+    assert sqnr(ours, logits(AutoModelForCausalLM.from_pretrained(dense))) > 20
+    hf_fp8.unregister()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
+        assert error(logits(stock), ours) < 1e-5
+    finally:
+        hf_fp8.register()
+
+
+@pytest.mark.parametrize("family", [mixtral, gpt_oss])
+def test_experts_are_calibrated(tmp_path: Path, tokenizer: Path, family) -> None:
+    dense = saved(family(), tmp_path / "dense")
+    for file in tokenizer.iterdir():
+        (dense / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
+    run("quantize", dense, tmp_path / "fp8", "--scheme", "FP8", "--calibrate", tmp_path / "text.txt")
+    scales = {n: t for n, t in tensors(tmp_path / "fp8").items() if n.endswith("input_scale")}
+    assert len([name for name in scales if ".experts." in name]) == 24
+    assert all(t.shape == (1,) and 0 < t < 1 for t in scales.values())
+    run("verify", tmp_path / "fp8")
 
 
 def test_shards_and_index(tmp_path: Path) -> None:

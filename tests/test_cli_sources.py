@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import hf_fp8
 from hf_fp8 import FP8Config
 from hf_fp8.calibration_data import texts, windows
-from hf_fp8.errors import CheckpointError, ConfigError, CorruptFileError, MissingTensorError
+from hf_fp8.errors import CalibrationError, CheckpointError, ConfigError, CorruptFileError, MissingTensorError
 from hf_fp8.shards import whole_folder
 from hf_fp8.source import open_source
 
@@ -178,6 +178,9 @@ def test_text_to_calibrate_with(tmp_path: Path) -> None:
         file.write_text(bad)
         with pytest.raises(CheckpointError, match="line 1"):
             list(texts(file))
+    file.write_text("")
+    with pytest.raises(CalibrationError, match="no text"):
+        windows(file, Tokenizer(), 3, 5)
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(CorruptFileError, match="UTF-8"):
         list(texts(tmp_path / "latin.txt"))

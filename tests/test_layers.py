@@ -54,7 +54,7 @@ LAYERS = [
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
     "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
-    "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli", "host_form",
+    "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli", "host_form", "rewrite",
 }  # fmt: skip
 
 

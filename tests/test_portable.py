@@ -341,3 +341,12 @@ def test_not_strict(tmp_path: Path) -> None:
     without("conv.weight_scale")(tmp_path / "saved")
     with pytest.raises(MissingTensorError):
         load_quantized(empty(), tmp_path / "saved", strict=False)
+
+
+def test_not_strict_is_not_careless(tmp_path: Path) -> None:
+    """A bias of a layer that is made anew has no value to fall back to."""
+    save_quantized(quantize_model(nn.Sequential(nn.Linear(16, 16))), tmp_path / "net")
+    path = tmp_path / "net" / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "0.bias"}, path)
+    with pytest.raises(MissingTensorError, match=r"0\.bias"):
+        load_quantized(nn.Sequential(nn.Linear(16, 16)), tmp_path / "net", strict=False)

@@ -14,12 +14,13 @@ from build import differing, error, sqnr
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
+from moe import qwen3_moe
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import hf_fp8
 from hf_fp8 import FP8Linear, FP8PointwiseConv, dequantize_model, quantize_model
-from hf_fp8.errors import ConfigError
+from hf_fp8.errors import ConfigError, ScaleError
 from hf_fp8.scheme import FP8
 
 NAMES = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", "INT8", "INT8_WEIGHT_ONLY"]
@@ -362,3 +363,12 @@ def test_transformer_encoder_with_padding(nested: bool, norm_first: bool) -> Non
         assert dense.layers[0].activation_relu_or_gelu == model.layers[0].activation_relu_or_gelu == 1
         assert error(dense(x, src_key_padding_mask=padding)[~padding], found[~padding]) < 1e-5
         assert torch.equal(model(x, src_key_padding_mask=padding), wanted)
+
+
+def test_experts_too_large_for_a_scale() -> None:
+    """Finite in float64, infinite in float32, in which scales are made: an error, and nothing is changed."""
+    model = qwen3_moe().double()
+    model.model.layers[0].mlp.experts.down_proj.data[0, 0, 0] = 1e300
+    with pytest.raises(ScaleError, match="down_proj"):
+        quantize_model(model)
+    assert not [module for module in model.modules() if isinstance(module, FP8Linear)]
