@@ -11,6 +11,7 @@ from transformers import CompressedTensorsConfig
 
 from .errors import ConfigError
 from .groups import Group, all_of, asked_groups, match, parse, read_group, write_group, written_config
+from .gradients import BACKWARDS
 from .kernels import BACKENDS
 from .scheme import FP8, INT8_DYNAMIC, Scheme
 
@@ -36,10 +37,13 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         experts: what becomes of experts that the model holds merged in one 3-D parameter: "fp8" keeps them in FP8
             anywhere, "dequantize" multiplies them out, "auto" keeps them where the device has a kernel that gains from it: on
             GPUs, not on CPUs, whatever the backend. Where they are kept, `backend` says what is done to their inputs.
+        backward: how gradients go through Linears when adapters are trained: "exact" multiplies them as they are with the
+            dequantized weights; "quantized" rounds them to 8 bits per token and multiplies them with the codes, which is
+            faster where 8-bit matmuls are (docs/training.md has the error).
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
 
     With a scheme, "auto" keeps Linears and experts in FP8 on any device, and `experts="dequantize"` leaves experts dense.
-    `dequantize`, `backend` and `experts` are never written to `config.json`. Raises ConfigError for unknown values.
+    `dequantize`, `backend`, `experts` and `backward` are never written to `config.json`. Raises ConfigError for unknown values.
     """
 
     def __init__(
@@ -51,19 +55,22 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         dequantize: bool = False,
         backend: str = "auto",
         experts: str = "auto",
+        backward: str = "exact",
         checkpoint: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if unknown:
             raise ConfigError(
-                f"FP8Config has no option {', '.join(map(repr, unknown))}; it has scheme, targets, ignore, dequantize, backend "
-                "and experts"
+                f"FP8Config has no option {', '.join(map(repr, unknown))}; it has scheme, targets, ignore, dequantize, "
+                "backend, experts and backward"
             )
         if backend not in BACKENDS:
             raise ConfigError(f"FP8Config(backend={backend!r}): it is one of {', '.join(BACKENDS)}")
         if experts not in EXPERTS:
             raise ConfigError(f"FP8Config(experts={experts!r}): it is one of {', '.join(EXPERTS)}")
+        if backward not in BACKWARDS:
+            raise ConfigError(f"FP8Config(backward={backward!r}): it is one of {', '.join(BACKWARDS)}")
         if experts == "fp8" and (dequantize or backend == "int8"):
             given = "dequantize=True multiplies everything out" if dequantize else "backend='int8' re-quantizes Linears alone"
             raise ConfigError(f"experts='fp8' was asked for, but {given}: pass one of them")
@@ -74,7 +81,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             hint = "" if dequantize else "; for int8 weights use hf_fp8.quantize_model(model, 'INT8')"
             raise ConfigError(f"scheme={scheme!r} quantizes weights to FP8, which {given} would undo: pass one of them{hint}")
         super().__init__(dequantize=dequantize)
-        self.backend, self.experts = backend, experts
+        self.backend, self.experts, self.backward = backend, experts, backward
         self.scheme = scheme
         # What the checkpoint itself says, where `become_int8` has made `checkpoint` say something else.
         self.origin: dict[str, Any] | None = None
@@ -132,7 +139,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         return by_target[found] if found else None
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        return {"dequantize": self.dequantize, "backend": self.backend, "experts": self.experts}
+        return {name: getattr(self, name) for name in ("dequantize", "backend", "experts", "backward")}
 
     def __repr__(self) -> str:
         given = {} if self.scheme is None else {"scheme": self.scheme}

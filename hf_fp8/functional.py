@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import numerics
 from .errors import InputError
+from .gradients import times_weight
 from .kernels import Input, Weight, kernel_for
 from .scheme import Scheme
 from .shared_input import quantize_once
@@ -22,7 +22,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY: Any = torch.library.Library("hf_fp8", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
-    "str scheme, str backend) -> Tensor",
+    "str scheme, str backend, str backward) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -35,6 +35,7 @@ def _run(
     bias: torch.Tensor | None,
     scheme: str,
     backend: str,
+    backward: str,
 ) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
@@ -54,14 +55,14 @@ def _(
     bias: torch.Tensor | None,
     scheme: str,
     backend: str,
+    backward: str,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, weight, weight_scale, _, bias, scheme, _ = inputs
-    ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) is made
-    ctx.scheme = scheme
+    _, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward = inputs
+    ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) or (M, K) is made
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -74,11 +75,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        granularity = Scheme.parse(ctx.scheme).weight.granularity
-        grad_x = grad @ numerics.dequantize(weight, weight_scale, granularity, grad.dtype)
+        grad_x = times_weight(grad, weight, weight_scale, ctx.scheme, False, ctx.backward)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None
 
 
 torch.library.register_autograd("hf_fp8::scaled_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
@@ -94,6 +94,7 @@ def scaled_linear(
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     backend: str = "auto",
+    backward: str = "exact",
     layer: Any = None,
 ) -> torch.Tensor:
     """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
@@ -101,8 +102,9 @@ def scaled_linear(
     x: (..., K) in bf16, fp16 or float32, any strides, M = 0 allowed; a per-token scale is one per
     row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements of bf16,
     fp16 or float32. input_scale: one element, for static schemes. bias: (N,). Returns (..., N) in
-    the dtype of x. Gradients flow to x (through the dequantized weight) and bias. layer: the FP8Linear that asks, if
-    it has siblings to share the quantized input with (`shared_input`).
+    the dtype of x. Gradients flow to x, through the dequantized weight, and bias. backward: "exact", or "quantized" to
+    round the gradient to 8 bits and multiply it with the codes. layer: the FP8Linear that asks, if it has siblings to share
+    the quantized input with (`shared_input`).
 
     Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
     that cannot run.
@@ -122,7 +124,7 @@ def scaled_linear(
         given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
         out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
     else:
-        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend)
+        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -128,20 +128,11 @@ def _grad_x(
     scheme: str,
     n_rows: int,
 ) -> torch.Tensor:
-    """The gradient of x (R, K), through the dequantized weights, one expert after the other."""
+    """The gradient of x (R, K), through the dequantized weights."""
     w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
     groups = Groups(experts, rows, ends, slots, share=share)
     groups = groups if groups.ends is not None else grouped_mm.sort(groups, weight.shape[0])
-    assert groups.ends is not None
-    in_order = grad if groups.slots is None else grad[groups.slots]
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    found = torch.zeros((grad.shape[0], weight.shape[2]), dtype=wide, device=grad.device)
-    start = 0
-    for expert, end in enumerate(groups.ends.tolist()):
-        if end > start:
-            for dense, first, last in grouped_mm.pieces(w, expert, grad.dtype):
-                found[start:end] += in_order[start:end, first:last] @ dense
-        start = end
+    found = grouped_mm.times_weights(grad if groups.slots is None else grad[groups.slots], w, groups)
     of_rows = groups.row_numbers()
     if of_rows is None:
         return found.to(grad.dtype)

@@ -40,6 +40,7 @@ def quantize_model(
     cast_output: bool = True,
     backend: str = "auto",
     experts: str = "auto",
+    backward: str = "exact",
 ) -> nn.Module:
     """Replace the Linears of `model` by FP8 (or int8) ones, and a transformers mixture's experts, layer by layer.
 
@@ -54,7 +55,7 @@ def quantize_model(
         conv1x1: also convolutions with a kernel of one point, which targets may call "Linear".
         compute_dtype: cast inputs to it first (a float32 model on a GPU whose kernels give 16 bits); None leaves them.
         cast_output: cast outputs back to the dtype that the input had.
-        backend: see `FP8Config`. experts: "dequantize" leaves a mixture's experts dense.
+        backend, backward: see `FP8Config`. experts: "dequantize" leaves a mixture's experts dense.
 
     What the scheme cannot hold, subclasses of Linear, and layers that were changed stay as they are, with a line in the log
     that says why. Weights that were shared stay shared, and so do layers. On the meta device only the structure changes.
@@ -67,7 +68,7 @@ def quantize_model(
         raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
     if device is not None and torch.device(device).type == "meta":
         raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
-    config = FP8Config(backend=backend, experts=experts)
+    config = FP8Config(backend=backend, experts=experts, backward=backward)
     config.ask(scheme, targets, ignore)
     choice = choose(model, config, filter_fn, conv1x1)
     how = {"device": device, "originals": originals, "backend": backend}
@@ -83,7 +84,7 @@ def quantize_model(
             except ScaleError as error:
                 choice.reasons[name] = str(error)
                 continue
-            new.compute_dtype, new.cast_output = compute_dtype, cast_output
+            new.compute_dtype, new.cast_output, new.backward = compute_dtype, cast_output, backward
             made[id(old)] = new
         if inplace:
             root = put(root, name, made[id(old)])

@@ -36,6 +36,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
     Attributes that are no arguments:
         compute_dtype: the dtype to which inputs are cast first; None takes them as they are. cast_output: whether
             outputs are then cast back to the dtype of the input.
+        backward: "exact", or "quantized" to round gradients to 8 bits, too; see `FP8Config`.
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
             (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it.
         made_of, trainable: the dtype of that weight, and whether it asked for gradients; what `to_linear` gives has both.
@@ -65,6 +66,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.shares_input: str | None = None
         self.compute_dtype: torch.dtype | None = None
         self.cast_output = True
+        self.backward = "exact"
         self.original: torch.Tensor | None = None
         self.originals = "discard"
         self.made_of: torch.dtype | None = None
@@ -188,6 +190,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
             input_scale=self.input_scale,
             bias=self.bias,
             backend=backend,
+            backward=self.backward,
             layer=self if self.shares_input is not None else None,
         )
         return out.to(dtype) if self.cast_output and out.dtype != dtype else out

@@ -223,3 +223,16 @@ def pieces(
     for start in range(0, rows, step):
         part = scale if granularity.rows == -1 else scale[start // height : -(-(start + step) // height)]
         yield q[start : start + step], part, start
+
+
+def pieces_of_columns(
+    q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(codes, their scales, first column): views of q in pieces of whole blocks of columns, of about `elements` each."""
+    rows, cols = q.shape
+    scale = scale.reshape(granularity.grid(rows, cols))
+    width = granularity.cols if granularity.cols > 1 else 64  # what matmuls like
+    step = max(elements // max(rows, 1) // width, 1) * width
+    for start in range(0, cols, step):
+        part = scale if granularity.cols == -1 else scale[:, start // width : -(-(start + step) // width)]
+        yield q[:, start : start + step], part, start

@@ -308,6 +308,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantizedModule):
                 module.freeze()
                 module.awaits_calibration = self.planned is not None and module.has_static_input
+                if isinstance(module, FP8Linear):
+                    module.backward = self.quantization_config.backward
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
                 raise UnsupportedError(
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "

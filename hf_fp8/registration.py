@@ -23,7 +23,7 @@ OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
 _host_door = modeling_utils.get_hf_quantizer
 _host_save = PreTrainedModel.save_pretrained
 _CONFIG_KEYS = ("quantization_config", "compression_config")
-_OPTIONS = {"scheme", "targets", "ignore", "backend", "experts"}
+_OPTIONS = {"scheme", "targets", "ignore", "backend", "experts", "backward"}
 _HOST_OPTIONS = ("dequantize", "run_compressed", "use_optimized_inference")
 
 
@@ -173,14 +173,14 @@ def merge(written: dict[str, Any], passed: Any) -> FP8Config:
         method = passed.get("quant_method", OUR_METHOD)
         if getattr(method, "value", method) not in (METHOD, OUR_METHOD):
             raise ConfigError(f"quantization_config says {method!r}, but the checkpoint is compressed-tensors FP8")
-        options = {k: v for k, v in passed.items() if k in ("dequantize", "backend", "experts")}
+        options = {k: v for k, v in passed.items() if k in ("dequantize", "backend", "experts", "backward")}
         if passed.get("run_compressed") is not None:
             options["dequantize"] = options.get("dequantize", False) or not passed["run_compressed"]
         unknown = set(passed) - set(options) - set(_HOST_OPTIONS) - {"quant_method"} - set(written)
         if unknown:
             raise ConfigError(
                 f"quantization_config has no option {', '.join(sorted(map(repr, unknown)))}; "
-                "a dict may set dequantize, backend and experts"
+                "a dict may set dequantize, backend, experts and backward"
             )
         return FP8Config(**options, checkpoint=written)
     raise ConfigError(

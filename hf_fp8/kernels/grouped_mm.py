@@ -117,6 +117,52 @@ def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[
         base += codes.shape[0]
 
 
+def times_weights(grad: torch.Tensor, w: ExpertWeights, groups: Groups) -> torch.Tensor:
+    """grad (S, N), sorted by expert, times the weights of its experts, dequantized: (S, K) in float32 (float64 of such).
+
+    In bfloat16 on GPUs all experts at once, a few columns of each at a time, without waiting for the GPU; elsewhere
+    one expert after the other.
+    """
+    assert groups.ends is not None
+    n_experts, n, k = w.codes.shape
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    found = torch.zeros((grad.shape[0], k), dtype=wide, device=grad.device)
+    if grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
+        if n % 8 == 0 and k % 8 == 0:  # rows of 16 bytes
+            return _times_columns(grad.contiguous(), w, groups, found)
+    start = 0
+    for expert, end in enumerate(groups.ends.tolist()):
+        if end > start:
+            for dense, first, last in pieces(w, expert, grad.dtype):
+                found[start:end] += grad[start:end, first:last] @ dense
+        start = end
+    return found
+
+
+def _times_columns(grad: torch.Tensor, w: ExpertWeights, groups: Groups, out: torch.Tensor) -> torch.Tensor:
+    n_experts, n, k = w.codes.shape
+    granularity = w.scheme.weight.granularity
+    width = granularity.cols if granularity.cols > 1 else 64
+    step = max(numerics.GPU_CHUNK // (n_experts * n) // width, 1) * width
+    nobody = (groups.experts >= n_experts).unsqueeze(1)  # rows behind the last expert's are not written
+    for start in range(0, k, step):
+        codes = w.codes[:, :, start : start + step]
+        scale = w.scale.float()
+        if granularity.is_tensor:
+            scale = scale.repeat_interleave(n // w.parts, 1).unsqueeze(2)
+        else:
+            if granularity.cols > 1:
+                scale = scale[:, :, start // width : -(-(start + step) // width)]
+                scale = scale.repeat_interleave(width, 2)[:, :, : codes.shape[2]]
+            if granularity.rows > 1:
+                each = (part.repeat_interleave(granularity.rows, 1)[:, : n // w.parts] for part in scale.chunk(w.parts, 1))
+                scale = torch.cat(list(each), 1)
+        dense = codes.float().mul_(scale).to(grad.dtype)
+        product = F.grouped_mm(grad, dense, offs=groups.ends)  # type: ignore[attr-defined]
+        out[:, start : start + step] = product.masked_fill_(nobody, 0.0)
+    return out
+
+
 def _of_input(w: ExpertWeights, scale: torch.Tensor) -> Granularity:
     """What one scale of the codes of an input covers: those of whole tensors stand here for each row."""
     assert w.scheme.input is not None
