@@ -28,6 +28,7 @@ from .functional import scaled_linear
 from .grouped import scaled_grouped_linear
 from .in_place import quantize_model, requantize_model
 from .linear import FP8Linear
+from .merging import MergedLayer, MergeReport, merging
 from .observers import Amax, Mse, Observer, Percentile
 from .pointwise import FP8PointwiseConv
 from .portable import load_quantized, save_quantized
@@ -73,6 +74,8 @@ __all__ = [
     "Granularity",
     "InputError",
     "KernelError",
+    "MergeReport",
+    "MergedLayer",
     "MismatchError",
     "MissingTensorError",
     "Mse",
@@ -92,6 +95,7 @@ __all__ = [
     "explain",
     "kernels",
     "load_quantized",
+    "merging",
     "perplexity",
     "quality",
     "quantize_",

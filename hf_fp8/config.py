@@ -10,8 +10,8 @@ import yaml  # type: ignore[import-untyped]
 from transformers import CompressedTensorsConfig
 
 from .errors import ConfigError
-from .groups import Group, all_of, asked_groups, match, parse, read_group, write_group, written_config
 from .gradients import BACKWARDS
+from .groups import Group, all_of, asked_groups, match, parse, read_group, write_group, written_config
 from .kernels import BACKENDS
 from .scheme import FP8, INT8_DYNAMIC, Scheme
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers.integrations.moe import ExpertsInterface
 
+from . import stacks
+from .changes import Change
 from .errors import UnsupportedError
 from .grouped import known, route, scale_shape_of_experts, scaled_grouped_linear
-from .kernels import ExpertWeights, Groups, grouped_mm
-from .quantized_module import QuantizedModule
+from .kernels import Groups
+from .low_rank import LowRank, product
+from .quantized_module import OF_AN_INSTANCE, QuantizedModule
 from .scheme import Scheme
 
 # A few tokens are not sorted by expert: sorting is five launches, and what it saves is reading an expert twice that two
 # tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
 # eighth of them. Not measured.
 UNSORTED = 1 / 4
-# What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it: not the family's.
-OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class FP8Experts(QuantizedModule):
     Attributes that are no arguments:
         observer: called with a projection, its input and the groups that say which expert reads which row of it, while the
             layer is being calibrated; inputs are not quantized then.
+        low_rank: what adapters add to a stack, by its name (`adapted`).
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class FP8Experts(QuantizedModule):
         self.family, self.layout = type(experts), layout
         self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
         self.observer: Callable[[Projection, torch.Tensor, Groups], Any] | None = None
+        self.low_rank: dict[str, tuple[LowRank, ...]] = {}
         dtypes = scale_dtypes or {}
         for projection in (first, second):
             shapes = {projection.name: projection.shape, projection.scale: projection.scale_shape}
@@ -162,9 +165,9 @@ class FP8Experts(QuantizedModule):
         """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) to (T, H); an index of E or more is nobody.
 
         Families that route beforehand (Llama-4) give (E * T, H) alone and get the same back. Raises UnsupportedError
-        for adapters on the stacked parameters, which would be added to codes.
+        for parametrized stacks (`refuse_parametrized`).
         """
-        self._refuse_adapters()
+        self.refuse_parametrized()
         if self.observer is None:
             self.refuse_uncalibrated()
         dtype = hidden_states.dtype
@@ -225,7 +228,7 @@ class FP8Experts(QuantizedModule):
     def _multiply(self, projection: Projection, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         if self.observer is not None:
             self.observer(projection, x, groups)
-        return scaled_grouped_linear(
+        y = scaled_grouped_linear(
             x,
             getattr(self, projection.name),
             getattr(self, projection.scale),
@@ -235,6 +238,9 @@ class FP8Experts(QuantizedModule):
             parts=projection.parts,
             backend=self.backend if self.observer is None else "weight_only",
         )
+        for factors in self.low_rank.get(projection.name, ()):
+            y = y + product(x, factors, groups)
+        return y
 
     def _with_bias(self, y: torch.Tensor, projection: Projection, expert: torch.Tensor) -> torch.Tensor:
         if not self.layout.has_bias:
@@ -256,18 +262,6 @@ class FP8Experts(QuantizedModule):
         product: torch.Tensor = up * act(gate)
         return product
 
-    def _refuse_adapters(self) -> None:
-        if not parametrize.is_parametrized(self):
-            return
-        names = [name for name in self.parametrizations if name in self.quantized]  # type: ignore[union-attr]
-        if names:
-            raise UnsupportedError(
-                f"an adapter sits on {' and '.join(names)} of {self.family.__name__}, which hold FP8 codes: its delta would be "
-                "added to the codes, and nothing would be learnt. PEFT's `target_parameters` reach experts, and so do "
-                "`target_modules` such as 'all-linear' or 'down_proj': name the attention's layers instead, or load with "
-                "FP8Config(experts='dequantize')"
-            )
-
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The family's own module, in its own layout, with dense weights on the same device.
@@ -278,44 +272,41 @@ class FP8Experts(QuantizedModule):
             raise UnsupportedError(
                 "offloaded FP8Experts cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
-        dense = self.family.__new__(self.family)
-        nn.Module.__init__(dense)
-        vars(dense).update({name: getattr(self, name) for name in self.attributes})
-        for name, child in self.named_children():
-            dense.add_module(name, child)
-        for name, buffer in self.named_buffers(recurse=False):
-            dense.register_buffer(name, buffer, persistent=name not in self._non_persistent_buffers_set)
-        for name in self._parameters:
-            projection = next((p for p in self.projections if p.name == name), None)
-            if projection is not None:
-                dense.register_parameter(name, nn.Parameter(self._dense(projection, dtype)))
-            elif name not in self.quantized:
-                dense.register_parameter(name, nn.Parameter(getattr(self, name).detach().to(dtype)))
-        return dense.train(self.training)
+        return stacks.rebuilt(self, dtype, empty=False)
 
-    def _dense(self, projection: Projection, dtype: torch.dtype) -> torch.Tensor:
-        """A stack as the family holds it."""
-        codes = getattr(self, projection.name)
-        w = ExpertWeights(codes, getattr(self, projection.scale), projection.scheme, projection.parts)
-        n_experts, n, k = projection.shape
-        transposed = self.layout.is_transposed
-        out = torch.empty((n_experts, k, n) if transposed else (n_experts, n, k), dtype=dtype, device=codes.device)
-        rows = out.transpose(1, 2) if transposed else out
-        if projection is self.first and not self.layout.is_concatenated and not self.interleaved:
-            halves = (rows[:, ::2], rows[:, 1::2])
-            for expert in range(n_experts):
-                whole = torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, dtype)])
-                for half, values in zip(halves, whole.chunk(2), strict=True):
-                    half[expert] = values
-            return out
-        for expert in range(n_experts):
-            for piece, first, last in grouped_mm.pieces(w, expert, dtype):
-                rows[expert, first:last] = piece
-        return out
+    def outline(self, dtype: torch.dtype) -> nn.Module:
+        """The same with weights that take no memory, and are NaN."""
+        return stacks.rebuilt(self, dtype, empty=True)
+
+    def requantized(self, dense: nn.Module) -> tuple[FP8Experts, Change]:
+        """As in `QuantizedModule`; dense: the family's module."""
+        found, change = stacks.requantized(self, dense)
+        new = self._twin()
+        new._parameters.update(found)
+        new.low_rank = {}
+        return new, change
+
+    @contextmanager
+    def adapted(self, name: str, factors: Sequence[LowRank]) -> Iterator[None]:
+        """Add ``scaling * b @ a`` to the stack called `name` for a while; rows of b in the family's order."""
+        projection = next((p for p in self.projections if p.name == name), None)
+        if projection is None:
+            raise UnsupportedError(f"{name} of {self.family.__name__} is no stack of weights: adapters go on {_stacks(self)}")
+        if stacks.takes_turns(self, projection):
+            factors = [f._replace(b=torch.cat([f.b[:, ::2], f.b[:, 1::2]], 1)) for f in factors]
+        self.low_rank[name] = tuple(factors)
+        try:
+            yield
+        finally:
+            del self.low_rank[name]
 
     def extra_repr(self) -> str:
         stacks = ", ".join(f"{p.name}={tuple(p.shape)} {p.scheme.describe()}" for p in self.projections)
         return f"{self.family.__name__}, {stacks}, backend={self.backend}"
+
+
+def _stacks(experts: FP8Experts) -> str:
+    return " and ".join(projection.name for projection in experts.projections)
 
 
 class FP8ExpertsInterface(ExpertsInterface):  # type: ignore[misc]

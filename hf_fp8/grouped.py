@@ -153,6 +153,11 @@ def _(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     return grad.new_empty((rest[-1], weight.shape[2]))
 
 
+def _no_second(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
+    raise InputError("gradients of gradients do not pass through FP8 experts: load with FP8Config(experts='dequantize')")
+
+
+torch.library.register_autograd("hf_fp8::scaled_grouped_linear_grad", _no_second, lib=_LIBRARY)
 torch.library.register_autograd("hf_fp8::scaled_grouped_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
 _scaled_grouped_linear = torch.ops.hf_fp8.scaled_grouped_linear.default
 

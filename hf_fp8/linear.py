@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from . import numerics
+from .changes import Change
 from .errors import ConfigError, UnsupportedError
 from .functional import scaled_linear
 from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # What becomes of the float weight that a layer was quantized from.
 ORIGINALS = ("discard", "keep", "offload")
@@ -39,7 +43,8 @@ class FP8Linear(QuantizedModule, nn.Linear):
         backward: "exact", or "quantized" to round gradients to 8 bits, too; see `FP8Config`.
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
             (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it.
-        made_of, trainable: the dtype of that weight, and whether it asked for gradients; what `to_linear` gives has both.
+        made_of, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it asked
+            for gradients; what `to_linear` gives has both.
         awaits_calibration: whether `input_scale` has yet to be measured (`hf_fp8.calibrate`).
         observer: called with each input while the layer is being calibrated.
     """
@@ -69,7 +74,6 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.backward = "exact"
         self.original: torch.Tensor | None = None
         self.originals = "discard"
-        self.made_of: torch.dtype | None = None
         self.trainable = True
         self.awaits_calibration = False
         self.observer: Callable[[torch.Tensor], Any] | None = None
@@ -180,6 +184,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
             backend = "weight_only"
         else:
             self.refuse_uncalibrated()
+        self.refuse_parametrized()
         if self.compute_dtype is not None:
             input = input.to(self.compute_dtype)
         out = scaled_linear(
@@ -204,6 +209,35 @@ class FP8Linear(QuantizedModule, nn.Linear):
         if self.original is None:
             return self.dequantized_weight(dtype)
         return self.original.to(self.weight.device, dtype)
+
+    @torch.no_grad()
+    def requantized(self, dense: nn.Module) -> tuple[Self, Change]:
+        """As in `QuantizedModule`. An original that was kept is now the new weight."""
+        changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
+        granularity, dtype = self.scheme.weight.granularity, self.weight_scale.dtype
+        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, dtype)
+        new, change = self._twin(), Change()
+        new.weight = nn.Parameter(codes, requires_grad=False)
+        new.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if self.bias is not None:
+            bias: torch.Tensor = dense.bias.detach()  # type: ignore[operator]
+            new.bias = nn.Parameter(bias.to(self.bias.dtype, copy=True), requires_grad=self.bias.requires_grad)
+        if self.original is not None:
+            new.original = changed.to(self.original)
+        for after, part, start in numerics.pieces(codes, scale, granularity, numerics.chunk(codes.device)):
+            rows = slice(start, start + len(after))
+            change.add(self._rows(rows), changed[rows].float(), numerics.dequantize(after, part, granularity))
+        return new, change
+
+    def _rows(self, rows: slice) -> torch.Tensor:
+        """Rows of the weight in float32, whole blocks of them."""
+        if self.original is not None:
+            return self.original[rows].to(self.weight.device, torch.float32)
+        granularity = self.scheme.weight.granularity
+        height = max(granularity.rows, 1)
+        grid = self.weight_scale.reshape(granularity.grid(*self.weight.shape))
+        scale = grid if granularity.rows == -1 else grid[rows.start // height : -(-rows.stop // height)]
+        return numerics.dequantize(self.weight[rows], scale, granularity)
 
     @torch.no_grad()
     def requantize_int8(self) -> None:
@@ -243,8 +277,15 @@ class FP8Linear(QuantizedModule, nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self.restored_weight(dtype), requires_grad=self.trainable)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=self.bias.requires_grad)
+            bias = self.bias.detach().to(dtype, copy=True)
+            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
+
+    def outline(self, dtype: torch.dtype) -> nn.Module:
+        """A plain `nn.Linear`; of an offloaded layer on the meta device, too."""
+        if not self.weight.is_meta:
+            return self.to_dense(dtype)
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)

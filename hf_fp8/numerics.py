@@ -118,13 +118,13 @@ def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tenso
 
 
 def quantize_weight(
-    weight: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8
+    weight: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8, scale_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
 
     Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
     (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
-    held beside weight and codes is of a fixed size.
+    held beside weight and codes is of a fixed size. scale_dtype: another dtype to round the scale to, before it is divided by.
 
     Raises ScaleError for weights with NaN or infinity.
     """
@@ -133,18 +133,21 @@ def quantize_weight(
     codes = torch.empty((rows, cols), dtype=dtype, device=weight.device)
     shape = scale_shape(granularity, rows, cols)
     scale = torch.zeros(granularity.grid(rows, cols), dtype=compute, device=weight.device)
-    elements = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+    elements = chunk(weight.device)
     for piece, part, _ in pieces(weight, scale, granularity, elements):
         if piece.numel():
             torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
     if not bool(scale.isfinite().all()):
         raise ScaleError(f"a weight of shape {(rows, cols)} has values that are NaN or infinite: it cannot be quantized")
     scale.copy_(weight_scale_of(scale, dtype))
+    if scale_dtype is not None and scale_dtype != compute:
+        held = scale.to(scale_dtype)
+        scale.copy_(torch.where(held > 0, held, torch.finfo(scale_dtype).tiny))
     largest = CODE_MAX[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
         scaled = (piece.to(compute) / _broadcast(part, granularity, *piece.shape)).clamp_(-largest, largest)
         codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
-    return codes, scale.reshape(shape)
+    return codes, scale.reshape(shape).to(scale_dtype or compute)
 
 
 def dequantize(
@@ -204,12 +207,17 @@ def requantize(
     rows, cols = q.shape
     codes = torch.empty((rows, cols), dtype=dtype, device=q.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=q.device)
-    for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK):
+    for piece, part, start in pieces(q, scale, granularity, chunk(q.device)):
         dense = dequantize(piece, part, granularity)
         end = start + len(piece)
         scales[start:end] = compute_scale(dense, ROW, dtype)
         codes[start:end] = quantize(dense, scales[start:end], ROW, dtype)
     return codes, scales
+
+
+def chunk(device: torch.device) -> int:
+    """Elements of a weight that are worked on at a time."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def pieces(

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from .errors import CalibrationError
+from .changes import Change
+from .errors import CalibrationError, UnsupportedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it.
+OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 class QuantizedModule(nn.Module):
@@ -28,6 +35,8 @@ class QuantizedModule(nn.Module):
 
     # Whether the scales of its inputs have yet to be measured.
     awaits_calibration: bool = False
+    # The dtype of the float weights that it was made of, or of the model that it was loaded into; None: not known.
+    made_of: torch.dtype | None = None
 
     @property
     def has_static_input(self) -> bool:
@@ -62,6 +71,36 @@ class QuantizedModule(nn.Module):
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The module that this one stands for, with its weights multiplied out, on the same device."""
         raise NotImplementedError
+
+    def outline(self, dtype: torch.dtype) -> nn.Module:
+        """`to_dense` for those who look at shapes, dtypes and devices: values may be missing."""
+        return self.to_dense(dtype)
+
+    def requantized(self, dense: nn.Module) -> tuple[Self, Change]:
+        """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
+        rounding them makes of the change.
+
+        Scheme, dtypes of the scales and scales of inputs are this one's. Raises ScaleError for NaN or infinite weights.
+        """
+        raise NotImplementedError
+
+    def _twin(self) -> Self:
+        """A module that shares all it has with this one, so far; hooks too, but for those bound to it."""
+        new = self.__new__(type(self))
+        new.__dict__.update({name: value for name, value in vars(self).items() if name not in OF_AN_INSTANCE})
+        for name in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[name] = dict(vars(self)[name])
+        return new
+
+    def refuse_parametrized(self) -> None:
+        """Raise UnsupportedError if somebody computes codes anew at each call (`torch.nn.utils.parametrize`)."""
+        parametrized: Any = self._modules.get("parametrizations")
+        if parametrized is not None and any(name in parametrized for name in self.quantized):
+            raise UnsupportedError(
+                f"this {type(self).__name__} is parametrized (torch.nn.utils.parametrize), which would be done to its codes, "
+                "not to its weights. Adapters of PEFT work: import hf_fp8 before they are added; else load with "
+                "FP8Config(dequantize=True)"
+            )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:

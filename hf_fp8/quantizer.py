@@ -308,6 +308,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantizedModule):
                 module.freeze()
                 module.awaits_calibration = self.planned is not None and module.has_static_input
+                module.made_of = module.made_of or self._dtype
                 if isinstance(module, FP8Linear):
                     module.backward = self.quantization_config.backward
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:

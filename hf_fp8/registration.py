@@ -11,6 +11,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from . import adapters
 from .config import FP8Config, remembered
 from .errors import ConfigError, UnsupportedError
 from .groups import concerns_fp8
@@ -35,6 +36,7 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OUR_METHOD] = FP8Config
     modeling_utils.get_hf_quantizer = get_hf_quantizer
     PreTrainedModel.save_pretrained = save_pretrained
+    adapters.install()
 
 
 def unregister() -> None:
@@ -44,6 +46,7 @@ def unregister() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
     modeling_utils.get_hf_quantizer = _host_door
     PreTrainedModel.save_pretrained = _host_save
+    adapters.uninstall()
 
 
 def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:

@@ -11,6 +11,7 @@ import torch
 from build import OFFLOAD, differing, error, tensors, tiny_llama, write
 from moe import IDS, causal, is_linear, qwen3_moe, write_transposed
 from test_experts import KEEP, experts_of, load, write_family
+from torch.nn.utils import parametrize
 from transformers import AutoModel, PreTrainedModel
 
 import hf_fp8
@@ -211,20 +212,27 @@ def test_gradients(qwen: tuple[PreTrainedModel, Path]) -> None:
         experts(torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.long), torch.rand(3, 2)).sum().backward()
 
 
-def test_adapters_on_codes_are_refused(qwen: tuple[PreTrainedModel, Path]) -> None:
-    """PEFT would add its delta to the codes: nothing would be learnt, and nobody told."""
+class Doubled(torch.nn.Module):
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return (codes.float() * 2).to(codes.dtype)
+
+
+def test_codes_that_somebody_computes_anew_are_refused(qwen: tuple[PreTrainedModel, Path]) -> None:
+    """As PEFT does to parameters, where hf_fp8 is not there: its delta would be added to codes."""
     from peft import LoraConfig, get_peft_model
 
     model, path = qwen
-    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
-    adapted = get_peft_model(load(model, path), config)
-    with pytest.raises(UnsupportedError, match="target_parameters"):
-        adapted(IDS, use_cache=False)
+    for name, leaf in (("model.layers.0.mlp.experts", "down_proj"), ("model.layers.1.self_attn.q_proj", "weight")):
+        kept = load(model, path)
+        parametrize.register_parametrization(kept.get_submodule(name), leaf, Doubled(), unsafe=True)
+        with pytest.raises(UnsupportedError, match="parametrized"):
+            kept(IDS, use_cache=False)
     on_linears = get_peft_model(load(model, path), LoraConfig(target_modules=["q_proj", "v_proj"]))
     on_linears(IDS, use_cache=False, labels=IDS).loss.backward()
     assert len(explain(on_linears)) == len(explain(load(model, path)))
     grads = [p.grad for n, p in on_linears.named_parameters() if "lora_A" in n or "lora_B" in n]
     assert grads and all(g is not None and g.isfinite().all() for g in grads)
+    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     dense = get_peft_model(load(model, path, FP8Config(experts="dequantize", backend="weight_only")), config)
     dense(IDS, use_cache=False, labels=IDS).loss.backward()
 

@@ -25,14 +25,16 @@ LAYERS = [
     {"kernels.triton_grouped", "kernels.probe"},
     {"kernels"},
     {"shared_input"},
-    {"gradients", "quantized_module"},
+    {"changes", "gradients", "low_rank"},
+    {"quantized_module", "stacks"},
     {"functional"},
     {"grouped", "linear"},
     {"pointwise"},
     {"experts"},
     {"groups", "parts", "observers", "placement", "reads"},
     {"candidates", "convert", "explain", "config", "checkpoint", "expert_names", "keymap", "calibration"},
-    {"fidelity.run", "fidelity.rows", "shards"},
+    {"fidelity.run", "fidelity.rows", "shards", "merging"},
+    {"adapters"},
     {"fidelity.outputs", "fidelity.plot"},
     {"fidelity.report"},
     {"fidelity.compare"},
@@ -54,7 +56,7 @@ LAYERS = [
 ]
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
-    "config", "experts", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
+    "config", "experts", "low_rank", "expert_names", "expert_plan", "keymap", "conversion", "transforms", "layout", "quantizer",
     "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli", "host_form", "rewrite",
 }  # fmt: skip
 

@@ -161,7 +161,7 @@ def _weights(pair: Pair) -> list[Row]:
         return [dataclasses.replace(row, note="weights not comparable: they are offloaded")]
     sums, weight = Sums(), weight.detach().reshape(layer.weight.shape)
     granularity = layer.scheme.weight.granularity
-    chunk = numerics.CPU_CHUNK if layer.weight.device.type == "cpu" else numerics.GPU_CHUNK
+    chunk = numerics.chunk(layer.weight.device)
     for codes, scale, start in numerics.pieces(layer.weight, layer.weight_scale, granularity, chunk):
         sums.add(weight[start : start + len(codes)], numerics.dequantize(codes, scale, granularity))
     return [_measured(row, sums)]

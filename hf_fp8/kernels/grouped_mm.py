@@ -105,7 +105,7 @@ def dequantize(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -
 def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
     """(rows of one expert's weight multiplied out, number of the first, of the one after the last)."""
     granularity = w.scheme.weight.granularity
-    chunk = numerics.CPU_CHUNK if w.codes.device.type == "cpu" else numerics.GPU_CHUNK
+    chunk = numerics.chunk(w.codes.device)
     # Where rows have scales of their own it does not matter which matrix they are of.
     parts = [w] if granularity.rows == 1 else [w.part(index) for index in range(w.parts)]
     base = 0
@@ -124,12 +124,12 @@ def times_weights(grad: torch.Tensor, w: ExpertWeights, groups: Groups) -> torch
     one expert after the other.
     """
     assert groups.ends is not None
-    n_experts, n, k = w.codes.shape
+    _, n, k = w.codes.shape
     wide = torch.promote_types(grad.dtype, torch.float32)
     found = torch.zeros((grad.shape[0], k), dtype=wide, device=grad.device)
-    if grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
-        if n % 8 == 0 and k % 8 == 0:  # rows of 16 bytes
-            return _times_columns(grad.contiguous(), w, groups, found)
+    aligned = n % 8 == 0 and k % 8 == 0  # rows of 16 bytes
+    if aligned and grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
+        return _times_columns(grad.contiguous(), w, groups, found)
     start = 0
     for expert, end in enumerate(groups.ends.tolist()):
         if end > start:
@@ -158,7 +158,7 @@ def _times_columns(grad: torch.Tensor, w: ExpertWeights, groups: Groups, out: to
                 each = (part.repeat_interleave(granularity.rows, 1)[:, : n // w.parts] for part in scale.chunk(w.parts, 1))
                 scale = torch.cat(list(each), 1)
         dense = codes.float().mul_(scale).to(grad.dtype)
-        product = F.grouped_mm(grad, dense, offs=groups.ends)  # type: ignore[attr-defined]
+        product = F.grouped_mm(grad, dense, offs=groups.ends)
         out[:, start : start + step] = product.masked_fill_(nobody, 0.0)
     return out
 

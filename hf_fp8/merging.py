@@ -1,0 +1,133 @@
+"""Merging adapters into quantized layers: how the result is stored, and what that makes of the adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .changes import Change
+from .convert import take_over
+from .errors import ConfigError, ScaleError
+from .quantized_module import QuantizedModule
+
+logger = logging.getLogger(__name__)
+
+INTO = ("quantized", "dense")
+# Below this share of a change, the log speaks of loss. Where adapters are large enough to be rounded like any weight, 0.98
+# to 1.02 is measured (docs/training.md).
+KEPT = 0.95
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """A layer that adapters were merged into. dense: it is a plain one now. change: what became of the adapters' change."""
+
+    name: str
+    dense: bool
+    change: Change
+
+
+@dataclass
+class MergeReport:
+    """The layers that adapters were merged into, by name, as they are now."""
+
+    layers: dict[str, MergedLayer] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> float:
+        """The share of all that the adapters change that is in the merged weights: 1 is all, 0 nothing."""
+        quantized = [layer.change for layer in self.layers.values()]
+        delta = sum(change.delta for change in quantized)
+        return sum(change.found for change in quantized) / delta if delta else 1.0
+
+    def __str__(self) -> str:
+        quantized = [layer for layer in self.layers.values() if not layer.dense]
+        dense = len(self.layers) - len(quantized)
+        said = f"adapters have changed the weights of {len(self.layers)} quantized layers"
+        if dense:
+            said += f", {dense} of which are dense now"
+        if not quantized:
+            return said
+        least = min(quantized, key=lambda layer: layer.change.kept)
+        worst = max(quantized, key=lambda layer: layer.change.error)
+        return (
+            f"{said}; {len(quantized)} were rounded to codes again: {self.kept:.0%} of what the adapters change is there "
+            f"(least: {least.name} {least.change.kept:.0%} of a change of {least.change.size:.2%}), and weights are off by up "
+            f"to {worst.change.error:.2%} ({worst.name})"
+        )
+
+
+@dataclass(frozen=True)
+class _Merging:
+    into: str
+    least_kept: float
+    report: MergeReport
+
+
+_current: ContextVar[_Merging | None] = ContextVar("hf_fp8_merging", default=None)
+
+
+@contextmanager
+def merging(into: str = "quantized", *, least_kept: float = 0.0) -> Iterator[MergeReport]:
+    """How adapters are merged inside the block: ``with hf_fp8.merging("dense"): model.merge_and_unload()``.
+
+    Args:
+        into: "quantized" rounds each merged weight to codes with fresh scales, which is the default outside of such a block,
+            too; "dense" leaves the layer a plain one, in the dtype that the model was loaded in.
+        least_kept: layers of which a smaller share of the change would be kept (see `Change.kept`) become dense instead.
+
+    Yields the report, which fills as layers are merged. Raises ConfigError for unknown options.
+    """
+    if into not in INTO:
+        raise ConfigError(f"merging({into!r}): it is one of {', '.join(INTO)}")
+    token = _current.set(_Merging(into, least_kept, report := MergeReport()))
+    try:
+        yield report
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Say in the log what was merged inside the block, unless a user's own `merging` holds the report."""
+    if _current.get() is not None:
+        yield
+        return
+    with merging() as report:
+        yield
+    if report.layers:
+        hint = "" if report.kept >= KEPT else ". Merge under `with hf_fp8.merging('dense'):` to keep all of it"
+        logger.warning(f"hf_fp8: {report}{hint}")
+
+
+def close(name: str, base: QuantizedModule, merged: nn.Module) -> nn.Module:
+    """The layer that is to stand in the place of `base`, made of `merged`, its float copy with adapters in it.
+
+    Raises ScaleError for NaN or infinite weights.
+    """
+    with reporting():
+        how = _current.get()
+        assert how is not None
+        new: nn.Module | None = None
+        change = Change()
+        if how.into == "quantized":
+            try:
+                new, change = base.requantized(merged)
+            except ScaleError as error:
+                raise ScaleError(f"{name}: with the adapter merged, {error}") from None
+        dense = new is None or change.kept < how.least_kept
+        if dense:
+            new = merged.to(base.made_of or torch.bfloat16).requires_grad_(False)
+            if not all(bool(p.isfinite().all()) for p in new.parameters()):
+                raise ScaleError(f"{name}: with the adapter merged, the weight has values that are NaN or infinite")
+            change = Change()
+        assert new is not None
+        take_over(base, new)
+        how.report.layers[name] = MergedLayer(name, dense, change)
+    return new
