@@ -154,15 +154,19 @@ def _create(create: Any, config: Any, adapter: str, target: Any, name: str, pare
 def _copy_to_read(base: QuantizedModule) -> nn.Module:
     """What PEFT takes for the layer while it makes an adapter. Of experts it reads shapes alone."""
     dtype = base.made_of or torch.bfloat16
-    shapes_alone = isinstance(base, FP8Experts) or base.is_offloaded
-    return (base.outline(dtype) if shapes_alone else base.to_dense(dtype)).requires_grad_(False)
+    hook = getattr(base, "_hf_hook", None) if _is_offloaded(base) else None
+    if hook is not None:
+        hook.pre_forward(base)
+    copied = base.outline(dtype) if isinstance(base, FP8Experts) else base.to_dense(dtype)
+    if hook is not None:
+        hook.post_forward(base, torch.empty(0))
+    return copied.requires_grad_(False)
 
 
 def _is_untouched(base: QuantizedModule, stand_in: Any) -> bool:
     """Whether making the adapter left the weight as it was: some (PiSSA, OLoRA) take out of it what they start with."""
-    if isinstance(base, FP8Experts) or base.is_offloaded:
+    if not isinstance(base, FP8Linear) or _is_offloaded(base):
         return True
-    assert isinstance(base, FP8Linear)
     return torch.equal(stand_in.weight.flatten(1), base.restored_weight(stand_in.weight.dtype))
 
 
@@ -203,9 +207,10 @@ def _record(layer: Any) -> Record | None:
     """The record of the layer that `layer` is an adapter on; None if it is not quantized, or a float copy just now."""
     holder = _innermost(layer)
     record: Record | None = vars(holder).get(_RECORD)
-    if record is None and isinstance(holder.base_layer, QuantizedModule):
+    is_quantized = isinstance(holder.base_layer, QuantizedModule)
+    if record is None and is_quantized:
         record = vars(holder)[_RECORD] = Record(type(holder.base_layer).__name__, [layer])  # made without `install`
-    return None if record is None or record.open else record
+    return record if record is not None and not record.open and (is_quantized or record.unmerged is not None) else None
 
 
 def _merge(host: Any) -> Any:

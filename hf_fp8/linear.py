@@ -281,12 +281,6 @@ class FP8Linear(QuantizedModule, nn.Linear):
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
-    def outline(self, dtype: torch.dtype) -> nn.Module:
-        """A plain `nn.Linear`; of an offloaded layer on the meta device, too."""
-        if not self.weight.is_meta:
-            return self.to_dense(dtype)
-        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
         if self.original is not None and self.originals == "keep":

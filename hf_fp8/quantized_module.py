@@ -72,10 +72,6 @@ class QuantizedModule(nn.Module):
         """The module that this one stands for, with its weights multiplied out, on the same device."""
         raise NotImplementedError
 
-    def outline(self, dtype: torch.dtype) -> nn.Module:
-        """`to_dense` for those who look at shapes, dtypes and devices: values may be missing."""
-        return self.to_dense(dtype)
-
     def requantized(self, dense: nn.Module) -> tuple[Self, Change]:
         """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
         rounding them makes of the change.

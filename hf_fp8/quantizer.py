@@ -25,7 +25,7 @@ from .linear import FP8Linear
 from .placement import compute_device
 from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
-from .saving import any_number, fit_config, recompress, refuse_unwritable
+from .saving import any_number, fit_config, is_dense_now, recompress, refuse_unwritable
 from .scheme import FP8, Scheme
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
@@ -185,13 +185,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, weight in layout.kept.items():
             dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
             swap_linear(
-                model,
-                name,
-                weight.scheme,
-                scale_dtype=dtypes[WEIGHT_SCALE],
-                input_scale_dtype=dtypes.get(INPUT_SCALE),
+                model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE),
                 backend=config.backend,
-            )
+            )  # fmt: skip
             self._untie(model, weight.target)
         for plan in layout.experts.values():
             swap_experts(
@@ -356,6 +352,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if self._dense_because is None and self.layout is not None:
+            if self.host is None and is_dense_now(model, self.layout):
+                self.dequantize(model)
+                return None, {}
             fit_config(model, self.quantization_config, self.layout)
         refuse_unwritable(model)
         if not self.passengers and self.host is None:

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from . import adapters
+from .candidates import adapters as adapters_on
 from .config import FP8Config, remembered
 from .errors import ConfigError, UnsupportedError
 from .groups import concerns_fp8
@@ -119,12 +120,19 @@ def _for_quantizing(config: PreTrainedConfig, passed: FP8Config) -> FP8Config:
 
 @wraps(_host_save)
 def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """The host's method, but not for a model of which a part was quantized by itself: nothing would say what its codes are."""
+    """The host's method, but not for a model of which a part was quantized by itself, as nothing would say what its codes
+    are; nor for one with adapters on it, whose layers go by other names then."""
     if getattr(self, "hf_quantizer", None) is None and any(isinstance(module, QuantizedModule) for module in self.modules()):
         raise UnsupportedError(
             f"{type(self).__name__} holds FP8 layers that it does not know of (a part of it was quantized by itself, or "
             "loaded by load_quantized): saved, their codes would be taken for values. Quantize the whole model, with targets "
             "or a filter_fn that choose the part; or call hf_fp8.dequantize_model first"
+        )
+    adapter = adapters_on(self)
+    if adapter is not None and getattr(self, "hf_quantizer", None) and not getattr(self, "_hf_peft_config_loaded", False):
+        raise UnsupportedError(
+            f"{adapter} has an adapter on it, which a checkpoint of the model has no place for: save the adapters "
+            "(PeftModel.save_pretrained), or save what merge_and_unload() returns"
         )
     return _host_save(self, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from .config import FP8Config
 from .errors import CalibrationError, UnsupportedError
 from .linear import FP8Linear
 from .pointwise import FP8PointwiseConv
+from .quantized_module import QuantizedModule
 from .stored import WEIGHT
 from .transforms import Layout
 
@@ -33,6 +34,11 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
     gone = {group.name for group in config.groups} - found
     if dense or gone:
         config.leave_out(dense, gone)
+
+
+def is_dense_now(model: nn.Module, layout: Layout) -> bool:
+    """Whether nothing is left to be written in FP8 of a model that held some: all layers have been replaced."""
+    return not layout.dense and not any(isinstance(module, QuantizedModule) for module in model.modules())
 
 
 def refuse_unwritable(model: nn.Module) -> None:
