@@ -41,7 +41,7 @@ SUPPORTED = frozenset(
 # Ways to start LoRA from an analysis of the model's weights, made before adapters are.
 STARTS_FROM_CODES = ("corda", "lora_ga")
 _RECORD = "_hf_fp8"
-_all: ContextVar[bool] = ContextVar("hf_fp8_unmerge_all", default=False)
+_all: ContextVar[set[int] | None] = ContextVar("hf_fp8_unmerge_all", default=None)  # while all are unmerged: those that are
 _patched: list[tuple[Any, str, Any]] = []  # (owner, name, what was there before)
 
 
@@ -143,7 +143,7 @@ def _create(create: Any, config: Any, adapter: str, target: Any, name: str, pare
             holder.base_layer = base
     layer = getattr(parent, name)
     holder = _innermost(layer)
-    holder.base_layer = base if _is_untouched(base, stand_in) else here(close)(key, base, stand_in)
+    holder.base_layer = base if _is_untouched(base, stand_in) else here(close)(key, base, stand_in, nearest=True)
     record = vars(holder).setdefault(_RECORD, Record(key))
     while hasattr(layer, "base_layer"):
         if not any(layer is known for known in record.layers):
@@ -229,17 +229,20 @@ def _merge(host: Any) -> Any:
 def _unmerge(host: Any) -> Any:
     def unmerge(self: Any) -> None:
         record = _record(self)
-        if record is None or (not self.merged and not _all.get()):
+        done = _all.get()
+        if record is None or (not self.merged and id(self) not in (done or ())):
             host(self)
         elif self.merged:
-            _rebuild(record, {} if _all.get() else {**_merged(record), id(self): []}, False)
+            _rebuild(record, {**_merged(record), id(self): []} if done is None else {}, False)
+            if done is not None:
+                done.update(map(id, record.layers))
 
     return unmerge
 
 
 def _unmerge_all(host: Any) -> Any:
     def unmerge_adapter(self: Any) -> Any:
-        token = _all.set(True)  # adapters that wrap each other need not be unmerged one by one
+        token = _all.set(set())  # adapters that wrap each other need not be unmerged one by one
         try:
             return host(self)
         finally:

@@ -54,6 +54,16 @@ def swap_linear(
     return new
 
 
+def untie(model: Any, weight: str) -> None:
+    """A weight of a transformers model that the file holds in FP8 is its own: tying would overwrite its codes with values."""
+    if weight in model.all_tied_weights_keys:
+        del model.all_tied_weights_keys[weight]
+        if model.get_output_embeddings() is not model.get_submodule(weight.rpartition(".")[0]):
+            return
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
 def swap_experts(
     model: nn.Module,
     name: str,

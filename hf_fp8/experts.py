@@ -278,9 +278,9 @@ class FP8Experts(QuantizedModule):
         """The same with weights that take no memory, and are NaN."""
         return stacks.rebuilt(self, dtype, empty=True)
 
-    def requantized(self, dense: nn.Module) -> tuple[FP8Experts, Change]:
+    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[FP8Experts, Change]:
         """As in `QuantizedModule`; dense: the family's module."""
-        found, change = stacks.requantized(self, dense)
+        found, change = stacks.requantized(self, dense, chance)
         new = self._twin()
         new._parameters.update(found)
         new.low_rank = {}

@@ -211,11 +211,11 @@ class FP8Linear(QuantizedModule, nn.Linear):
         return self.original.to(self.weight.device, dtype)
 
     @torch.no_grad()
-    def requantized(self, dense: nn.Module) -> tuple[Self, Change]:
+    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
         """As in `QuantizedModule`. An original that was kept is now the new weight."""
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
         granularity, dtype = self.scheme.weight.granularity, self.weight_scale.dtype
-        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, dtype)
+        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, dtype, chance)
         new, change = self._twin(), Change()
         new.weight = nn.Parameter(codes, requires_grad=False)
         new.weight_scale = nn.Parameter(scale, requires_grad=False)

@@ -118,13 +118,18 @@ def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tenso
 
 
 def quantize_weight(
-    weight: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8, scale_dtype: torch.dtype | None = None
+    weight: torch.Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype = FP8,
+    scale_dtype: torch.dtype | None = None,
+    chance: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
 
     Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
     (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
     held beside weight and codes is of a fixed size. scale_dtype: another dtype to round the scale to, before it is divided by.
+    chance: round up or down at random (`round_by_chance`) instead of to the nearest code.
 
     Raises ScaleError for weights with NaN or infinity.
     """
@@ -146,8 +151,24 @@ def quantize_weight(
     largest = CODE_MAX[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
         scaled = (piece.to(compute) / _broadcast(part, granularity, *piece.shape)).clamp_(-largest, largest)
+        if chance is not None:
+            scaled = round_by_chance(scaled.float(), dtype, chance).clamp_(-largest, largest)
         codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
     return codes, scale.reshape(shape).to(scale_dtype or compute)
+
+
+def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -> torch.Tensor:
+    """Each of x (float32) as one of the two codes of `dtype` around it: the nearer it is to one, the likelier that one.
+
+    So the mean of many is kept, which rounding to the nearest does not do: values that lie on codes and are moved by less
+    than half a step would all go back. Stochastic rounding, as in Croci et al., doi.org/10.1098/rsos.211631.
+    """
+    step = torch.ones_like(x)
+    if dtype == FP8:
+        # Three bits behind the leading one, down to the step of subnormals, 2**-9.
+        exponent = torch.frexp(x).exponent.clamp_(min=-5) - 4
+        step = torch.ldexp(step, exponent)
+    return torch.floor(x / step + torch.rand(x.shape, generator=chance, device=x.device)).mul_(step)
 
 
 def dequantize(

@@ -72,9 +72,9 @@ class QuantizedModule(nn.Module):
         """The module that this one stands for, with its weights multiplied out, on the same device."""
         raise NotImplementedError
 
-    def requantized(self, dense: nn.Module) -> tuple[Self, Change]:
+    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
         """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
-        rounding them makes of the change.
+        rounding them makes of the change. chance: as in `numerics.quantize_weight`.
 
         Scheme, dtypes of the scales and scales of inputs are this one's. Raises ScaleError for NaN or infinite weights.
         """

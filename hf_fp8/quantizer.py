@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
 from .conversion import AsItIs, KeyRenaming, RoutedConverter
-from .convert import let_siblings_share, swap_back, swap_experts, swap_linear
+from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie
 from .errors import ConfigError, ScaleError, UnsupportedError
 from .explain import NOTES, by_reason
 from .kernels import why_not_kept, why_not_kept_experts
@@ -25,7 +25,7 @@ from .linear import FP8Linear
 from .placement import compute_device
 from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
-from .saving import any_number, fit_config, is_dense_now, recompress, refuse_unwritable
+from .saving import any_number, fit_config, is_dense_now, leave_experts, recompress, refuse_unwritable
 from .scheme import FP8, Scheme
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
@@ -188,7 +188,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE),
                 backend=config.backend,
             )  # fmt: skip
-            self._untie(model, weight.target)
+            untie(model, weight.target)
         for plan in layout.experts.values():
             swap_experts(
                 model, plan.name, plan.first.projection, plan.second.projection,
@@ -240,16 +240,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         reason = why_not_kept_experts(device, self._dtype, scheme)
         where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
         return because or (None if reason is None else f"{where}: {reason}")
-
-    @staticmethod
-    def _untie(model: PreTrainedModel, target: str) -> None:
-        """A weight that the file holds in FP8 is its own: tying would overwrite its codes with another's values."""
-        if target in model.all_tied_weights_keys:
-            del model.all_tied_weights_keys[target]
-            if model.get_output_embeddings() is not model.get_submodule(target.removesuffix(f".{WEIGHT}")):
-                return
-            model.config.get_text_config().tie_word_embeddings = False
-            model.config.tie_word_embeddings = False
 
     def _carry(self, checkpoint: Checkpoint, layout: Layout) -> None:
         """Take along the tensors that no module uses, and those that the host's modules would hold in another dtype."""
@@ -333,8 +323,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         # By the files' own names, too: of experts that the model merges, others look for each one.
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
         self.quantization_config.become_int8([*self._dense, *sorted(merged)])
-        names = [c for c in layout.conversions if isinstance(c, KeyRenaming)]
-        model._weight_conversions = [*self._native_conversions(), *names]
+        model._weight_conversions = self._conversions_of_dense_experts(layout)
         remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8
         layout.scales.clear()
@@ -348,6 +337,10 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         return [c for c in self._host_conversions if isinstance(c, WeightConverter) or c.was_used()]
 
+    def _conversions_of_dense_experts(self, layout: Layout) -> list[WeightTransform]:
+        """The host's own for a model whose Linears are quantized, and nothing else."""
+        return [*self._native_conversions(), *(c for c in layout.conversions if isinstance(c, KeyRenaming))]
+
     # -- saving and converting back --
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
@@ -355,6 +348,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if self.host is None and is_dense_now(model, self.layout):
                 self.dequantize(model)
                 return None, {}
+            if leave_experts(model, self.quantization_config, self.layout):
+                model._weight_conversions = self._conversions_of_dense_experts(self.layout)
             fit_config(model, self.quantization_config, self.layout)
         refuse_unwritable(model)
         if not self.passengers and self.host is None:

@@ -36,9 +36,34 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
         config.leave_out(dense, gone)
 
 
+def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
+    """Whether experts that were in FP8 are dense now (adapters were merged into them so); then the config says it.
+
+    Raises UnsupportedError if only some of them are: a family's files are of one form.
+    """
+    gone = [name for name in layout.experts if not _holds_codes(model.get_submodule(name))]
+    if not gone:
+        return False
+    if len(gone) < len(layout.experts) or layout.dense:
+        raise UnsupportedError(
+            f"{gone[0]} is dense now, and other experts are in FP8, which cannot be saved beside it: merge adapters into all "
+            "of them in one way (hf_fp8.merging), or call model.dequantize() first to save a dense model"
+        )
+    targets = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
+    weights = [weight for weight in layout.scan.weights if weight.target in targets]
+    config.leave_out([*gone, *sorted({any_number(weight.name) for weight in weights})], ())
+    layout.experts.clear()
+    layout.scan.weights = [weight for weight in layout.scan.weights if weight.target not in targets]
+    return True
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return any(isinstance(part, QuantizedModule) for part in module.modules())
+
+
 def is_dense_now(model: nn.Module, layout: Layout) -> bool:
     """Whether nothing is left to be written in FP8 of a model that held some: all layers have been replaced."""
-    return not layout.dense and not any(isinstance(module, QuantizedModule) for module in model.modules())
+    return not layout.dense and not _holds_codes(model)
 
 
 def refuse_unwritable(model: nn.Module) -> None:

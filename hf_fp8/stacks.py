@@ -75,7 +75,7 @@ def _rows(experts: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def requantized(experts: Any, dense: nn.Module) -> tuple[dict[str, nn.Parameter], Change]:
+def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) -> tuple[dict[str, nn.Parameter], Change]:
     """Parameters of `experts` made of those of `dense`, the family's module, and what rounding makes of the change."""
     found: dict[str, nn.Parameter] = {}
     change = Change()
@@ -91,7 +91,7 @@ def requantized(experts: Any, dense: nn.Module) -> tuple[dict[str, nn.Parameter]
                 place = new.part(part) if projection.parts > 1 else new
                 try:
                     made = numerics.quantize_weight(
-                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, scales.dtype
+                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, scales.dtype, chance
                     )
                 except ScaleError as error:
                     raise ScaleError(f"{projection.name} of expert {expert}: {error}") from None

@@ -1,0 +1,147 @@
+"""docs/training.md and its picture: SmolLM2 fine-tuned over BF16, FP8 and int8 weights, merged, and what each step loses."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+ROOT = Path(__file__).parent.parent
+
+import finetune
+import peft
+import smollm2
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+import hf_fp8
+
+# name -> (checkpoint, backend)
+BASES: dict[str, tuple[str, str | None]] = {
+    "BF16": ("dense", None),
+    "FP8, inputs as they are (weight_only)": ("dynamic", "weight_only"),
+    "FP8, inputs rounded (scaled_mm)": ("dynamic", "scaled_mm"),
+    "int8 of FP8 (int8)": ("dynamic", "int8"),
+}
+SHOWN = "FP8, inputs as they are (weight_only)"  # what scripts/finetune does by itself
+MERGES: dict[str, dict[str, Any]] = {
+    "stochastic (the default)": {},
+    "nearest": {"rounding": "nearest"},
+    "dense": {"into": "dense"},
+}
+
+
+def train(name: str, steps: int, folder: Path, tokenizer: Any, judged: torch.Tensor) -> dict[str, Any]:
+    """One base: fine-tuned and judged; the adapter is left in the folder."""
+    path, backend = BASES[name]
+    model = finetune.load(ROOT / ".demo" / path, backend)
+    before = smollm2.perplexity(model, judged)
+    said = io.StringIO()
+    start = time.time()
+    with redirect_stdout(said):
+        model, seen = finetune.finetune(model, tokenizer, steps, folder)
+    took = time.time() - start
+    after = smollm2.perplexity(model, judged)
+    model.save_pretrained(folder / "adapter")
+    print(f"{name}: {before:.3f} to {after:.3f}, {took:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "before": before, "after": after, "losses": seen.losses, "held_out": seen.held_out, "said": said.getvalue(),
+        "seconds": took,
+    }  # fmt: skip
+
+
+def merge(name: str, folder: Path, judged: torch.Tensor, how: dict[str, Any]) -> tuple[str, float, bool]:
+    """(the report, perplexity merged, whether the saved checkpoint agrees to the bit) of a base's adapter."""
+    path, backend = BASES[name]
+    model = PeftModel.from_pretrained(finetune.load(ROOT / ".demo" / path, backend), folder / "adapter")
+    with hf_fp8.merging(**how) as report:
+        merged = model.merge_and_unload()
+    found = smollm2.perplexity(merged, judged)
+    same = False
+    if backend != "int8":  # its checkpoint is int8, which transformers runs
+        with tempfile.TemporaryDirectory() as work:
+            merged.save_pretrained(work)
+            again = finetune.load(Path(work), backend if how.get("into") != "dense" else None)
+            ids = judged[None, :64]
+            same = torch.equal(again(ids).logits, merged(ids).logits)
+    return str(report), found, same
+
+
+def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "hf_fp8"}):
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for (name, run), marker in zip(runs.items(), "osD^", strict=False):
+            smooth = torch.tensor(run["losses"]).unfold(0, min(9, len(run["losses"])), 1).mean(1)
+            left.plot(range(1, len(smooth) + 1), smooth, linewidth=1.2, label=name)
+            right.plot(*zip(*run["held_out"], strict=True), linewidth=1.2, marker=marker, markersize=4, label=name)
+        left.set_title("trained on (mean of 9 steps)", fontsize=9, loc="left")
+        right.set_title("held out", fontsize=9, loc="left")
+        for axis in (left, right):
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        left.set_ylabel("loss, nats per token")
+        right.legend(fontsize=7, frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--folder", type=Path, default=ROOT / ".demo" / "training", help="where adapters are left")
+    args = parser.parse_args()
+    smollm2.write_fp8(smollm2.write_dense(ROOT / ".demo" / "dense"), ROOT / ".demo" / "dynamic", "dynamic")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / ".demo" / "dense")
+    judged = finetune.texts(tokenizer)[2]
+    runs = {name: train(name, args.steps, args.folder / str(number), tokenizer, judged) for number, name in enumerate(BASES)}
+    draw(runs, ROOT / "docs" / "training.svg")
+    plain = runs["BF16"]
+    lines = [
+        f"| {name} | {run['before']:.2f} | {run['after']:.2f} | {math.log(run['after']):.4f} "
+        f"({math.log(run['after']) / math.log(plain['after']) - 1:+.2%}) | {run['seconds'] / args.steps:.1f} |"
+        for name, run in runs.items()
+    ]
+    merges = []
+    for number, name in enumerate(BASES):
+        if BASES[name][1] is None:
+            continue
+        for how, options in MERGES.items():
+            report, found, same = merge(name, args.folder / str(number), judged, options)
+            print(f"{name}, {how}: {report}: {found:.3f}", file=sys.stderr, flush=True)
+            kept = report.partition("rounded to codes again: ")[2].partition("%")[0]
+            merges.append(
+                f"| {name} | {how} | {f'{kept}%' if kept else '-'} | {runs[name]['after']:.3f} | {found:.3f} | "
+                f"{'yes' if same else 'not compared'} |"
+            )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    versions = (
+        f"hf_fp8 {hf_fp8.__version__} at {commit}, torch {torch.__version__}, transformers {transformers.__version__}, PEFT "
+        f"{peft.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} CPU cores, bfloat16"
+    )
+    page = (ROOT / "docs" / "training.template.md").read_text()
+    for mark, text in {
+        "VERSIONS": versions, "STEPS": str(args.steps), "BASES": "\n".join(lines), "MERGES": "\n".join(merges),
+        "SAID": runs[SHOWN]["said"].strip(), "BEFORE": f"{runs[SHOWN]['before']:.3f}", "AFTER": f"{runs[SHOWN]['after']:.3f}",
+    }.items():  # fmt: skip
+        page = page.replace(f"<!-- {mark} -->", text)
+    (ROOT / "docs" / "training.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

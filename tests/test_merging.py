@@ -1,0 +1,327 @@
+"""Merging adapters into quantized layers: what is kept, what is reported, what is saved, and the way back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import STATIC_TENSOR, State, error, load, logits, tensors, tiny_llama, write
+from moe import deepseek_v3, gpt_oss, llama4, mixtral, qwen3_moe
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import hf_fp8
+from hf_fp8 import (
+    ConfigError,
+    FP8Config,
+    FP8Experts,
+    FP8Linear,
+    ScaleError,
+    dequantize_model,
+    merging,
+    numerics,
+    quantize_model,
+)
+from hf_fp8.changes import Change
+from hf_fp8.quantized_module import QuantizedModule
+from hf_fp8.scheme import FP8, INT8, ROW, TENSOR, Granularity
+
+FAMILIES = [mixtral, qwen3_moe, gpt_oss, llama4, deepseek_v3]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def adapted(model: Any, std: float = 0.05, **options: Any) -> Any:
+    """With adapters that change weights by some percent (std 0.05) or far less than codes' steps (1e-4)."""
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(**({"target_modules": "all-linear", "r": 4} | options)))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=std)
+    return model
+
+
+def held(model: nn.Module) -> State:
+    """All codes and scales, as bytes."""
+    return {
+        f"{name}.{part}": getattr(module, part).detach().contiguous().view(torch.uint8).clone()
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for part in module.quantized
+        if getattr(module, part) is not None
+    }
+
+
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "channel": {},
+    "channel, float32 scales": {"scale_dtype": torch.float32},
+    "tensor, static inputs": {"weight": TENSOR, "inputs": STATIC_TENSOR},
+    "block": {"weight": Granularity(32, 32)},
+    "group": {"weight": Granularity(1, 32)},
+}
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_there_and_back(case: str, rounding: str, tmp_path: Path) -> None:
+    """Merged outputs are near; the saved checkpoint gives them to the bit; and the base comes back byte for byte."""
+    write(tiny_llama(), tmp_path / "fp8", **WEIGHTS[case])
+    model = adapted(load(tmp_path / "fp8"))
+    before, base = logits(model), held(model)
+    with merging(rounding=rounding) as report:
+        model.merge_adapter()
+        merged = held(model)
+        assert merged.keys() == base.keys()
+        assert sum(not torch.equal(merged[name], base[name]) for name in base) >= 14
+        # Weights rounded again in all 14 linears of a model of random weights, which does not average errors out.
+        assert error(logits(model), before) < (0.2 if rounding == "stochastic" else 0.15)
+        model.unmerge_adapter()
+    assert len(report.layers) == 14 and 0.9 < report.kept < 1.1
+    assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+    assert torch.equal(logits(model), before)
+    with merging(rounding=rounding):
+        plain = model.merge_and_unload()
+    inside = {name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor for name, tensor in merged.items()}
+    assert inside.keys() == held(plain).keys() and all(torch.equal(t, inside[name]) for name, t in held(plain).items())
+    plain.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert torch.equal(logits(again), logits(plain))
+    read, written = tensors(tmp_path / "fp8"), tensors(tmp_path / "merged")
+    assert read.keys() == written.keys()
+    assert all(written[name].dtype == t.dtype and written[name].shape == t.shape for name, t in read.items() if "_proj" in name)
+    assert all(torch.equal(t, written[name]) for name, t in read.items() if name.endswith("input_scale"))
+
+
+def test_stock_reads_what_was_merged(fp8: Path, tmp_path: Path) -> None:
+    model = adapted(load(fp8)).merge_and_unload()
+    model.save_pretrained(tmp_path / "merged")
+    wanted = logits(load(tmp_path / "merged", FP8Config(backend="scaled_mm")))
+    hf_fp8.unregister()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert error(logits(stock), wanted) < 1e-5
+    finally:
+        hf_fp8.register()
+
+
+@pytest.mark.parametrize("backend", ["weight_only", "int8"])
+def test_small_changes_are_not_rounded_away(backend: str, fp8: Path) -> None:
+    """Weights lie on codes, and go back there from anywhere within half a step."""
+    kept = {}
+    for rounding in ("nearest", "stochastic"):
+        model = adapted(load(fp8, FP8Config(backend=backend)), std=1e-4)
+        with merging(rounding=rounding) as report:
+            model.merge_adapter()
+        kept[rounding] = report.kept
+        assert f"{report.kept:.0%}" in str(report)
+    assert kept["nearest"] < 0.2 and 0.8 < kept["stochastic"] < 1.2
+
+
+def test_what_is_lost_is_said(fp8: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(load(fp8), std=1e-4)
+    model.merge_adapter()
+    assert "14 quantized layers" in caplog.text and "hf_fp8.merging('dense')" not in caplog.text
+    model.unmerge_adapter()
+    caplog.clear()
+    with merging(rounding="nearest") as report:
+        model.merge_adapter()
+    assert not caplog.text and report.kept < 0.2  # who asked for a report reads it
+    worst = min(report.layers.values(), key=lambda layer: layer.change.kept)
+    assert worst.name in str(report) and not worst.dense
+
+
+@pytest.mark.parametrize("options", [{"into": "dense"}, {"rounding": "nearest", "least_kept": 0.5}])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_dense_keeps_all(options: dict[str, Any], targets: Any, fp8: Path, tmp_path: Path) -> None:
+    model = adapted(load(fp8), std=1e-4, target_modules=targets)
+    before, base = logits(model), held(model)
+    with merging(**options) as report:
+        model.merge_adapter()
+        assert error(logits(model), before) < 1e-6
+        model.unmerge_adapter()
+        assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+        plain = model.merge_and_unload()
+    assert {layer.dense for layer in report.layers.values()} == {True} and report.kept == 1
+    assert all(type(plain.get_submodule(name)) is nn.Linear for name in report.layers)
+    plain.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged") if targets != "all-linear" else AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert error(logits(again), before) < 1e-6
+    found = getattr(again.config, "quantization_config", None)
+    assert (found is None) == (targets == "all-linear")
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_variants(options: dict[str, Any], tmp_path: Path) -> None:
+    write(tiny_llama(attention_bias=True), tmp_path)
+    model = adapted(load(tmp_path), target_modules=["q_proj", "o_proj"], **options)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name or "lora_B" in name:
+            parameter.data *= 1.1
+    before, base = logits(model), held(model)
+    bias = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias.clone()
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        assert error(logits(model), before) < 0.1
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), before)
+        assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+        assert torch.equal(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias, bias)
+
+
+def test_several_adapters_are_rounded_once(fp8: Path) -> None:
+    """Merged one after the other, they give what they give merged at once: each time from the base as it was."""
+    model = adapted(load(fp8), target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    base, both = held(model), logits(model)
+    model.merge_adapter(["default"])
+    one = held(model)
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"])
+    in_turn = held(model)
+    assert error(logits(model), both) < 0.1
+    model.unmerge_adapter()
+    model.merge_adapter()
+    assert all(torch.equal(tensor, in_turn[name]) for name, tensor in held(model).items())
+    assert any(not torch.equal(tensor, in_turn[name]) for name, tensor in one.items())
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="unmerged"):
+        model.unmerge_adapter()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+
+
+def test_disabled_while_merged(fp8: Path) -> None:
+    """PEFT unmerges in the forward then."""
+    model = adapted(load(fp8))
+    plain, before = logits(load(fp8)), logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("into", ["quantized", "dense"])
+def test_broken_adapters_change_nothing(into: str, safe: bool, fp8: Path) -> None:
+    model = adapted(load(fp8), target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    before, base, good = logits(model), held(model), layer.lora_B["default"].weight.data.clone()
+    layer.lora_B["default"].weight.data[0, 0] = torch.inf
+    error_class, words = (ValueError, "broken") if safe else (ScaleError, r"layers\.1\.self_attn\.q_proj")
+    with merging(into), pytest.raises(error_class, match=words):
+        model.merge_adapter(safe_merge=safe)
+    assert not layer.merged and isinstance(layer.base_layer, FP8Linear)
+    model.unmerge_adapter()  # what came before it
+    layer.lora_B["default"].weight.data = good
+    assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts(family: Any, tmp_path: Path) -> None:
+    """Adapters on stacks: what they give is what they give on the dense family, in every layout; merged and back, saved."""
+    family().save_pretrained(tmp_path / "dense")
+    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+    made: list[PreTrainedModel] = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.float32)
+        for _ in range(2)
+    ]
+    dequantize_model(made[1], torch.float32)
+    ours, dense = (adapted(model, target_modules=["q_proj"], target_parameters=EXPERTS) for model in made)
+    # bfloat16 biases of gpt-oss and the like are the same in both
+    found, plain = logits(ours), None
+    with ours.disable_adapter():
+        plain = logits(ours)
+    assert error(found, logits(dense)) < 1e-5 and error(found, plain) > 0.01
+    base = held(ours)
+    with merging() as report:
+        ours.merge_adapter()
+    assert error(logits(ours), found) < 0.25 and 0.95 < report.kept < 1.05
+    assert any(isinstance(module, FP8Experts) for module in ours.modules())
+    ours.unmerge_adapter()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in held(ours).items()) and torch.equal(logits(ours), found)
+    merged = ours.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    keep = FP8Config(backend="weight_only", experts="fp8")
+    assert torch.equal(logits(load(tmp_path / "merged", keep)), logits(merged))
+
+
+@pytest.mark.parametrize("family", [qwen3_moe, gpt_oss])
+def test_experts_left_dense(family: Any, tmp_path: Path) -> None:
+    family().save_pretrained(tmp_path / "dense")
+    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.float32)
+    model = adapted(model, target_modules=["q_proj"], target_parameters=EXPERTS)
+    before = logits(model)
+    with merging("dense"):
+        model.merge_adapter()
+        assert error(logits(model), before) < 1e-5
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), before)
+        merged = model.merge_and_unload()
+    assert not any(isinstance(module, FP8Experts) for module in merged.modules())
+    merged.save_pretrained(tmp_path / "merged")
+    assert error(logits(load(tmp_path / "merged")), before) < 1e-5
+
+
+@pytest.mark.parametrize("originals", ["keep", "offload"])
+def test_originals_are_merged_into(originals: str) -> None:
+    """The adapter is added to the float weight that was kept, which stays beside the new codes."""
+    model = quantize_model(tiny_llama().float(), "FP8_WEIGHT_ONLY", originals=originals)
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(name).original.clone()
+    model = adapted(model, target_modules=["up_proj"])
+    delta = model.base_model.model.get_submodule(name).get_delta_weight("default")
+    merged = model.merge_and_unload().get_submodule(name)
+    assert error(merged.original, weight + delta) < 1e-6 and error(merged.dequantized_weight(), weight + delta) < 0.05
+    assert torch.equal(dequantize_model(copy.deepcopy(merged)).weight, merged.original)
+
+
+@pytest.mark.parametrize("options", [{"into": "bf16"}, {"rounding": "up"}])
+def test_unknown_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="it is one of"), merging(**options):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [FP8, INT8])
+def test_rounding_by_chance(dtype: torch.dtype) -> None:
+    """Values that are codes stay; all others become one of their two neighbours, and their mean stays."""
+    generator = torch.Generator().manual_seed(0)
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    codes = every[every.isfinite()].unique()
+    assert torch.equal(numerics.round_by_chance(codes, dtype, generator), codes)
+    x = torch.randn(500) * torch.logspace(-4, 2, 500)
+    many = torch.stack([numerics.round_by_chance(x, dtype, generator) for _ in range(2000)]).clamp(codes.min(), codes.max())
+    assert bool(torch.isin(many, codes).all())
+    above = torch.searchsorted(codes, x.clamp(codes.min(), codes.max())).clamp(1, len(codes) - 1)
+    low, high = codes[above - 1], codes[above]
+    inside = (x > codes.min()) & (x < codes.max())
+    assert bool(((many >= low) & (many <= high))[:, inside].all())
+    error_of_mean = (many.mean(0) - x)[inside].abs() / (high - low)[inside]
+    assert float(error_of_mean.max()) < 5 * 0.5 / 2000**0.5  # five deviations of a coin
+
+
+def test_a_change_in_numbers() -> None:
+    w, m = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.2])
+    change = Change()
+    change.add(w, m, torch.tensor([1.0, 2.1]))
+    assert change.kept == pytest.approx(0.5, abs=1e-6) and change.size == pytest.approx(0.2 / 5.84**0.5, rel=1e-5)
+    assert change.error == pytest.approx(0.1 / 5.84**0.5, rel=1e-5) and Change().kept == 1
+
+
+@pytest.mark.parametrize("granularity", [ROW, TENSOR, Granularity(16, 16), Granularity(1, 16)], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_quantized_to_a_scale_of_another_dtype(granularity: Granularity, scale_dtype: torch.dtype) -> None:
+    """The scale that is stored is the one that was divided by: no code is further off than half a step."""
+    weight = torch.randn(24, 40)
+    weight[3] = 0
+    codes, scale = numerics.quantize_weight(weight, granularity, FP8, scale_dtype)
+    assert scale.dtype == scale_dtype
+    steps = numerics.quantize(weight, scale.float(), granularity)
+    assert torch.equal(codes.view(torch.uint8), steps.view(torch.uint8))
