@@ -30,13 +30,14 @@ def product(x: torch.Tensor, factors: LowRank, groups: Groups) -> torch.Tensor:
     n_experts, rank, _ = factors.a.shape
     groups = groups if groups.ends is not None else grouped_mm.sort(groups, n_experts)
     assert groups.ends is not None
-    a, b = factors.a.to(x.dtype), factors.b.to(x.dtype)
+    a, b = factors.a.to(x.dtype), (factors.b * factors.scaling).to(x.dtype)
     if fill := -rank % ALIGNED:
         a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
+    a, b = a.contiguous(), b.contiguous()  # PEFT's are views that grouped matmuls refuse
     # Behind the last expert's rows nothing would be written, nor in the backward pass: it takes those of nobody, too.
     ends = groups.ends.clone()
     ends[-1:] = groups.experts.shape[0]
     small = moe._grouped_linear(groups.gather(x), a, ends)
-    out: torch.Tensor = moe._grouped_linear(small, b * factors.scaling, ends)
+    out: torch.Tensor = moe._grouped_linear(small, b, ends)
     out = torch.where((groups.experts < n_experts).unsqueeze(1), out, 0.0)
     return out if groups.slots is None else torch.zeros_like(out).index_copy(0, groups.slots, out)

@@ -1,4 +1,4 @@
-"""Benchmarks: `scripts/bench kernels`, `scripts/bench experts`, `scripts/bench model`, `scripts/bench plot`; -h says more.
+"""Benchmarks: `scripts/bench kernels`, `experts`, `model`, `training`, `plot`; -h says more.
 
 Results are appended to docs/benchmarks.csv, with device, versions and commit; `plot` draws docs/performance.svg.
 """
@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import bench_experts
 import bench_kernels
 import bench_model
+import bench_training
 import shapes
 import torch
 import transformers
@@ -161,15 +162,7 @@ def run_experts(args: argparse.Namespace) -> None:
 
 def run_model(args: argparse.Namespace) -> None:
     log = Log(args.device)
-    if args.model in shapes.LLAMAS:
-        path = shapes.write(args.model, ROOT / ".demo" / args.model)
-    elif args.model == "smollm2-135m":
-        import smollm2
-
-        dense = smollm2.write_dense(ROOT / ".demo" / "dense")
-        path = smollm2.write_fp8(dense, ROOT / ".demo" / "dynamic", "dynamic")
-    else:
-        path = Path(args.model)
+    path = checkpoint(args.model)
     names = tuple(args.contenders or (bench_model.ON_CPU if args.device == "cpu" else bench_model.ON_GPU))
     workers = bench_model.compare(path, names, args.dtype, args.device, args.tokens, args.rounds, args.compile)
     by_name = {worker.name: worker for worker in workers}
@@ -200,6 +193,49 @@ def run_model(args: argparse.Namespace) -> None:
             })  # fmt: skip
         console.print(table)
         log.add(rows)
+
+
+def run_training(args: argparse.Namespace) -> None:
+    log = Log(args.device)
+    for case in args.cases:
+        path = case if case.startswith("stack-") else checkpoint(case)
+        names = [name for name in args.contenders if name in bench_training.CONTENDERS]
+        workers = bench_training.compare(path, names, args.dtype, args.device, args.tokens, args.rounds)
+        first = {name: next((w for w in workers if w.name == name and w.found), None) for name in names}
+        table = Table(
+            "contender", "ms a step", "x BF16", "x stock", "GB held", "GB at the peak", "of BF16",
+            title=f"LoRA over {case}, {args.tokens} tokens, {args.dtype}",
+        )  # fmt: skip
+        rows = []
+        for worker in workers:
+            if worker.error:
+                table.add_row(worker.name, f"not measured: {worker.error}")
+                continue
+            plain, stock = first.get("BF16"), first.get("stock dequantize=True")
+            ratios = [other.seconds / worker.seconds if other else float("nan") for other in (plain, stock)]
+            held, peak = worker.found["held_gb"], worker.found["peak_gb"]
+            share = peak / plain.found["peak_gb"] if plain else float("nan")
+            cells = [worker.seconds * 1e3, *ratios, held, peak, share]
+            table.add_row(worker.name, *[f"{cell:.3g}" for cell in cells])
+            rows.append({
+                "benchmark": "training", "case": case, "scheme": "channel", "dtype": args.dtype, "m": args.tokens,
+                "contender": worker.name, "ms": worker.seconds * 1e3, "ratio_to_dense": ratios[0],
+                "ratio_to_stock": ratios[1], "gb": peak, "note": f"gb: peak of a step, {share:.3f} of BF16",
+            })  # fmt: skip
+        console.print(table)
+        log.add(rows)
+
+
+def checkpoint(model: str) -> Path:
+    """The FP8 checkpoint of a model by name, made once; else a folder."""
+    if model in shapes.LLAMAS:
+        return shapes.write(model, ROOT / ".demo" / model)
+    if model == "smollm2-135m":
+        import smollm2
+
+        dense = smollm2.write_dense(ROOT / ".demo" / "dense")
+        return smollm2.write_fp8(dense, ROOT / ".demo" / "dynamic", "dynamic")
+    return Path(model)
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -241,7 +277,16 @@ def main() -> None:
     model.add_argument("--compile", action="store_true", help="decode with a static cache and torch.compile")
     model.set_defaults(run=run_model)
 
-    for command in (kernels, experts, model):
+    training = commands.add_parser("training", help="a step of LoRA: time and peak memory")
+    training.add_argument(
+        "cases", nargs="*", default=["stack-4096x16", "smollm2-135m"],
+        help=f"stack-WIDTHxDEPTH, smollm2-135m, {', '.join(shapes.LLAMAS)}, or a folder",
+    )  # fmt: skip
+    training.add_argument("--tokens", type=int, default=2048 if device == "cuda" else 512)
+    training.add_argument("--contenders", nargs="+", choices=bench_training.CONTENDERS, default=[*bench_training.CONTENDERS])
+    training.set_defaults(run=run_training)
+
+    for command in (kernels, experts, model, training):
         command.add_argument("--device", default=device)
         command.add_argument("--dtype", default=default_dtype, choices=["float32", "bfloat16", "float16"])
         command.add_argument("--rounds", type=int, default=7)
