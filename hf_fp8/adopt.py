@@ -90,6 +90,7 @@ def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, dev
             raise ScaleError("; ".join(broken))
         for name, made in made_of.items():
             setattr(new, name.rpartition(".")[2], nn.Parameter(made.to(values.device), requires_grad=False))
+        new.made_of = values.dtype
         del dense._parameters[stack.projection.name]  # free it before the next one
     return new
 

@@ -38,8 +38,9 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             anywhere, "dequantize" multiplies them out, "auto" keeps them where the device has a kernel that gains from it: on
             GPUs, not on CPUs, whatever the backend. Where they are kept, `backend` says what is done to their inputs.
         backward: how gradients go through Linears when adapters are trained: "exact" multiplies them as they are with the
-            dequantized weights; "quantized" rounds them to 8 bits per token and multiplies them with the codes, which is
-            faster where 8-bit matmuls are (docs/training.md has the error).
+            dequantized weights; "quantized" rounds them to 8 bits per token and multiplies them with the codes where
+            the device has such a kernel (docs/training.md has the error; slower on CPUs, not measured on GPUs). Experts'
+            are exact.
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
 
     With a scheme, "auto" keeps Linears and experts in FP8 on any device, and `experts="dequantize"` leaves experts dense.

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -210,7 +211,7 @@ class Requantize(SharedOp):
     """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
 
     A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
-    scales of the same granularity, and is named in `changed`.
+    scales of the same granularity where the old ones do not do, is rounded by chance, and is named in `changed`.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], scales: Mapping[str, dict[str, torch.Tensor]]) -> None:
@@ -276,7 +277,9 @@ class Requantize(SharedOp):
                 kept = (back == dense).flatten(1).all(1).to(old.device)
                 scale = torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, scale)
             parts["weight_scale"] = scale
-            parts[WEIGHT] = codes_from(weight, dense, parts)
+            # To the nearest code, most of what was trained or merged since would be rounded away (see `merging`).
+            chance = torch.Generator(dense.device).manual_seed(crc32(weight.name.encode()))
+            parts[WEIGHT] = codes_from(weight, dense, parts, chance)
         return {name: parts[role] for role, name in weight.names_beside(key).items()}
 
 
@@ -356,14 +359,17 @@ def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) ->
     stacked = torch.stack([grid.t() if weight.transposed else grid for grid in grids])
     if old.numel() == 1:
         stacked = stacked.amax()
-    return stacked.to(old.dtype).clamp(min=torch.finfo(old.dtype).tiny).reshape(old.shape).to(old.device)
+    fresh = stacked.to(old.dtype).clamp(min=torch.finfo(old.dtype).tiny).reshape(old.shape).to(old.device)
+    return torch.where((fresh <= old) & (fresh >= old / 2), old, fresh)  # as in `numerics.quantize_weight`
 
 
-def codes_from(weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The E4M3 codes of a dense weight under the scale in `parts`."""
+def codes_from(
+    weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], chance: torch.Generator | None = None
+) -> torch.Tensor:
+    """The E4M3 codes of a dense weight under the scale in `parts`. chance: see `numerics.quantize`."""
     scale = parts["weight_scale"].to(dense.device)
     if len(weight.shape) == 3:
         wide = weight.stacked_scale(scale).expand(dense.shape).reshape(-1, dense.shape[-1])
         flat = dense.reshape(-1, dense.shape[-1])
-        return numerics.quantize(flat, wide, Granularity(1, 1)).view(dense.shape)
-    return numerics.quantize(dense, scale, weight.scheme.weight.granularity)
+        return numerics.quantize(flat, wide, Granularity(1, 1), chance=chance).view(dense.shape)
+    return numerics.quantize(dense, scale, weight.scheme.weight.granularity, chance=chance)

@@ -127,7 +127,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
     if default is None:
         frozen = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
-        made_of = next((layer.made_of for layer in layers if isinstance(layer, FP8Linear) and layer.made_of), torch.bfloat16)
+        made_of = next((layer.made_of for layer in layers if layer.made_of), torch.bfloat16)
         default = next(dense, made_of)
 
     def dense_of(layer: QuantizedModule) -> nn.Module:

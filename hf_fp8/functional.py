@@ -117,6 +117,8 @@ def scaled_linear(
         )
     if x.shape[-1] != weight.shape[1]:
         raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(x)
     # Reshaped outside of the op: a view that it returned could not be changed in place under autograd.
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and nobody_watches(x, weight, weight_scale, bias):
@@ -126,6 +128,15 @@ def scaled_linear(
     else:
         out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def refuse_forward_mode(x: torch.Tensor) -> None:
+    """Raise InputError for an x with a tangent, which the op would drop."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise InputError(
+            "forward-mode gradients (torch.func.jvp, dual numbers) do not pass through quantized layers: use backward(), or "
+            "load with FP8Config(dequantize=True)"
+        )
 
 
 def nobody_watches(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import numerics
-from .kernels import Weight, kernel_for
+from .kernels import Weight, kernel_for, torch_mm
 from .scheme import FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 
 # How a gradient is multiplied: as it is, with the dequantized weight; or rounded to 8 bits, with the codes.
@@ -71,18 +71,20 @@ def _turned(scheme: Scheme) -> Scheme | None:
 def _quantized(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme, turned: Scheme
 ) -> torch.Tensor:
-    """A forward with the transposed weight. Kernels want its rows contiguous, but for the CPU's int8 one."""
+    """A forward with the transposed weight, where the device has a kernel for that; else as exact."""
+    backend = "int8" if turned == INT8_DYNAMIC else "scaled_mm"
+    kernel = kernel_for(x, weight.t(), turned.text, backend)
+    # Without a `quantize`: for few rows, where reading the weight is what takes the time.
+    if kernel.quantize is None or kernel.quantize is torch_mm.fake_quantize:
+        return _exact(x, weight, weight_scale, scheme)
+    # Kernels want its rows contiguous, but for the CPU's int8 one.
     codes = weight.t() if turned == INT8_DYNAMIC and weight.device.type == "cpu" else weight.t().contiguous()
     if scheme.weight.granularity == ROW:
         given = x.float() * weight_scale.float().reshape(1, -1)  # in float32: a product of two small numbers
         scale = weight_scale.new_ones((codes.shape[0], 1), dtype=torch.float32)
     else:
         given, scale = x, weight_scale.t().contiguous() if weight_scale.ndim == 2 else weight_scale
-    backend = "int8" if turned == INT8_DYNAMIC else "scaled_mm"
-    kernel = kernel_for(given, codes, turned.text, backend)
-    if kernel.quantize is None:  # for few rows, where reading the weight is what takes the time
-        return _exact(x, weight, weight_scale, scheme)
-    return kernel.run(given, None, Weight(codes, scale, None, turned)).to(x.dtype)
+    return kernel.multiply(kernel.quantize(given, None, turned), Weight(codes, scale, None, turned), x.dtype)
 
 
 _LIBRARY.impl("times_weight", _run, "CompositeExplicitAutograd")

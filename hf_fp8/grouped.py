@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .errors import InputError
-from .functional import FLOATS, nobody_watches
+from .functional import FLOATS, nobody_watches, refuse_forward_mode
 from .kernels import ExpertWeights, Groups, Input, Problem, grouped_mm, select_grouped
 from .scheme import Scheme
 
@@ -202,6 +203,8 @@ def scaled_grouped_linear(
         raise InputError(
             f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})"
         )
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(x)
     if nobody_watches(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(

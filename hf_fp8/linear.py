@@ -214,14 +214,15 @@ class FP8Linear(QuantizedModule, nn.Linear):
     def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
         """As in `QuantizedModule`. An original that was kept is now the new weight."""
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
-        granularity, dtype = self.scheme.weight.granularity, self.weight_scale.dtype
-        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, dtype, chance)
+        granularity = self.scheme.weight.granularity
+        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, chance)
         new, change = self._twin(), Change()
         new.weight = nn.Parameter(codes, requires_grad=False)
         new.weight_scale = nn.Parameter(scale, requires_grad=False)
         if self.bias is not None:
             bias: torch.Tensor = dense.bias.detach()  # type: ignore[operator]
-            new.bias = nn.Parameter(bias.to(self.bias.dtype, copy=True), requires_grad=self.bias.requires_grad)
+            if not torch.equal(bias.to(self.bias.dtype), self.bias):
+                new.bias = nn.Parameter(bias.to(self.bias.dtype, copy=True), requires_grad=self.bias.requires_grad)
         if self.original is not None:
             new.original = changed.to(self.original)
         for after, part, start in numerics.pieces(codes, scale, granularity, numerics.chunk(codes.device)):

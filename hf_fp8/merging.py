@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -42,10 +43,10 @@ class MergeReport:
 
     @property
     def kept(self) -> float:
-        """The share of all that the adapters change that is in the merged weights: 1 is all, 0 nothing."""
-        quantized = [layer.change for layer in self.layers.values()]
-        delta = sum(change.delta for change in quantized)
-        return sum(change.found for change in quantized) / delta if delta else 1.0
+        """The share of what the adapters change that is in the weights that were rounded again: 1 is all, 0 nothing."""
+        rounded = [layer.change for layer in self.layers.values() if not layer.dense]
+        delta = sum(change.delta for change in rounded)
+        return sum(change.found for change in rounded) / delta if delta else 1.0
 
     def __str__(self) -> str:
         quantized = [layer for layer in self.layers.values() if not layer.dense]
@@ -87,7 +88,8 @@ def merging(into: str = "quantized", *, rounding: str = "stochastic", least_kept
         into: "quantized" rounds each merged weight to codes with fresh scales, which is the default outside of such a block,
             too; "dense" leaves the layer a plain one, in the dtype that the model was loaded in.
         rounding: "stochastic", or "nearest" for adapters that change weights by more than the codes' steps.
-        least_kept: layers of which a smaller share of the change would be kept (see `Change.kept`) become dense instead.
+        least_kept: with rounding="nearest": layers of which a smaller share of the change would be kept (`Change.kept`)
+            become dense instead.
 
     Yields the report, which fills as layers are merged. Raises ConfigError for unknown options.
     """
@@ -95,6 +97,8 @@ def merging(into: str = "quantized", *, rounding: str = "stochastic", least_kept
         raise ConfigError(f"merging({into!r}): it is one of {', '.join(INTO)}")
     if rounding not in ROUNDING:
         raise ConfigError(f"merging(rounding={rounding!r}): it is one of {', '.join(ROUNDING)}")
+    if least_kept is not None and rounding != "nearest":
+        raise ConfigError("least_kept is for rounding='nearest': by chance all of a change is kept, but for noise around it")
     token = _current.set(_Merging(into, rounding, least_kept, report := MergeReport()))
     try:
         yield report
@@ -115,6 +119,12 @@ def reporting() -> Iterator[None]:
         logger.warning(f"hf_fp8: {report}{hint}")
 
 
+def forget(name: str) -> None:
+    """Take a layer out of the report: it is as it was before."""
+    if (how := _current.get()) is not None:
+        how.report.layers.pop(name, None)
+
+
 def close(name: str, base: QuantizedModule, merged: nn.Module, *, nearest: bool = False) -> nn.Module:
     """The layer that is to stand in the place of `base`, made of `merged`, its float copy with adapters in it.
 
@@ -129,9 +139,12 @@ def close(name: str, base: QuantizedModule, merged: nn.Module, *, nearest: bool 
         change = Change()
         if how.into == "quantized":
             try:
-                device = next(merged.parameters()).device
-                by_chance = how.rounding == "stochastic" and not nearest
-                new, change = base.requantized(merged, torch.Generator(device).manual_seed(0) if by_chance else None)
+                chance = None
+                if how.rounding == "stochastic" and not nearest:
+                    # The same for a layer each time, and another for each layer; not 0 or the like, which weights or
+                    # adapters may have been drawn with: rounding that goes with them kept 0.6 of a change.
+                    chance = torch.Generator(next(merged.parameters()).device).manual_seed(crc32(name.encode()))
+                new, change = base.requantized(merged, chance)
             except ScaleError as error:
                 raise ScaleError(f"{name}: with the adapter merged, {error}") from None
         dense = new is None or (how.least_kept is not None and change.kept < how.least_kept)

@@ -85,14 +85,23 @@ def _broadcast(scale: torch.Tensor, granularity: Granularity, rows: int, cols: i
     return scale
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype = FP8,
+    chance: torch.Generator | None = None,
+) -> torch.Tensor:
     """x (rows, cols) in float -> codes of `dtype` of the same shape, contiguous.
 
     Finite values saturate at the largest code. NaN and infinite values become NaN in E4M3: with a static
     scale an overflow upstream would otherwise come out as a plausible finite number. int8 has no NaN: they
-    become 0, and it is the NaN or infinite scale of their block that keeps them visible.
+    become 0, and it is the NaN or infinite scale of their block that keeps them visible. chance: round up or down at random
+    (`round_by_chance`).
     """
     scaled = x.float() / expand_scale(scale, granularity, *x.shape)
+    if chance is not None:
+        scaled = round_by_chance(scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype]), dtype, chance)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
     clamped = scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype])
     if dtype == FP8:
@@ -113,22 +122,30 @@ def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tenso
     number instead, so that the block is kept.
     """
     info = torch.finfo(amax.dtype)
-    least = info.tiny * info.eps if amax.dtype == torch.float16 else info.tiny
-    return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least))
+    return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least_scale(amax.dtype)))
+
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest positive number of `dtype` that scales may have: in float16 a subnormal, as its normal ones end early."""
+    info = torch.finfo(dtype)
+    return float(info.tiny * info.eps if dtype == torch.float16 else info.tiny)
 
 
 def quantize_weight(
     weight: torch.Tensor,
     granularity: Granularity,
     dtype: torch.dtype = FP8,
-    scale_dtype: torch.dtype | None = None,
+    held: torch.Tensor | None = None,
     chance: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
 
     Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
     (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
-    held beside weight and codes is of a fixed size. scale_dtype: another dtype to round the scale to, before it is divided by.
+    held beside weight and codes is of a fixed size.
+
+    held: the scale that the weight had before somebody changed it a little. Blocks for which it still does keep it, as
+    their values lie on its codes; others get one of its dtype.
     chance: round up or down at random (`round_by_chance`) instead of to the nearest code.
 
     Raises ScaleError for weights with NaN or infinity.
@@ -145,16 +162,21 @@ def quantize_weight(
     if not bool(scale.isfinite().all()):
         raise ScaleError(f"a weight of shape {(rows, cols)} has values that are NaN or infinite: it cannot be quantized")
     scale.copy_(weight_scale_of(scale, dtype))
-    if scale_dtype is not None and scale_dtype != compute:
-        held = scale.to(scale_dtype)
-        scale.copy_(torch.where(held > 0, held, torch.finfo(scale_dtype).tiny))
+    if held is not None:
+        fresh = scale.to(held.dtype)
+        # Among the smallest numbers of a dtype the next lower one may be far below: the largest weight would be cut.
+        low = fresh.to(compute) < scale * (1 - 2**-7)
+        fresh = torch.where(low, fresh + least_scale(held.dtype), fresh).to(compute)
+        before = held.reshape(scale.shape).to(compute)
+        # Not smaller than needed, and not so large that int8 would lose more than one bit.
+        scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
     largest = CODE_MAX[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
         scaled = (piece.to(compute) / _broadcast(part, granularity, *piece.shape)).clamp_(-largest, largest)
         if chance is not None:
             scaled = round_by_chance(scaled.float(), dtype, chance).clamp_(-largest, largest)
         codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
-    return codes, scale.reshape(shape).to(scale_dtype or compute)
+    return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
 
 
 def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -> torch.Tensor:
@@ -168,7 +190,9 @@ def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator
         # Three bits behind the leading one, down to the step of subnormals, 2**-9.
         exponent = torch.frexp(x).exponent.clamp_(min=-5) - 4
         step = torch.ldexp(step, exponent)
-    return torch.floor(x / step + torch.rand(x.shape, generator=chance, device=x.device)).mul_(step)
+    x = x / step  # exact: a power of two
+    low = torch.floor(x)
+    return low.add_(torch.rand(x.shape, generator=chance, device=x.device) < x - low).mul_(step)
 
 
 def dequantize(

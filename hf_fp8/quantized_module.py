@@ -106,6 +106,8 @@ class QuantizedModule(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)  # type: ignore[no-untyped-call]
+        if self.made_of is not None:
+            self.made_of = fn(torch.empty(0, dtype=self.made_of)).dtype
         return super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(

@@ -344,6 +344,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     # -- saving and converting back --
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        refuse_unwritable(model)
         if self._dense_because is None and self.layout is not None:
             if self.host is None and is_dense_now(model, self.layout):
                 self.dequantize(model)
@@ -351,7 +352,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if leave_experts(model, self.quantization_config, self.layout):
                 model._weight_conversions = self._conversions_of_dense_experts(self.layout)
             fit_config(model, self.quantization_config, self.layout)
-        refuse_unwritable(model)
         if not self.passengers and self.host is None:
             return None, {}
         state = dict(model.state_dict())

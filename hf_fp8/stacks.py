@@ -74,6 +74,17 @@ def _rows(experts: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from values.transpose(1, 2) if experts.layout.is_transposed else values
 
 
+def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
+    """Whether a stack is what `rebuilt` gave: no adapter is on it."""
+    w = weights_of(experts, projection)
+    for expert, rows in enumerate(_rows(experts, values)):
+        if takes_turns(experts, projection):
+            rows = torch.cat([rows[::2], rows[1::2]])
+        if not all(torch.equal(rows[a:b], piece) for piece, a, b in grouped_mm.pieces(w, expert, values.dtype)):
+            return False
+    return True
+
+
 @torch.no_grad()
 def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) -> tuple[dict[str, nn.Parameter], Change]:
     """Parameters of `experts` made of those of `dense`, the family's module, and what rounding makes of the change."""
@@ -82,16 +93,18 @@ def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) 
     for projection in experts.projections:
         held = weights_of(experts, projection)
         values: Any = getattr(dense, projection.name).detach()
+        if _is_unchanged(experts, projection, values):
+            continue
         codes, scales = torch.empty_like(held.codes), torch.empty_like(held.scale)
         new = ExpertWeights(codes, scales, projection.scheme, projection.parts)
         for expert, rows in enumerate(_rows(experts, values)):
             if takes_turns(experts, projection):
                 rows = torch.cat([rows[::2], rows[1::2]])
             for part, wanted in enumerate(rows.chunk(projection.parts)):
-                place = new.part(part) if projection.parts > 1 else new
+                place, was = (w.part(part) if projection.parts > 1 else w for w in (new, held))
                 try:
                     made = numerics.quantize_weight(
-                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, scales.dtype, chance
+                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, was.scale[expert], chance
                     )
                 except ScaleError as error:
                     raise ScaleError(f"{projection.name} of expert {expert}: {error}") from None

@@ -114,7 +114,7 @@ def main() -> None:
     plain = runs["BF16"]
     lines = [
         f"| {name} | {run['before']:.2f} | {run['after']:.2f} | {math.log(run['after']):.4f} "
-        f"({math.log(run['after']) / math.log(plain['after']) - 1:+.2%}) | {run['seconds'] / args.steps:.1f} |"
+        f"({math.log(run['after']) / math.log(plain['after']) - 1:+.2%}) |"
         for name, run in runs.items()
     ]
     merges = []

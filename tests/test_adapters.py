@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from build import IDS, error, load, logits, tiny_llama, write
+from moe import mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -148,17 +149,49 @@ def test_prepared_as_other_quantized_models_are(reentrant: bool | None, fp8: Pat
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_on_an_offloaded_base(use_dora: bool, fp8: Path) -> None:
-    wanted = get_peft_model(load(fp8), LoraConfig(target_modules=["q_proj"], use_dora=use_dora))
+def test_on_an_offloaded_base(fp8: Path) -> None:
+    wanted = get_peft_model(load(fp8), Q)
     model = load(fp8)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=use_dora))
+    with pytest.raises(UnsupportedError, match="DoRA"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))
+    model = get_peft_model(model, Q)
     assert not any(p.is_meta for name, p in model.named_parameters() if "lora_" in name)
-    if not use_dora:
-        assert torch.equal(logits(model), logits(wanted))
+    assert torch.equal(logits(model), logits(wanted))
     with pytest.raises(UnsupportedError, match="offloaded"):
         noisy(model).merge_adapter()
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["mlp"]])
+def test_prepared_with_float_copies_and_merged_dense(saved: list[str], tmp_path: Path) -> None:
+    """All in one dtype, float32, after the model was loaded in bfloat16."""
+    write(tiny_llama(), tmp_path, quantized=lambda n: n.endswith(("_proj.weight", "head.weight")), ignore=[])
+    model = peft.prepare_model_for_kbit_training(load(tmp_path, dtype=torch.bfloat16))
+    model = noisy(get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=saved)))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    wanted = logits(model)
+    with merging("dense"):
+        model.merge_adapter()
+    assert error(logits(model), wanted) < 1e-5
+
+
+def test_float_copies_of_experts_have_the_dtype_of_the_model(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    in_place = quantize_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), experts="fp8")
+    for model in (loaded, in_place):
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
+        copied = model.base_model.model.model.layers[0].mlp.experts.modules_to_save["default"]
+        assert {p.dtype for p in copied.parameters()} == {torch.float32}
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert copied.down_proj.grad is not None
+
+
+def test_dora_starts_where_the_model_is_though_originals_were_kept() -> None:
+    model = quantize_model(tiny_llama().float(), "FP8_WEIGHT_ONLY", originals="keep")
+    before = logits(model)
+    assert error(logits(get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))), before) < 1e-6
 
 
 def test_a_parameter_of_a_linear_is_refused(fp8: Path) -> None:
@@ -233,6 +266,27 @@ def test_peft_gets_its_own_ways_back() -> None:
     assert all(a.__wrapped__ is b for a, b in zip(ours, theirs, strict=True))
     again = Linear.merge, dora.dequantize_module_weight, peft.prepare_model_for_kbit_training
     assert all(a.__wrapped__ is b for a, b in zip(again, theirs, strict=True))
+
+
+@pytest.mark.parametrize("how", ["old", "unknown"])
+def test_a_peft_that_is_not_known_is_refused(how: str, fp8: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old, or built otherwise: importing hf_fp8 works, dense models do, and quantized ones are an error."""
+    hf_fp8.unregister()
+    with monkeypatch.context() as patch:
+        if how == "old":
+            patch.setattr(peft, "__version__", "0.18.1")
+        else:
+            patch.delattr("peft.tuners.lora.dora.dequantize_module_weight")
+            patch.delattr("peft.tuners.lora.layer.ParamWrapper._activate_lora")
+        hf_fp8.register()
+        try:
+            with pytest.raises(UnsupportedError, match=r"PEFT.*dequantize=True"):
+                get_peft_model(load(fp8), Q)
+            get_peft_model(AutoModelForCausalLM.from_pretrained(dense), Q)
+        finally:
+            hf_fp8.unregister()
+    hf_fp8.register()
+    get_peft_model(load(fp8), Q)
 
 
 def test_dense_models_are_none_of_our_business(dense: Path) -> None:

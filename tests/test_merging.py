@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from build import STATIC_TENSOR, State, error, load, logits, tensors, tiny_llama, write
+from build import IDS, STATIC_TENSOR, State, error, load, logits, tensors, tiny_llama, write
 from moe import deepseek_v3, gpt_oss, llama4, mixtral, qwen3_moe
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +21,7 @@ from hf_fp8 import (
     FP8Experts,
     FP8Linear,
     ScaleError,
+    UnsupportedError,
     dequantize_model,
     merging,
     numerics,
@@ -79,8 +80,9 @@ def test_there_and_back(case: str, rounding: str, tmp_path: Path) -> None:
         assert sum(not torch.equal(merged[name], base[name]) for name in base) >= 14
         # Weights rounded again in all 14 linears of a model of random weights, which does not average errors out.
         assert error(logits(model), before) < (0.2 if rounding == "stochastic" else 0.15)
+        assert len(report.layers) == 14 and 0.9 < report.kept < 1.1
         model.unmerge_adapter()
-    assert len(report.layers) == 14 and 0.9 < report.kept < 1.1
+        assert not report.layers
     assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
     assert torch.equal(logits(model), before)
     with merging(rounding=rounding):
@@ -283,10 +285,129 @@ def test_originals_are_merged_into(originals: str) -> None:
     assert torch.equal(dequantize_model(copy.deepcopy(merged)).weight, merged.original)
 
 
-@pytest.mark.parametrize("options", [{"into": "bf16"}, {"rounding": "up"}])
-def test_unknown_options(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="it is one of"), merging(**options):
+@pytest.mark.parametrize("options", [{"into": "bf16"}, {"rounding": "up"}, {"least_kept": 0.9}])
+def test_options_that_mean_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"it is one of|is for rounding='nearest'"), merging(**options):
         pass
+
+
+def test_an_adapter_that_does_nothing_changes_nothing(fp8: Path) -> None:
+    """Scales that are not the largest value over 448 stay, too, and with them all codes."""
+    model = load(fp8)
+    for module in model.modules():
+        if isinstance(module, FP8Linear):
+            module.weight_scale.data *= 1.3
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    base, before = held(model), logits(model)
+    model.merge_adapter()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+    assert torch.equal(logits(model), before)
+
+
+def test_one_stack_of_two(tmp_path: Path) -> None:
+    """The other one is not touched; and PEFT, which looks at the base before it merges, gives back what was merged."""
+    mixtral().save_pretrained(tmp_path)
+    for name in EXPERTS:
+        config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+        model = adapted(model, target_modules=[], target_parameters=[name])
+        before, base = logits(model), held(model)
+        with merging() as report:
+            model.merge_adapter()
+        other = next(part for part in EXPERTS if part != name).rpartition(".")[2]
+        assert all(torch.equal(tensor, base[leaf]) for leaf, tensor in held(model).items() if f".{other}" in leaf)
+        assert any(not torch.equal(tensor, base[leaf]) for leaf, tensor in held(model).items())
+        assert 0.95 < report.kept < 1.05 and all(layer.endswith("experts") for layer in report.layers)
+        model.unmerge_adapter()
+        with merging("dense"):
+            assert error(logits(model.merge_and_unload()), before) < 1e-5
+
+
+def test_a_second_adapter_on_experts(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "base")
+    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32)
+
+    model = adapted(base(), target_modules=["q_proj"], target_parameters=EXPERTS)
+    first, codes = logits(model), held(model)
+    model.save_pretrained(tmp_path / "first")
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], target_parameters=EXPERTS, r=4, init_lora_weights=False))
+    model.set_adapter("other")
+    second = logits(model)
+    assert error(first, second) > 0.01
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    with merging("dense"):
+        model.merge_adapter()
+        assert error(logits(model), both) < 1e-5
+        model.unmerge_adapter()
+    assert all(torch.equal(tensor, codes[name]) for name, tensor in held(model).items())
+    # Loaded on the meta device first, adapters are not cast to the dtype of codes either.
+    again = PeftModel.from_pretrained(base(), tmp_path / "first", low_cpu_mem_usage=True)
+    assert torch.equal(logits(again), first)
+
+
+def test_made_dense_while_merged(fp8: Path, tmp_path: Path) -> None:
+    """Unmerging gives back the dense layer, not codes."""
+    model = adapted(load(fp8))
+    before = logits(model)
+    model.merge_adapter()
+    dequantize_model(model.get_base_model(), torch.float32)
+    model.unmerge_adapter()
+    assert not [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    assert error(logits(model), before) < 1e-6
+
+
+def test_merged_in_inference_mode_and_trained_on(fp8: Path) -> None:
+    model = adapted(load(fp8))
+    with torch.inference_mode():
+        model.merge_adapter()
+    model = get_peft_model(model.merge_and_unload(), LoraConfig(target_modules=["q_proj"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_experts_that_were_dense_keep_what_was_merged(tmp_path: Path) -> None:
+    """Under "auto" a CPU holds a mixture's experts dense and writes them back in FP8: by chance, too."""
+    mixtral().save_pretrained(tmp_path / "base")
+    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    made.save_pretrained(tmp_path / "fp8")
+    base = load(tmp_path / "fp8")
+    assert not [m for m in base.modules() if isinstance(m, FP8Experts)]
+    model = adapted(load(tmp_path / "fp8"), std=1e-3, target_modules=[], target_parameters=EXPERTS)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    was, wanted, found = (m.get_parameter(name).detach() for m in (base, merged, again))
+    change = Change()
+    change.add(was, wanted, found)
+    assert 0.8 < change.kept < 1.2
+
+
+def test_a_weight_is_changed_at_the_start_only_while_nothing_is_merged(fp8: Path) -> None:
+    model = adapted(load(fp8), target_modules=["q_proj"])
+    before, base = logits(model), held(model)
+    model.merge_adapter()
+    with pytest.raises(UnsupportedError, match="unmerge them first"):
+        model.add_adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
+    assert torch.equal(logits(model), before)
+
+
+def test_calibrated_while_merged() -> None:
+    model = quantize_model(tiny_llama().float(), "FP8")
+    model = adapted(model, target_modules=["q_proj"])
+    model.merge_adapter()
+    with hf_fp8.calibrate(model.get_base_model()):
+        model(IDS, use_cache=False)
+    model.unmerge_adapter()
+    assert logits(model).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [FP8, INT8])
@@ -321,7 +442,13 @@ def test_quantized_to_a_scale_of_another_dtype(granularity: Granularity, scale_d
     """The scale that is stored is the one that was divided by: no code is further off than half a step."""
     weight = torch.randn(24, 40)
     weight[3] = 0
-    codes, scale = numerics.quantize_weight(weight, granularity, FP8, scale_dtype)
-    assert scale.dtype == scale_dtype
+    for size in (1.0, 1e-3, 3e-5, 1e-6):
+        fresh = torch.full_like(numerics.quantize_weight(weight, granularity)[1], 1e9).to(scale_dtype)
+        codes, scale = numerics.quantize_weight(weight * size, granularity, FP8, fresh)
+        assert scale.dtype == scale_dtype and bool((scale > 0).all())
+        largest = numerics.dequantize(codes, scale, granularity).abs().amax()
+        # float16 has steps of 6e-8: of the smallest, codes hold the largest at least.
+        assert abs(float(largest / (weight * size).abs().amax()) - 1) < 0.07
+    codes, scale = numerics.quantize_weight(weight, granularity, FP8, fresh)
     steps = numerics.quantize(weight, scale.float(), granularity)
     assert torch.equal(codes.view(torch.uint8), steps.view(torch.uint8))
