@@ -16,10 +16,6 @@ from .scheme import FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, Granularity, Scheme, T
 
 # How a gradient is multiplied: as it is, with the dequantized weight; or rounded to 8 bits, with the codes.
 BACKWARDS = ("exact", "quantized")
-# Elements of a weight that are multiplied out at a time. On a CPU, 2 cores, ms at 2**18 to 2**19, 2**20, 2**21, 2**22, all
-# at once: 4096x4096 bfloat16, 128 rows 39 to 42, 42, 30, 28, 48; float32, 512 rows 123, 121, 124, 137, 153;
-# 14336x4096 float32, 128 rows 188, 180, 170, 254, 292. GPUs: 32 MB of bfloat16; not measured.
-CPU_ELEMENTS, GPU_ELEMENTS = 2**21, 2**24
 
 _LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
@@ -42,7 +38,7 @@ def _run(
 
 def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """In pieces of columns, of which each gives columns of the result: the same sums, and no float copy of the whole."""
-    elements = CPU_ELEMENTS if weight.device.type == "cpu" else GPU_ELEMENTS
+    elements = torch_mm.elements_at_once(weight.device)
     granularity = scheme.weight.granularity
     if weight.numel() <= elements:
         return x @ numerics.dequantize(weight, weight_scale, granularity, x.dtype)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from hf_fp8 import FP8Config, FP8Linear, InputError, Scheme, dequantize_model, gradients, numerics, scaled_grouped_linear
+from hf_fp8 import FP8Config, FP8Linear, InputError, Scheme, dequantize_model, numerics, scaled_grouped_linear
+from hf_fp8.kernels import torch_mm
 from hf_fp8.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity
 
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
@@ -46,8 +47,9 @@ def test_those_of_the_dequantized_layer(name: str, m: int, monkeypatch: pytest.M
     dense = module.to_linear(torch.float32)
     x, seed = torch.randn(m, 200), torch.randn(m, 72)
     for elements in (2**21, 72 * 64):  # all at once, and in pieces of columns
-        monkeypatch.setattr(gradients, "CPU_ELEMENTS", elements)
+        monkeypatch.setattr(torch_mm, "CPU_ELEMENTS", elements)
         found, wanted = grad_of(module, x, seed), grad_of(dense, x, seed)
+        assert m == 0 or error(module(x), dense(x)) < 1e-6
         assert m == 0 or error(found, wanted) < 1e-6
         assert error(module.bias.grad, dense.bias.grad) < 1e-6 or m == 0
         module.bias.grad = dense.bias.grad = None
