@@ -39,6 +39,11 @@ class Change:
         return (self.delta / self.norm) ** 0.5 if self.norm else 0.0
 
     @property
+    def noise(self) -> float:
+        """||Q - M|| / ||M - W||: how large what rounding adds is beside the change. It points nowhere in particular."""
+        return (self.missed / self.delta) ** 0.5 if self.delta else 0.0
+
+    @property
     def error(self) -> float:
         """||Q - M|| / ||M||: how far what is stored is from what it should be."""
         return (self.missed / self.norm) ** 0.5 if self.norm else 0.0

@@ -24,6 +24,7 @@ ROUNDING = ("stochastic", "nearest")
 # Below this share of a change, the log speaks of loss. By chance, 0.99 to 1.01 of it stays (docs/training.md); of the whole,
 # in bfloat16, 0.94.
 KEPT = 0.9
+LOST = "Most of it is gone: rounding='stochastic', or merging('dense'), keeps it"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class MergeReport:
         return sum(change.found for change in rounded) / delta if delta else 1.0
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "no quantized layer was changed: adapters on dense layers are merged by PEFT itself, without a loss"
         quantized = [layer for layer in self.layers.values() if not layer.dense]
         dense = len(self.layers) - len(quantized)
         said = f"adapters have changed the weights of {len(self.layers)} quantized layers"
@@ -56,12 +59,15 @@ class MergeReport:
             said += f", {dense} of which are dense now"
         if not quantized:
             return said
+        if not any(layer.change.delta for layer in quantized):
+            return f"adapters that change nothing were merged into {len(self.layers)} quantized layers, which are as they were"
         least = min(quantized, key=lambda layer: layer.change.kept)
         worst = max(quantized, key=lambda layer: layer.change.error)
         return (
             f"{said}; {len(quantized)} were rounded to codes again: {self.kept:.0%} of what the adapters change is there "
-            f"(least: {least.name} {least.change.kept:.0%} of a change of {least.change.size:.2%}), and weights are off by up "
-            f"to {worst.change.error:.2%} ({worst.name})"
+            f"(least: {least.name} {least.change.kept:.0%} of a change of {least.change.size:.2%}), with noise of up to "
+            f"{worst.change.error:.2%} of the weights ({worst.name}, where the adapters' change is {worst.change.size:.2%})"
+            + ("" if self.kept >= KEPT else f". {LOST}")
         )
 
 
@@ -115,8 +121,7 @@ def reporting() -> Iterator[None]:
     with merging() as report:
         yield
     if report.layers:
-        hint = "" if report.kept >= KEPT else ". Merge under `with hf_fp8.merging('dense'):` to keep all of it"
-        logger.warning(f"hf_fp8: {report}{hint}")
+        logger.warning(f"hf_fp8: {report}. `with hf_fp8.merging('dense'):` keeps merged layers dense, without a loss")
 
 
 def forget(name: str) -> None:

@@ -126,14 +126,14 @@ def test_small_changes_are_not_rounded_away(backend: str, fp8: Path) -> None:
 def test_what_is_lost_is_said(fp8: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = adapted(load(fp8), std=1e-4)
     model.merge_adapter()
-    assert "14 quantized layers" in caplog.text and "hf_fp8.merging('dense')" not in caplog.text
+    assert "14 quantized layers" in caplog.text and "hf_fp8.merging('dense')" in caplog.text and "is gone" not in caplog.text
     model.unmerge_adapter()
     caplog.clear()
     with merging(rounding="nearest") as report:
         model.merge_adapter()
     assert not caplog.text and report.kept < 0.2  # who asked for a report reads it
     worst = min(report.layers.values(), key=lambda layer: layer.change.kept)
-    assert worst.name in str(report) and not worst.dense
+    assert worst.name in str(report) and not worst.dense and "is gone" in str(report) and worst.change.noise > 0
 
 
 @pytest.mark.parametrize("options", [{"into": "dense"}, {"rounding": "nearest", "least_kept": 0.5}])
@@ -299,7 +299,10 @@ def test_an_adapter_that_does_nothing_changes_nothing(fp8: Path) -> None:
             module.weight_scale.data *= 1.3
     model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     base, before = held(model), logits(model)
-    model.merge_adapter()
+    with merging() as report:
+        assert "no quantized layer" in str(report)
+        model.merge_adapter()
+    assert "change nothing" in str(report)
     assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
     assert torch.equal(logits(model), before)
 
