@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -287,6 +286,7 @@ def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
             [sys.executable, "-c", PROGRAM, "quantize", dense, tmp_path / "fp8"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env={**os.environ, "TRITON_INTERPRET": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have their background jobs ignore it
         )  # fmt: skip
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         begun = time.monotonic()
@@ -295,10 +295,6 @@ def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
         time.sleep(moment)
         process.send_signal(how)
         code = process.wait(60)
-        if moment == 0 and code == 0:  # it came while Python was in a callback, where it drops what is raised: all was done
-            run("verify", tmp_path / "fp8")
-            shutil.rmtree(tmp_path / "fp8")
-            continue
         # At once, it may come before there is anything to catch it.
         assert code in ((-how,) if how == signal.SIGKILL else (130, -how) if moment == 0 else (130,))
         assert not (tmp_path / "fp8").exists()
