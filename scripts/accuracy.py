@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import build
-import compressed_tensors
 import smollm2
 import torch
-import transformers
-from loguru import logger as loguru
+from pages import Page
+from provenance import measured_with
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -31,9 +29,20 @@ from hf_fp8 import FP8Config
 BACKENDS = ("auto", "weight_only", "scaled_mm")
 
 
+@dataclass(frozen=True)
+class Accuracy(Page):
+    name = "accuracy"
+    versions: str
+    references: str
+    perplexity: str
+
+
+def auto_class(path: Path) -> Any:
+    return AutoModelForImageTextToText if "vl" in path.name else AutoModelForCausalLM
+
+
 def load(path: Path, dtype: Any, backend: str) -> Any:
-    cls = AutoModelForImageTextToText if "vl" in path.name else AutoModelForCausalLM
-    return cls.from_pretrained(path, dtype=dtype, quantization_config=FP8Config(backend=backend))
+    return auto_class(path).from_pretrained(path, dtype=dtype, quantization_config=FP8Config(backend=backend))
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -43,10 +52,9 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def stock_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    cls = AutoModelForImageTextToText if "vl" in path.name else AutoModelForCausalLM
     hf_fp8.unregister()
     try:
-        return logits(cls.from_pretrained(path, dtype=torch.float32), ids)
+        return logits(auto_class(path).from_pretrained(path, dtype=torch.float32), ids)
     finally:
         hf_fp8.register()
 
@@ -89,8 +97,7 @@ def references(folder: Path, work: Path) -> list[str]:
 
 def perplexities(folder: Path, counts: list[int]) -> list[str]:
     dense = smollm2.write_dense(folder / "dense")
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    ids = smollm2.prose(tokenizer)
+    ids = smollm2.prose(AutoTokenizer.from_pretrained(dense))
     lines = []
     for count in counts:
         text = smollm2.evaluation(ids, count)
@@ -101,32 +108,28 @@ def perplexities(folder: Path, counts: list[int]) -> list[str]:
             path = smollm2.write_fp8(dense, folder / kind, kind)
             for backend in (*BACKENDS, "int8"):
                 found = smollm2.perplexity(load(path, torch.bfloat16, backend), text)
-                lines.append(f"| {kind} | {backend} | {len(text):,} | {found:.3f} | {100 * (found / base - 1):+.2f}% |")
+                lines.append(f"| {kind} | {backend} | {len(text):,} | {found:.3f} | {found / base - 1:+.2%} |")
                 print(lines[-1], flush=True)
     return lines
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="how much prose to measure perplexity on")
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where SmolLM2's checkpoints are kept")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    Accuracy.check()
     options.folder.mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.set_verbosity(50)
-    loguru.remove()
+    smollm2.quiet()
     with tempfile.TemporaryDirectory() as work:
         table = [line for folder in sorted((ROOT / "tests" / "data").iterdir()) for line in references(folder, Path(work))]
     print("\n".join(table), flush=True)
     perplexity = perplexities(options.folder, options.tokens)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    text = (ROOT / "docs" / "accuracy.template.md").read_text()
-    versions = (
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, compressed-tensors {compressed_tensors.__version__}; commit {commit}"
-    )
-    for name, value in {"VERSIONS": versions, "REFERENCES": "\n".join(table), "PERPLEXITY": "\n".join(perplexity)}.items():
-        text = text.replace(f"<!-- {name} -->", value)
-    (ROOT / "docs" / "accuracy.md").write_text(text)
+    Accuracy(measured_with(), "\n".join(table), "\n".join(perplexity)).write()
 
 
 if __name__ == "__main__":

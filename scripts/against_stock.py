@@ -17,10 +17,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import smollm2
 import torch
 import transformers
 from build import STATIC_TENSOR, differing, error, group_input, tensors, tiny_llama, write
-from loguru import logger as loguru
 from moe import is_linear, mixtral
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -160,8 +160,7 @@ def _mixed(path: Path) -> Path:
 
 
 def main() -> None:
-    transformers.utils.logging.set_verbosity(50)
-    loguru.remove()
+    smollm2.quiet()
     warnings.simplefilter("ignore")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     for name, case in CASES.items():

@@ -10,7 +10,6 @@ import csv
 import datetime
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import bench_training
 import shapes
 import torch
 import transformers
+from provenance import commit, version
 from rich.console import Console
 from rich.table import Table
 
@@ -37,15 +37,6 @@ COLUMNS = [
     "m", "n", "k", "contender", "ms", "ratio_to_dense", "ratio_to_stock", "tflops", "gbs", "roofline_pct", "gb", "note",
 ]  # fmt: skip
 console = Console(width=150)
-
-
-def version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def device_name(device: str) -> str:
@@ -64,14 +55,10 @@ class Log:
     """Rows for the CSV, each with where and with what it was measured."""
 
     def __init__(self, device: str) -> None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "hf_fp8"], cwd=ROOT).returncode
         self.common: dict[str, Any] = {
             "date": datetime.date.today().isoformat(), "device": device_name(device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "transformers": transformers.__version__, "triton": version("triton"),
-            "torchao": version("torchao"), "hf_fp8": hf_fp8.__version__, "commit": commit + ("+" if changed else ""),
+            "torchao": version("torchao"), "hf_fp8": hf_fp8.__version__, "commit": commit(),
         }  # fmt: skip
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -244,7 +231,7 @@ def run_plot(args: argparse.Namespace) -> None:
     console.print(f"wrote {bench_plot.draw(CSV, ROOT / 'docs' / 'performance.svg')}")
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,7 +279,11 @@ def main() -> None:
         command.add_argument("--rounds", type=int, default=7)
     plot = commands.add_parser("plot", help="draw docs/performance.svg from docs/benchmarks.csv")
     plot.set_defaults(run=run_plot)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
     args.run(args)
 
 

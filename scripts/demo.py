@@ -18,7 +18,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import smollm2
 import torch
 import transformers
-from loguru import logger as loguru
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -106,18 +105,21 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     about = "Quantize SmolLM2-135M-Instruct to FP8, load it with hf_fp8, generate, and compare it with BF16."
     parser = argparse.ArgumentParser(prog="scripts/demo", description=about)
     parser.add_argument("--again", action="store_true", help="measure anew instead of showing what the last run measured")
     parser.add_argument(
         "--folder", type=Path, default=Path(__file__).parent.parent / ".demo", help="where checkpoints go (default: .demo)"
     )
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.set_verbosity_error()
+    smollm2.quiet()
     transformers.utils.logging.disable_progress_bar()
-    loguru.remove()  # compressed-tensors logs through it
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 

@@ -85,12 +85,16 @@ def load(path: Path, backend: str | None, dtype: torch.dtype = torch.bfloat16) -
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **given)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=["scaled_mm", "weight_only", "int8"], default="weight_only")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "finetuned")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
     dense = smollm2.write_dense(ROOT / ".demo" / "dense")
     fp8 = smollm2.write_fp8(dense, ROOT / ".demo" / "dynamic", "dynamic")
     tokenizer = AutoTokenizer.from_pretrained(fp8)

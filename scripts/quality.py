@@ -4,63 +4,36 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).parent.parent
 
-import compressed_tensors
 import smollm2
 import torch
-import transformers
-from loguru import logger as loguru
+from pages import Page
+from provenance import measured_with
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fp8 import FP8Config
 from hf_fp8.fidelity import QualityReport, quality
 from hf_fp8.fidelity.rows import median, minimum, shown
 
-PAGE = """# Quality
 
-Written by `scripts/quality`: {versions}. Nothing on this page was measured on a GPU.
-
-`quality(reference, quantized, data, text=ids)` compares a quantized model with the float one, layer by layer. SQNR is
-20 log10(‖x‖ / ‖x − x̂‖) in dB; 6 dB more is half the error.
-
-- *weights*: the float weight against the quantized one, multiplied out.
-- *output*: the layer alone, given what the float model gives its own, inputs quantized as the scheme says.
-- *in model*: the layer's output in the quantized model against that in the float model, with what all layers before it have
-  added. A few tokens with very large values may hold most of ‖x‖: what all other tokens lose does not show in such a layer.
-
-SmolLM2-135M-Instruct in float32, {windows} windows of {window} tokens of the running text of the Python language reference;
-perplexity on {tokens:,} tokens of it. The checkpoints are those of `docs/accuracy.md`. The model's weights were rounded to
-4 bits before (its GGUF is Q4_1).
-
-## FP8_DYNAMIC
-
-![SQNR against depth]({picture})
-
-The ten worst layers by output:
-
-```
-{worst}
-```
-
-```
-{footer}
-```
-
-## Schemes
-
-| checkpoint | scheme | weights: median / min dB | output: median / min dB | in model: median / min dB | KL, nats | perplexity |
-|---|---|---|---|---|---|---|
-{schemes}
-"""
+@dataclass(frozen=True)
+class Quality(Page):
+    name = "quality"
+    versions: str
+    windows: str
+    window: str
+    tokens: str
+    worst: str
+    footer: str
+    schemes: str
 
 
 def measure(kind: str, reference: Any, path: Path, ids: torch.Tensor, windows: int) -> QualityReport:
@@ -84,17 +57,21 @@ def line(kind: str, report: QualityReport) -> str:
     return f"| {kind} | {'; '.join(report.schemes)} | {' | '.join(cells)} | {kl} | {report.perplexity_text()} |"
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=smollm2.EVALUATION_TOKENS, help="how much prose to measure perplexity on")
     parser.add_argument("--windows", type=int, default=4, help="how many windows of it to compare outputs on")
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where SmolLM2's checkpoints are kept")
     parser.add_argument("--target", type=Path, default=ROOT / "docs", help="where quality.md and quality.svg are written")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    Quality.check()
     for folder in (options.folder, options.target):
         folder.mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.set_verbosity(50)
-    loguru.remove()
+    smollm2.quiet()
     dense = smollm2.write_dense(options.folder / "dense")
     ids = smollm2.evaluation(smollm2.prose(AutoTokenizer.from_pretrained(dense)), options.tokens)
     reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
@@ -104,26 +81,14 @@ def main() -> None:
         reports[kind] = measure(kind, reference, path, ids, options.windows)
     report = reports["dynamic"]
     title = f"SmolLM2-135M, FP8_DYNAMIC: {'; '.join(report.schemes)}\nperplexity {report.perplexity_text()}"
-    picture = report.plot(options.target / "quality.svg", title)
     print(f"{report.worst(10)}\n\n{report.footer()}\n")
     lines = [line(kind, found) for kind, found in reports.items()]
     print("\n".join(lines))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    versions = (
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, compressed-tensors {compressed_tensors.__version__}; commit {commit}"
-    )
-    text = PAGE.format(
-        versions=versions,
-        windows=options.windows,
-        window=smollm2.WINDOW,
-        tokens=len(ids),
-        picture=picture.name,
-        worst=report.worst(10),
-        footer=report.footer(),
-        schemes="\n".join(lines),
-    )
-    (options.target / "quality.md").write_text(text)
+    page = Quality(
+        versions=measured_with(), windows=str(options.windows), window=str(smollm2.WINDOW), tokens=f"{len(ids):,}",
+        worst=str(report.worst(10)), footer=report.footer(), schemes="\n".join(lines),
+    )  # fmt: skip
+    page.write(options.target, {"quality.svg": lambda path: report.plot(path, title)})
 
 
 if __name__ == "__main__":

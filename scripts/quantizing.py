@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -16,32 +16,57 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import build
-import compressed_tensors
 import smollm2
 import torch
-import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from loguru import logger as loguru
+from pages import Page, PageError
+from provenance import measured_with
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import hf_fp8
 from hf_fp8 import FP8Config
 
 CALIBRATION_TOKENS = 8192  # from the end of the prose, beside the first 2,048
-SCHEMES = {"dynamic": "FP8_DYNAMIC", "block": "FP8_BLOCK", "static": "FP8"}
+TERMINAL = {"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
+# What the page shows, in this order, in a folder with a checkpoint `dense` and a text `prose.txt`.
+# Each with the code that it exits with.
+SESSION = [
+    ("--help", 0),
+    ("quantize --help", 0),
+    ("quantize dense fp8", 0),
+    ("quantize dense static --scheme FP8 --calibrate prose.txt", 0),
+    ("quantize dense block --scheme FP8_BLOCK", 0),
+    ("quantize dense fp8", 1),
+    ("inspect fp8", 0),
+    ("inspect dense", 0),
+    ("verify static", 0),
+    ("dequantize fp8 back", 0),
+]
 
 
-def shown(*arguments: str, folder: Path) -> str:
-    """A command as it is typed and what it prints, 110 columns wide."""
+@dataclass(frozen=True)
+class Quantizing(Page):
+    name = "quantizing"
+    versions: str
+    commands: str
+    equal: str
+    memory: str
+    tokens: str
+
+
+def shown(command: str, code: int, folder: Path) -> str:
+    """A command as it is typed and what it prints. Raises PageError if it does not exit with `code`."""
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "hf-fp8"), *arguments],
-        capture_output=True, text=True, cwd=folder, env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"},
+        [str(Path(sys.executable).parent / "hf-fp8"), *shlex.split(command)],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, **TERMINAL},
     )  # fmt: skip
+    if done.returncode != code:
+        raise PageError(f"hf-fp8 {command} ended with {done.returncode}, not {code}: {done.stdout}{done.stderr}")
     lines = (done.stdout + done.stderr).rstrip().splitlines()
     text = "\n".join(line.rstrip().replace(f"{folder.resolve()}/", "") for line in lines)
-    return f"```\n$ hf-fp8 {' '.join(arguments)}\n{text}\n```\n"
+    return f"```\n$ hf-fp8 {command}\n{text}\n```"
 
 
 def commands(work: Path, dense: Path) -> str:
@@ -51,25 +76,13 @@ def commands(work: Path, dense: Path) -> str:
     prose = smollm2.prose(tokenizer)  # of which the evaluation takes some from 2,048 on
     ids = torch.cat([prose[: smollm2.CALIBRATION_TOKENS], prose[-CALIBRATION_TOKENS:]])
     (work / "prose.txt").write_text(tokenizer.decode(ids))
-    session = [
-        ("--help",),
-        ("quantize", "--help"),
-        ("quantize", "dense", "fp8"),
-        ("quantize", "dense", "static", "--scheme", "FP8", "--calibrate", "prose.txt"),
-        ("quantize", "dense", "block", "--scheme", "FP8_BLOCK"),
-        ("quantize", "dense", "fp8"),
-        ("inspect", "fp8"),
-        ("inspect", "dense"),
-        ("verify", "static"),
-        ("dequantize", "fp8", "back"),
-    ]
-    return "\n".join(shown(*arguments, folder=work) for arguments in session)
+    return "\n\n".join(shown(command, code, work) for command, code in SESSION)
 
 
 def lost(path: Path) -> int:
     """How many weights compressed-tensors decompresses to other values than hf_fp8 multiplies out."""
     state = load_file(path / "model.safetensors")
-    config = transformers.AutoConfig.from_pretrained(path).quantization_config
+    config = AutoConfig.from_pretrained(path).quantization_config
     (group,) = QuantizationConfig.model_validate(config).config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(str(getattr(group.format, "value", group.format)))
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=FP8Config(dequantize=True), dtype=torch.bfloat16)
@@ -110,7 +123,7 @@ def equal(work: Path, folder: Path, tokens: int) -> list[str]:
         return smollm2.perplexity(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options), text)
 
     base, lines = perplexity(dense), []
-    for kind, scheme in SCHEMES.items():
+    for kind, scheme in smollm2.KINDS.items():
         path = work / {"dynamic": "fp8"}.get(kind, kind)
         theirs = smollm2.write_fp8(dense, folder / kind, kind)
         differing = build.differing(build.tensors(path), build.tensors(theirs))
@@ -123,42 +136,31 @@ def equal(work: Path, folder: Path, tokens: int) -> list[str]:
             rounded = f"{stock(path, ids, torch.float32, FP8Config(backend='scaled_mm')):.1e}"
         except RuntimeError as error:  # its emulation wants groups of 128 to divide 576
             rounded = f"raises ({str(error).split(chr(10))[0][:60]}...)"
-        cells = " | ".join(f"{value:.3f} ({100 * (value / base - 1):+.2f}%)" for value in found)
+        cells = " | ".join(f"{value:.3f} ({value / base - 1:+.2%})" for value in found)
         lines.append(f"| {scheme} | {said} | {lost(path)} | {dequantized:.1e} | {rounded} | {cells} | {base:.3f} |")
         print(lines[-1], flush=True)
     return lines
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="how much prose to measure perplexity on")
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where SmolLM2's checkpoints are kept")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    Quantizing.check()
     options.folder.mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.set_verbosity(50)
-    loguru.remove()
+    smollm2.quiet()
     dense = smollm2.write_dense(options.folder / "dense")
-    memory = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "quantize_memory.py")], check=True, capture_output=True, text=True
-    ).stdout
+    measure = [sys.executable, str(ROOT / "scripts" / "quantize_memory.py")]
+    memory = subprocess.run(measure, check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as work:
         session = commands(Path(work), dense)
         table = equal(Path(work), options.folder, options.tokens)
-        shutil.rmtree(work, ignore_errors=True)
-        Path(work).mkdir()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    versions = (
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, compressed-tensors {compressed_tensors.__version__}; commit {commit}"
-    )
-    text = (ROOT / "docs" / "quantizing.template.md").read_text()
-    found = {
-        "VERSIONS": versions, "COMMANDS": session, "EQUAL": "\n".join(table), "MEMORY": memory.rstrip(),
-        "TOKENS": f"{options.tokens:,}",
-    }  # fmt: skip
-    for name, value in found.items():
-        text = text.replace(f"<!-- {name} -->", value)
-    (ROOT / "docs" / "quantizing.md").write_text(text)
+    Quantizing(measured_with(), session, "\n".join(table), memory.rstrip(), f"{options.tokens:,}").write()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from loguru import logger as loguru
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import hf_fp8
@@ -29,6 +31,12 @@ KINDS = {"dynamic": "FP8_DYNAMIC", "static": "FP8", "block": "FP8_BLOCK"}
 CALIBRATION_TOKENS = 2048
 EVALUATION_TOKENS = 4096
 WINDOW = 512
+
+
+def quiet() -> None:
+    """Only errors from transformers, nothing from compressed-tensors."""
+    transformers.utils.logging.set_verbosity_error()
+    loguru.remove()
 
 
 def gguf_folder() -> Path:

@@ -6,12 +6,11 @@ import argparse
 import io
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).parent.parent
 
 import finetune
-import peft
 import smollm2
 import torch
-import transformers
+from pages import Page
 from peft import PeftModel
+from provenance import measured_with
 from transformers import AutoTokenizer
 
 import hf_fp8
@@ -41,6 +40,18 @@ MERGES: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "nearest"},
     "dense": {"into": "dense"},
 }
+
+
+@dataclass(frozen=True)
+class Training(Page):
+    name = "training"
+    versions: str
+    steps: str
+    bases: str
+    merges: str
+    said: str
+    before: str
+    after: str
 
 
 def train(name: str, steps: int, folder: Path, tokenizer: Any, judged: torch.Tensor) -> dict[str, Any]:
@@ -101,16 +112,20 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo" / "training", help="where adapters are left")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    Training.check()
     smollm2.write_fp8(smollm2.write_dense(ROOT / ".demo" / "dense"), ROOT / ".demo" / "dynamic", "dynamic")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / ".demo" / "dense")
     judged = finetune.texts(tokenizer)[2]
     runs = {name: train(name, args.steps, args.folder / str(number), tokenizer, judged) for number, name in enumerate(BASES)}
-    draw(runs, ROOT / "docs" / "training.svg")
     plain = runs["BF16"]
     lines = [
         f"| {name} | {run['before']:.2f} | {run['after']:.2f} | {math.log(run['after']):.4f} "
@@ -129,18 +144,12 @@ def main() -> None:
                 f"| {name} | {how} | {f'{kept}%' if kept else '-'} | {runs[name]['after']:.3f} | {found:.3f} | "
                 f"{'yes' if same else 'not compared'} |"
             )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = (
-        f"hf_fp8 {hf_fp8.__version__} at {commit}, torch {torch.__version__}, transformers {transformers.__version__}, PEFT "
-        f"{peft.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} CPU cores, bfloat16"
-    )
-    page = (ROOT / "docs" / "training.template.md").read_text()
-    for mark, text in {
-        "VERSIONS": versions, "STEPS": str(args.steps), "BASES": "\n".join(lines), "MERGES": "\n".join(merges),
-        "SAID": runs[SHOWN]["said"].strip(), "BEFORE": f"{runs[SHOWN]['before']:.3f}", "AFTER": f"{runs[SHOWN]['after']:.3f}",
-    }.items():  # fmt: skip
-        page = page.replace(f"<!-- {mark} -->", text)
-    (ROOT / "docs" / "training.md").write_text(page)
+    of = runs[SHOWN]
+    page = Training(
+        versions=measured_with("peft"), steps=str(args.steps), bases="\n".join(lines), merges="\n".join(merges),
+        said=of["said"].strip(), before=f"{of['before']:.3f}", after=f"{of['after']:.3f}",
+    )  # fmt: skip
+    page.write(pictures={"training.svg": lambda path: draw(runs, path)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""Pages of docs/ that scripts write: a frame, docs/NAME.template.md, filled with what was measured; whole, or not at all.
+
+A frame's placeholders are comments, `<!-- NAME -->`, with white space wherever an editor has put it. A script says what it
+fills in as the fields of a `Page`, so that they can be held against the frame before anything is measured, and by tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+DOCS = Path(__file__).parent.parent / "docs"
+PLACEHOLDER = re.compile(r"<!--\s*(\w+)\s*-->")
+COMMENT = re.compile(r"<!--(?:(?!-->).){0,60}", re.DOTALL)  # the beginning of one, closed or not
+
+
+class PageError(Exception):
+    """A frame and what it is to be filled with do not fit."""
+
+
+def placeholders(frame: str) -> set[str]:
+    return set(PLACEHOLDER.findall(frame))
+
+
+def left_over(page: str) -> list[str]:
+    """Comments in a page, of which it is to have none: placeholders, also those that are not written as such."""
+    return [" ".join(found.split()) for found in COMMENT.findall(page)]
+
+
+def hold(frame: str, names: set[str]) -> None:
+    """Raises PageError unless `names` are exactly the placeholders of a frame, and it has no other comments."""
+    wanted = placeholders(frame)
+    wrong = [f"the frame has {name}, which nothing fills" for name in sorted(wanted - names)]
+    wrong += [f"{name} is given, and the frame has no such placeholder" for name in sorted(names - wanted)]
+    wrong += [f"{comment!r} is no placeholder" for comment in left_over(PLACEHOLDER.sub("", frame))]
+    if wrong:
+        raise PageError("; ".join(wrong))
+
+
+def fill(frame: str, values: Mapping[str, str]) -> str:
+    """`frame` with each placeholder replaced by its value.
+
+    Raises PageError for placeholders without a value, values without a placeholder, empty ones, and comments that are left.
+    """
+    hold(frame, set(values))
+    if empty := sorted(name for name, value in values.items() if not value.strip()):
+        raise PageError(f"{', '.join(empty)}: nothing to fill in")
+    page = PLACEHOLDER.sub(lambda found: values[found[1]], frame)
+    if left := left_over(page):
+        raise PageError(f"a placeholder is left in the page: {', '.join(map(repr, left))}")
+    return page
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which becomes `path` when the block ends without an error."""
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page is filled with: a field for each placeholder of its frame, of the same name in small letters."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def frame(cls) -> str:
+        return (DOCS / f"{cls.name}.template.md").read_text()
+
+    @classmethod
+    def names(cls) -> set[str]:
+        return {field.name.upper() for field in fields(cls)}
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises PageError if frame and fields do not fit: to be called before minutes of measuring."""
+        try:
+            hold(cls.frame(), cls.names())
+        except PageError as error:
+            raise PageError(f"docs/{cls.name}.template.md: {error}") from None
+
+    def write(self, folder: Path = DOCS, pictures: Mapping[str, Callable[[Path], object]] | None = None) -> None:
+        """Write `folder`/NAME.md and `pictures`, name of the file -> function that draws it: all of them, or nothing."""
+        page = fill(self.frame(), {field.name.upper(): str(getattr(self, field.name)) for field in fields(self)})
+        with ExitStack() as stack:
+            for name, draw in (pictures or {}).items():
+                draw(stack.enter_context(whole(folder / name)))
+            stack.enter_context(whole(folder / f"{self.name}.md")).write_text(page)
