@@ -38,7 +38,8 @@ def plan_in_place(
     _refuse_quantized(model)
     conversions = _conversions(model)
     quantizer = FP8HfQuantizer(config, pre_quantized=False)
-    quantizer.plan(model, conversions, _headers(model), model.dtype, cast=False, choose=choose)
+    layout = quantizer.plan(model, conversions, _headers(model), model.dtype, cast=False, choose=choose)
+    layout.file_dtypes.clear()  # nothing was read from files
     return quantizer
 
 

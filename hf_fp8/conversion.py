@@ -6,6 +6,7 @@ by name instead: exact, fast for tens of thousands of experts, and exactly rever
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from transformers.utils import logging
 
 from . import numerics
 from .casts import multiply_out
+from .checkpoint import TORCH_DTYPES
 from .errors import ScaleError, UnsupportedError
 from .scheme import Granularity, TensorScheme
-from .stored import StoredWeight
+from .stored import DenseTensor, StoredWeight
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +41,19 @@ def companion(pattern: str, role: str) -> str:
 class Parameter:
     """A dense parameter of the model that is made from quantized weights of the file.
 
-    sources: the weights that each source pattern of the host's converter collects, in the order
-    in which it collects them; None stands for one that is dense in the file.
+    sources: the tensors that each source pattern of the host's converter collects, in the order in which it collects them.
+    others: parameters that the converter makes of the same tensors (of a fused q, k and v), in its order after this one.
     """
 
     name: str
     dtype: torch.dtype
-    sources: dict[str, list[StoredWeight | None]] = field(default_factory=dict)
+    sources: dict[str, list[StoredWeight | DenseTensor]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> list[StoredWeight]:
+        """Those of its sources that are quantized in the files."""
+        return [source for part in self.sources.values() for source in part if isinstance(source, StoredWeight)]
 
 
 class KeyRenaming(WeightRenaming):  # type: ignore[misc]
@@ -137,20 +145,29 @@ class SharedOp(ConversionOps):  # type: ignore[misc]
         return self
 
 
+def as_read(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`, that of the file it was read from, if it was only widened since. Else as it is: nothing is lost."""
+    if dtype == tensor.dtype or dtype.itemsize >= tensor.dtype.itemsize or not tensor.is_floating_point():
+        return tensor
+    narrow = tensor.to(dtype)
+    bits = {4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return narrow if torch.equal(narrow.to(tensor.dtype).view(bits), tensor.contiguous().view(bits)) else tensor
+
+
 def only(value: Any) -> torch.Tensor:
     tensor: torch.Tensor = value[0] if isinstance(value, list) else value
     return tensor
 
 
 class Reshape(SharedOp):
-    """Gives each scale the shape planned for it: the module's on loading, the file's on saving."""
+    """Gives each scale the shape planned for it: the module's on loading, the file's on saving. Others stay as they are."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
 
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
         scale = only(next(iter(input_dict.values())))
-        return {full_layer_name: scale.reshape(self.shapes[full_layer_name])}
+        return {full_layer_name: scale.reshape(self.shapes.get(full_layer_name, scale.shape))}
 
 
 class Dequantize(SharedOp):
@@ -168,11 +185,10 @@ class Dequantize(SharedOp):
         parameter = self.parameters[full_layer_name]
         converted: dict[str, Any] = {}
         for pattern, stored in parameter.sources.items():
-            tensors = {
-                role: input_dict.pop(companion(pattern, role), [])
-                for role in {WEIGHT, *(role for weight in stored if weight for role in weight.keys)}
-            }
-            arrived = len(tensors[stored[0].primary if stored[0] else WEIGHT])
+            roles = {role for weight in stored if isinstance(weight, StoredWeight) for role in weight.keys}
+            tensors = {role: input_dict.pop(companion(pattern, role), []) for role in {WEIGHT, *roles}}
+            first = stored[0]
+            arrived = len(tensors[first.primary if isinstance(first, StoredWeight) else WEIGHT])
             if arrived != len(stored):
                 raise RuntimeError(
                     f"{full_layer_name}: {arrived} tensors arrived for {pattern}, {len(stored)} are in the files"
@@ -183,17 +199,17 @@ class Dequantize(SharedOp):
         return converted
 
     def _stack(
-        self, stored: list[StoredWeight | None], tensors: dict[str, list[torch.Tensor]], dtype: torch.dtype
+        self, stored: list[StoredWeight | DenseTensor], tensors: dict[str, list[torch.Tensor]], dtype: torch.dtype
     ) -> list[torch.Tensor] | torch.Tensor:
         out: torch.Tensor | None = None
         taken = dict.fromkeys(tensors, 0)
         for index, weight in enumerate(stored):
             parts: dict[str, torch.Tensor] = {}
-            for role in {WEIGHT} if weight is None else weight.keys:
+            for role in weight.keys if isinstance(weight, StoredWeight) else (WEIGHT,):
                 parts[role] = tensors[role][taken[role]]
                 tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
                 taken[role] += 1
-            dense = parts[WEIGHT].to(dtype) if weight is None else weight_from(weight, parts, dtype)
+            dense = weight_from(weight, parts, dtype) if isinstance(weight, StoredWeight) else parts[WEIGHT].to(dtype)
             if len(stored) == 1:
                 return [dense]
             if out is None:
@@ -207,11 +223,20 @@ class Dequantize(SharedOp):
         raise AssertionError("RoutedConverter.reverse says how to save")
 
 
+def plain_pattern(pattern: str) -> str:
+    """What the reverse of a converter calls a pattern of its converter: without escapes and groups, which the host would
+    read as a regular expression again."""
+    return "hf_fp8." + re.sub(r"[^\w.*]", "", pattern).lstrip(".")
+
+
 class Requantize(SharedOp):
     """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
 
     A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
     scales of the same granularity where the old ones do not do, is rounded by chance, and is named in `changed`.
+
+    What was merged arrives taken apart, under its `plain_pattern` with a number in the place of the asterisk. Names are those
+    that are known of each tensor (`StoredWeight.saved`), never put together from patterns.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], scales: Mapping[str, dict[str, torch.Tensor]]) -> None:
@@ -219,43 +244,31 @@ class Requantize(SharedOp):
         self.changed: list[str] = []
 
     @torch.no_grad()
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *,
-        full_layer_name: str,
-        target_patterns: list[str],
-        source_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        parameter = self.parameters.get(full_layer_name)
+        if parameter is None:  # dense for good since it was loaded
+            return {full_layer_name: only(next(iter(input_dict.values())))}
         out: dict[str, torch.Tensor] = {}
-        if full_layer_name in self.parameters:
-            parameter = self.parameters[full_layer_name]
-            ((_, stored),) = parameter.sources.items()
-            start = len(self.changed)
-            codes = self._codes(full_layer_name, only(next(iter(input_dict.values()))), stored[0], parameter.dtype)
-            self._tell(start)
-            return codes
         start = len(self.changed)
-        prefix = full_layer_name.partition(target_patterns[0])[0]
-        parameter = self.parameters[prefix + source_patterns[0]]
-        for pattern, weights in parameter.sources.items():
-            for index, weight in enumerate(weights):
-                key = pattern.replace("*", str(index))
-                # Whole names: the host completes those of others from one that it knows, ending in "weight".
-                out.update(self._codes(prefix + key, only(input_dict.pop(key)), weight, parameter.dtype))
+        for pattern, sources in parameter.sources.items():
+            for index, source in enumerate(sources):
+                key = WEIGHT if pattern == WEIGHT else plain_pattern(pattern).replace("*", str(index))
+                dense = only(input_dict.pop(key))
+                if isinstance(source, DenseTensor):
+                    out[source.saved] = as_read(dense, TORCH_DTYPES[source.dtype])
+                else:
+                    out.update(self._codes(dense, source, parameter.dtype))
         self._tell(start)
-        return out | {prefix + key: tensor for key, tensor in input_dict.items()}
+        return out
 
     def _tell(self, start: int) -> None:
         if names := self.changed[start:]:
             logger.warning(
-                f"hf_fp8: {', '.join(names)}: changed since loading, written with new FP8 scales instead of the checkpoint's"
+                f"hf_fp8: {', '.join(names)}: changed since loading, rounded to FP8 codes anew; scales that do not fit any more "
+                "are new, too"
             )
 
-    def _codes(self, key: str, dense: torch.Tensor, weight: StoredWeight | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        if weight is None:
-            return {key: dense}
+    def _codes(self, dense: torch.Tensor, weight: StoredWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         scales = self.scales[weight.name]
         if weight.group.scheme is None:
             parts = compressor(weight).compress({WEIGHT: dense, **scales}, weight.group.parsed)
@@ -280,7 +293,7 @@ class Requantize(SharedOp):
             # To the nearest code, most of what was trained or merged since would be rounded away (see `merging`).
             chance = torch.Generator(dense.device).manual_seed(crc32(weight.name.encode()))
             parts[WEIGHT] = codes_from(weight, dense, parts, chance)
-        return {name: parts[role] for role, name in weight.names_beside(key).items()}
+        return {name: parts[role] for role, name in weight.saved.items()}
 
 
 class QuantizeWeights(SharedOp):

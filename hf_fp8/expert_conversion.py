@@ -108,8 +108,8 @@ def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor], broke
 class SplitExperts(SharedOp):
     """Gives each expert of a stack back the tensors that it was made of: names, shapes and bytes."""
 
-    def __init__(self, stacks: Mapping[str, Stack], names: Mapping[str, str]) -> None:
-        self.stacks, self.names = stacks, names
+    def __init__(self, stacks: Mapping[str, Stack]) -> None:
+        self.stacks = stacks
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -121,12 +121,12 @@ class SplitExperts(SharedOp):
             tensor = only(input_dict[pattern(0, role)])
             if stack.is_stacked:
                 weight = stack.sources[0][0]
-                found[self.names[weight.keys[role]]] = _to_stack(stack, role, tensor)
+                found[weight.saved[role]] = _to_stack(stack, role, tensor)
                 continue
             for part, weights in enumerate(stack.sources):
                 for expert, weight in enumerate(weights):
                     values = _place(stack, tensor, part, expert)
-                    found[self.names[weight.keys[role]]] = values.reshape(weight.shapes[role])
+                    found[weight.saved[role]] = values.reshape(weight.shapes[role])
         return found
 
 

@@ -14,7 +14,7 @@ from .conversion import Parameter
 from .errors import MismatchError, MissingTensorError
 from .expert_names import PlainMerge
 from .experts import ExpertsLayout, Projection
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def check_experts(module: nn.Module | None, parameters: dict[str, Parameter]) ->
                 _check_one_by_one(target, weights, n_experts, (n // len(parameter.sources), k))
 
 
-def _check_one_by_one(target: str, weights: list[StoredWeight | None], n_experts: int, shape: tuple[int, int]) -> None:
-    known = {place: weight for place, weight in enumerate(weights) if weight is not None}
+def _check_one_by_one(target: str, weights: list[StoredWeight | DenseTensor], n_experts: int, shape: tuple[int, int]) -> None:
+    known = {place: weight for place, weight in enumerate(weights) if isinstance(weight, StoredWeight)}
     for place, weight in known.items():
         key = weight.keys[weight.primary]
         # As the loader will know it: a `key_mapping` may have made the name.
@@ -148,12 +148,11 @@ def _stack(
     if parameter is None or not parameter.sources:
         raise _Unfit(f"the files hold no FP8 weights for {leaf}")
     patterns = list(parameter.sources)
-    weights = [weight for part in parameter.sources.values() for weight in part]
-    _check_alike(leaf, weights)
+    weights = parameter.weights
+    _check_alike(leaf, weights, sum(map(len, parameter.sources.values())))
     held = tuple(getattr(module, leaf).shape)
     n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
     first = weights[0]
-    assert first is not None
     if len(first.shape) == 3:
         if first.pattern is not None or first.shape != held:
             raise _Unfit(f"the stack of {leaf} in the files has another layout than the model's")
@@ -164,17 +163,17 @@ def _stack(
     if merge is None or len(patterns) != parts or not _is_plain_merge(merge, layout):
         raise _Unfit(f"the host makes {leaf} in a way that is not a plain merge of experts")
     order = sorted(patterns, key=merge.source_patterns.index)
-    sources = tuple(tuple(weight for weight in parameter.sources[pattern] if weight is not None) for pattern in order)
+    sources = tuple(tuple(w for w in parameter.sources[pattern] if isinstance(w, StoredWeight)) for pattern in order)
     return Stack(target, Projection(leaf, (n_experts, n, k), first.scheme, parts), sources)
 
 
-def _check_alike(leaf: str, weights: Sequence[StoredWeight | None]) -> None:
-    """Raise unless all weights are FP8, of one scheme and with scales of one dtype."""
-    if None in weights:
+def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None:
+    """Raise unless all weights, `count` of them, are FP8, of one scheme and with scales of one dtype."""
+    if len(weights) < count:
         raise _Unfit(f"some experts of {leaf} are dense in the files")
-    if any(weight is not None and weight.group.scheme is None for weight in weights):
+    if any(weight.group.scheme is None for weight in weights):
         raise _Unfit("not an FP8 group")
-    first, *rest = (weight for weight in weights if weight is not None)
+    first, *rest = weights
     for weight in rest:
         if weight.scheme != first.scheme:
             raise _Unfit(f"experts of {leaf} are of two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")

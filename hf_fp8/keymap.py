@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -57,6 +57,16 @@ class KeyMap:
             target, pattern = apply_converters(renamed, self._converters)
             found = self._converted[renamed] = (self._with_prefix(target), pattern)
         return found
+
+    def others(self, renamed: str) -> tuple[str, ...]:
+        """The parameters, beside the one that `convert` gives, that the converter of a renamed key makes with it."""
+        used = next(c for c in self._converters if c.rename_source_key(renamed)[1] is not None)
+        found = []
+        for pattern in used.target_patterns[1:]:
+            probe = copy(used)
+            object.__setattr__(probe, "target_patterns", [pattern])  # the class lets nobody change it
+            found.append(self._with_prefix(probe.rename_source_key(renamed)[0]))
+        return tuple(found)
 
     def resolve(self, key: str) -> tuple[str, str | None]:
         """(parameter of the model, source pattern or None) of a key of the files."""

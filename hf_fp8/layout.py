@@ -20,19 +20,20 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
-from .checkpoint import Checkpoint
+from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config
 from .conversion import KeyRenaming, Parameter, companion
 from .errors import MissingTensorError
 from .expert_names import converters, hub_name
 from .expert_plan import check_experts, plan_experts
 from .experts import ExpertsLayout
+from .extra_tensors import unplaced
 from .keymap import KeyMap
 from .parts import Part
 from .reads import weights_read_by_kernels, weights_read_directly
 from .scan import Owner, Scan, scan
 from .scheme import Scheme
-from .stored import WEIGHT, ZERO_POINTS, StoredWeight, check_scale_values, check_shape
+from .stored import WEIGHT, ZERO_POINTS, DenseTensor, StoredWeight, check_scale_values, check_shape, name_beside
 from .transforms import Layout, transforms
 
 
@@ -93,7 +94,10 @@ def lay_out(
             continue
         layout.reasons[weight.module] = reason
         if weight.target not in layout.dense:
-            layout.dense[weight.target] = Parameter(weight.target, _planned_dtype(weight.target, fp32, dtype))
+            renamed = weight.renamed[weight.primary].removesuffix("_packed")
+            others = () if weight.pattern is None else keymap.others(renamed)
+            planned = _planned_dtype(weight.target, fp32, dtype)
+            layout.dense[weight.target] = Parameter(weight.target, planned, others=others)
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
     if layout.saves_fp8(dense_because) and read_values and parts is None:
@@ -102,11 +106,12 @@ def lay_out(
         host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
         scales |= checkpoint.read(host)
         layout.scales = {w.name: {r: scales[key] for r, key in w.keys.items() if r != w.primary} for w in dense}
-    layout.passengers = {keymap.rename(key): key for key in scanned.cache}
+    layout.extra = {keymap.rename(key): key for key in scanned.cache}
+    layout.unplaced = {keymap.rename(key): key for key in unplaced(checkpoint, scanned, keymap)}
     for name, weight in layout.kept.items():
-        layout.passengers.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+        layout.extra.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
     for weight in (weight for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights):
-        layout.passengers.update({weight.renamed[r]: weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+        layout.extra.update({weight.renamed[r]: weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
     layout.conversions = transforms(layout, weights, conversions, extra, KeyRenaming(late, keymap.prefix))
     return layout
 
@@ -126,7 +131,7 @@ def _keep_experts(
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
         module = module_of(model, name)
         check_experts(module, mine)
-        schemes = {w.scheme for p in mine.values() for part in p.sources.values() for w in part if w and w.group.scheme}
+        schemes = {weight.scheme for parameter in mine.values() for weight in parameter.weights if weight.group.scheme}
         reasons = (because(scheme) for scheme in schemes)
         plan = next(filter(None, reasons), None) or plan_experts(name, module, mine, conversions)
         if not isinstance(plan, str) and any(_planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
@@ -141,7 +146,7 @@ def _keep_experts(
             del layout.dense[target]
             layout.reasons.pop(target, None)
     # What is dense in the files and merged by a converter that now has nothing to multiply out is the host's again.
-    merging = {pattern for p in layout.dense.values() for pattern, found in p.sources.items() if any(found)}
+    merging = {pattern for p in layout.dense.values() if p.weights for pattern in p.sources}
     for target in [target for target, p in layout.dense.items() if not merging & set(p.sources)]:
         del layout.dense[target]
 
@@ -191,15 +196,19 @@ def owner_of(model: PreTrainedModel, keymap: KeyMap, key: str) -> Owner:
 
 def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
     """Fill in what the host's renamings make of a weight's keys; note those that do not follow their weight."""
-    if WEIGHT not in weight.keys:
+    if WEIGHT in weight.keys:
+        target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])
+        weight.renamed = _renamed(weight, keymap, late if target in keymap.params else {})
+    else:
         weight.renamed = {role: keymap.rename(key) for role, key in weight.keys.items()}
         target, weight.pattern = keymap.convert(weight.renamed[weight.primary].removesuffix("_packed"))
-        weight.target = target if target in keymap.params else ""
-        return
-    target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])
     weight.target = target if target in keymap.params else ""
+    weight.saved = {role: name_beside(target, name, keymap.prefix) for role, name in weight.renamed.items()}
+
+
+def _renamed(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> dict[str, str]:
     renamed = keymap.rename(weight.keys[WEIGHT])
-    weight.renamed = {WEIGHT: renamed}
+    found = {WEIGHT: renamed}
     for role, key in weight.keys.items():
         if role == WEIGHT:
             continue
@@ -208,9 +217,10 @@ def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
             wanted = companion(renamed, role)
         else:
             wanted = keymap.aliases.get(plain, plain)
-        weight.renamed[role] = wanted
+        found[role] = wanted
         if plain != wanted:
             late[plain] = wanted
+    return found
 
 
 def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
@@ -323,16 +333,27 @@ def _collect(
     fp32: dict[str, torch.dtype],
     dtype: torch.dtype,
 ) -> None:
-    """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order."""
+    """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order; and `file_dtypes`."""
     by_key = {weight.keys[weight.primary]: weight for weight in weights}
     for stored in weights:
         if stored.target in layout.dense and stored.pattern is None:
             layout.dense[stored.target].sources = {WEIGHT: [stored]}
     merging = {weight.pattern for weight in weights if weight.target and weight.pattern is not None}
+    dtypes: dict[str, set[str]] = {}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         weight = by_key.get(key)
         target, pattern = keymap.resolve(key) if weight is None else (weight.target, weight.pattern)
-        if pattern in merging and target in keymap.params:
+        if target not in keymap.params:
+            continue
+        if pattern in merging:
             # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
-            parameter = layout.dense.setdefault(target, Parameter(target, _planned_dtype(target, fp32, dtype)))
-            parameter.sources.setdefault(str(pattern), []).append(weight)
+            renamed = keymap.rename(key)
+            if target not in layout.dense:
+                planned = _planned_dtype(target, fp32, dtype)
+                layout.dense[target] = Parameter(target, planned, others=keymap.others(renamed))
+            dense = DenseTensor(name_beside(target, renamed, keymap.prefix), checkpoint.tensors[key].dtype)
+            layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)
+        elif weight is None:
+            dtypes.setdefault(target, set()).add(checkpoint.tensors[key].dtype)
+    found = {target: names.pop() for target, names in dtypes.items() if len(names) == 1}
+    layout.file_dtypes = {target: TORCH_DTYPES[name] for target, name in found.items() if name in DENSE_DTYPES}

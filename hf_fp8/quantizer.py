@@ -18,20 +18,29 @@ from .config import FP8Config, remember
 from .conversion import AsItIs, KeyRenaming, RoutedConverter
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie
 from .errors import ConfigError, ScaleError, UnsupportedError
-from .explain import NOTES, by_reason
-from .kernels import why_not_kept, why_not_kept_experts
+from .explain import NOTES
+from .extra_tensors import by_pattern, is_whole, keep_names
 from .layout import lay_out
 from .linear import FP8Linear
-from .placement import compute_device
+from .load_report import report, report_planned
+from .placement import compute_device, why_dense, why_dense_experts
 from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
-from .saving import any_number, fit_config, is_dense_now, leave_experts, recompress, refuse_unwritable
-from .scheme import FP8, Scheme
+from .saving import (
+    FILE_DTYPES,
+    any_number,
+    fit_config,
+    is_dense_now,
+    leave_experts,
+    recompress,
+    refuse_unwritable,
+    restore_dtypes,
+)
+from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
 
 logger = logging.get_logger(__name__)
-KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 anywhere, in half their memory; on CPUs it is slower."
 
 
 class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -47,7 +56,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.layout: Layout | None = None
         self.host: CompressedTensorsHfQuantizer | None = None
-        self.passengers: dict[str, torch.Tensor] = {}
+        self.extra: dict[str, torch.Tensor] = {}
         self._host_scales: dict[str, torch.Tensor] = {}
         self._files: list[str] = []
         self._device_map: Any = None
@@ -169,13 +178,13 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
         config = self.quantization_config
-        because = self._why_dense()
+        because = why_dense(config, self.compute_device, self._dtype)
         if config.scheme is not None:
             layout = self.plan(model, conversions, checkpoint, self._dtype, use_kernels=self._use_kernels)
         else:
             layout = lay_out(
                 model, conversions, checkpoint, config,
-                dense_because=because, experts_because=partial(self._why_dense_experts, because),
+                dense_because=because, experts_because=partial(why_dense_experts, config, self.compute_device, self._dtype),
                 use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
             )  # fmt: skip
         self.layout = layout
@@ -204,47 +213,28 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=dense, compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
+        carried = because is None and config.backend != "int8" and is_whole(model)
         if (because is None or self.host is not None) and self._read_values:
-            self._carry(checkpoint, layout)
+            self._carry(checkpoint, layout, layout.unplaced if carried else {})
         elif not config.dequantize:
             config.dequantize = True  # all of it: what is saved is a plain dense model
-        # Tensors known to be of no use to the model are no news in the loading report.
-        silent = {f"^{name.replace('.', chr(92) + '.')}$" for name in layout.passengers}
-        if silent:
-            model._keys_to_ignore_on_load_unexpected = (model._keys_to_ignore_on_load_unexpected or set()) | silent
+        # Tensors that are known to be carried are no news in the loading report.
+        if silent := by_pattern([*layout.extra, *(layout.unplaced if carried else ())]):
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *silent}
         self.update_parallel_plan(model, model.tp_plan)
         self.update_parallel_plan(model, model.ep_plan)
         notes = {w.module: (w.scheme.describe(), layout.reasons.get(w.module, "")) for w in layout.scan.weights if w.target}
         setattr(model, NOTES, notes)
-        self._say(because, layout)
+        if self.planned is not None:
+            report_planned(config, self.compute_device, self._dtype)
+        else:
+            report(config, layout, self._dtype, because, carried)
 
-    def _why_dense(self) -> str | None:
-        """The reason why every FP8 weight is multiplied out while loading, None if they stay in FP8."""
-        config = self.quantization_config
-        if config.dequantize:
-            return "dequantize=True"
-        if config.backend != "auto" or config.scheme is not None:
-            return None
-        device = self.compute_device
-        reason = why_not_kept(device, self._dtype)
-        return None if reason is None else f"backend='auto' on {device.type}: {reason}"
-
-    def _why_dense_experts(self, because: str | None, scheme: Scheme) -> str | None:
-        """The same of merged experts of a scheme, for which `experts` has the last word."""
-        config = self.quantization_config
-        if config.dequantize or config.experts == "fp8":
-            return because if config.dequantize else None
-        if config.experts == "dequantize" or config.backend == "int8":
-            return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
-        device = self.compute_device
-        reason = why_not_kept_experts(device, self._dtype, scheme)
-        where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
-        return because or (None if reason is None else f"{where}: {reason}")
-
-    def _carry(self, checkpoint: Checkpoint, layout: Layout) -> None:
-        """Take along the tensors that no module uses, and those that the host's modules would hold in another dtype."""
-        tensors = checkpoint.read(list(layout.passengers.values()))
-        self.passengers = {name: tensors[key] for name, key in layout.passengers.items()}
+    def _carry(self, checkpoint: Checkpoint, layout: Layout, unplaced: dict[str, str]) -> None:
+        """Take along the tensors that no module holds, and those that the host's modules would hold in another dtype."""
+        layout.extra |= unplaced
+        tensors = checkpoint.read(list(layout.extra.values()))
+        self.extra = {name: tensors[key] for name, key in layout.extra.items()}
         if self._dense_because is not None:
             return  # what is left is a checkpoint of the host's, written as it does
         cast = {
@@ -255,37 +245,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         tensors = checkpoint.read(list(cast.values()))
         self._host_scales = {name: tensors[key] for name, key in cast.items()}
-
-    def _say(self, because: str | None, layout: Layout) -> None:
-        if self.planned is not None:
-            slow = why_not_kept(self.compute_device, self._dtype)
-            if slow and self.quantization_config.backend == "auto":
-                logger.warning(
-                    f"hf_fp8: what was just quantized stays in FP8, inputs rounded, on {self.compute_device.type} too, which "
-                    f"is slow ({slow}). Saved and loaded again it runs as suits the device; backend='weight_only' is faster"
-                )
-            return
-        merged = any(weight.is_expert for weight in layout.scan.weights)
-        if because is not None and layout.dense and because != "dequantize=True":
-            logger.warning(
-                f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {self._dtype} "
-                f"while loading ({because}), and the model saves as a plain dense one. "
-                "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8; backend='int8' is the fast one on CPUs."
-                + (f" {KEEP_EXPERTS}" if merged else "")
-            )
-        elif because is None and layout.reasons:
-            saved = "saved dense" if self.quantization_config.backend == "int8" else "written back in FP8"
-            hint = f" {KEEP_EXPERTS}" if any("experts='auto'" in reason for reason in layout.reasons.values()) else ""
-            logger.warning(f"hf_fp8: parameters held in {self._dtype} and {saved}: {by_reason(layout.reasons)}.{hint}")
-        if self.quantization_config.experts == "fp8" and not merged:
-            logger.warning(
-                "hf_fp8: experts='fp8' was asked for, but the checkpoint has no experts that the model holds merged."
-            )
-        if layout.scan.cache and because is None:
-            logger.warning(
-                "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: "
-                "the cache stays in the dtype of the model."
-            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.layout is not None and self.layout.broken:
@@ -305,10 +264,13 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.backend == "int8" and self.layout is not None:
             self._to_int8(model, self.layout)
         let_siblings_share(model)
-        if self.layout is not None and self.layout.experts:
+        if self._dense_because is None and self.layout is not None:
             model._weight_conversions = for_saving(model._weight_conversions)
-        if self._dense_because is not None and self.layout is not None:
+        else:
+            # Also of a checkpoint that turned out to be dense; the host has dropped them with its config (from 5.24 on).
             model._weight_conversions = self._native_conversions()
+        if self._dense_because is not None and self.layout is not None:
+            setattr(model, FILE_DTYPES, self.layout.file_dtypes)
             if self.host is None:
                 remember(model.config, self.quantization_config)
             else:
@@ -328,7 +290,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         layout.dense.clear()  # nothing is written back in FP8
         layout.scales.clear()
         gone = tuple(f".{role}" for role in ZERO_POINTS)
-        self.passengers = {name: tensor for name, tensor in self.passengers.items() if not name.endswith(gone)}
+        self.extra = {name: tensor for name, tensor in self.extra.items() if not name.endswith(gone)}
 
     def _native_conversions(self) -> list[WeightTransform]:
         """The host's own transforms, for a model that has become dense: what a plain checkpoint of it looks like.
@@ -352,18 +314,26 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if leave_experts(model, self.quantization_config, self.layout):
                 model._weight_conversions = self._conversions_of_dense_experts(self.layout)
             fit_config(model, self.quantization_config, self.layout)
-        if not self.passengers and self.host is None:
+        if self.layout is None:
             return None, {}
         state = dict(model.state_dict())
-        if self.host is not None and self.layout is not None:
+        if self.host is not None:
             recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
-        return {**state, **self.passengers}, {}
+        restore_dtypes(model, state, self.layout.file_dtypes)
+        keep_names(model, self.extra, self._file_names(self.layout))
+        return {**state, **self.extra}, {}
+
+    def _file_names(self, layout: Layout) -> dict[str, str]:
+        """Name under which a tensor is handed to the saver -> key of the files, of all but dense ones."""
+        weights = [w for w in [*layout.scan.weights, *layout.scan.host] if w.target and w.part is None]
+        return {w.saved[role]: key for w in weights for role, key in w.keys.items()} | layout.extra
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get those back as they are."""
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
+        model._weight_conversions = self._native_conversions()  # the host may have dropped them with the config
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -374,7 +344,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         swap_back(model, dtype, default=model.dtype)
         setattr(model, NOTES, {})
-        model._weight_conversions = self._native_conversions()
+        if self.layout is not None:
+            setattr(model, FILE_DTYPES, self.layout.file_dtypes)
         remember(model.config, self.quantization_config)
         return model
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .config import FP8Config
+from .conversion import as_read
 from .errors import CalibrationError, UnsupportedError
 from .linear import FP8Linear
 from .pointwise import FP8PointwiseConv
@@ -17,23 +20,39 @@ from .quantized_module import QuantizedModule
 from .stored import WEIGHT
 from .transforms import Layout
 
+# Where a model that has become dense keeps the dtypes of the files: parameter -> dtype.
+FILE_DTYPES = "_hf_fp8_file_dtypes"
+
 
 def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
     """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one."""
-    found, dense = set[str](), []
-    restored = {weight.module for weight in layout.scan.weights if weight.target in layout.dense}
+    found, dense = set[str](), _resized(model, layout)
+    restored = {name.removesuffix(f".{WEIGHT}") for p in layout.dense.values() for name in (p.name, *p.others)}
     for name, module in model.named_modules():
         classes = [cls.__name__ for cls in type(module).__mro__]
         group = config.group_of((name,), classes) if isinstance(module, nn.Linear) else None
         quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
-        if group is not None and not quantized:
+        if group is not None and not quantized and name not in dense:
             dense.append(name)
+    carried = set(layout.extra.values())
     for weight in [*layout.scan.weights, *layout.scan.host]:
-        if weight.target and weight.module not in dense:
+        if weight.module not in dense if weight.target else weight.keys[weight.primary] in carried:
             found.add(weight.group.name)
     gone = {group.name for group in config.groups} - found
     if dense or gone:
         config.leave_out(dense, gone)
+
+
+def _resized(model: nn.Module, layout: Layout) -> list[str]:
+    """The modules whose weight, multiplied out of FP8, has got another shape since (new tokens): they are dense for good."""
+    found = []
+    for name, parameter in list(layout.dense.items()):
+        weight = parameter.weights[0] if parameter.weights else None
+        held = model.get_parameter(name)
+        if weight is not None and weight.pattern is None and weight.shapes.get(WEIGHT, held.shape) != held.shape:
+            del layout.dense[name]
+            found.append(weight.module)
+    return found
 
 
 def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
@@ -86,6 +105,25 @@ def refuse_unwritable(model: nn.Module) -> None:
 def any_number(name: str) -> str:
     """A target of a config that matches `name` with any layer and expert."""
     return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
+
+
+def restore_dtypes(model: nn.Module, state: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give tensors of `state` that the model holds wider than they were read their dtype back, where nothing is lost by it.
+
+    dtypes: name -> dtype in the files. Names that share a tensor (tied weights) get one. What is offloaded is read back.
+    """
+    names = [name for name, dtype in dtypes.items() if name in state and state[name].dtype.itemsize > dtype.itemsize]
+    if not names:
+        return
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    sharing: dict[int, list[str]] = {}
+    for name in state.keys() & held.keys():
+        sharing.setdefault(id(held[name]), []).append(name)
+    for name in names:
+        tensor = load_offloaded_parameter(model, name) if state[name].is_meta else state[name]
+        restored = as_read(tensor, dtypes[name])
+        if restored is not tensor:
+            state.update(dict.fromkeys(sharing.get(id(held.get(name)), [name]), restored))
 
 
 def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -30,6 +30,17 @@ HOST_ROLES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class DenseTensor:
+    """A tensor that is dense in the files, where the model merges it with quantized ones.
+
+    saved: as in `StoredWeight`. dtype: safetensors' name of it.
+    """
+
+    saved: str
+    dtype: str
+
+
 @dataclass(eq=False)
 class StoredWeight:
     """A weight of the file that a config group quantizes.
@@ -37,7 +48,8 @@ class StoredWeight:
     name: the module's name in the file. keys: role ("weight", "weight_scale", ...) -> key in the file.
     renamed: role -> that key after the host's renamings. target: the parameter of the model that it
     goes into, "" if the model has none. pattern: the source pattern of the host's converter that
-    takes it there, None if it goes there as it is. transposed: (in, out) instead of (out, in). part: for a weight that is
+    takes it there, None if it goes there as it is. saved: role -> the name under which it is written back, before the host
+    undoes its renamings. transposed: (in, out) instead of (out, in). part: for a weight that is
     yet to be quantized, where its values come from, by the renamed key.
     """
 
@@ -49,6 +61,7 @@ class StoredWeight:
     renamed: dict[str, str] = field(default_factory=dict)
     target: str = ""
     pattern: str | None = None
+    saved: dict[str, str] = field(default_factory=dict)
     transposed: bool = False
     part: Part | None = None
 
@@ -75,14 +88,6 @@ class StoredWeight:
         """Whether it goes into a stack of experts, a parameter of its own, and not into the weight of a module."""
         merged = self.pattern is not None or len(self.shapes.get(WEIGHT, ())) == 3
         return merged and bool(self.target) and not self.target.endswith(f".{WEIGHT}")
-
-    def names_beside(self, key: str) -> dict[str, str]:
-        """role -> name, for a weight that is called `key` in the model."""
-        stem, _, last = key.rpartition(".")
-        if last == WEIGHT:
-            return {role: f"{stem}.{role}" for role in self.keys}
-        start = len(self.renamed[WEIGHT])  # a stack of experts: `down_proj`, `down_proj_scale`
-        return {role: key + self.renamed[role][start:] for role in self.keys}
 
     def stacked_scale(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale of a stack (E, A, B) of weights in float32, broadcastable to it."""
@@ -155,6 +160,15 @@ class StoredWeight:
             return [(experts, 1, cols) if self.transposed else (experts, rows, 1), (experts, out)]
         grid = granularity.grid(cols, rows)[::-1] if self.transposed else granularity.grid(rows, cols)
         return [(experts, *grid)]
+
+
+def name_beside(target: str, renamed: str, prefix: str) -> str:
+    """`renamed`, a key of the files after the host's renamings, with or without the base model's `prefix`, as the parameter
+    `target` of the model has it: the host adds or removes the prefix while loading, and does not undo that when it saves."""
+    dot = f"{prefix}."
+    if not prefix or target.startswith(dot) == renamed.startswith(dot):
+        return renamed
+    return dot + renamed if target.startswith(dot) else renamed.removeprefix(dot)
 
 
 def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

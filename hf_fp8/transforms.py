@@ -19,6 +19,7 @@ from .conversion import (
     Reshape,
     RoutedConverter,
     companion,
+    plain_pattern,
 )
 from .expert_conversion import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
 from .expert_plan import ExpertsPlan, Stack
@@ -32,21 +33,24 @@ class Layout:
     """kept: module -> weight that stays in FP8. experts: module -> experts that do. dense: parameter -> the weights
     multiplied out into it.
 
-    reasons: name of a dense weight's module or parameter -> why it is dense. passengers: names in
-    the model -> keys in the files, of tensors that no module uses and that are written back. scales:
-    name of a dense weight -> what its codes were multiplied by, for writing it back. missing: parameters that nothing in the
-    files goes into. broken: while loading, what was wrong with weights that were to be quantized.
+    reasons: name of a dense weight's module or parameter -> why it is dense. extra: names in the model -> keys in the files,
+    of tensors that no module uses though they belong to its weights or its cache. unplaced: the same of those that this
+    class of model has no place for. scales: name of a dense weight -> what its codes were multiplied by, for writing it
+    back. missing: parameters that nothing in the files goes into. file_dtypes: parameter -> dtype of the dense tensors in
+    the files that it is made of. broken: while loading, what was wrong with weights that were to be quantized.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
     experts: dict[str, ExpertsPlan] = field(default_factory=dict)
     dense: dict[str, Parameter] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    passengers: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
+    unplaced: dict[str, str] = field(default_factory=dict)
     conversions: list[WeightTransform] = field(default_factory=list)
     scan: Scan = field(default_factory=Scan)
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    file_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
 
     def saves_fp8(self, dense_because: str | None) -> bool:
@@ -64,7 +68,7 @@ def transforms(
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
     converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
-    converters += [*_fresh_converters(layout), *_experts_converters(layout, stacks, late.prefix)]
+    converters += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]
     for transform in extra:
         # Not used for loading what is stacked in the files; but what is written is one tensor per expert, its bias too.
         transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
@@ -77,10 +81,8 @@ def transforms(
 
 
 def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
-    """The same, such that the host's saver, which goes through them from the end, asks ours for experts first."""
-    last = [
-        c for c in conversions if isinstance(c, RoutedConverter) and isinstance(c.operations[0], StackExperts | QuantizeExperts)
-    ]
+    """The same, such that the host's saver, which goes through them from the end, asks ours first: they know names."""
+    last = [c for c in conversions if isinstance(c, RoutedConverter)]
     return [*(c for c in conversions if c not in last), *last]
 
 
@@ -90,8 +92,7 @@ def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[
     for parameter in layout.dense.values():
         if set(parameter.sources) != {WEIGHT}:
             continue
-        (weight,) = parameter.sources[WEIGHT]
-        assert weight is not None
+        (weight,) = parameter.weights
         # The host adds or strips the base model's prefix after this.
         target = weight.renamed[weight.primary].removesuffix("_packed")
         for role, key in weight.renamed.items():
@@ -122,11 +123,25 @@ def _merged_converter(
             if role != WEIGHT:
                 routes[key] = (renamed, companion(weight.pattern, role))
                 roles[companion(weight.pattern, role)] = None
-    reverse = base.reverse_transform()
-    reverse.operations.append(back)
+    reverse = _taken_apart(base, layout, back)
     return RoutedConverter(
         routes, [*base.source_patterns, *roles], list(base.target_patterns), [op, *base.operations], base=base, reverse=reverse
     )
+
+
+def _taken_apart(base: WeightConverter, layout: Layout, back: Requantize) -> RoutedConverter:
+    """The reverse of `base`: its operations undone, last to first, for the parameters that are made through it, by their
+    names. The patterns of `base` are regular expressions, and no names."""
+    sources, targets = ([plain_pattern(p) for p in patterns] for patterns in (base.source_patterns, base.target_patterns))
+    assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets), base
+    through = [p for p in layout.dense.values() if not p.sources.keys().isdisjoint(base.source_patterns)]
+    routes = {
+        name: (parameter.name, target)
+        for parameter in through
+        for name, target in zip((parameter.name, *parameter.others), targets, strict=True)
+    }
+    operations = [operation.reverse_op for operation in reversed(base.operations)]
+    return RoutedConverter(routes, targets, sources, [*operations, back])
 
 
 def _fresh_converters(layout: Layout) -> list[WeightTransform]:
@@ -140,37 +155,25 @@ def _fresh_converters(layout: Layout) -> list[WeightTransform]:
     return [RoutedConverter(routes, [WEIGHT], [WEIGHT], [QuantizeWeights(fresh, layout.broken)], reverse=nothing)]
 
 
-def _experts_converters(layout: Layout, stacks: dict[str, Stack], prefix: str) -> list[WeightTransform]:
+def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[WeightTransform]:
     """For experts that stay in FP8."""
     if not stacks:
         return []
-    routes, back, names = {}, {}, {}
+    routes, back = {}, {}
     fresh = any(weight.part for stack in stacks.values() for weight in stack.weights)
     for target, stack in stacks.items():
         for part, weights in enumerate(stack.sources):
             for weight in weights:
                 if weight.part is not None:
                     routes[weight.part.key] = (target, pattern(0 if weight.part.expert is not None else part, WEIGHT))
-                for role in ROLES:
-                    if role in weight.keys:
-                        if weight.part is None:
-                            routes[weight.renamed[role]] = (target, pattern(part, role))
-                        names[weight.keys[role]] = _beside(target, weight.renamed[role], prefix)
+                    continue
+                routes |= {weight.renamed[role]: (target, pattern(part, role)) for role in ROLES if role in weight.keys}
         back.update({stack.name_of(role): (target, pattern(0, role)) for role in ROLES if role in stack.weights[0].keys})
     patterns = [pattern(0, role) for role in ROLES]
-    reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks, names)])
+    reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks)])
     if fresh:
         return [LateConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks, layout.broken)], reverse=reverse)]
     return [RoutedConverter(routes, PATTERNS, ["hf_fp8_experts"], [StackExperts(stacks)], reverse=reverse)]
-
-
-def _beside(target: str, renamed: str, prefix: str) -> str:
-    """`renamed`, a key of the files, with or without the base model's prefix as the parameter `target` has it."""
-    experts = target.rpartition(".")[0]
-    for stem in (experts, experts.removeprefix(f"{prefix}."), f"{prefix}.{experts}"):
-        if renamed.startswith(f"{stem}."):
-            return experts + renamed[len(stem) :]
-    return renamed
 
 
 def _scale_converters(layout: Layout) -> list[WeightTransform]:
