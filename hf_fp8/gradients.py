@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import numerics
-from .kernels import Weight, kernel_for, torch_mm
+from .kernels import Input, Weight, kernel_for, torch_mm
 from .scheme import FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 
 # How a gradient is multiplied: as it is, with the dequantized weight; or rounded to 8 bits, with the codes.
@@ -30,7 +30,7 @@ def _run(
     """x (M, N) @ (N, K), or x (M, K) @ (K, N) if `transposed`, in the dtype of x."""
     parsed = Scheme.parse(scheme)
     if transposed:
-        return x @ numerics.dequantize(weight, weight_scale, parsed.weight.granularity, x.dtype).t()
+        return torch_mm.dequantize(Input(x), Weight(weight, weight_scale, None, parsed), x.dtype)
     if x.shape[0] and how == "quantized" and (turned := _turned(parsed)) is not None:
         return _quantized(x, weight, weight_scale, parsed, turned)
     return _exact(x, weight, weight_scale, parsed)

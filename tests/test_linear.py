@@ -113,34 +113,6 @@ def test_meta_and_back() -> None:
     assert module.weight.device.type == "cpu" and module.weight.dtype == FP8
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_gradient_is_that_of_the_dequantized_weight(scheme: Scheme) -> None:
-    module = layer(scheme, backend="weight_only")
-    dense = module.to_linear(torch.float32)
-    x = torch.randn(2, 5, 200, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    seed = torch.randn(2, 5, 72)
-    module(x).backward(seed)
-    dense(y).backward(seed)
-    assert (x.grad - y.grad).norm() / y.grad.norm() < 1e-6
-    assert (module.bias.grad - dense.bias.grad).norm() / dense.bias.grad.norm() < 1e-6
-
-
-def test_weights_have_no_gradient_and_say_so() -> None:
-    module = layer(FP8_DYNAMIC)
-    module.weight.requires_grad_(True)
-    with pytest.raises(InputError, match="adapters"):
-        module(torch.randn(2, 200)).sum().backward()
-
-
-def test_backward_keeps_no_copy_of_the_weight() -> None:
-    module = layer(FP8_DYNAMIC, bias=False)
-    saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        module(torch.randn(4, 200, requires_grad=True))
-    assert {t.data_ptr() for t in saved} == {module.weight.data_ptr(), module.weight_scale.data_ptr()}
-
-
 @pytest.mark.parametrize("shape", [(3, 200), (2, 3, 200)])
 def test_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
     module, x = layer(FP8_DYNAMIC), torch.randn(shape, requires_grad=True)

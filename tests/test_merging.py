@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from build import IDS, STATIC_TENSOR, State, error, load, logits, tensors, tiny_llama, write
-from moe import deepseek_v3, gpt_oss, llama4, mixtral, qwen3_moe
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import hf_fp8
 from hf_fp8 import (
     ConfigError,
     FP8Config,
-    FP8Experts,
     FP8Linear,
     ScaleError,
     UnsupportedError,
@@ -30,9 +28,6 @@ from hf_fp8 import (
 from hf_fp8.changes import Change
 from hf_fp8.quantized_module import QuantizedModule
 from hf_fp8.scheme import FP8, INT8, ROW, TENSOR, Granularity
-
-FAMILIES = [mixtral, qwen3_moe, gpt_oss, llama4, deepseek_v3]
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def adapted(model: Any, std: float = 0.05, **options: Any) -> Any:
@@ -225,53 +220,6 @@ def test_broken_adapters_change_nothing(into: str, safe: bool, fp8: Path) -> Non
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_experts(family: Any, tmp_path: Path) -> None:
-    """Adapters on stacks: what they give is what they give on the dense family, in every layout; merged and back, saved."""
-    family().save_pretrained(tmp_path / "dense")
-    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
-    made: list[PreTrainedModel] = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.float32)
-        for _ in range(2)
-    ]
-    dequantize_model(made[1], torch.float32)
-    ours, dense = (adapted(model, target_modules=["q_proj"], target_parameters=EXPERTS) for model in made)
-    # bfloat16 biases of gpt-oss and the like are the same in both
-    found, plain = logits(ours), None
-    with ours.disable_adapter():
-        plain = logits(ours)
-    assert error(found, logits(dense)) < 1e-5 and error(found, plain) > 0.01
-    base = held(ours)
-    with merging() as report:
-        ours.merge_adapter()
-    assert error(logits(ours), found) < 0.25 and 0.95 < report.kept < 1.05
-    assert any(isinstance(module, FP8Experts) for module in ours.modules())
-    ours.unmerge_adapter()
-    assert all(torch.equal(tensor, base[name]) for name, tensor in held(ours).items()) and torch.equal(logits(ours), found)
-    merged = ours.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    keep = FP8Config(backend="weight_only", experts="fp8")
-    assert torch.equal(logits(load(tmp_path / "merged", keep)), logits(merged))
-
-
-@pytest.mark.parametrize("family", [qwen3_moe, gpt_oss])
-def test_experts_left_dense(family: Any, tmp_path: Path) -> None:
-    family().save_pretrained(tmp_path / "dense")
-    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.float32)
-    model = adapted(model, target_modules=["q_proj"], target_parameters=EXPERTS)
-    before = logits(model)
-    with merging("dense"):
-        model.merge_adapter()
-        assert error(logits(model), before) < 1e-5
-        model.unmerge_adapter()
-        assert torch.equal(logits(model), before)
-        merged = model.merge_and_unload()
-    assert not any(isinstance(module, FP8Experts) for module in merged.modules())
-    merged.save_pretrained(tmp_path / "merged")
-    assert error(logits(load(tmp_path / "merged")), before) < 1e-5
-
-
 @pytest.mark.parametrize("originals", ["keep", "offload"])
 def test_originals_are_merged_into(originals: str) -> None:
     """The adapter is added to the float weight that was kept, which stays beside the new codes."""
@@ -307,53 +255,6 @@ def test_an_adapter_that_does_nothing_changes_nothing(fp8: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_one_stack_of_two(tmp_path: Path) -> None:
-    """The other one is not touched; and PEFT, which looks at the base before it merges, gives back what was merged."""
-    mixtral().save_pretrained(tmp_path)
-    for name in EXPERTS:
-        config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
-        model = adapted(model, target_modules=[], target_parameters=[name])
-        before, base = logits(model), held(model)
-        with merging() as report:
-            model.merge_adapter()
-        other = next(part for part in EXPERTS if part != name).rpartition(".")[2]
-        assert all(torch.equal(tensor, base[leaf]) for leaf, tensor in held(model).items() if f".{other}" in leaf)
-        assert any(not torch.equal(tensor, base[leaf]) for leaf, tensor in held(model).items())
-        assert 0.95 < report.kept < 1.05 and all(layer.endswith("experts") for layer in report.layers)
-        model.unmerge_adapter()
-        with merging("dense"):
-            assert error(logits(model.merge_and_unload()), before) < 1e-5
-
-
-def test_a_second_adapter_on_experts(tmp_path: Path) -> None:
-    mixtral().save_pretrained(tmp_path / "base")
-    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
-
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32)
-
-    model = adapted(base(), target_modules=["q_proj"], target_parameters=EXPERTS)
-    first, codes = logits(model), held(model)
-    model.save_pretrained(tmp_path / "first")
-    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], target_parameters=EXPERTS, r=4, init_lora_weights=False))
-    model.set_adapter("other")
-    second = logits(model)
-    assert error(first, second) > 0.01
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    model.base_model.set_adapter(["default", "other"])
-    both = logits(model)
-    with merging("dense"):
-        model.merge_adapter()
-        assert error(logits(model), both) < 1e-5
-        model.unmerge_adapter()
-    assert all(torch.equal(tensor, codes[name]) for name, tensor in held(model).items())
-    # Loaded on the meta device first, adapters are not cast to the dtype of codes either.
-    again = PeftModel.from_pretrained(base(), tmp_path / "first", low_cpu_mem_usage=True)
-    assert torch.equal(logits(again), first)
-
-
 def test_made_dense_while_merged(fp8: Path, tmp_path: Path) -> None:
     """Unmerging gives back the dense layer, not codes."""
     model = adapted(load(fp8))
@@ -373,29 +274,12 @@ def test_merged_in_inference_mode_and_trained_on(fp8: Path) -> None:
     model(input_ids=IDS, labels=IDS).loss.backward()
 
 
-def test_experts_that_were_dense_keep_what_was_merged(tmp_path: Path) -> None:
-    """Under "auto" a CPU holds a mixture's experts dense and writes them back in FP8: by chance, too."""
-    mixtral().save_pretrained(tmp_path / "base")
-    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
-    made.save_pretrained(tmp_path / "fp8")
-    base = load(tmp_path / "fp8")
-    assert not [m for m in base.modules() if isinstance(m, FP8Experts)]
-    model = adapted(load(tmp_path / "fp8"), std=1e-3, target_modules=[], target_parameters=EXPERTS)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    again = load(tmp_path / "merged")
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    was, wanted, found = (m.get_parameter(name).detach() for m in (base, merged, again))
-    change = Change()
-    change.add(was, wanted, found)
-    assert 0.8 < change.kept < 1.2
-
-
-def test_a_weight_is_changed_at_the_start_only_while_nothing_is_merged(fp8: Path) -> None:
+@pytest.mark.parametrize("into", ["quantized", "dense"])
+def test_a_weight_is_changed_at_the_start_only_while_nothing_is_merged(into: str, fp8: Path) -> None:
     model = adapted(load(fp8), target_modules=["q_proj"])
     before, base = logits(model), held(model)
-    model.merge_adapter()
+    with merging(into):
+        model.merge_adapter()
     with pytest.raises(UnsupportedError, match="unmerge them first"):
         model.add_adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     model.unmerge_adapter()

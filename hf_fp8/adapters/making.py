@@ -16,7 +16,7 @@ from ..linear import FP8Linear
 from ..merging import close, reporting
 from ..pointwise import FP8PointwiseConv
 from ..quantized_module import QuantizedModule
-from .records import RECORD, Record, has_offload_hook, innermost
+from .records import RECORD, Record, has_offload_hook, innermost, record_of
 from .weights import cover
 
 # Kinds of adapters that call the layer, and leave its weight alone or come through here for it.
@@ -59,10 +59,12 @@ def _create(create: Any, config: Any, adapter: str, target: Any, name: str, pare
     """PEFT's `_create_and_replace`, for a target that is a quantized layer or has adapters on one."""
     holder = innermost(target)
     base: Any = target if holder is None else holder.base_layer
+    key = more.get("current_key") or (rest[0] if rest else name)
     if not isinstance(base, QuantizedModule):
+        if holder is not None and not _starts_beside(config):
+            _refuse_while_merged(holder, key)  # into a layer that has become dense by it
         create(config, adapter, target, name, parent, *rest, **more)
         return
-    key = more.get("current_key") or (rest[0] if rest else name)
     parameter = more.get("parameter_name")
     key = key if parameter is None else key.removesuffix(f".{parameter}")
     _refuse(config, base, key, parameter)
@@ -78,10 +80,8 @@ def _create(create: Any, config: Any, adapter: str, target: Any, name: str, pare
             layer = target  # a wrapper of experts that has got another adapter: `parent` is the innermost then
         new: nn.Module = base
         if not _is_untouched(config, base, stand_in):
-            if holder is not None and vars(holder)[RECORD].unmerged is not None:
-                raise UnsupportedError(
-                    f"this kind of start changes the weight of {key}, into which other adapters are merged: unmerge them first"
-                )
+            if holder is not None:
+                _refuse_while_merged(holder, key)
             new = here(close)(key, base, stand_in, nearest=True)
     except BaseException:
         if holder is None:
@@ -125,7 +125,7 @@ def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
 
     Raises UnsupportedError if one did so to an offloaded layer.
     """
-    if not isinstance(base, FP8Linear) or (config.peft_type == "LORA" and config.init_lora_weights in STARTS_BESIDE):
+    if not isinstance(base, FP8Linear) or _starts_beside(config):
         return True
     with _onloaded(base):
         untouched = torch.equal(stand_in.weight.flatten(1), base.restored_weight(stand_in.weight.dtype))
@@ -135,6 +135,19 @@ def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
             "without offloading, or start with init_lora_weights=True"
         )
     return untouched
+
+
+def _starts_beside(config: Any) -> bool:
+    return config.peft_type == "LORA" and config.init_lora_weights in STARTS_BESIDE
+
+
+def _refuse_while_merged(holder: Any, name: str) -> None:
+    """Raise UnsupportedError if adapters are merged into the layer: unmerging would bring the weight back as it was."""
+    record = record_of(holder)
+    if record is not None and record.unmerged is not None:
+        raise UnsupportedError(
+            f"this kind of start changes the weight of {name}, into which other adapters are merged: unmerge them first"
+        )
 
 
 def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None) -> None:
