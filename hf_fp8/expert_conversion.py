@@ -32,21 +32,22 @@ class StackExperts(SharedOp):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
         stack = self.stacks[full_layer_name]
-        roles = [role for role in ROLES if role in stack.weights[0].keys]
         if stack.is_stacked:
-            return {stack.name_of(role): _from_stack(stack, role, only(input_dict.pop(pattern(0, role)))) for role in roles}
-        n_experts = stack.projection.shape[0]
+            return {stack.name_of(r): _from_stack(stack, r, only(input_dict.pop(pattern(0, r)))) for r in stack.roles}
         found = {}
-        for role in roles:
+        for role in stack.roles:
             out: torch.Tensor | None = None
-            for part in range(len(stack.sources)):
+            for part, weights in enumerate(stack.sources):
                 tensors = input_dict.pop(pattern(part, role), [])
-                if len(tensors) != n_experts:
-                    raise RuntimeError(f"{full_layer_name}: {len(tensors)} of {n_experts} tensors arrived for {role}")
-                for expert in range(n_experts):
-                    tensor, tensors[expert] = tensors[expert], None
+                experts = [expert for expert, weight in enumerate(weights) if role in weight.keys]
+                if len(tensors) != len(experts):
+                    raise RuntimeError(f"{full_layer_name}: {len(tensors)} of {len(experts)} tensors arrived for {role}")
+                for index, expert in enumerate(experts):
+                    tensor, tensors[index] = tensors[index], None
                     if out is None:
                         out = torch.empty(_shape(stack, role), dtype=tensor.dtype, device=tensor.device)
+                        if role == INPUT_SCALE:
+                            out.fill_(torch.nan)  # that of an expert whose scale is not in the files stays so
                     place = _place(stack, out, part, expert)
                     place.copy_(tensor.reshape(place.shape))
             assert out is not None
@@ -125,6 +126,8 @@ class SplitExperts(SharedOp):
                 continue
             for part, weights in enumerate(stack.sources):
                 for expert, weight in enumerate(weights):
+                    if role not in weight.keys:
+                        continue
                     values = _place(stack, tensor, part, expert)
                     found[weight.saved[role]] = values.reshape(weight.shapes[role])
         return found

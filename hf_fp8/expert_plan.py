@@ -37,6 +37,11 @@ class Stack:
     def weights(self) -> list[StoredWeight]:
         return [weight for part in self.sources for weight in part]
 
+    @property
+    def roles(self) -> list[str]:
+        """What the files have for it: of static input scales, those of some experts may be missing."""
+        return [role for role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE) if any(role in weight.keys for weight in self.weights)]
+
     def name_of(self, role: str) -> str:
         """The parameter of the model for a role of the weights."""
         return self.target + {WEIGHT: "", WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"}[role]
@@ -84,10 +89,9 @@ def plan_experts(
         return str(reason)
     dtypes = {}
     for stack in (first, second):
-        for role in (WEIGHT_SCALE, INPUT_SCALE):
-            if role in stack.weights[0].dtypes:
-                leaf = stack.name_of(role).rpartition(".")[2]
-                dtypes[leaf] = TORCH_DTYPES[stack.weights[0].dtypes[role]]
+        for role in stack.roles[1:]:
+            held = next(weight.dtypes[role] for weight in stack.weights if role in weight.dtypes)
+            dtypes[stack.name_of(role).rpartition(".")[2]] = TORCH_DTYPES[held]
     return ExpertsPlan(name, first, second, interleaved=first.is_stacked and not layout.is_concatenated, scale_dtypes=dtypes)
 
 
@@ -177,7 +181,7 @@ def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None
     for weight in rest:
         if weight.scheme != first.scheme:
             raise _Unfit(f"experts of {leaf} are of two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
-        if weight.dtypes != first.dtypes:
+        if any(weight.dtypes[role] != first.dtypes[role] for role in weight.dtypes.keys() & first.dtypes.keys()):
             raise _Unfit(f"experts of {leaf} differ in the dtypes of their scales")
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming, WeightTransform, apply_renamings, dot_natural_key
+from transformers.utils import logging
 
 from .checkpoint import Checkpoint
 from .conversion import KeyRenaming, Reshape, RoutedConverter
+from .coverage import is_of_class
+from .errors import FP8Error
 from .keymap import KeyMap
 from .scan import Scan
 
+logger = logging.get_logger(__name__)
 _PASSED = "hf_fp8_extra"
 
 
@@ -37,11 +44,40 @@ def unplaced(checkpoint: Checkpoint, scanned: Scan, keymap: KeyMap) -> list[str]
     ]
 
 
-def is_whole(model: PreTrainedModel) -> bool:
-    """Whether a checkpoint is one of this class of model, and not of another that shares a part with it: only then do its
-    other tensors belong to what is saved."""
-    written = getattr(model.config, "architectures", None)
-    return not written or type(model).__name__ in written
+@dataclass
+class Unplaced:
+    """Tensors that the model has no place for: names in the model -> keys of the files, which are read when it is saved."""
+
+    checkpoint: Checkpoint
+    keys: dict[str, str]
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """The tensors, by their names in the model. None, with a warning, if the files are not what they were."""
+        try:
+            tensors = self.checkpoint.read(list(self.keys.values()))
+        except (FP8Error, OSError) as error:
+            logger.warning(f"hf_fp8: {len(self.keys)} tensors ({some(self.keys.values())}) are not saved: {error}")
+            return {}
+        return {name: tensors[key] for name, key in self.keys.items()}
+
+
+def belong_to(model: PreTrainedModel, files: Sequence[str]) -> bool:
+    """Whether what the model has no place for belongs to what is saved: not, if the checkpoint is of another class that
+    shares a part with it, or if somebody made it with fewer layers than it has in the files."""
+    if not is_of_class(model):
+        return False
+    try:
+        written = json.loads((Path(files[0]).parent / "config.json").read_text())
+        held = model.config.to_dict()
+    except (OSError, ValueError, IndexError):
+        return True
+    return all(written[key] == held.get(key) for key in written.keys() & {"num_hidden_layers", "n_layer", "num_layers"})
+
+
+def some(keys: Iterable[str]) -> str:
+    """For people: the names among `keys`, those of all layers and experts in one."""
+    folded = dict.fromkeys(".".join("*" if part.isdigit() else part for part in key.split(".")) for key in keys)
+    return ", ".join(list(folded)[:12]) + (", ..." if len(folded) > 12 else "")
 
 
 def by_pattern(names: Sequence[str]) -> list[str]:

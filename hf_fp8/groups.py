@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import compressed_tensors
+import regex  # type: ignore[import-untyped]
 import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
@@ -32,12 +34,15 @@ from .scheme import INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme
 # only (compressors/naive_quantized), and old writers fell back to it.
 FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
 KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
+# Seconds that one pattern of a config may take on one name. Sensible ones take microseconds.
+PATTERN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Group:
     """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it.
 
+    parsed: has no `weights` for a group about attention (its query, keys and values), which holds scales alone.
     format: compressed-tensors' name of how the group is stored, its own or the whole checkpoint's.
     """
 
@@ -50,12 +55,48 @@ class Group:
 
 def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> str | None:
     """The first of `targets` that matches, in compressed-tensors' order: exact name, ``re:`` regex, class."""
+    return next(matching(names, classes, targets), None)
+
+
+def matching(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> Iterator[str]:
+    """All of `targets` that match, in that order."""
     ordered = sorted(targets, key=lambda target: ("re:" in target, target))
     names, classes = tuple(names), set(classes)
     for target in ordered:
-        if any(re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target == name for name in names):
-            return target
-    return next((target for target in ordered if target in classes), None)
+        if any(fits(target.removeprefix("re:"), name) if target.startswith("re:") else target == name for name in names):
+            yield target
+    yield from (target for target in ordered if target in classes)
+
+
+def groups_of(groups: Iterable[Group], names: Iterable[str], classes: Iterable[str]) -> list[Group]:
+    """The groups whose targets match a module, the one that speaks of it most precisely first."""
+    by_target: dict[str, list[Group]] = {}
+    for group in groups:
+        for target in group.targets:
+            by_target.setdefault(target, []).append(group)
+    found = (group for target in matching(names, classes, by_target) for group in by_target[target])
+    return list({group.name: group for group in found}.values())
+
+
+def fits(pattern: str, name: str, *, anywhere: bool = False) -> bool:
+    """Whether a regular expression of a config matches the start of `name`, or a part of it.
+
+    Raises ConfigError if that takes longer than any sensible pattern would (`PATTERN_SECONDS`): some need time that doubles
+    with each letter of a name.
+    """
+    compiled = _compiled(pattern)
+    try:
+        return (compiled.search if anywhere else compiled.match)(name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise ConfigError(
+            f"the regular expression {pattern!r} in quantization_config takes more than {PATTERN_SECONDS:.0f} s on the name "
+            f"{name!r}: write it without repetitions inside repetitions"
+        ) from None
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    return regex.compile(pattern)
 
 
 def is_fp8(weights: Any) -> bool:
@@ -70,6 +111,8 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
     groups = with_presets(checkpoint.get("config_groups"))
     if any(isinstance(g, dict) and is_fp8(g.get("weights")) and _is_plain(g.get("format")) for g in groups.values()):
         return True
+    if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
+        return False  # the weights are dense
     no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
     return checkpoint.get("format") == "float-quantized" and no_weights
 
@@ -89,6 +132,8 @@ def with_presets(groups: Any) -> dict[str, Any]:
                 group = json.loads(preset_name_to_scheme(name, group).model_dump_json())
             except KeyError:
                 raise ConfigError(f"quantization_config.config_groups[{name!r}]: no preset has that name") from None
+            except ValueError as error:
+                raise ConfigError(f"quantization_config.config_groups[{name!r}] is no list of targets ({error})") from error
         spelled[name] = group
     return spelled
 
@@ -105,7 +150,7 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
             f"{checkpoint.get('format')!r}: nothing says how the weights are quantized"
         )
     for name, group in groups.items():
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        if not isinstance(group, dict) or not (isinstance(group.get("weights"), dict) or _is_about_attention(group)):
             raise ConfigError(
                 f"quantization_config.config_groups[{name!r}] has no `weights`: "
                 "hf_fp8 runs groups that say how weights are quantized"
@@ -140,13 +185,25 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
         raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
 
 
+def _is_about_attention(group: dict[str, Any]) -> bool:
+    """Whether a group quantizes what goes into attention, and no weights: it names attention modules only."""
+    targets = group.get("targets")
+    return (
+        group.get("weights") is None
+        and isinstance(targets, list)
+        and all(isinstance(t, str) and re.search(r"attn|attention", t.lower()) for t in targets)
+    )
+
+
 def _check_patterns(key: str, targets: Any) -> None:
     for target in targets if isinstance(targets, list) else [targets]:
         if not isinstance(target, str):
             raise ConfigError(f"quantization_config.{key} is {targets!r}: it is a list of names, classes and re: patterns")
         try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except re.error as error:
+            pattern = target.removeprefix("re:") if target.startswith("re:") else ""
+            re.compile(pattern)
+            _compiled(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
 
 
@@ -156,7 +213,7 @@ def _value(x: Any) -> Any:
 
 
 def read_group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
-    weights = json.loads(parsed.weights.model_dump_json())
+    weights = None if parsed.weights is None else json.loads(parsed.weights.model_dump_json())
     fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
     fmt = _value(parsed.format) or _value(config.format)
     return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)

@@ -58,9 +58,11 @@ class KeyMap:
             found = self._converted[renamed] = (self._with_prefix(target), pattern)
         return found
 
-    def others(self, renamed: str) -> tuple[str, ...]:
-        """The parameters, beside the one that `convert` gives, that the converter of a renamed key makes with it."""
-        used = next(c for c in self._converters if c.rename_source_key(renamed)[1] is not None)
+    def others(self, renamed: str, pattern: str | None) -> tuple[str, ...]:
+        """The parameters, beside the one that `convert` gives, that the converter with the source `pattern` makes with it."""
+        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        if used is None or len(used.target_patterns) == 1:
+            return ()
         found = []
         for pattern in used.target_patterns[1:]:
             probe = copy(used)

@@ -6,7 +6,6 @@ matched as they will be when loading, whatever the model is called inside.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,7 +22,8 @@ from transformers.core_model_loading import (
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config
 from .conversion import KeyRenaming, Parameter, companion
-from .errors import MissingTensorError
+from .coverage import check_coverage
+from .errors import MismatchError, MissingTensorError, ScaleError
 from .expert_names import converters, hub_name
 from .expert_plan import check_experts, plan_experts
 from .experts import ExpertsLayout
@@ -31,9 +31,18 @@ from .extra_tensors import unplaced
 from .keymap import KeyMap
 from .parts import Part
 from .reads import weights_read_by_kernels, weights_read_directly
-from .scan import Owner, Scan, scan
+from .scan import Owner, scan
 from .scheme import Scheme
-from .stored import WEIGHT, ZERO_POINTS, DenseTensor, StoredWeight, check_scale_values, check_shape, name_beside
+from .stored import (
+    INPUT_SCALE,
+    WEIGHT,
+    ZERO_POINTS,
+    DenseTensor,
+    StoredWeight,
+    check_scale_values,
+    name_beside,
+    wrong_input_scales,
+)
 from .transforms import Layout, transforms
 
 
@@ -49,13 +58,15 @@ def lay_out(
     dtype: torch.dtype,
     parts: Mapping[str, Part] | None = None,
     read_values: bool = True,
+    other_sizes: bool = False,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
 
     conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
     of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's.
     parts: for a checkpoint that is yet to be made of a dense one, key of a weight -> where its values come from.
-    read_values: whether to read the scales, to check them and to write weights back; not, if only the layout is wanted. Raises
+    read_values: whether to read the scales, to check them and to write weights back; not, if only the layout is wanted.
+    other_sizes: whether Linears of other sizes than in the files are left to the host to make anew. Raises
     CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
     extra = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
@@ -75,7 +86,7 @@ def lay_out(
         if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
             weight.check()
     scales = check_scale_values(scanned.weights, checkpoint) if parts is None and read_values else {}
-    filled, layout.missing = _check_coverage(model, keymap, checkpoint, config, scanned)
+    filled, layout.missing = check_coverage(model, keymap, checkpoint, scanned)
     fp32 = model._get_dtype_plan(dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
     first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
@@ -84,22 +95,27 @@ def lay_out(
     for weight in weights:
         if not weight.target:
             continue  # this class of model has no such module: the host reports the key as unexpected
-        if weight.group.scheme is not None:
-            check_shape(weight, tuple(keymap.params[weight.target].shape))
+        resized = None
+        if weight.group.scheme is not None and weight.pattern is None:
+            resized = _why_resized(weight, tuple(keymap.params[weight.target].shape), other_sizes)
         module = module_of(model, weight.module)
         tie = _why_tied(model.all_tied_weights_keys, weight.target, filled)
-        reason = dense_because or tie or _why_not_kept(first, read, module, weight, fp32)
+        reason = dense_because or resized or tie or _why_not_kept(first, read, module, weight, fp32)
         if reason is None:
             layout.kept[weight.module] = weight
             continue
         layout.reasons[weight.module] = reason
         if weight.target not in layout.dense:
             renamed = weight.renamed[weight.primary].removesuffix("_packed")
-            others = () if weight.pattern is None else keymap.others(renamed)
+            others = keymap.others(renamed, weight.pattern)
             planned = _planned_dtype(weight.target, fp32, dtype)
             layout.dense[weight.target] = Parameter(weight.target, planned, others=others)
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
+    if read_values and parts is None:
+        placed = [weight for weight in scanned.weights if weight.target]
+        layout.input_scales = wrong_input_scales(placed, scales)
+        _check_input_scales(layout, config.backend)
     if layout.saves_fp8(dense_because) and read_values and parts is None:
         in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
         dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
@@ -223,11 +239,44 @@ def _renamed(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> dict
     return found
 
 
+def _check_input_scales(layout: Layout, backend: str) -> None:
+    """Raise for a static input scale that is missing, or no scale, if something uses it: a Linear that stays in FP8, or the
+    experts of a stack, of which none has one. One expert may lack it, as no token came its way in calibration."""
+    if backend not in ("auto", "scaled_mm"):
+        return
+    wrong = layout.input_scales
+    stacks = [part for plan in layout.experts.values() for stack in plan.stacks for part in stack.sources]
+    needed = [weight for weight in layout.kept.values() if weight.name in wrong]
+    needed += [part[0] for part in stacks if all(weight.name in wrong for weight in part)]
+    for weight in needed:
+        kind = ScaleError if INPUT_SCALE in weight.keys else MissingTensorError
+        raise kind(
+            f"{wrong[weight.name]}, though config group {weight.group.name!r} quantizes inputs with static scales: the "
+            "checkpoint is incomplete, damaged or badly calibrated. FP8Config(backend='weight_only') and dequantize=True do "
+            "without it"
+        )
+
+
 def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
     if len(weight.shapes.get(WEIGHT, ())) != 3:
         return False
     layout = ExpertsLayout.of(module_of(model, weight.target.rpartition(".")[0]))
     return layout is not None and layout.is_transposed
+
+
+def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: bool) -> str | None:
+    """A reason for a weight of another shape than the model's parameter to be dense: the host makes that one anew.
+
+    Raises MismatchError unless that was asked for.
+    """
+    if weight.shape == expected:
+        return None
+    if other_sizes:
+        return "the model gives it another size than the files (ignore_mismatched_sizes)"
+    raise MismatchError(
+        f"{weight.keys[WEIGHT]} has shape {list(weight.shape)} in the files, the model's {weight.target} has "
+        f"{list(expected)}: the config of the model is not that of the checkpoint"
+    )
 
 
 def _why_tied(tied: dict[str, str], target: str, filled: set[str]) -> str | None:
@@ -271,60 +320,6 @@ def _planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) 
     return fp32[groups[found.lastgroup]] if found and found.lastgroup else dtype
 
 
-def _check_coverage(
-    model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint, config: FP8Config, scanned: Scan
-) -> tuple[set[str], list[str]]:
-    """The parameters that the files fill, and those that they do not.
-
-    Raise for FP8 weights that find no module while modules find no weights: the host would leave those random.
-    """
-    filled = {keymap.resolve(key)[0] for key in checkpoint.tensors}
-    filled |= {weight.module + f".{WEIGHT}" for weight in scanned.host}
-    filled |= {keymap.resolve(f"{weight.name}.{WEIGHT}")[0] for weight in scanned.host}
-    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    tied = model.all_tied_weights_keys
-    missing = [
-        name
-        for name in keymap.params
-        if name not in filled and name not in tied and name not in tied.values() and not any(p.search(name) for p in ignored)
-    ]
-    digits = re.compile(r"(?<=\.)\d+(?=\.|$)")
-    siblings = {digits.sub("*", weight.target): weight.target for weight in scanned.weights if weight.target}
-    for name in missing:
-        sibling = siblings.get(digits.sub("*", name))
-        if sibling is not None:
-            raise MissingTensorError(
-                f"no tensor in the files goes into {name}, though its sibling {sibling} is there: the checkpoint is "
-                "incomplete (a shard may be missing), and the host would leave it random"
-            )
-    extra = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
-    homeless = [w.keys[WEIGHT] for w in scanned.weights if not w.target and not any(p.search(w.keys[WEIGHT]) for p in extra)]
-    # A head that this class lacks may be homeless, one that it adds may be missing: not the same names of both.
-    prefix = f"{model.base_model_prefix}."
-    inside = [name for name in missing if name.startswith(prefix)]
-    ends = {tuple(parameter.split(".")[-3:]): parameter for parameter in missing}
-    for key in homeless:
-        other = ends.get(tuple(key.split(".")[-3:]))
-        if other is None and key.startswith(prefix) and inside:
-            other = inside[0]
-        if other is not None:
-            raise MissingTensorError(
-                f"{len(homeless)} FP8 weights of the files have no place in {type(model).__name__} (such as {key}), while "
-                f"{len(missing)} of its parameters find none (such as {other}): their names do not fit together"
-            )
-    # A layer of which the files hold a part is a layer that they ought to hold.
-    parameters = {name for name, _ in model.named_parameters()}
-    begun = {match.group() for name in filled if (match := re.match(r".*?\.\d+\.", name))}
-    for name in missing:
-        match = re.match(r".*?\.\d+\.", name)
-        if match and match.group() in begun and name in parameters and keymap.params[name].ndim > 1:
-            raise MissingTensorError(
-                f"no tensor in the files goes into {name}, though they hold other tensors of {match.group()[:-1]}: the "
-                "checkpoint is incomplete, or its names do not fit the model, and the host would leave it random"
-            )
-    return filled, missing
-
-
 def _collect(
     layout: Layout,
     weights: list[StoredWeight],
@@ -350,7 +345,7 @@ def _collect(
             renamed = keymap.rename(key)
             if target not in layout.dense:
                 planned = _planned_dtype(target, fp32, dtype)
-                layout.dense[target] = Parameter(target, planned, others=keymap.others(renamed))
+                layout.dense[target] = Parameter(target, planned, others=keymap.others(renamed, pattern))
             dense = DenseTensor(name_beside(target, renamed, keymap.prefix), checkpoint.tensors[key].dtype)
             layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)
         elif weight is None:

@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .config import FP8Config
 from .explain import by_reason
+from .extra_tensors import some
 from .kernels import why_not_kept
 from .transforms import Layout
 
@@ -46,18 +47,23 @@ def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str |
             "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: the cache stays in the dtype "
             "of the model."
         )
+    if layout.input_scales:
+        said = [f"{wrong}" for wrong in layout.input_scales.values()]
+        lacking = [weight.name for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights]
+        routed = config.backend in ("auto", "scaled_mm") and any(name in layout.input_scales for name in lacking)
+        logger.warning(
+            f"hf_fp8: {len(said)} static input scales are no scales ({'; '.join(said[:8])}{'; ...' if len(said) > 8 else ''}). "
+            + ("Tokens that are routed to those experts give NaN" if routed else "Nothing that runs here uses them")
+        )
     _report_unplaced(layout, carried)
 
 
 def _report_unplaced(layout: Layout, carried: bool) -> None:
     if not layout.unplaced:
         return
-    folded = dict.fromkeys(
-        ".".join("*" if part.isdigit() else part for part in key.split(".")) for key in layout.unplaced.values()
-    )
-    names = ", ".join(list(folded)[:12]) + (", ..." if len(folded) > 12 else "")
-    said = f"hf_fp8: the model has no place for {len(layout.unplaced)} tensors of the files ({names})"
+    keys = layout.unplaced.values()
+    said = f"hf_fp8: the model has no place for {len(keys)} tensors of the files ({some(keys)})"
     if carried:
-        logger.info(f"{said}: they are kept in memory and written back as they are")
+        logger.info(f"{said}: they are read again when it is saved, and written back as they are")
     else:
         logger.warning(f"{said}: they are dropped, and will not be in what is saved")

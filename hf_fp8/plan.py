@@ -7,7 +7,6 @@ files are then loading, building and writing that checkpoint, by the mechanisms 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,13 +26,10 @@ from .keymap import KeyMap
 from .layout import lay_out, map_experts, module_of, owner_of
 from .numerics import scale_dtype_of
 from .parts import Part
-from .scan import module_named, names_of
+from .scan import ROUTER, module_named, names_of
 from .scheme import scale_shape
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from .transforms import Layout
-
-# What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
-ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import logging
 
+from . import load_options
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
 from .conversion import AsItIs, KeyRenaming, RoutedConverter
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie
-from .errors import ConfigError, ScaleError, UnsupportedError
+from .errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from .explain import NOTES
-from .extra_tensors import by_pattern, is_whole, keep_names
+from .extra_tensors import Unplaced, belong_to, by_pattern, keep_names
 from .layout import lay_out
 from .linear import FP8Linear
 from .load_report import report, report_planned
@@ -32,6 +33,7 @@ from .saving import (
     fit_config,
     is_dense_now,
     leave_experts,
+    not_of_host,
     recompress,
     refuse_unwritable,
     restore_dtypes,
@@ -39,6 +41,7 @@ from .saving import (
 from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
 from .transforms import Layout, for_saving
+from .weight_files import find_weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +60,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.layout: Layout | None = None
         self.host: CompressedTensorsHfQuantizer | None = None
         self.extra: dict[str, torch.Tensor] = {}
+        self.unplaced: Unplaced | None = None
         self._host_scales: dict[str, torch.Tensor] = {}
         self._files: list[str] = []
         self._device_map: Any = None
@@ -73,6 +77,20 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
         if not weights_only:
             raise UnsupportedError("weights_only=False lets a pickled checkpoint execute code; leave it at True")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Nothing of attention: the last hook before the host resolves which files it reads. See whether that is clear."""
+        options = load_options.current()
+        if options.folder is not None:
+            explicit = getattr(config, "transformers_weights", None)
+            found = find_weight_files(
+                options.folder, variant=options.variant, use_safetensors=options.use_safetensors, explicit=explicit
+            )
+            if found is None:
+                raise MissingTensorError(
+                    f"{options.folder} holds no weights: no model.safetensors, no index, no pytorch_model.bin"
+                )
+        return super().update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Without a dtype in config.json the host takes that of the first tensor in the files, which may be codes."""
@@ -186,6 +204,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 model, conversions, checkpoint, config,
                 dense_because=because, experts_because=partial(why_dense_experts, config, self.compute_device, self._dtype),
                 use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
+                other_sizes=load_options.current().ignore_mismatched_sizes,
             )  # fmt: skip
         self.layout = layout
         if layout.saves_fp8(because):
@@ -193,16 +212,21 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense_because = because
         for name, weight in layout.kept.items():
             dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
-            swap_linear(
+            layer = swap_linear(
                 model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE),
                 backend=config.backend,
             )  # fmt: skip
+            if weight.name in layout.input_scales and INPUT_SCALE not in weight.keys:
+                layer.register_parameter(INPUT_SCALE, None)  # nothing that runs here uses it
             untie(model, weight.target)
         for plan in layout.experts.values():
             swap_experts(
                 model, plan.name, plan.first.projection, plan.second.projection,
                 interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=config.backend,
             )  # fmt: skip
+            for stack in plan.stacks:
+                if stack.projection.scheme.has_static_input and INPUT_SCALE not in stack.roles and self.planned is None:
+                    model.get_submodule(plan.name).register_parameter(stack.projection.input_scale, None)
         in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
         dense = [w.module for w in layout.scan.weights if w.target and w.module not in {*layout.kept, *in_experts}]
         merged = [w for w in layout.scan.host if w.pattern is not None]
@@ -210,10 +234,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense = dense
         if len(merged) < len(layout.scan.host) and not config.dequantize:
             packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
-            self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=dense, compressed=packed))
+            others = not_of_host(model, config, layout)
+            self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=[*dense, *others], compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
-        carried = because is None and config.backend != "int8" and is_whole(model)
+        carried = because is None and config.backend != "int8" and belong_to(model, self._files)
         if (because is None or self.host is not None) and self._read_values:
             self._carry(checkpoint, layout, layout.unplaced if carried else {})
         elif not config.dequantize:
@@ -232,7 +257,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _carry(self, checkpoint: Checkpoint, layout: Layout, unplaced: dict[str, str]) -> None:
         """Take along the tensors that no module holds, and those that the host's modules would hold in another dtype."""
-        layout.extra |= unplaced
+        self.unplaced = Unplaced(checkpoint, unplaced)
         tensors = checkpoint.read(list(layout.extra.values()))
         self.extra = {name: tensors[key] for name, key in layout.extra.items()}
         if self._dense_because is not None:
@@ -313,7 +338,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 return None, {}
             if leave_experts(model, self.quantization_config, self.layout):
                 model._weight_conversions = self._conversions_of_dense_experts(self.layout)
-            fit_config(model, self.quantization_config, self.layout)
+            carried = self.unplaced.keys.values() if self.unplaced is not None else ()
+            fit_config(model, self.quantization_config, self.layout, carried)
         if self.layout is None:
             return None, {}
         state = dict(model.state_dict())
@@ -321,13 +347,15 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
         restore_dtypes(model, state, self.layout.file_dtypes)
-        keep_names(model, self.extra, self._file_names(self.layout))
-        return {**state, **self.extra}, {}
+        extra = {**self.extra, **(self.unplaced.read() if self.unplaced is not None else {})}
+        keep_names(model, extra, self._file_names(self.layout))
+        return {**state, **extra}, {}
 
     def _file_names(self, layout: Layout) -> dict[str, str]:
         """Name under which a tensor is handed to the saver -> key of the files, of all but dense ones."""
         weights = [w for w in [*layout.scan.weights, *layout.scan.host] if w.target and w.part is None]
-        return {w.saved[role]: key for w in weights for role, key in w.keys.items()} | layout.extra
+        named = {w.saved[role]: key for w in weights for role, key in w.keys.items()}
+        return named | layout.extra | (self.unplaced.keys if self.unplaced is not None else {})
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get those back as they are."""

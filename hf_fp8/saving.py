@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -14,6 +14,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from .config import FP8Config
 from .conversion import as_read
 from .errors import CalibrationError, UnsupportedError
+from .groups import groups_of
 from .linear import FP8Linear
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
@@ -24,8 +25,11 @@ from .transforms import Layout
 FILE_DTYPES = "_hf_fp8_file_dtypes"
 
 
-def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
-    """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one."""
+def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Iterable[str] = ()) -> None:
+    """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one.
+
+    carried: keys of the files that are written back though the model has no place for them.
+    """
     found, dense = set[str](), _resized(model, layout)
     restored = {name.removesuffix(f".{WEIGHT}") for p in layout.dense.values() for name in (p.name, *p.others)}
     for name, module in model.named_modules():
@@ -34,11 +38,11 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout) -> None:
         quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
         if group is not None and not quantized and name not in dense:
             dense.append(name)
-    carried = set(layout.extra.values())
+    carried = set(carried)
     for weight in [*layout.scan.weights, *layout.scan.host]:
         if weight.module not in dense if weight.target else weight.keys[weight.primary] in carried:
             found.add(weight.group.name)
-    gone = {group.name for group in config.groups} - found
+    gone = {group.name for group in config.groups if group.parsed.weights is not None} - found
     if dense or gone:
         config.leave_out(dense, gone)
 
@@ -52,6 +56,17 @@ def _resized(model: nn.Module, layout: Layout) -> list[str]:
         if weight is not None and weight.pattern is None and weight.shapes.get(WEIGHT, held.shape) != held.shape:
             del layout.dense[name]
             found.append(weight.module)
+    return found
+
+
+def not_of_host(model: nn.Module, config: FP8Config, layout: Layout) -> list[str]:
+    """The modules that the groups which the host runs speak of, too, but which the files do not hold in their formats."""
+    theirs = {weight.module for weight in layout.scan.host if weight.pattern is None}
+    found = []
+    for name, module in model.named_modules():
+        classes = [cls.__name__ for cls in type(module).__mro__]
+        if name and name not in theirs and groups_of(config.host_groups, (name,), classes):
+            found.append(name)
     return found
 
 
@@ -87,8 +102,10 @@ def is_dense_now(model: nn.Module, layout: Layout) -> bool:
 
 def refuse_unwritable(model: nn.Module) -> None:
     """Raise for layers that others would misread: CalibrationError for scales that have yet to be measured, which are NaN,
-    UnsupportedError for convolutions, which no config group can speak of."""
+    UnsupportedError for convolutions, which no config group can speak of, StaleError for codes of a weight that was changed."""
     for name, module in model.named_modules():
+        if isinstance(module, FP8Linear):
+            module.refuse_stale(name)
         if isinstance(module, FP8PointwiseConv):
             raise UnsupportedError(
                 f"{name} is a convolution in FP8, which the compressed-tensors format has no word for: save with "

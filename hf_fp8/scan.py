@@ -10,8 +10,8 @@ from torch import nn
 
 from .checkpoint import DENSE_DTYPES, Checkpoint
 from .config import FP8Config
-from .errors import ConfigError, MismatchError, UnusedTensorError
-from .groups import Group, match
+from .errors import ConfigError, MismatchError, UnsupportedError, UnusedTensorError
+from .groups import Group, fits, groups_of, match
 from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
 # `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
@@ -19,6 +19,8 @@ CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_poi
 ORPHAN = re.compile(
     rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)}|(weight|input)_global_scale|weight_g_idx)$"
 )
+# What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
+ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
 # A stack of experts has no ".weight": what its scales are called beside it.
 STACK_SUFFIXES = {
     WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
@@ -59,11 +61,13 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
         if name is not None:
             place = owner(key)
             names = names_of(name, place.name, prefix)
-            candidates.append((name, key, names, _group_of(config, names, place, info.dtype)))
+            group = _group_of(config, names, place, key, checkpoint)
+            candidates.append((name, key, names, group, place.module))
             classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
-    _check_groups(config, [(names, classes[name], group) for name, _, names, group in candidates])
-    for name, key, names, group in candidates:
+    _check_groups(config, [(names, classes[name], group) for name, _, names, group, _ in candidates])
+    for name, key, names, group, module in candidates:
         if group is not None and group.scheme is None:
+            _check_host(key, names, group, module, checkpoint)
             host = {role: f"{name}.{role}" for role in HOST_ROLES if f"{name}.{role}" in checkpoint.tensors}
             if len(host) > 1:  # a target may be a regex that takes in norms as well
                 found.host.append(stored(name, host, checkpoint, group))
@@ -71,8 +75,8 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
             continue
         if key.endswith("weight_packed"):
             continue
-        keys = _companions(name, key, checkpoint)
-        if _is_fp8(key, keys, checkpoint, config, group, names):
+        keys = companions(name, key, checkpoint)
+        if _is_fp8(key, keys, checkpoint, config, group, names, module):
             assert group is not None
             found.weights.append(stored(name, keys, checkpoint, group))
             used.update(keys.values())
@@ -108,7 +112,9 @@ def module_named(key: str, dtype: str, ndim: int) -> str | None:
     return key if ndim == 3 and dtype.startswith("F8_") else None
 
 
-def _companions(name: str, key: str, checkpoint: Checkpoint) -> dict[str, str]:
+def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = True) -> dict[str, str]:
+    """Role -> key, of the weight `key` of the module `name` and of what belongs to it. Raises UnusedTensorError for two
+    spellings of one role, if `strict`."""
     keys = {WEIGHT: key}
     dot = f"{name}." if name else ""
     for role, spellings in SPELLINGS.items():
@@ -116,22 +122,40 @@ def _companions(name: str, key: str, checkpoint: Checkpoint) -> dict[str, str]:
         if key == name:
             candidates = [name + suffix for suffix in STACK_SUFFIXES.get(role, ())]
         present = [candidate for candidate in candidates if candidate in checkpoint.tensors]
-        if len(present) > 1:
+        if strict and len(present) > 1:
             raise UnusedTensorError(f"{' and '.join(present)} are both in the files: only one can be the {role} of {name}")
         if present:
             keys[role] = present[0]
     return keys
 
 
-def _group_of(config: FP8Config, names: tuple[str, ...], place: Owner, dtype: str) -> Group | None:
-    """The group of a weight. Targets may speak of it by the file's name, by the model's, or by class."""
+def _group_of(config: FP8Config, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint) -> Group | None:
+    """The group of a weight. Targets may speak of it by the file's name, by the model's, or by class.
+
+    Of several groups it is the one that speaks of it most precisely, among those that store weights as the file does.
+    """
     classes = () if place.module is None else tuple(cls.__name__ for cls in type(place.module).__mro__)
-    group = config.group_of(names, classes)
-    if group is None and dtype not in DENSE_DTYPES and not isinstance(place.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
+    if match(names, classes, config.ignore):
+        return None
+    dtype = checkpoint.tensors[key].dtype
+    groups = groups_of(config.groups, names, classes)
+    if dtype not in DENSE_DTYPES and not isinstance(place.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
         # Experts and routers were Linears when they were quantized, and may be parts of another module
         # in the model; a module that this class of model lacks has no class here. The file decides.
-        group = config.group_of(names, ("Linear",))
-    return group
+        groups += groups_of(config.groups, names, ("Linear",))
+    with_weights = [group for group in groups if group.parsed.weights is not None]
+    if dtype in DENSE_DTYPES:
+        return next(iter(with_weights or groups), None)
+    stored = [group for group in with_weights if _stores(group, key, dtype)]
+    return next(iter([*stored, *with_weights]), None)
+
+
+def _stores(group: Group, key: str, dtype: str) -> bool:
+    """Whether a group's weights are in files as this one is: E4M3 codes under ".weight", or something else."""
+    if dtype == "F8_E4M3" and not key.endswith("_packed"):
+        weights = group.parsed.weights  # the host has formats of its own with such codes, which have other scales
+        return group.scheme is not None or (weights.type == "float" and weights.num_bits == 8)
+    return group.scheme is None
 
 
 def _is_fp8(
@@ -141,6 +165,7 @@ def _is_fp8(
     config: FP8Config,
     group: Group | None,
     names: tuple[str, ...],
+    module: nn.Module | None,
 ) -> bool:
     """Whether a weight is stored in FP8, after holding that against what the config says."""
     info = checkpoint.tensors[key]
@@ -159,7 +184,7 @@ def _is_fp8(
                 f"{key} is stored dense ({info}), yet {scale} is beside it: the weight has been dequantized already and "
                 "its scale was left in, or the file holds unquantized weights. Multiplying again would be wrong."
             )
-        if group is not None and len(info.shape) == 2 and not _excused(names, config):
+        if group is not None and len(info.shape) == 2 and not (_excused(names, config) or _may_be_dense(names, module)):
             raise MismatchError(
                 f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
                 "add it to `ignore` in config.json if it is meant to be dense, else quantize it again"
@@ -170,11 +195,35 @@ def _is_fp8(
     return False
 
 
+def _may_be_dense(names: tuple[str, ...], module: nn.Module | None) -> bool:
+    """Whether a dense weight that a pattern takes in is no contradiction: it is no Linear's (an embedding, a router that
+    the family's code makes a module of its own), it is a router's, or this class of model does not have it."""
+    if isinstance(module, nn.Linear):
+        return any(ROUTER.search(name) for name in names)
+    return module is None or isinstance(getattr(module, WEIGHT, None), nn.Parameter)
+
+
+def _check_host(key: str, names: tuple[str, ...], group: Group, module: nn.Module | None, checkpoint: Checkpoint) -> None:
+    """Raise for a weight that is not stored as the group that the host runs says, and for inputs that are quantized alone."""
+    info = checkpoint.tensors[key]
+    if group.parsed.weights is None:
+        if isinstance(module, nn.Linear) and len(info.shape) == 2:
+            raise UnsupportedError(
+                f"config group {group.name!r} quantizes the inputs of {names[0]}, whose weight is dense ({info}): hf_fp8 reads "
+                "groups without weights that are about attention modules only. Narrow its `targets` in config.json"
+            )
+    elif info.dtype.startswith("F8_") and not key.endswith("_packed") and not _stores(group, key, info.dtype):
+        raise MismatchError(
+            f"{key} is stored in FP8 ({info}), but the only config group that speaks of {names[0]}, {group.name!r}, stores "
+            f"{group.format} weights: its codes would be misread. Mend `targets` or `ignore` in config.json"
+        )
+
+
 def _excused(names: tuple[str, ...], config: FP8Config) -> bool:
     """Whether `ignore` speaks of a dense module by a shorter or longer path than the file and the model do."""
     for entry in config.ignore:
         if entry.startswith("re:"):
-            if any(re.search(entry.removeprefix("re:"), name) for name in names):
+            if any(fits(entry.removeprefix("re:"), name, anywhere=True) for name in names):
                 return True
         elif any(name.endswith(f".{entry}") or entry.endswith(f".{name}") for name in names):
             return True
@@ -185,7 +234,7 @@ def _check_groups(config: FP8Config, weights: list[tuple[tuple[str, ...], set[st
     """Raise for a group that speaks of nothing. One whose weights all belong to groups that speak of them more
     precisely is legitimate."""
     owners = {group.name for *_, group in weights if group is not None}
-    for group in config.groups:
+    for group in (group for group in config.groups if group.parsed.weights is not None):
         if group.name in owners or any(
             other is not None and match(names, classes, group.targets) for names, classes, other in weights
         ):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .checkpoint import SCALE_DTYPES, Checkpoint
-from .errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from .errors import CheckpointError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
 from .groups import Group
 from .parts import Part
 from .scheme import Scheme, scale_shape
@@ -105,16 +105,12 @@ class StoredWeight:
         return scale.repeat_interleave(step_rows, 1)[:, :rows].repeat_interleave(step_cols, 2)[..., :cols]
 
     def check(self) -> None:
-        """Raises, naming the tensor, for companions that are missing, unused, or of a wrong dtype or shape."""
+        """Raises, naming the tensor, for companions that are missing, unused, or of a wrong dtype or shape. A static input
+        scale may be missing: not everything needs it (`wrong_input_scales`)."""
         if WEIGHT_SCALE not in self.keys:
             raise MissingTensorError(
                 f"{self.name}.{WEIGHT_SCALE} is not in the files, though {self.keys[WEIGHT]} is stored in FP8 "
                 f"({self.scheme.describe()}). Without it the codes mean nothing: download or export the checkpoint again."
-            )
-        if self.scheme.has_static_input and INPUT_SCALE not in self.keys:
-            raise MissingTensorError(
-                f"{self.name}.{INPUT_SCALE} is not in the files, though config group {self.group.name!r} quantizes "
-                "inputs with static scales. The checkpoint is incomplete, or its input_activations should be dynamic."
             )
         if not self.scheme.has_static_input and INPUT_SCALE in self.keys:
             raise UnusedTensorError(
@@ -174,33 +170,42 @@ def name_beside(target: str, renamed: str, prefix: str) -> str:
 def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Key -> scale (or zero point) of all the weights, on CPU: they are small beside what they scale.
 
-    Raises ScaleError for the first that is not finite and positive, UnsupportedError for zero points.
+    Raises ScaleError for the first scale of a weight that is not finite and positive, UnsupportedError for zero points. Those
+    of inputs are `wrong_input_scales`' matter.
     """
     names = [w.keys[role] for w in weights for role in (WEIGHT_SCALE, INPUT_SCALE, *ZERO_POINTS) if role in w.keys]
     found = checkpoint.read(names)
     for name, scale in found.items():
-        if "zero_point" in name:
-            if scale.float().count_nonzero():
-                raise UnsupportedError(f"{name} is not zero: hf_fp8 runs symmetric FP8, without zero points")
-            continue
-        scale = scale.float()
-        bad = ~(scale.isfinite() & (scale > 0))
-        if bad.any():
-            value = scale[bad][0].item()
+        if "zero_point" in name and scale.float().count_nonzero():
+            raise UnsupportedError(f"{name} is not zero: hf_fp8 runs symmetric FP8, without zero points")
+    for key in (weight.keys[WEIGHT_SCALE] for weight in weights if WEIGHT_SCALE in weight.keys):
+        if (wrong := _wrong_values(found[key])) is not None:
             raise ScaleError(
-                f"{name} holds {value} ({int(bad.sum())} of {scale.numel()} values are not finite and positive): "
-                "weights multiplied by it would be wrong. The checkpoint was damaged or badly calibrated."
+                f"{key} {wrong}: weights multiplied by it would be wrong. The checkpoint was damaged or badly calibrated."
             )
     return found
 
 
-def check_shape(weight: StoredWeight, expected: tuple[int, ...]) -> None:
-    """Raises MismatchError if the file's weight does not fit the model's parameter."""
-    if weight.pattern is None and weight.shape != expected:
-        raise MismatchError(
-            f"{weight.keys[WEIGHT]} has shape {list(weight.shape)} in the files, the model's {weight.target} has "
-            f"{list(expected)}: the config of the model is not that of the checkpoint"
-        )
+def wrong_input_scales(weights: list[StoredWeight], scales: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Name of a weight with static inputs -> what is wrong with its input scale: it is missing, or holds what is no scale."""
+    found = {}
+    for weight in weights:
+        key = weight.keys.get(INPUT_SCALE)
+        if weight.part is not None or not weight.scheme.has_static_input:
+            continue
+        if key is None:
+            found[weight.name] = f"{weight.name}.{INPUT_SCALE} is not in the files"
+        elif (wrong := _wrong_values(scales[key])) is not None:
+            found[weight.name] = f"{key} {wrong}"
+    return found
+
+
+def _wrong_values(scale: torch.Tensor) -> str | None:
+    scale = scale.float()
+    bad = ~(scale.isfinite() & (scale > 0))
+    if not bad.any():
+        return None
+    return f"holds {scale[bad][0].item()} ({int(bad.sum())} of {scale.numel()} values are not finite and positive)"
 
 
 def stored(name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group) -> StoredWeight:

@@ -37,7 +37,8 @@ class Layout:
     of tensors that no module uses though they belong to its weights or its cache. unplaced: the same of those that this
     class of model has no place for. scales: name of a dense weight -> what its codes were multiplied by, for writing it
     back. missing: parameters that nothing in the files goes into. file_dtypes: parameter -> dtype of the dense tensors in
-    the files that it is made of. broken: while loading, what was wrong with weights that were to be quantized.
+    the files that it is made of. input_scales: name of a weight -> what is wrong with its static input scale. broken: while
+    loading, what was wrong with weights that were to be quantized.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Layout:
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     file_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    input_scales: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
 
     def saves_fp8(self, dense_because: str | None) -> bool:
@@ -168,7 +170,7 @@ def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[Weight
                     routes[weight.part.key] = (target, pattern(0 if weight.part.expert is not None else part, WEIGHT))
                     continue
                 routes |= {weight.renamed[role]: (target, pattern(part, role)) for role in ROLES if role in weight.keys}
-        back.update({stack.name_of(role): (target, pattern(0, role)) for role in ROLES if role in stack.weights[0].keys})
+        back.update({stack.name_of(role): (target, pattern(0, role)) for role in stack.roles})
     patterns = [pattern(0, role) for role in ROLES]
     reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks)])
     if fresh:

@@ -35,6 +35,15 @@ def checkpoint(name: str, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def propagated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets pytest see what is logged through transformers, which keeps it to itself."""
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_fp8"), "propagate", True)
+
+
+@pytest.fixture
 def fp8(tmp_path: Path) -> Path:
     """A small Llama with channel weights and per-token inputs."""
     from build import tiny_llama, write

@@ -162,6 +162,13 @@ def test_a_missing_shard(fp8: Path, tmp_path: Path) -> None:
     lost = written["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     written["weight_map"] = {name: file for name, file in written["weight_map"].items() if file != lost}
     index.write_text(json.dumps(written))
+    with pytest.raises(hf_fp8.CheckpointError, match=lost):
+        load(tmp_path / "shards")
+    # The same under names that no series gives away.
+    for file in (tmp_path / "shards").glob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace("-of-", "_")))
+    written["weight_map"] = {name: file.replace("-of-", "_") for name, file in written["weight_map"].items()}
+    index.write_text(json.dumps(written))
     with pytest.raises(hf_fp8.CheckpointError, match=r"layers\.1"):
         load(tmp_path / "shards")
 

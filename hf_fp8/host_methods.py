@@ -1,0 +1,148 @@
+"""Methods of the host's models that do more with hf_fp8: loading, saving and resizing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .candidates import adapters as adapters_on
+from .convert import put, take_over
+from .errors import UnsupportedError
+from .linear import FP8Linear
+from .load_options import loading
+from .quantized_module import QuantizedModule
+from .quantizer import FP8HfQuantizer
+from .saving import FILE_DTYPES, restore_dtypes
+from .undeclared import refuse_undeclared
+from .weight_files import INDEX
+
+logger = logging.get_logger(__name__)
+# While it builds a model the host sets torch's default dtype and takes the functions of torch.nn.init away, for all threads:
+# models that are loaded at the same time get each other's (docs/design.md, "Threads").
+LOADING = threading.RLock()
+
+_host_load: Callable[..., Any] = PreTrainedModel.__dict__["from_pretrained"].__func__
+_host_load_files: Callable[..., Any] = PreTrainedModel.__dict__["_load_pretrained_model"].__func__
+_host_save = PreTrainedModel.save_pretrained
+_host_resize = PreTrainedModel.resize_token_embeddings
+
+
+def install() -> None:
+    """Wrap the host's methods. Harmless when repeated."""
+    host: Any = PreTrainedModel
+    host.from_pretrained = classmethod(from_pretrained)
+    host._load_pretrained_model = staticmethod(load_files)
+    host.save_pretrained = save_pretrained
+    host.resize_token_embeddings = resize_token_embeddings
+
+
+def uninstall() -> None:
+    """Give the host its methods back."""
+    host: Any = PreTrainedModel
+    host.from_pretrained = classmethod(_host_load)
+    host._load_pretrained_model = staticmethod(_host_load_files)
+    host.save_pretrained = _host_save
+    host.resize_token_embeddings = _host_resize
+
+
+@wraps(_host_load)
+def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, one model at a time in a process; what it does not tell its parts is in `load_options`."""
+    with LOADING, loading(name, kwargs):
+        return _host_load(cls, name, *args, **kwargs)
+
+
+@wraps(_host_load_files)
+def load_files(model: Any, state_dict: Any, files: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, but not for FP8 weights whose scales nothing would load."""
+    quantizer = config.hf_quantizer
+    if files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
+        method = None if quantizer is None else quantizer.quantization_config.quant_method
+        refuse_undeclared(model, files, config.weight_mapping or [], getattr(method, "value", method))
+    return _host_load_files(model, state_dict, files, config, *args, **kwargs)
+
+
+@wraps(_host_save)
+def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, but not for a model of which a part was quantized by itself, as nothing would say what its codes
+    are; nor for one with adapters on it, whose layers go by other names then. Raises UnsupportedError.
+
+    Of a model that has become dense, tensors that the host holds wider than the rest are written as they were read.
+    """
+    _refuse_unsavable(self, kwargs)
+    dtypes = vars(self).get(FILE_DTYPES)
+    if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
+        state = self.state_dict()
+        wider = {name for name, tensor in state.items() if tensor.dtype.itemsize > self.dtype.itemsize}
+        restore_dtypes(self, state, {name: dtype for name, dtype in dtypes.items() if name in wider})
+        kwargs["state_dict"] = state
+    saved = _host_save(self, save_directory, *args, **kwargs)
+    _drop_stale_index(Path(save_directory))
+    return saved
+
+
+def _refuse_unsavable(model: Any, options: dict[str, Any]) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None and any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise UnsupportedError(
+            f"{type(model).__name__} holds FP8 layers that it does not know of (a part of it was quantized by itself, or "
+            "loaded by load_quantized): saved, their codes would be taken for values. Quantize the whole model, with targets "
+            "or a filter_fn that choose the part; or call hf_fp8.dequantize_model first"
+        )
+    adapter = adapters_on(model)
+    if adapter is not None and quantizer is not None and not getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedError(
+            f"{adapter} has an adapter on it, which a checkpoint of the model has no place for: save the adapters "
+            "(PeftModel.save_pretrained), or save what merge_and_unload() returns"
+        )
+    if options.get("save_original_format", True) is False and isinstance(quantizer, FP8HfQuantizer):
+        layout = quantizer.layout
+        if layout is not None and (layout.dense or layout.experts or quantizer.unplaced):
+            raise UnsupportedError(
+                "save_original_format=False leaves out the conversions that write weights back in FP8, which this model needs: "
+                "leave it at True, or call model.dequantize() first to save a dense model"
+            )
+
+
+def _drop_stale_index(folder: Path) -> None:
+    """Remove an index that an earlier, sharded save left beside the single file that the host has just written: its shards
+    are gone, and readers could not tell which of the two is the checkpoint."""
+    index = folder / INDEX
+    if not (folder / "model.safetensors").exists() or not index.exists():
+        return
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if not any((folder / str(file)).exists() for file in files):
+        index.unlink()
+
+
+@wraps(_host_resize)
+def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """The host's method; an output embedding that holds codes becomes dense first, as new rows have no scale in them."""
+    embedding = self.get_input_embeddings()
+    resized = new_num_tokens is not None and new_num_tokens != getattr(embedding, "num_embeddings", None)
+    if resized or args or kwargs.get("pad_to_multiple_of") is not None:
+        _make_head_dense(self)
+    return _host_resize(self, new_num_tokens, *args, **kwargs)
+
+
+def _make_head_dense(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, FP8Linear):
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    new = head.to_linear(model.dtype)
+    take_over(head, new)
+    put(model, name, new)
+    logger.warning(
+        f"hf_fp8: {name} is made dense ({model.dtype}) to give it another size; it is saved dense, and named in `ignore`"
+    )

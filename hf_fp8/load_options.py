@@ -1,0 +1,47 @@
+"""What `from_pretrained` was called with, for those of its parts that the host does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """folder: the local folder that is loaded, None for a name on the Hub. The rest as in `from_pretrained`."""
+
+    folder: Path | None = None
+    variant: str | None = None
+    use_safetensors: bool | None = None
+    ignore_mismatched_sizes: bool = False
+
+
+_CURRENT: ContextVar[LoadOptions | None] = ContextVar("hf_fp8_load_options", default=None)
+
+
+def current() -> LoadOptions:
+    """Those of the load that is going on; the defaults outside of one."""
+    return _CURRENT.get() or LoadOptions()
+
+
+@contextmanager
+def loading(name: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """While a model is loaded from `name` with the keyword arguments `options`."""
+    folder = None
+    if isinstance(name, str | Path) and Path(name).is_dir() and options.get("gguf_file") is None:
+        folder = Path(name, options.get("subfolder") or "")
+    found = LoadOptions(
+        folder,
+        options.get("variant"),
+        options.get("use_safetensors"),
+        bool(options.get("ignore_mismatched_sizes")),
+    )
+    token = _CURRENT.set(found)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

@@ -1,0 +1,51 @@
+"""FP8 weights that a config says nothing of: others would load their codes as values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+
+from .checkpoint import Checkpoint
+from .errors import FP8Error, MismatchError
+from .keymap import KeyMap
+from .scan import companions, module_named
+from .stored import WEIGHT_SCALE
+
+
+def refuse_undeclared(
+    model: PreTrainedModel, files: Sequence[str], conversions: Sequence[WeightTransform], method: str | None
+) -> None:
+    """Raise MismatchError for files with FP8 weights whose scales would not be loaded into `model`.
+
+    conversions: those of the loader. method: the `quant_method` by which the host loads, None without one. What cannot be
+    read is left to the host to speak of.
+    """
+    try:
+        checkpoint = Checkpoint(files)
+    except FP8Error:
+        return
+    scales: dict[str, str] = {}
+    for key, info in checkpoint.tensors.items():
+        name = module_named(key, info.dtype, len(info.shape)) if info.dtype.startswith("F8_") else None
+        scale = None if name is None else companions(name, key, checkpoint, strict=False).get(WEIGHT_SCALE)
+        if scale is not None:
+            scales[key] = scale
+    if not scales:
+        return
+    keymap = KeyMap(model, conversions)
+    lost = {}
+    for key, scale in scales.items():
+        target, pattern = keymap.resolve(scale)
+        if pattern is None and target not in keymap.params:
+            lost[key] = scale
+    if lost:
+        key, scale = next(iter(lost.items()))
+        said = "no `quantization_config` in config.json says so" if method is None else f"they are loaded as {method!r}"
+        raise MismatchError(
+            f"{len(lost)} weights of the files, such as {key}, are FP8 codes with scales ({scale}), but {said}: the scales "
+            f"would be dropped, and {type(model).__name__} would take codes for values. hf_fp8 reads FP8 that config.json "
+            "describes as compressed-tensors (docs/formats.md): take a checkpoint made by llm-compressor or `hf-fp8 quantize`, "
+            "or write such a `quantization_config` if you know how this one was made"
+        )

@@ -1,0 +1,314 @@
+"""What is loaded is written back as it was read: names, dtypes and bytes; dense tensors, too, and those without a module."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import KEEP, OFFLOAD, State, differing, error, load, logits, tensors, tiny_llama, write
+from moe import BASE, MOE, causal, dense_logits, is_linear, make
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    PreTrainedModel,
+)
+
+import hf_fp8
+from hf_fp8 import FP8Config, numerics
+from hf_fp8.scheme import ROW
+
+EXPERTS = FP8Config(backend="weight_only", experts="fp8")
+
+
+# -- dtypes --
+
+
+@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("config", [KEEP, EXPERTS], ids=["experts dense", "experts fp8"])
+def test_routers_that_the_host_widens(family: str, config: FP8Config, tmp_path: Path) -> None:
+    """transformers keeps some parameters in float32, from 5.24 on the routers of most families."""
+    model = MOE[family]()
+    model._keep_in_fp32_modules_strict = type(model)._keep_in_fp32_modules_strict
+    written, _ = write(model, tmp_path / "fp8", quantized=is_linear)
+    loaded = load(tmp_path / "fp8", config, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+
+
+@pytest.mark.parametrize("how", ["plain", "tied", "offloaded", "sharded"])
+def test_a_model_that_was_loaded_wider(how: str, tmp_path: Path) -> None:
+    written, _ = write(tiny_llama(tie_word_embeddings=how == "tied"), tmp_path / "fp8")
+    options: dict[str, Any] = {"device_map": OFFLOAD, "offload_folder": tmp_path / "offload"} if how == "offloaded" else {}
+    loaded = load(tmp_path / "fp8", dtype=torch.float32, **options)
+    loaded.save_pretrained(tmp_path / "saved", max_shard_size="20KB" if how == "sharded" else "5GB")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+
+
+def test_what_was_changed_stays_wide(tmp_path: Path) -> None:
+    written, _ = write(tiny_llama(), tmp_path / "fp8")
+    loaded = load(tmp_path / "fp8")
+    with torch.no_grad():
+        loaded.model.norm.weight.add_(1e-6)
+        loaded.model.layers[0].input_layernorm.weight[0] = torch.nan
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = tensors(tmp_path / "saved")
+    assert saved["model.norm.weight"].dtype == torch.float32
+    assert torch.equal(saved["model.norm.weight"], loaded.model.norm.weight.detach())
+    assert set(differing(written, saved)) <= {"model.norm.weight", "model.layers.0.input_layernorm.weight"}
+
+
+@pytest.mark.parametrize("way", ["loaded dense", "dequantized later"])
+def test_a_dense_model_in_one_dtype_is_saved_in_it(way: str, tmp_path: Path) -> None:
+    """Only what the host holds wider than the model goes back: a model that somebody loads in float32 is saved so."""
+    model = MOE["deepseek_v3"]()
+    written, _ = write(model, tmp_path / "fp8", quantized=is_linear)
+    for dtype in (torch.bfloat16, torch.float32):
+        config = FP8Config(dequantize=True) if way == "loaded dense" else KEEP
+        loaded = load(tmp_path / "fp8", config, dtype=dtype)
+        if way != "loaded dense":
+            loaded.dequantize()
+        loaded.save_pretrained(tmp_path / f"{dtype}")
+        found = {name: tensor.dtype for name, tensor in tensors(tmp_path / f"{dtype}").items()}
+        assert {name: d for name, d in found.items() if d != dtype} == (
+            {} if dtype == torch.float32 else {n: t.dtype for n, t in written.items() if t.dtype == torch.float32}
+        )
+
+
+# -- names --
+
+
+def kimi() -> PreTrainedModel:
+    config = KimiLinearConfig(
+        **{**BASE, "num_key_value_heads": 4}, intermediate_size=96, moe_intermediate_size=32, head_dim=16, num_experts=4,
+        num_experts_per_token=2, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+        first_k_dense_replace=1, tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    return make(KimiLinearForCausalLM, config)
+
+
+def deepseek_v4() -> PreTrainedModel:
+    config = DeepseekV4Config(
+        **{**BASE, "num_key_value_heads": 1, "num_hidden_layers": 2}, moe_intermediate_size=32, n_routed_experts=4,
+        num_experts_per_tok=2, q_lora_rank=32, o_lora_rank=16, o_groups=2, head_dim=32, qk_rope_head_dim=16,
+        index_head_dim=16, index_n_heads=2, index_topk=8,
+    )  # fmt: skip
+    return make(DeepseekV4ForCausalLM, config)
+
+
+def granite(kind: Any = GraniteMoeForCausalLM, config: Any = GraniteMoeConfig, **more: Any) -> PreTrainedModel:
+    return make(kind, config(**BASE, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, **more))
+
+
+def granite_shared() -> PreTrainedModel:
+    return granite(GraniteMoeSharedForCausalLM, GraniteMoeSharedConfig, shared_intermediate_size=32)
+
+
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[str], bool]]] = {
+    "names with escapes": (kimi, lambda name: ".experts." in name and name.endswith(".weight")),
+    "names with escapes, many": (
+        deepseek_v4, lambda name: (".experts." in name or ".wq_b." in name or ".wo_b." in name) and name.endswith(".weight"),
+    ),
+    "renamed stacks": (granite, lambda name: name.endswith(("_proj.weight", "put_linear.weight"))),
+    "renamed stacks, shared": (granite_shared, lambda name: name.endswith(("_proj.weight", "put_linear.weight"))),
+}  # fmt: skip
+
+
+def write_any(model: PreTrainedModel, path: Path, chosen: Callable[[str], bool]) -> State:
+    """Channel-wise FP8 of the matrices, and of the stacks of matrices, that are chosen."""
+    model.save_pretrained(path)
+    state = load_file(path / "model.safetensors")
+    out: State = {}
+    for name, tensor in state.items():
+        if not chosen(name) or tensor.ndim < 2:
+            out[name] = tensor
+            continue
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        scale = numerics.compute_scale(flat, ROW).bfloat16()
+        out[name] = numerics.quantize(flat, scale, ROW).view(tensor.shape)
+        out[name.removesuffix("weight") + "weight_scale"] = scale.view(*tensor.shape[:-1], 1)
+    dense = sorted({n.removesuffix(".weight") for n in out if n.endswith(".weight") and out[n].dtype == torch.bfloat16})
+    config = json.loads((path / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear", "re:.*_linear$"], "weights": weights}}, "ignore": dense,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("config", [KEEP, EXPERTS], ids=["experts dense", "experts fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_come_back_under_their_names(family: str, config: FP8Config, tmp_path: Path) -> None:
+    build, chosen = FAMILIES[family]
+    written = write_any(build(), tmp_path / "fp8", chosen)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in written.values()) >= 2
+    loaded = load(tmp_path / "fp8", config, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+    again = load(tmp_path / "saved", config, dtype=torch.bfloat16)
+    assert torch.equal(causal(again), causal(loaded))
+
+
+def test_fused_projections_that_the_model_holds_apart(tmp_path: Path) -> None:
+    """One FP8 matrix in the files, three parameters in the model: they are put together again in the file's order."""
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    model = tiny_llama(num_key_value_heads=4)
+    conversion = [
+        WeightConverter(
+            source_patterns=[r"self_attn\.w_qkv\.weight"],
+            target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+            operations=[Chunk(dim=0)],
+        )
+    ]
+
+    def fuse(state: State) -> State:
+        out = {name: t for name, t in state.items() if not any(f".{x}_proj." in name for x in "qkv")}
+        for layer in range(2):
+            stem = f"model.layers.{layer}.self_attn"
+            for role in ("weight", "weight_scale"):
+                parts = [state[f"{stem}.{x}_proj.{role}"].view(torch.uint8) for x in "qkv"]
+                out[f"{stem}.w_qkv.{role}"] = torch.cat(parts).view(state[f"{stem}.q_proj.{role}"].dtype)
+        return out
+
+    written, dense = write(model, tmp_path / "fp8", edit=fuse)
+    wanted = dense_logits(model, dense, tmp_path / "dense")
+    register_checkpoint_conversion_mapping("llama", conversion)
+    try:
+        loaded = load(tmp_path / "fp8")
+        assert error(logits(loaded), wanted) <= 1e-5
+        loaded.save_pretrained(tmp_path / "saved")
+        assert differing(written, tensors(tmp_path / "saved")) == []
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+    finally:
+        from transformers import conversion_mapping
+
+        conversion_mapping._checkpoint_conversion_mapping_cache.pop("llama", None)
+
+
+def test_names_of_a_key_mapping_after_dequantizing(tmp_path: Path) -> None:
+    """transformers 5.24 drops the conversions of a model with its quantization config."""
+    write(tiny_llama(), tmp_path / "fp8", edit=lambda s: {k.replace("self_attn", "attention"): v for k, v in s.items()})
+    mapping = {r"\.attention\.": ".self_attn."}
+    for config in (KEEP, FP8Config(dequantize=True)):
+        loaded = load(tmp_path / "fp8", config, key_mapping=mapping)
+        if config is KEEP:
+            loaded.dequantize()
+        loaded.save_pretrained(tmp_path / "dense")
+        assert not any("self_attn" in name for name in tensors(tmp_path / "dense"))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32, key_mapping=mapping)
+        assert torch.equal(logits(again), logits(loaded))
+
+
+# -- tensors without a place --
+
+
+def glm_with_a_further_layer(path: Path) -> State:
+    """A GLM-4 MoE of two layers whose files hold a third, which predicts a second token."""
+    config = Glm4MoeConfig(
+        **{**BASE, "num_hidden_layers": 3}, intermediate_size=96, moe_intermediate_size=32, head_dim=16, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
+    )  # fmt: skip
+
+    def further(state: State) -> State:
+        made = {
+            "model.layers.2.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+            "model.layers.2.enorm.weight": torch.ones(64).bfloat16(),
+            "model.layers.2.shared_head.norm.weight": torch.ones(64, dtype=torch.float32),
+            "model.rotary_emb.inv_freq": torch.ones(8),
+        }
+        return {**state, **made}
+
+    ignore = ["lm_head", "model.layers.2.eh_proj", "re:.*mlp.gate$"]
+    written, _ = write(
+        make(Glm4MoeForCausalLM, config), path, ignore=ignore, edit=further,
+        config_edit=lambda c: c.update(num_hidden_layers=2, num_nextn_predict_layers=1),
+    )  # fmt: skip
+    return written
+
+
+@pytest.mark.parametrize("config", [KEEP, EXPERTS], ids=["experts dense", "experts fp8"])
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_layer_that_the_class_lacks_is_written_back(config: FP8Config, again: int, tmp_path: Path) -> None:
+    written, path = glm_with_a_further_layer(tmp_path / "fp8"), tmp_path / "fp8"
+    for turn in range(again):
+        loaded = load(path, config, dtype=torch.bfloat16)
+        loaded.save_pretrained(tmp_path / f"saved{turn}")
+        path = tmp_path / f"saved{turn}"
+    assert differing(written, tensors(path)) == []
+    config_of = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (tmp_path / "fp8", path)]
+    assert config_of[0]["config_groups"].keys() == config_of[1]["config_groups"].keys()
+
+
+def test_what_is_dropped_is_named(tmp_path: Path, propagated: Any, caplog: pytest.LogCaptureFixture) -> None:
+    glm_with_a_further_layer(tmp_path / "fp8")
+    cases: list[tuple[Any, FP8Config | None, dict[str, Any], str]] = [
+        (AutoModelForCausalLM, FP8Config(dequantize=True), {}, "eh_proj"),
+        (AutoModelForCausalLM, FP8Config(backend="int8"), {}, "eh_proj"),
+        (AutoModel, KEEP, {}, "lm_head"),  # of another class, of which the head is no part
+        (AutoModelForCausalLM, KEEP, {"num_hidden_layers": 1}, "layers.*.input_layernorm"),  # somebody wants fewer layers
+    ]
+    for kind, config, options, name in cases:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            model = kind.from_pretrained(tmp_path / "fp8", quantization_config=config, dtype=torch.bfloat16, **options)
+        said = [r.getMessage() for r in caplog.records if "no place" in r.getMessage()]
+        assert len(said) == 1 and name in said[0] and "dropped" in said[0]
+        model.save_pretrained(tmp_path / "saved")
+        assert not any("eh_proj" in key for key in tensors(tmp_path / "saved"))
+
+
+def test_files_that_are_gone_when_it_is_saved(tmp_path: Path, propagated: Any, caplog: pytest.LogCaptureFixture) -> None:
+    glm_with_a_further_layer(tmp_path / "fp8")
+    loaded = load(tmp_path / "fp8", EXPERTS, dtype=torch.bfloat16)
+    before = causal(loaded)
+    (tmp_path / "fp8" / "model.safetensors").rename(tmp_path / "elsewhere")
+    with caplog.at_level(logging.WARNING):
+        loaded.save_pretrained(tmp_path / "saved")
+    assert any("eh_proj" in record.getMessage() and "not saved" in record.getMessage() for record in caplog.records)
+    assert torch.equal(causal(load(tmp_path / "saved", EXPERTS, dtype=torch.bfloat16)), before)
+
+
+def test_saving_over_the_files_that_were_loaded(tmp_path: Path) -> None:
+    written = glm_with_a_further_layer(tmp_path / "fp8")
+    load(tmp_path / "fp8", EXPERTS, dtype=torch.bfloat16).save_pretrained(tmp_path / "fp8")
+    assert differing(written, tensors(tmp_path / "fp8")) == []
+
+
+# -- the folder --
+
+
+def test_one_file_over_several_leaves_no_index(tmp_path: Path) -> None:
+    written, _ = write(tiny_llama(), tmp_path / "fp8")
+    model = load(tmp_path / "fp8", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert (tmp_path / "saved" / "model.safetensors.index.json").exists()
+    model.save_pretrained(tmp_path / "saved")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(load(tmp_path / "fp8")))
+
+
+def test_the_models_own_form_is_refused_where_it_would_be_misread(tmp_path: Path) -> None:
+    write(MOE["mixtral"](), tmp_path / "fp8", quantized=is_linear)
+    model = load(tmp_path / "fp8")
+    with pytest.raises(hf_fp8.UnsupportedError, match="save_original_format"):
+        model.save_pretrained(tmp_path / "saved", save_original_format=False)
