@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from transformers import CompressedTensorsConfig
 
 from .errors import ConfigError
-from .gradients import BACKWARDS
 from .groups import Group, all_of, asked_groups, match, parse, read_group, write_group, written_config
-from .kernels import BACKENDS
+from .options import DEFAULTS, LOADING, given_scheme, names, plain, refuse_two_targets, settled
 from .scheme import FP8, INT8_DYNAMIC, Scheme
 
-EXPERTS = ("auto", "fp8", "dequantize")
+METHOD = "compressed-tensors"
+METHODS = (METHOD, "sparseml")  # the second is its name in old files
+OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
+STOCK_OPTIONS = ("run_compressed", "use_optimized_inference")  # of CompressedTensorsConfig, beside `dequantize`
 
 
 class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
@@ -44,7 +49,10 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
 
     With a scheme, "auto" keeps Linears and experts in FP8 on any device, and `experts="dequantize"` leaves experts dense.
-    `dequantize`, `backend`, `experts` and `backward` are never written to `config.json`. Raises ConfigError for unknown values.
+
+    `to_dict`, `repr` and what is made of them say every option, and `from_dict`, or `from_pretrained`, takes that for the
+    object. A loaded model's config is that of its checkpoint instead: `config.json` holds nothing of ours. Loading changes no
+    config that was passed to it. Raises ConfigError for unknown options and values, when they are set later, too.
     """
 
     def __init__(
@@ -60,58 +68,108 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         checkpoint: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        unknown.pop("quant_method", None)
-        if unknown:
-            raise ConfigError(
-                f"FP8Config has no option {', '.join(map(repr, unknown))}; it has scheme, targets, ignore, dequantize, "
-                "backend, experts and backward"
-            )
-        if backend not in BACKENDS:
-            raise ConfigError(f"FP8Config(backend={backend!r}): it is one of {', '.join(BACKENDS)}")
-        if experts not in EXPERTS:
-            raise ConfigError(f"FP8Config(experts={experts!r}): it is one of {', '.join(EXPERTS)}")
-        if backward not in BACKWARDS:
-            raise ConfigError(f"FP8Config(backward={backward!r}): it is one of {', '.join(BACKWARDS)}")
-        if experts == "fp8" and (dequantize or backend == "int8"):
-            given = "dequantize=True multiplies everything out" if dequantize else "backend='int8' re-quantizes Linears alone"
-            raise ConfigError(f"experts='fp8' was asked for, but {given}: pass one of them")
-        if dequantize and backend != "auto":
-            raise ConfigError(f"dequantize=True leaves nothing for backend={backend!r} to run on: pass one of them")
-        if scheme is not None and (dequantize or backend == "int8"):
-            given = "dequantize=True" if dequantize else "backend='int8'"
-            hint = "" if dequantize else "; for int8 weights use hf_fp8.quantize_model(model, 'INT8')"
-            raise ConfigError(f"scheme={scheme!r} quantizes weights to FP8, which {given} would undo: pass one of them{hint}")
-        super().__init__(dequantize=dequantize)
-        self.backend, self.experts, self.backward = backend, experts, backward
-        self.scheme = scheme
+        method = plain(unknown.pop("quant_method", OUR_METHOD))
+        if method not in (OUR_METHOD, *METHODS):
+            raise ConfigError(f"FP8Config is for compressed-tensors FP8, but quant_method is {method!r}")
+        options = settled({
+            "scheme": scheme, "targets": targets, "ignore": ignore, "dequantize": dequantize, "backend": backend,
+            "experts": experts, "backward": backward, **unknown,
+        })  # fmt: skip
+        super().__init__(dequantize=options["dequantize"])
+        self.backend, self.experts, self.backward = options["backend"], options["experts"], options["backward"]
+        self.scheme, self.targets, self._ignore = options["scheme"], options["targets"], options["ignore"]
+        self.spares = True  # whether output embeddings and routers are left out
         # What the checkpoint itself says, where `become_int8` has made `checkpoint` say something else.
         self.origin: dict[str, Any] | None = None
         self.of_another_load = False  # whether `checkpoint` was remembered from another load, and may not be this one's
-        self.checkpoint: dict[str, Any] | None = None
         self.groups: tuple[Group, ...] = ()
+        self.checkpoint: dict[str, Any] | None = None
         if checkpoint is not None:
             self._read(checkpoint)
-        elif scheme is not None:
-            self.ask(scheme, targets, ignore)
+        elif self.scheme is not None:
+            self.ask(self.scheme, self.targets, self._ignore)
             if not all_of(FP8, self.groups):
                 raise ConfigError(
                     f"scheme={scheme!r} is not FP8, which is all that hf_fp8 quantizes to while loading; for int8 use "
                     "hf_fp8.quantize_model(model, 'INT8')"
                 )
-        elif ignore is not None or tuple(targets) != ("Linear",):
-            raise ConfigError("targets and ignore say what to quantize while loading: pass a scheme with them")
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a dict: of options, ours or stock's (`run_compressed`), or a checkpoint's `quantization_config`, beside
+        which there may be loading options.
+
+        kwargs: options that win over those of the dict. Returns (config, kwargs that are no options) if `return_unused_kwargs`.
+        Raises ConfigError, naming them, for keys that are no options, and for dicts of other methods.
+        """
+        given = config_dict.get("quantization_config", config_dict) if isinstance(config_dict, Mapping) else None
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"a quantization_config is a dict of options, or what config.json has by that name, not {given!r}"
+            )
+        given = dict(given)
+        method = plain(given.pop("quant_method", None))
+        if method not in (None, OUR_METHOD, *METHODS):
+            raise ConfigError(f"quantization_config says {method!r}, which is not compressed-tensors FP8")
+        stock = {name: given.pop(name) for name in STOCK_OPTIONS if name in given}
+        if stock:
+            given["dequantize"] = dequantize_of({"dequantize": given.get("dequantize", False), **stock})
+        checkpoint = None
+        if "config_groups" in given or (method in METHODS and "scheme" not in given and set(given) - set(DEFAULTS)):
+            if both := [name for name in ("scheme", "targets") if name in given]:
+                raise ConfigError(f"{both[0]} and config_groups both say what is quantized: pass one of them")
+            checkpoint = {name: value for name, value in given.items() if name not in LOADING}
+            checkpoint["quant_method"] = method if method in METHODS else METHOD
+            given = {name: value for name, value in given.items() if name in LOADING}
+        config = cls(**given, checkpoint=checkpoint)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option, as it was asked for, whatever has become of the config since."""
+        asked = {"scheme": self.scheme, "targets": self.targets, "ignore": self._ignore}
+        return {**copy.deepcopy(asked), **self.get_loading_attributes()}
+
+    def afresh(self) -> FP8Config:
+        """A config of its own with the same options, that knows of no checkpoint."""
+        new = FP8Config(**self.options)
+        new.spares = self.spares
+        return new
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set options, as if they had been passed at first. Returns those of `kwargs` that are none."""
+        known = {name: value for name, value in kwargs.items() if name in DEFAULTS}
+        if known:
+            new = FP8Config(**{**self.options, **known})
+            if self.checkpoint is None:
+                self.__dict__.update(new.__dict__)
+            elif set(known) <= set(LOADING):
+                self.__dict__.update(new.get_loading_attributes())
+            else:
+                raise ConfigError(
+                    "scheme, targets and ignore of a config that a checkpoint has are what it says: make a new one"
+                )
+        return {name: value for name, value in kwargs.items() if name not in known}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DEFAULTS and self.__dict__.get("checkpoint", self) is None:
+            self.update(**{name: value})  # groups follow, and options that do not fit each other are refused
+        else:
+            super().__setattr__(name, value)
 
     def ask(
         self, scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: str | Sequence[str] | None
     ) -> None:
         """Take the groups of what is to be quantized from what a user asks for (see the arguments of the class)."""
-        listed = [ignore] if isinstance(ignore, str) else list(ignore or ())
-        self.spares = ignore is None or len(listed) > 0  # whether output embeddings and routers are left out
-        self.quantization_config, self.groups = asked_groups(scheme, targets, listed)
+        refuse_two_targets(scheme, targets)
+        listed = [] if ignore is None else names("ignore", ignore)
+        self.spares = ignore is None or len(listed) > 0
+        self.quantization_config, self.groups = asked_groups(given_scheme(scheme), names("targets", targets), listed)
 
-    def _read(self, checkpoint: dict[str, Any]) -> None:
-        self.checkpoint = checkpoint
-        self.quantization_config = parse(checkpoint)
+    def _read(self, checkpoint: Mapping[str, Any]) -> None:
+        self.checkpoint = plain(checkpoint)
+        self.quantization_config = parse(self.checkpoint)
         self._read_groups()
 
     def _read_groups(self) -> None:
@@ -124,7 +182,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
 
     @property
     def host_groups(self) -> tuple[Group, ...]:
-        return tuple(group for group in self.groups if group.scheme is None)
+        """Those whose weights the host runs: not FP8, and not about attention alone."""
+        return tuple(group for group in self.groups if group.scheme is None and group.parsed.weights is not None)
 
     @property
     def ignore(self) -> tuple[str, ...]:
@@ -140,28 +199,50 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         return by_target[found] if found else None
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("dequantize", "backend", "experts", "backward")}
+        return {name: getattr(self, name) for name in LOADING}
 
     def __repr__(self) -> str:
-        given = {} if self.scheme is None else {"scheme": self.scheme}
-        options = ", ".join(f"{name}={value!r}" for name, value in {**given, **self.get_loading_attributes()}.items())
-        return f"FP8Config({options})"
+        said = {**self.options, "checkpoint": self.checkpoint}
+        given = [f"{name}={value!r}" for name, value in said.items() if value != DEFAULTS.get(name)]
+        return f"FP8Config({', '.join(given)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FP8Config):
+            return NotImplemented
+        mine, theirs = ((c.options, c.checkpoint, c.origin, c.spares) for c in (self, other))
+        return mine == theirs
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
 
     def get(self, key: str, default: Any = None) -> Any:
         """The host reads a model's config as a dict even where it holds an object."""
         return self.to_dict().get(key, default)
 
     def to_dict(self) -> dict[str, Any]:
-        """The checkpoint's `quantization_config`, without anything of ours.
+        """Every option as JSON; or, of a config that a checkpoint has, its `quantization_config`, without anything of ours.
 
-        The status is always written as "compressed": that is what the files hold, and readers
+        The status of that is always written as "compressed": that is what the files hold, and readers
         that find another one, or none, take the stored codes for plain weights.
         """
-        written = copy.deepcopy(self.checkpoint or {})
-        written["quant_method"] = "compressed-tensors"
+        if self.checkpoint is None:
+            return {"quant_method": OUR_METHOD, **plain(self.options)}
+        return {**plain(self.checkpoint), "quant_method": METHOD, "quantization_status": "compressed"}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without options that are at their defaults."""
+        whole = self.to_dict()
         if self.checkpoint is not None:
-            written["quantization_status"] = "compressed"
-        return written
+            return whole
+        return {name: value for name, value in whole.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As JSON, in the order of `to_dict`: groups are numbered by it."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON."""
+        Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
 
     def leave_out(self, dense: Iterable[str], gone: Iterable[str]) -> None:
         """Make what `to_dict` writes fit a model: modules `dense` are not quantized, groups `gone` have none in it."""
@@ -183,7 +264,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         for group in self.groups:
             if group.scheme is not None:
                 written["config_groups"][group.name] = write_group(INT8_DYNAMIC, group.targets)
-            elif len(self.host_groups) < len(self.groups):
+            elif group.parsed.weights is not None and self.fp8_groups:
                 written["config_groups"][group.name]["format"] = group.format
         written["format"] = "mixed-precision" if self.host_groups else "int-quantized"
         written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
@@ -212,6 +293,20 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             status = self.quantization_config.quantization_status
             checkpoint["quantization_status"] = getattr(status, "value", status)
         return CompressedTensorsConfig(**checkpoint)
+
+
+def dequantize_of(stock: Mapping[str, Any]) -> bool:
+    """What `dequantize` stock's loading options come to, with the warnings that stock has for them.
+
+    `use_optimized_inference` asks for what backend="auto" does anyway where the hardware can. Raises ConfigError.
+    """
+    for name, value in stock.items():
+        if value not in (None, False, True):
+            raise ConfigError(f"{name}={value!r}: it is True or False")
+    config = CompressedTensorsConfig(**stock)
+    if config.dequantize:
+        config.post_init()
+    return bool(config.dequantize)
 
 
 class _Name(str):
