@@ -6,18 +6,18 @@ Nothing here executes code from a checkpoint: safetensors holds none, and pickle
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import struct
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .errors import CorruptFileError, MissingTensorError, UnsupportedError
+from .bin_files import read_pickled
+from .errors import CheckpointError, CorruptFileError, UnsupportedError
+from .files import Stamp, reading
+from .headers import Entry, read_header
 
 # safetensors' dtype names; those it has and torch lacks stay without a torch dtype
 TORCH_DTYPES = {
@@ -38,6 +38,7 @@ TORCH_DTYPES = {
     "U16": torch.uint16,
     "U32": torch.uint32,
     "U64": torch.uint64,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -45,7 +46,7 @@ DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
 SCALE_DTYPES = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """dtype is safetensors' name of it ("F8_E4M3", "BF16", ...)."""
 
@@ -60,109 +61,118 @@ class TensorInfo:
 class Checkpoint:
     """What the files of a checkpoint hold.
 
-    Raises CorruptFileError, naming the file, for one that is truncated or no checkpoint.
+    Raises, naming the file: MissingTensorError for one that is not there; CorruptFileError for one that is truncated or no
+    checkpoint; UnsupportedError for one of another kind; CheckpointError for a tensor that two files hold with other values.
+    What reads tensors raises CheckpointError if the file is not the one any more whose header was read.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, dict[str, torch.Tensor]] = {}
-        self._places: dict[str, dict[str, tuple[int, int]]] = {}
-        for file in files:
-            self.tensors.update(self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file))
+        self._entries: dict[str, dict[str, Entry]] = {}
+        self._stamps: dict[str, Stamp] = {}
+        for file in dict.fromkeys(files):
+            found = self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file)
+            for name, info in found.items():
+                if self.tensors.setdefault(name, info) is not info:
+                    self._check_same(name, self.tensors[name], info)
 
     @property
     def has_fp8(self) -> bool:
         return any(info.dtype == "F8_E4M3" for info in self.tensors.values())
 
-    @staticmethod
-    def _read_safetensors(file: str) -> dict[str, TensorInfo]:
-        found = {}
-        if not os.path.exists(file):
-            raise MissingTensorError(f"{file} is not there, though the checkpoint's index lists it: a shard is missing")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    part = opened.get_slice(name)
-                    found[name] = TensorInfo(str(part.get_dtype()), tuple(part.get_shape()), file)
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(
-                f"{file} cannot be read as safetensors ({error}). It is truncated or damaged: download or write it again."
-            ) from error
-        return found
-
-    def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
-        if not file.endswith((".bin", ".pt", ".pth")):
-            raise UnsupportedError(f"{file}: hf_fp8 reads .safetensors and .bin checkpoints")
-        try:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # files from before torch 1.6 cannot be mapped
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({error})") from error
-        if not isinstance(state, dict):
-            raise CorruptFileError(f"{file} holds a {type(state).__name__}, not tensors by name")
-        state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-        self._pickled[file] = state
-        return {
-            name: TensorInfo(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
-            for name, tensor in state.items()
-        }
+    def files_with(self, name: str) -> list[str]:
+        """The files that hold a tensor: more than one only if all hold the same values."""
+        return [f for f in self._stamps if name in self._entries.get(f, {}) or name in self._pickled.get(f, {})]
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, on CPU; each file is opened once."""
+        """The named tensors, on CPU, in memory of their own; each file is opened once."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            if file in self._pickled:
-                found.update({name: self._pickled[file][name].clone() for name in wanted})
-                continue
-            with safe_open(file, framework="pt") as opened:
-                found.update({name: opened.get_tensor(name).clone() for name in wanted})
+            with self._opened(file) as opened:
+                found.update({name: self._tensor(opened, name) for name in wanted})
         return found
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in memory of its own: the file is not mapped, so that nothing stays when it is dropped."""
-        info = self.tensors[name]
-        if info.file in self._pickled:
-            return self._pickled[info.file][name].clone()
-        start, end = self._offsets(info.file)[name]
-        with open(info.file, "rb") as file:
-            file.seek(start)
-            data = self._from(file, end - start, info, name)
-        return data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        """One tensor, on the CPU, in memory of its own: the file is not mapped, so that nothing stays when it is dropped.
+
+        Raises UnsupportedError for a dtype that torch does not have.
+        """
+        return self.read([name])[name]
 
     def pieces(self, name: str, size: int = 2**24) -> Iterator[torch.Tensor]:
         """The bytes of a tensor, uint8, `size` at a time."""
+        return self._pieces(name, self.tensors[name].file, size)
+
+    def _read_safetensors(self, file: str) -> dict[str, TensorInfo]:
+        with _without_collecting():
+            self._entries[file], self._stamps[file] = read_header(file)
+            entries = sorted(self._entries[file].items())
+            return {name: TensorInfo(entry.dtype, entry.shape, file) for name, entry in entries}
+
+    def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
+        self._pickled[file], self._stamps[file] = read_pickled(file)
+        return {
+            name: TensorInfo(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
+            for name, tensor in self._pickled[file].items()
+        }
+
+    def _check_same(self, name: str, one: TensorInfo, other: TensorInfo) -> None:
+        """Raise CheckpointError unless two files hold the same under a name. A loader takes either, as it happens."""
+        if (one.dtype, one.shape) == (other.dtype, other.shape):
+            pairs = zip(self._pieces(name, one.file), self._pieces(name, other.file), strict=True)
+            if all(torch.equal(a, b) for a, b in pairs):
+                return
+        raise CheckpointError(
+            f"{name} is in {one.file} ({one}) and in {other.file} ({other}), and not the same in both: delete the file that "
+            "does not belong to the checkpoint"
+        )
+
+    def _tensor(self, opened: BinaryIO, name: str) -> torch.Tensor:
         info = self.tensors[name]
         if info.file in self._pickled:
-            data = self._pickled[info.file][name].contiguous().reshape(-1).view(torch.uint8)
-            yield from (data[start : start + size] for start in range(0, len(data), size))
-            return
-        start, end = self._offsets(info.file)[name]
-        with open(info.file, "rb") as file:
-            file.seek(start)
-            for position in range(start, end, size):
-                yield self._from(file, min(size, end - position), info, name)
+            return self._pickled[info.file][name].clone()
+        if info.dtype not in TORCH_DTYPES:
+            raise UnsupportedError(f"{name} in {info.file} is {info}: torch has no such dtype, or packs it in another way")
+        entry = self._entries[info.file][name]
+        opened.seek(entry.begin)
+        return _bytes(opened, entry.end - entry.begin, name).view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
-    @staticmethod
-    def _from(file: Any, count: int, info: TensorInfo, name: str) -> torch.Tensor:
-        data = torch.empty(count, dtype=torch.uint8)
-        if file.readinto(memoryview(data.numpy())) != count:  # type: ignore[arg-type]
-            raise CorruptFileError(f"{info.file} ends before {name} does: it is truncated")
-        return data
+    def _pieces(self, name: str, file: str, size: int = 2**24) -> Iterator[torch.Tensor]:
+        with self._opened(file) as opened:
+            if file in self._pickled:
+                data = self._pickled[file][name].contiguous().reshape(-1).view(torch.uint8)
+                yield from (data[start : start + size] for start in range(0, len(data), size))
+                return
+            entry = self._entries[file][name]
+            opened.seek(entry.begin)
+            for position in range(entry.begin, entry.end, size):
+                yield _bytes(opened, min(size, entry.end - position), name)
 
-    def _offsets(self, file: str) -> dict[str, tuple[int, int]]:
-        """Where each tensor's bytes lie in a safetensors file (https://github.com/huggingface/safetensors#format)."""
-        if file not in self._places:
-            with open(file, "rb") as opened:
-                (length,) = struct.unpack("<Q", opened.read(8))
-                header = json.loads(opened.read(length))
-            header.pop("__metadata__", None)
-            base = 8 + length
-            self._places[file] = {
-                name: (base + entry["data_offsets"][0], base + entry["data_offsets"][1]) for name, entry in header.items()
-            }
-        return self._places[file]
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[BinaryIO]:
+        with reading(file, self._stamps[file]) as (opened, _):
+            yield opened
+
+
+def _bytes(file: Any, count: int, name: str) -> torch.Tensor:
+    data = torch.empty(count, dtype=torch.uint8)
+    if file.readinto(memoryview(data.numpy())) != count:  # type: ignore[arg-type]
+        raise CorruptFileError(f"{file.name} ends before {name} does: it is truncated")
+    return data
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Without Python's garbage collector: of 100,000 tensors it would look through the lists again and again, for three times
+    as long as all else takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

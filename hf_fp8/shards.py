@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import struct
@@ -16,20 +18,18 @@ import torch
 
 from .checkpoint import TORCH_DTYPES, TensorInfo
 from .errors import ConfigError, UnsupportedError
+from .headers import BITS
+from .weight_files import INDEX
 
-INDEX = "model.safetensors.index.json"
 # What holds weights, in whatever format.
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json", ".ckpt")
 
 
 def nbytes(info: TensorInfo) -> int:
-    """Bytes of a tensor's values. Raises UnsupportedError for a dtype that torch does not have."""
-    if info.dtype not in TORCH_DTYPES:
-        raise UnsupportedError(f"a tensor in {info.file} is {info}: torch has no such dtype")
-    size = TORCH_DTYPES[info.dtype].itemsize
-    for extent in info.shape:
-        size *= extent
-    return size
+    """Bytes of a tensor's values. Raises UnsupportedError for a dtype that safetensors does not have."""
+    if info.dtype not in BITS:
+        raise UnsupportedError(f"a tensor in {info.file} is {info}: safetensors has no such dtype")
+    return math.prod(info.shape) * BITS[info.dtype] // 8
 
 
 class ShardWriter:
@@ -46,7 +46,7 @@ class ShardWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._starts: dict[str, int] = {}
         position = 0
-        for name in sorted(tensors, key=lambda name: (-TORCH_DTYPES[tensors[name].dtype].itemsize, name)):
+        for name in sorted(tensors, key=lambda name: (-BITS[tensors[name].dtype], name)):
             info = tensors[name]
             end = position + nbytes(info)
             header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
@@ -106,8 +106,11 @@ def check_place(path: Path, replaces: str | None) -> None:
     """Raise ConfigError unless a folder can be written to `path`: nothing is there, or an empty folder, or one to replace.
 
     replaces: the name of a file by which a folder that may be replaced is known. One with other folders in it that hold
-    weights is not replaced.
+    weights is not replaced; nor is a mount point, or what holds one, as a folder cannot be renamed into its place.
     """
+    if mounted := _mount_in(path):
+        raise ConfigError(f"{mounted} is a mount point, which cannot be replaced by a new folder: choose one inside of it")
+    _check_parent(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file, not a folder")
     if not path.exists() or not any(path.iterdir()):
@@ -119,6 +122,31 @@ def check_place(path: Path, replaces: str | None) -> None:
     inside = (file for file in path.rglob("*") if file.parent != path and file.name.endswith(WEIGHT_FILES))
     if (found := next(inside, None)) is not None:
         raise ConfigError(f"{path} is not overwritten, since {found} is in it, too")
+
+
+def _mount_in(path: Path) -> Path | None:
+    """`path` if it is a mount point, or one that is in it; None if there is none."""
+    if os.path.ismount(path):
+        return path
+    try:  # on Linux, where the function above does not see a folder of the same file system that is bound to it
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    points = [Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4])) for line in lines]
+    return next((point for point in points if path in (point, *point.parents)), None)
+
+
+def _check_parent(path: Path) -> None:
+    """Raise ConfigError if nothing can be made beside `path`."""
+    place = path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{path} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path} cannot be written: no permission to write to {place}")
+    if len(os.fsencode(_beside(path, "part").name)) > 255:
+        raise ConfigError(f"{path} cannot be written: its name is too long, as one with more to it is needed meanwhile")
 
 
 @contextlib.contextmanager
@@ -137,7 +165,7 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     _BEGUN.add(part)
     try:
         yield part
-        for file in part.rglob("*"):
+        for file in [part, *part.rglob("*")]:
             _sync(file)
         check_place(path, replaces)  # somebody else may have been here meanwhile
         if path.exists() and any(path.iterdir()):
@@ -165,8 +193,7 @@ def _clear_up(path: Path) -> None:
     for kind in ("old", "part"):
         start = f".{path.name}.{kind}-{socket.gethostname()}-"
         for left in [file for file in path.parent.iterdir() if file.name.startswith(start)]:
-            process = left.name.removeprefix(start)
-            if left in _BEGUN or not process.isdigit() or _is_running(int(process)):
+            if left in _BEGUN or not _has_ended(left.name.removeprefix(start)):
                 continue
             if kind == "old" and not path.exists():
                 left.rename(path)
@@ -174,16 +201,19 @@ def _clear_up(path: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_running(process: int) -> bool:
-    if process == os.getpid():
-        return False  # an earlier one had the same number
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+def _has_ended(process: str) -> bool:
+    """Whether a process that had this number has. False for what is no number of a process: such a folder is not ours."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", process):
         return False
-    except OSError:
+    if int(process) == os.getpid():
+        return True  # an earlier one had the same number
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
         return True
-    return True
+    except OSError:
+        pass
+    return False
 
 
 def _sync(path: Path) -> None:
