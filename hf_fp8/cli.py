@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .errors import FP8Error
+from .errors import ConfigError, FP8Error
 from .scheme import SCHEMES
 from .version import __version__
 
@@ -30,8 +30,23 @@ app = typer.Typer(
     help="FP8 checkpoints in the compressed-tensors format: make them, undo them, look at them, check them.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+# What moves a terminal's cursor, or cannot be encoded: names that come from files may hold anything.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class _Plain(Console):
+    """Prints strings as they are, but for what is no text."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(_plain(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+out = _Plain(highlight=False, soft_wrap=True, markup=False)
+err = _Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or the name of a repository on the Hub.")]
 Dst = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write. It appears when all of it is written.")]
@@ -77,8 +92,6 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an FP8 checkpoint of a dense one, tensor by tensor."""
-    import torch
-
     from .calibration_data import measure
     from .config import FP8Config
     from .explain import by_reason
@@ -93,7 +106,7 @@ def quantize(
     start = time.perf_counter()
     if targets and any("=" in entry for entry in scheme):
         raise typer.BadParameter("--target goes with one --scheme; with NAME=TARGET each says its own")
-    torch.empty(0, device=device)  # raises for one that is not there
+    _check_device(device)
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
     scales = None
@@ -154,6 +167,8 @@ def inspect(
     from .inspection import inspect_source
     from .source import open_source
 
+    if device is not None:
+        _check_device(device, here=False)
     found = inspect_source(open_source(src, trust_remote_code=trust_remote_code), device)
     if as_json:
         out.print_json(data=found.to_dict())
@@ -161,12 +176,14 @@ def inspect(
     out.print(f"{found.folder}: {found.model}, {len(found.files)} file(s), {_size(found.bytes)}")
     table = Table("stored as", "tensors", "bytes", box=None)
     for dtype, count, size in found.dtypes:
-        table.add_row(dtype, f"{count:,}", _size(size))
+        table.add_row(_plain(dtype), f"{count:,}", _size(size))
     out.print(table)
     if found.groups:
         table = Table("group", "scheme", "targets", "matrices", "bytes", box=None)
         for group in found.groups:
-            table.add_row(group.name, group.scheme, ", ".join(group.targets), f"{group.matrices:,}", _size(group.bytes))
+            table.add_row(
+                _plain(group.name), group.scheme, _plain(", ".join(group.targets)), f"{group.matrices:,}", _size(group.bytes)
+            )  # fmt: skip
         out.print(table)
     if found.ignore:
         patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in found.ignore)
@@ -207,6 +224,22 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
+
+
+def _check_device(device: str, here: bool = True) -> None:
+    """Raise ConfigError for what is no device to compute on; here: or none of this machine."""
+    import torch
+
+    try:
+        if torch.device(device).type == "meta":
+            raise ConfigError(f"--device {device}: tensors there have no values")
+        if here:
+            torch.zeros(1, device=device).cpu()
+    except FP8Error:
+        raise
+    except Exception as error:  # torch raises AssertionError, ModuleNotFoundError and others
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--device {device} cannot be used{' on this machine' if here else ''}: {said}") from error
 
 
 def _schemes(given: list[str]) -> Any:

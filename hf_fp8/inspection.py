@@ -13,11 +13,11 @@ from .checkpoint import Checkpoint
 from .config import FP8Config
 from .errors import CheckpointError, FP8Error, MissingTensorError
 from .explain import Explanation, explain
-from .groups import concerns_fp8
+from .methods import HF_FP8, how_stored
 from .quantizer import FP8HfQuantizer
 from .rewrite import plan_source, read_quantized, total_bytes
 from .shards import nbytes
-from .source import Source
+from .source import Source, type_of
 from .stored import WEIGHT
 
 # The code of E4M3 that is NaN, without its sign.
@@ -86,8 +86,8 @@ def inspect_source(source: Source, device: torch.device | str | None = None) -> 
 
 
 def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: torch.device | str | None) -> None:
-    written = source.quantization
-    if written is None:
+    stored = how_stored(source)
+    if stored is None:
         _, plan = plan_source(source, FP8Config("FP8_DYNAMIC"))
         found.ignore = plan.dense
         found.summary = (
@@ -95,11 +95,10 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
             f"{found.bytes / 1e9:.2f} GB -> {total_bytes(plan.written) / 1e9:.2f} GB"
         )
         return
-    method = written.get("quant_method", "compressed-tensors")
-    if method not in ("compressed-tensors", "sparseml") or not concerns_fp8(written):
-        found.summary = f"quantized as {method}, with no FP8 group: transformers itself runs it"
+    if stored.reader != HF_FP8:
+        found.summary = str(stored)
         return
-    config = FP8Config(checkpoint=written)
+    config = FP8Config(checkpoint=source.quantization)
     groups = {group.name: GroupFound(group.name, _describe(group), list(group.targets)) for group in config.groups}
     found.groups, found.ignore = list(groups.values()), list(config.ignore)
     model = source.structure()
@@ -151,8 +150,3 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
     if homeless:
         checks.append(f"{len(homeless)} weights such as {homeless[0]} that the model does not have, and will not load")
     return checks
-
-
-def type_of(source: Source) -> str:
-    """The class of the model."""
-    return str((source.config.architectures or [source.config.model_type])[0])

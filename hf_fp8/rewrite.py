@@ -15,9 +15,9 @@ from .checkpoint import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from .config import FP8Config
 from .conversion import quantize_named, weight_from
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
-from .groups import concerns_fp8
 from .host_form import host_form
 from .layout import lay_out
+from .methods import HF_FP8, how_stored
 from .parts import Part
 from .plan import Plan, plan_quantization
 from .shards import ShardWriter, check_place, nbytes, whole_folder, write_index
@@ -49,11 +49,10 @@ def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
 
     Raises CheckpointError for one that is quantized already.
     """
-    if source.quantization is not None:
-        method = source.quantization.get("quant_method", "compressed-tensors")
+    if (stored := how_stored(source)) is not None:
+        way = ", or dequantize it first (`hf-fp8 dequantize`)" if stored.reader == HF_FP8 else ""
         raise CheckpointError(
-            f"{source.folder} is quantized already ({method}): take the checkpoint that it was made of, or dequantize it first "
-            "(`hf-fp8 dequantize`)"
+            f"{source.folder} is quantized already ({stored.method}): take the checkpoint that it was made of{way}"
         )
     model, checkpoint = source.structure(), source.checkpoint()
     plan, _ = plan_quantization(model, source.conversions(model), checkpoint, config, dtype=source.dtype, cast=False)
@@ -126,11 +125,11 @@ class Reading:
 
 def read_quantized(source: Source) -> Reading:
     """The headers and scales of a quantized checkpoint, checked as in loading. Raises what loading raises."""
-    if source.quantization is None:
+    stored = how_stored(source)
+    if stored is None:
         raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
-    method = source.quantization.get("quant_method", "compressed-tensors")
-    if method not in ("compressed-tensors", "sparseml") or not concerns_fp8(source.quantization):
-        raise ConfigError(f"{source.folder} is quantized as {method}, with no FP8 group: hf-fp8 reads compressed-tensors FP8")
+    if stored.reader != HF_FP8:
+        raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
     config = FP8Config(dequantize=True, checkpoint=source.quantization)
     model, checkpoint = source.structure(), source.checkpoint()
     layout = lay_out(
@@ -245,6 +244,7 @@ def _write(
         write_index(folder, dict(files.values()))
         source.copy_rest(folder)
         source.write_config(folder, quantization, dtype)
+        source.check_unchanged()
 
 
 def _files(written: Checkpoint) -> dict[str, tuple[str, dict[str, TensorInfo]]]:
