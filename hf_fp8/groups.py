@@ -35,7 +35,7 @@ from .scheme import INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme
 FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
 KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
 # Seconds that one pattern of a config may take on one name. Sensible ones take microseconds.
-PATTERN_SECONDS = 1.0
+PATTERN_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def fits(pattern: str, name: str, *, anywhere: bool = False) -> bool:
         return (compiled.search if anywhere else compiled.match)(name, timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
         raise ConfigError(
-            f"the regular expression {pattern!r} in quantization_config takes more than {PATTERN_SECONDS:.0f} s on the name "
+            f"the regular expression {pattern!r} in quantization_config takes more than {PATTERN_SECONDS} s on the name "
             f"{name!r}: write it without repetitions inside repetitions"
         ) from None
 

@@ -60,13 +60,13 @@ def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @wraps(_host_load_files)
-def load_files(model: Any, state_dict: Any, files: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host's method, but not for FP8 weights whose scales nothing would load."""
-    quantizer = config.hf_quantizer
-    if files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
+def load_files(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, but not for codes whose scales nothing would load."""
+    quantizer = load_config.hf_quantizer
+    if checkpoint_files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
         method = None if quantizer is None else quantizer.quantization_config.quant_method
-        refuse_undeclared(model, files, config.weight_mapping or [], getattr(method, "value", method))
-    return _host_load_files(model, state_dict, files, config, *args, **kwargs)
+        refuse_undeclared(model, checkpoint_files, load_config.weight_mapping or [], getattr(method, "value", method))
+    return _host_load_files(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
 @wraps(_host_save)

@@ -143,6 +143,8 @@ class StoredWeight:
                 shapes += [(), (1, 1)]
             elif granularity.is_row:
                 shapes += [(rows,)]
+            elif granularity.rows == 1:
+                shapes += [(*shapes[0], 1)]  # groups, as broadcast over the weight taken apart
             return shapes
         if len(self.shape) != 3:
             raise UnsupportedError(

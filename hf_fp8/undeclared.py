@@ -1,4 +1,4 @@
-"""FP8 weights that a config says nothing of: others would load their codes as values."""
+"""Quantized weights that a config says nothing of: others would load their codes as values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stored import WEIGHT_SCALE
 def refuse_undeclared(
     model: PreTrainedModel, files: Sequence[str], conversions: Sequence[WeightTransform], method: str | None
 ) -> None:
-    """Raise MismatchError for files with FP8 weights whose scales would not be loaded into `model`.
+    """Raise MismatchError for files with FP8 or int8 weights whose scales would not be loaded into `model`.
 
     conversions: those of the loader. method: the `quant_method` by which the host loads, None without one. What cannot be
     read is left to the host to speak of.
@@ -28,7 +28,8 @@ def refuse_undeclared(
         return
     scales: dict[str, str] = {}
     for key, info in checkpoint.tensors.items():
-        name = module_named(key, info.dtype, len(info.shape)) if info.dtype.startswith("F8_") else None
+        is_code = info.dtype == "I8" or info.dtype.startswith("F8_")
+        name = module_named(key, info.dtype, len(info.shape)) if is_code else None
         scale = None if name is None else companions(name, key, checkpoint, strict=False).get(WEIGHT_SCALE)
         if scale is not None:
             scales[key] = scale
@@ -42,9 +43,10 @@ def refuse_undeclared(
             lost[key] = scale
     if lost:
         key, scale = next(iter(lost.items()))
+        kind = "int8" if checkpoint.tensors[key].dtype == "I8" else "FP8"
         said = "no `quantization_config` in config.json says so" if method is None else f"they are loaded as {method!r}"
         raise MismatchError(
-            f"{len(lost)} weights of the files, such as {key}, are FP8 codes with scales ({scale}), but {said}: the scales "
+            f"{len(lost)} weights of the files, such as {key}, are {kind} codes with scales ({scale}), but {said}: the scales "
             f"would be dropped, and {type(model).__name__} would take codes for values. hf_fp8 reads FP8 that config.json "
             "describes as compressed-tensors (docs/formats.md): take a checkpoint made by llm-compressor or `hf-fp8 quantize`, "
             "or write such a `quantization_config` if you know how this one was made"

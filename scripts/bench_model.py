@@ -6,6 +6,7 @@ meanwhile hits them alike. Memory is that of a process without any other contend
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -90,12 +91,14 @@ def serve(path: str, name: str, dtype: str, device: str, tokens: int, compiled: 
 
         limit = 64 + DECODED + 8
         cache = StaticCache(config=model.config, max_cache_len=limit) if compiled else DynamicCache(config=model.config)
-        model(ids[:, :64], past_key_values=cache, use_cache=True)
+        renamed = "cache" in inspect.signature(model.forward).parameters  # from transformers 5.24 on
+        cached = {"cache" if renamed else "past_key_values": cache}
+        model(ids[:, :64], **cached, use_cache=True)
         times = []
         for i in range(DECODED):
             sync()
             start = time.perf_counter()
-            step(ids[:, i : i + 1].contiguous(), past_key_values=cache, use_cache=True)
+            step(ids[:, i : i + 1].contiguous(), **cached, use_cache=True)
             sync()
             times.append(time.perf_counter() - start)
         return times[2:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,11 @@ OFFLOAD = {
 def load(path: Path, config: Any = KEEP, **kwargs: Any) -> PreTrainedModel:
     """By default kept in FP8 and computing in float32."""
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **{"dtype": torch.float32} | kwargs)
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument by which `model` takes a cache: transformers 5.24 has renamed it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

@@ -9,13 +9,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from build import IDS, error, load, logits, tiny_llama, write
 from moe import mixtral
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear, UnsupportedError, dequantize_model, merging, quantize_model
@@ -60,6 +63,11 @@ def test_saved_adapters_load_on_either_base(
 
 def test_transformers_own_way(fp8: Path, dense: Path, tmp_path: Path) -> None:
     model = load(fp8)
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        # transformers 5.24 asks for a PEFT that is not published: `get_peft_model` does not ask.
+        with pytest.raises(ValueError, match=MIN_PEFT_VERSION):
+            model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+        pytest.skip(f"transformers {transformers.__version__} asks for PEFT {MIN_PEFT_VERSION}")
     model.add_adapter(LoraConfig(target_modules=["q_proj", "down_proj"]))
     wanted = logits(noisy(model))
     model.save_pretrained(tmp_path / "adapter")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from build import IDS, STATIC_TENSOR, load, tiny_llama, write
+import torch._dynamo.testing
+from build import IDS, STATIC_TENSOR, cached, load, tiny_llama, write
 from transformers import StaticCache
 
 from hf_fp8 import FP8Config
@@ -48,9 +49,9 @@ def test_decoding_compiles_once(backend: str, fp8: Path) -> None:
     step = torch.compile(model.forward, fullgraph=True, backend=counter)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
-        model(IDS[:1], past_key_values=cache, use_cache=True)
+        model(IDS[:1], **cached(model, cache), use_cache=True)
         for token in range(6):
-            step(IDS[:1, token : token + 1].contiguous(), past_key_values=cache, use_cache=True)
+            step(IDS[:1, token : token + 1].contiguous(), **cached(model, cache), use_cache=True)
             if token == 1:
                 settled = counter.frame_count
     assert counter.frame_count == settled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import transformers
 from build import differing, tensors, tiny_llama
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+from moe import qwen3_moe
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel, core_model_loading, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 import hf_fp8
-from hf_fp8 import FP8Config
+from hf_fp8 import FP8Config, host_methods
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -145,8 +149,62 @@ class TestHost:
         merged = core_model_loading.MergeModulelist(0).convert({"a": stacked}, ["a"], ["b"])
         assert merged["b"] is stacked
 
-    def test_version(self) -> None:
-        assert tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+    def test_the_last_hook_before_the_files_are_resolved(self) -> None:
+        """`update_attn_implementation`, in which the folder is looked at, and which is given the model's config."""
+        assert list(inspect.signature(HfQuantizer.update_attn_implementation).parameters) == ["self", "config"]
+        assert ".update_attn_implementation(config)" in inspect.getsource(auto.get_hf_quantizer)
+        source = inspect.getsource(host_methods._host_load)
+        assert source.index("get_hf_quantizer(") < source.index("_get_resolved_checkpoint_files(")
+
+    def test_methods_that_are_wrapped(self) -> None:
+        assert list(inspect.signature(host_methods._host_load_files).parameters)[:4] == [
+            "model", "state_dict", "checkpoint_files", "load_config",
+        ]  # fmt: skip
+        assert {"hf_quantizer", "weight_mapping"} <= set(inspect.signature(modeling_utils.LoadStateDictConfig).parameters)
+        assert "cls._load_pretrained_model(" in inspect.getsource(host_methods._host_load)
+        options = {"variant", "use_safetensors", "ignore_mismatched_sizes", "subfolder", "gguf_file"}
+        named = set(inspect.signature(host_methods._host_load).parameters)
+        popped = set(re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(host_methods._host_load)))
+        assert options <= named | popped
+        assert list(inspect.signature(host_methods._host_resize).parameters)[1] == "new_num_tokens"
+        assert list(inspect.signature(host_methods._host_save).parameters)[:4] == [
+            "self", "save_directory", "is_main_process", "state_dict",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("dequantize", [False, True])
+    def test_conversions_that_we_set_are_there_when_the_model_is_saved(self, dequantize: bool, fp8: Path) -> None:
+        """5.24 deletes them with the quantization config, before one hook and after another."""
+        model = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=FP8Config(backend="weight_only"))
+        if dequantize:
+            model.dequantize()
+        assert isinstance(model._weight_conversions, list)
+
+    def test_parameters_that_the_host_keeps_in_float32(self, tmp_path: Path) -> None:
+        """5.24 does so with routers: `_get_dtype_plan` has to be where that is said, or they are planned in another dtype."""
+        model = qwen3_moe()
+        plan = model._get_dtype_plan(torch.bfloat16)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+        wide = {name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32}
+        assert wide == {name for name in loaded.state_dict() if any(re.search(pattern, name) for pattern in plan)}
+
+    def test_which_peft_the_host_asks_for(self, fp8: Path) -> None:
+        """A version that is not published, from 5.24 on: the pages say `get_peft_model`, which does not ask."""
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(fp8), LoraConfig(target_modules=["q_proj"]))
+        assert model(IDS).logits.isfinite().all()
+
+    def test_versions(self) -> None:
+        """Those of the requirements, oldest and newest, are those that `scripts/test` runs."""
+        root = Path(__file__).parent.parent
+        oldest = re.search(r'"transformers>=([\d.]+)"', (root / "pyproject.toml").read_text())
+        setup = (root / "scripts" / "setup").read_text()
+        tested = (
+            re.search(r'oldest=\("transformers==([\d.]+)"', setup),
+            re.search(r"transformers=\$\{TRANSFORMERS:-([\d.]+)\}", setup),
+        )
+        assert oldest and all(tested)
+        assert tested[0][1] == f"{oldest[1]}.0"
+        assert Version(oldest[1]) <= Version(transformers.__version__)
 
 
 def test_microscaling_groups_are_left_to_the_host() -> None:

@@ -156,8 +156,12 @@ def test_experts_learn(family: Any, backend: str, r: int, tmp_path: Path) -> Non
     for name, tensor in frozen(ours).items():
         assert torch.equal(tensor.contiguous().view(torch.uint8), codes[name].contiguous().view(torch.uint8)), name
     ours.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(base(True), tmp_path / "adapter")
-    assert error(logits(again).float(), logits(ours).float()) < (1e-3 if backend == "weight_only" else 0.3)
+    again = PeftModel.from_pretrained(base(False), tmp_path / "adapter")
+    assert error(logits(again), logits(ours)) < 1e-6
+    if (
+        backend == "weight_only"
+    ):  # rounded inputs send some tokens to other experts; how many depends on the CPU
+        assert error(logits(PeftModel.from_pretrained(base(True), tmp_path / "adapter")), logits(ours)) < 1e-3
 
 
 def test_all_linear_reaches_experts_that_are_linears(tmp_path: Path) -> None:
