@@ -80,6 +80,14 @@ def asked_for(passed: Any) -> FP8Config:
     )
 
 
+def asks_to_quantize(passed: Any) -> bool:
+    """Whether `passed` says how to quantize a dense checkpoint: it has a scheme, or groups that no loaded model has."""
+    if isinstance(passed, FP8Config):
+        return passed.scheme is not None and passed.checkpoint is None
+    asked = asked_for(passed)
+    return asked.scheme is not None or bool(asked.fp8_groups)
+
+
 def for_quantizing(asked: FP8Config) -> FP8Config:
     """A config of its own that quantizes a dense checkpoint as `asked` says: by its scheme, or by the groups that it has in
     stock's words. What those do not ignore is quantized, the output embedding and routers, too.

@@ -121,7 +121,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             checkpoint = {name: value for name, value in given.items() if name not in LOADING}
             checkpoint["quant_method"] = method if method in METHODS else METHOD
             given = {name: value for name, value in given.items() if name in LOADING}
-        config = cls(**given, checkpoint=checkpoint)
+        config = cls(**settled(given), checkpoint=checkpoint)
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
 

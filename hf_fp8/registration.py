@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from . import adapters, host_methods, plain_pickle
-from .asked import asked_for, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
+from .asked import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
 from .config import METHOD, METHODS, OUR_METHOD, FP8Config, remembered
 from .errors import ConfigError
 from .groups import concerns_fp8
@@ -66,6 +66,11 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     note = remembered(config)
     if note is not None and (written is None or not concerns_fp8(written)):
         # The config of a model that was loaded from FP8 and made dense, or int8: the files will tell which they are.
+        if asks_to_quantize(quantization_config):
+            raise ConfigError(
+                "the `config` that was passed is of a model loaded from an FP8 checkpoint, and quantization_config says how to "
+                "quantize a dense one: leave `config` out, or the scheme (config_groups)"
+            )
         config.quantization_config = merge(note, quantization_config)
         config.quantization_config.of_another_load = True
         return _host_door(config, None, *args, **kwargs)

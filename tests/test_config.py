@@ -101,6 +101,7 @@ def test_what_was_passed_is_copied() -> None:
     (lambda: FP8Config.from_dict({"quant_method": "gptq", "bits": 8}), "'gptq'"),
     (lambda: FP8Config.from_dict([("backend", "int8")]), "a dict"),
     (lambda: FP8Config.from_dict({"scheme": "FP8_DYNAMIC", "config_groups": {"group_7": GROUP}}), "both say"),
+    (lambda: FP8Config.from_dict({"checkpoint": {}, "backend": "int8"}), "'checkpoint'"),
     (lambda: FP8Config(quant_method="gptq"), "'gptq'"), (lambda: FP8Config(run_compressed=False), "'run_compressed'"),
     (lambda: FP8Config(dequantize="false"), "True or False"), (lambda: FP8Config(backend=["int8"]), "one of"),
     (lambda: FP8Config.from_dict({"run_compressed": "false"}), "run_compressed='false'"),
@@ -456,3 +457,12 @@ def test_configs_of_models_that_became_something_else(fp8: Path, tmp_path: Path)
     model.save_pretrained(tmp_path / "saved")
     assert "lm_head" in model.config.quantization_config.ignore
     assert "lm_head" in kept(LlamaForCausalLM.from_pretrained(path, quantization_config=model.config.quantization_config))
+
+
+def test_the_config_of_a_model_made_dense_and_a_scheme(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8, FP8Config())
+    model.save_pretrained(tmp_path / "dense")
+    for way in (FP8Config("FP8_DYNAMIC"), CompressedTensorsConfig(config_groups=PRESET)):
+        with pytest.raises(ConfigError, match="leave `config` out"):
+            LlamaForCausalLM.from_pretrained(tmp_path / "dense", config=model.config, quantization_config=way)
+        assert kept(LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=way))
