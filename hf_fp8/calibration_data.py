@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -37,7 +36,7 @@ def texts(file: Path) -> Iterator[str | list[dict[str, Any]]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"{file}, line {number}: no JSON ({error})") from error
         text, messages = (entry.get("text"), entry.get("messages")) if isinstance(entry, dict) else (None, None)
         if isinstance(text, str):
@@ -75,6 +74,15 @@ def windows(file: Path, tokenizer: Any, length: int, tokens: int) -> list[torch.
     return pieces
 
 
+def _tokenizer(source: Source) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # whatever broken files, or none, lead to
+        raise ConfigError(
+            f"{source.folder}: transformers finds no tokenizer there that it can read ({type(error).__name__}: {error})"
+        ) from error
+
+
 def measure(
     source: Source,
     config: FP8Config,
@@ -93,9 +101,8 @@ def measure(
     pictures or sound reach is not measured. tick: called with (windows done, of how many).
     """
     next(texts(file), None)  # raises for one that cannot be read
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    pieces = windows(file, tokenizer, length, tokens)
-    kind: Any = getattr(transformers, (source.config.architectures or [""])[0], AutoModelForCausalLM)
+    pieces = windows(file, _tokenizer(source), length, tokens)
+    kind: Any = source.model_class or AutoModelForCausalLM
     model = kind.from_pretrained(
         source.folder, quantization_config=config, device_map=device_map, trust_remote_code=source.trust_remote_code
     )

@@ -19,7 +19,7 @@ from .errors import CheckpointError, CorruptFileError, UnsupportedError
 from .files import Stamp, reading
 from .headers import Entry, read_header
 
-# safetensors' dtype names; those it has and torch lacks stay without a torch dtype
+# safetensors' dtype names; of others, values are copied as they are, but not read
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,7 +38,6 @@ TORCH_DTYPES = {
     "U16": torch.uint16,
     "U32": torch.uint32,
     "U64": torch.uint64,
-    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -99,7 +98,7 @@ class Checkpoint:
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in memory of its own: the file is not mapped, so that nothing stays when it is dropped.
 
-        Raises UnsupportedError for a dtype that torch does not have.
+        Raises UnsupportedError for a dtype that is not in `TORCH_DTYPES`.
         """
         return self.read([name])[name]
 
@@ -136,7 +135,7 @@ class Checkpoint:
         if info.file in self._pickled:
             return self._pickled[info.file][name].clone()
         if info.dtype not in TORCH_DTYPES:
-            raise UnsupportedError(f"{name} in {info.file} is {info}: torch has no such dtype, or packs it in another way")
+            raise UnsupportedError(f"{name} in {info.file} is {info}: hf_fp8 reads no values of that dtype")
         entry = self._entries[info.file][name]
         opened.seek(entry.begin)
         return _bytes(opened, entry.end - entry.begin, name).view(TORCH_DTYPES[info.dtype]).view(info.shape)

@@ -138,6 +138,7 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
                 f"{key} has codes that are NaN: the weight was not finite when it was quantized, or is damaged"
             )
         tick(nbytes(info))
+    source.check_unchanged()
     checks = [
         f"{len(source.files)} file(s), {len(checkpoint.tensors):,} tensors, {total_bytes(checkpoint) / 1e9:.2f} GB",
         f"{len(reading.config.groups)} config group(s), {len(weights):,} FP8 weights; scales have right shapes, dtypes, values",

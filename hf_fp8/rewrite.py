@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ def dequantize_checkpoint(
 
 def check_destination(source: Source, destination: Path, overwrite: bool) -> None:
     """Raise ConfigError if a checkpoint made of `source` cannot, or should not, be written there."""
-    read, write = source.folder.resolve(), destination.resolve()
+    read, write = (Path(os.path.realpath(folder)) for folder in (source.folder, destination))
     if read in (write, *write.parents) or write in read.parents:
         raise ConfigError(f"{destination} and {source.folder}, which is read, are in one another: write somewhere else")
     check_place(write, _MARK if overwrite else None)

@@ -105,12 +105,15 @@ _BEGUN: set[Path] = set()
 def check_place(path: Path, replaces: str | None) -> None:
     """Raise ConfigError unless a folder can be written to `path`: nothing is there, or an empty folder, or one to replace.
 
-    replaces: the name of a file by which a folder that may be replaced is known. One with other folders in it that hold
-    weights is not replaced; nor is a mount point, or what holds one, as a folder cannot be renamed into its place.
+    path: with links followed. replaces: the name of a file by which a folder that may be replaced is known. One with other
+    folders in it that hold weights is not replaced; nor is a mount point, or what holds one, as a folder cannot be renamed into
+    its place.
     """
     if mounted := _mount_in(path):
         raise ConfigError(f"{mounted} is a mount point, which cannot be replaced by a new folder: choose one inside of it")
     _check_parent(path)
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link that leads to itself, or to another link without an end")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file, not a folder")
     if not path.exists() or not any(path.iterdir()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Source:
             for key in _QUANTIZED:
                 found = part.get(key) if isinstance(part, dict) else None
                 if found is not None and not isinstance(found, dict):
-                    raise ConfigError(f"{self.folder / 'config.json'}: {key} is {found!r}, not an object")
+                    raise ConfigError(f"{self.folder / 'config.json'}: {key} is {reprlib.repr(found)}, not an object")
                 if found:
                     return found
         return None
@@ -92,6 +93,12 @@ class Source:
             raise CheckpointError(f"{unlisted[0]} is in the files of {self.folder}, but not in their index")
         return checkpoint
 
+    @property
+    def model_class(self) -> type[PreTrainedModel] | None:
+        """The class of transformers that the config names; None if it names none, or one of its own code."""
+        kind = getattr(transformers, type_of(self), None)
+        return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
     def check_unchanged(self) -> None:
         """Raise CheckpointError, naming the file, if one that was read is not the one any more that it was."""
         for path, stamp in self.stamps.items():
@@ -114,14 +121,12 @@ class Source:
             ) from error
 
     def _build(self) -> PreTrainedModel:
-        kind = getattr(transformers, type_of(self), None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            model: PreTrainedModel = kind(self.config)
-            return model
+        if (kind := self.model_class) is not None:
+            return kind(self.config)
         of = self.text.get("auto_map") or {}  # "AutoModelFor...": "file.Class"
         auto = next((auto for auto, place in of.items() if str(place).endswith(f".{type_of(self)}")), "AutoModelForCausalLM")
         make: Any = getattr(transformers, auto) if of else AutoModel
-        model = make.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        model: PreTrainedModel = make.from_config(self.config, trust_remote_code=self.trust_remote_code)
         return model
 
     def conversions(self, model: PreTrainedModel) -> list[WeightTransform]:

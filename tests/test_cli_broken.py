@@ -160,6 +160,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, dense: Path, capsys: Capt
     assert "file is a file" in refused(capsys, "quantize", dense, tmp_path / "file" / "fp8")
     assert "too long" in refused(capsys, "quantize", dense, tmp_path / ("x" * 250))
     refused(capsys, "quantize", dense, tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "leads to itself" in refused(capsys, "quantize", dense, tmp_path / "loop")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert f"no permission to write to {tmp_path}" in refused(capsys, "quantize", dense, tmp_path / "a" / "b" / "fp8")
 
@@ -189,7 +191,7 @@ def test_devices_that_are_not_there(tmp_path: Path, capsys: Capture, device: str
     assert f"--device {device}" in said and "nothing" not in said  # it is looked at before any work
 
 
-@pytest.mark.parametrize("device", ["nowhere", "meta", ""])
+@pytest.mark.parametrize("device", ["nowhere", "meta", "", *([] if torch.cuda.is_available() else ["cuda"])])
 def test_devices_to_say_what_would_run_on(coded: Path, capsys: Capture, device: str) -> None:
     assert f"--device {device}" in refused(capsys, "inspect", coded, "--device", device)
 
@@ -274,6 +276,25 @@ def test_both_names_of_the_dtype(tmp_path: Path, coded: Path) -> None:
     edit_config(coded, lambda config: config.update(torch_dtype="bfloat16", dtype="bfloat16"))
     run("dequantize", coded, tmp_path / "out", "--dtype", "float32")
     assert {config_of(tmp_path / "out")[key] for key in ("dtype", "torch_dtype")} == {"float32"}
+
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "no tokenizer": ("README.md", "no tokenizer is here"),
+    "broken": ("tokenizer_config.json", "{"),
+    "a list": ("tokenizer_config.json", "[]"),
+    "deep": ("tokenizer_config.json", "[" * 200_000),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tokenizers_that_are_none(tmp_path: Path, dense: Path, capsys: Capture, name: str) -> None:
+    file, content = BROKEN[name]
+    (dense / file).write_text(content)
+    (tmp_path / "text.txt").write_text("a b c")
+    arguments = [dense, tmp_path / "fp8", "--scheme", "FP8", "--calibrate"]
+    assert f"{dense}: transformers finds no tokenizer" in refused(capsys, "quantize", *arguments, tmp_path / "text.txt")
+    (tmp_path / "text.jsonl").write_text("[" * 200_000)
+    assert "line 1" in refused(capsys, "quantize", *arguments, tmp_path / "text.jsonl")
 
 
 # -- files of weights --
