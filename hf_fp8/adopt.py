@@ -23,6 +23,7 @@ from .expert_plan import ExpertsPlan, Stack
 from .experts import FP8Experts
 from .groups import Group
 from .keymap import KeyMap
+from .layout import planned_dtype
 from .parts import Part
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
@@ -39,7 +40,9 @@ def plan_in_place(
     conversions = _conversions(model)
     quantizer = FP8HfQuantizer(config, pre_quantized=False)
     layout = quantizer.plan(model, conversions, _headers(model), model.dtype, cast=False, choose=choose)
-    layout.file_dtypes.clear()  # nothing was read from files
+    # Nothing is known of files, but that the host holds some parameters wider than the rest, whatever they were.
+    plan = model._get_dtype_plan(model.dtype)
+    layout.file_dtypes = {n: model.dtype for n in layout.file_dtypes if planned_dtype(n, plan, model.dtype) != model.dtype}
     return quantizer
 
 

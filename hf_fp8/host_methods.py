@@ -79,10 +79,8 @@ def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -
     _refuse_unsavable(self, kwargs)
     dtypes = vars(self).get(FILE_DTYPES)
     if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
-        state = self.state_dict()
-        wider = {name for name, tensor in state.items() if tensor.dtype.itemsize > self.dtype.itemsize}
-        restore_dtypes(self, state, {name: dtype for name, dtype in dtypes.items() if name in wider})
-        kwargs["state_dict"] = state
+        kwargs["state_dict"] = self.state_dict()
+        restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=self.dtype)
     saved = _host_save(self, save_directory, *args, **kwargs)
     _drop_stale_index(Path(save_directory))
     return saved

@@ -108,7 +108,7 @@ def lay_out(
         if weight.target not in layout.dense:
             renamed = weight.renamed[weight.primary].removesuffix("_packed")
             others = keymap.others(renamed, weight.pattern)
-            planned = _planned_dtype(weight.target, fp32, dtype)
+            planned = planned_dtype(weight.target, fp32, dtype)
             layout.dense[weight.target] = Parameter(weight.target, planned, others=others)
     _collect(layout, weights, keymap, checkpoint, fp32, dtype)
     _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
@@ -150,7 +150,7 @@ def _keep_experts(
         schemes = {weight.scheme for parameter in mine.values() for weight in parameter.weights if weight.group.scheme}
         reasons = (because(scheme) for scheme in schemes)
         plan = next(filter(None, reasons), None) or plan_experts(name, module, mine, conversions)
-        if not isinstance(plan, str) and any(_planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
+        if not isinstance(plan, str) and any(planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
             plan = "the model keeps this module in float32"
         if not isinstance(plan, str) and name in read:
             plan = f"{read[name]} reads its weights instead of calling it"
@@ -302,7 +302,7 @@ def _why_not_kept(
         return "merged with others into one parameter of the model"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not a plain nn.Linear"
-    if _planned_dtype(weight.target, fp32, torch.bfloat16) == torch.float32:
+    if planned_dtype(weight.target, fp32, torch.bfloat16) == torch.float32:
         return "the model keeps this module in float32"
     if weight.module in read:
         return f"{read[weight.module]} reads its weight instead of calling it"
@@ -311,7 +311,7 @@ def _why_not_kept(
     return None
 
 
-def _planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) -> torch.dtype:
+def planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) -> torch.dtype:
     """The dtype that the host would load parameter `name` in."""
     if not fp32:
         return dtype
@@ -344,7 +344,7 @@ def _collect(
             # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
             renamed = keymap.rename(key)
             if target not in layout.dense:
-                planned = _planned_dtype(target, fp32, dtype)
+                planned = planned_dtype(target, fp32, dtype)
                 layout.dense[target] = Parameter(target, planned, others=keymap.others(renamed, pattern))
             dense = DenseTensor(name_beside(target, renamed, keymap.prefix), checkpoint.tensors[key].dtype)
             layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)

@@ -346,7 +346,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.host is not None:
             recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
-        restore_dtypes(model, state, self.layout.file_dtypes)
+        restore_dtypes(model, state, self.layout.file_dtypes, beyond=model.dtype if self.planned is not None else None)
         extra = {**self.extra, **(self.unplaced.read() if self.unplaced is not None else {})}
         keep_names(model, extra, self._file_names(self.layout))
         return {**state, **extra}, {}

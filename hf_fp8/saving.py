@@ -124,12 +124,21 @@ def any_number(name: str) -> str:
     return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
 
 
-def restore_dtypes(model: nn.Module, state: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+def restore_dtypes(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    beyond: torch.dtype | None = None,
+) -> None:
     """Give tensors of `state` that the model holds wider than they were read their dtype back, where nothing is lost by it.
 
-    dtypes: name -> dtype in the files. Names that share a tensor (tied weights) get one. What is offloaded is read back.
+    dtypes: name -> dtype in the files. beyond: only what is wider than this one, that of a model which is new, or was asked
+    for in it. Names that share a tensor (tied weights) get one. What is offloaded is read back.
     """
-    names = [name for name, dtype in dtypes.items() if name in state and state[name].dtype.itemsize > dtype.itemsize]
+    least = 0 if beyond is None else beyond.itemsize
+    names = [
+        name for name, dtype in dtypes.items() if name in state and state[name].dtype.itemsize > max(dtype.itemsize, least)
+    ]
     if not names:
         return
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
