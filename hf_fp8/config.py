@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from transformers import CompressedTensorsConfig
 
 from .errors import ConfigError
-from .groups import Group, all_of, asked_groups, match, parse, read_group, write_group, written_config
+from .groups import Group, all_of, asked_groups, match, parse, read_group, with_presets, write_group, written_config
 from .options import DEFAULTS, LOADING, given_scheme, names, plain, refuse_two_targets, settled
 from .scheme import FP8, INT8_DYNAMIC, Scheme
 
@@ -261,6 +261,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         """Make what `to_dict` writes fit a model whose FP8 Linears are int8 now, and whose modules `dense` are dense."""
         written = self.to_dict()
         self.origin = copy.deepcopy(written)
+        written["config_groups"] = with_presets(written["config_groups"])
         for group in self.groups:
             if group.scheme is not None:
                 written["config_groups"][group.name] = write_group(INT8_DYNAMIC, group.targets)

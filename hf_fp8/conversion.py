@@ -18,7 +18,7 @@ from compressed_tensors.compressors import BaseCompressor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.utils import logging
 
-from . import numerics
+from . import load_options, numerics
 from .casts import multiply_out
 from .checkpoint import TORCH_DTYPES
 from .errors import ScaleError, UnsupportedError
@@ -209,7 +209,7 @@ class Dequantize(SharedOp):
                 parts[role] = tensors[role][taken[role]]
                 tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
                 taken[role] += 1
-            dense = weight_from(weight, parts, dtype) if isinstance(weight, StoredWeight) else parts[WEIGHT].to(dtype)
+            dense = _unpacked(weight, parts, dtype) if isinstance(weight, StoredWeight) else parts[WEIGHT].to(dtype)
             if len(stored) == 1:
                 return [dense]
             if out is None:
@@ -362,6 +362,15 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
             multiply_out(codes, expert_scale, dense)
         return out
     return numerics.dequantize(q, scale, weight.scheme.weight.granularity, dtype)
+
+
+def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """`weight_from`; what compressed-tensors raises for a weight whose parts do not fit is noted, as the host drops it."""
+    try:
+        return weight_from(weight, parts, dtype)
+    except Exception as error:
+        load_options.current().broken.append(f"{weight.name} cannot be unpacked as {weight.group.format}: {error}")
+        raise
 
 
 def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoin
     _check_siblings(missing, scanned)
     _check_names(model, missing, scanned)
     parameters = {name for name, _ in model.named_parameters()}
-    _check_layers(filled, [name for name in missing if name in parameters and keymap.params[name].ndim > 1])
+    _check_layers(filled, [name for name in missing if name in parameters])
     if is_of_class(model) and (lacking := [name for name in missing if name in parameters]):
         raise MissingTensorError(
             f"no tensor in the files goes into {lacking[0]} ({len(lacking)} parameters of {type(model).__name__} in all): the "
@@ -71,6 +71,12 @@ def _check_names(model: PreTrainedModel, missing: list[str], scanned: Scan) -> N
     extra = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
     homeless = [w.keys[WEIGHT] for w in scanned.weights if not w.target and not any(p.search(w.keys[WEIGHT]) for p in extra)]
     # A head that this class lacks may be homeless, one that it adds may be missing: not the same names of both.
+    if homeless and missing and not any(weight.target for weight in scanned.weights):
+        raise MissingTensorError(
+            f"none of the {len(homeless)} FP8 weights of the files (such as {homeless[0]}) has a place in "
+            f"{type(model).__name__}, of which {len(missing)} parameters find none (such as {missing[0]}): their names do "
+            "not fit together, as with another `model_type` in config.json, or another class, than the checkpoint's"
+        )
     prefix = f"{model.base_model_prefix}."
     inside = [name for name in missing if name.startswith(prefix)]
     ends = {tuple(parameter.split(".")[-3:]): parameter for parameter in missing}

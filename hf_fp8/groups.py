@@ -36,6 +36,9 @@ FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mix
 KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
 # Seconds that one pattern of a config may take on one name. Sensible ones take microseconds.
 PATTERN_SECONDS = 0.3
+# What `regex`, which can be stopped, reads otherwise than `re`, by which compressed-tensors matches: POSIX classes, and
+# braces that allow for errors.
+_READ_OTHERWISE = re.compile(r"\[:\^?\w+:\]|\{[^{}]*[A-Za-z][^{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
     if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
         return False  # the weights are dense
     no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
-    return checkpoint.get("format") == "float-quantized" and no_weights
+    return checkpoint.get("format") == "float-quantized" and (no_weights or not _is_readable(checkpoint, groups))
 
 
 def _is_plain(fmt: Any) -> bool:
@@ -169,10 +172,14 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
     if sparse != "dense":
         raise UnsupportedError(f"quantization_config.sparsity_config is {sparse!r}: hf_fp8 reads dense weights only")
     only_fp8 = all(is_fp8(group.get("weights")) for group in groups.values())
-    if checkpoint.get("format") not in (FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
+    if checkpoint.get("format") not in tuple(FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
         raise ConfigError(
             f"quantization_config.format is {checkpoint['format']!r}: FP8 weights come as float-quantized or naive-quantized"
         )
+    return _validate(checkpoint, groups)
+
+
+def _validate(checkpoint: dict[str, Any], groups: dict[str, Any]) -> QuantizationConfig:
     try:
         return QuantizationConfig.model_validate({**checkpoint, "config_groups": groups})
     except ValidationError as error:
@@ -183,6 +190,17 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
         if where.endswith("strategy"):
             message += f"; there are: {', '.join(member.value for member in QuantizationStrategy)}"
         raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
+    except (TypeError, NotImplementedError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # compressed-tensors' own checks stumble over some values.
+        raise ConfigError(f"quantization_config is none that compressed-tensors reads: {error}") from error
+
+
+def _is_readable(checkpoint: dict[str, Any], groups: dict[str, Any]) -> bool:
+    try:
+        _validate(checkpoint, groups)
+    except ConfigError:
+        return False
+    return True
 
 
 def _is_about_attention(group: dict[str, Any]) -> bool:
@@ -203,6 +221,11 @@ def _check_patterns(key: str, targets: Any) -> None:
             pattern = target.removeprefix("re:") if target.startswith("re:") else ""
             re.compile(pattern)
             _compiled(pattern)
+            if found := _READ_OTHERWISE.search(pattern):
+                raise ConfigError(
+                    f"quantization_config.{key}: {target!r} has {found.group()!r}, which regular expressions of other readers "
+                    "mean otherwise: write it in another way"
+                )
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
 

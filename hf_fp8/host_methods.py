@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from .candidates import adapters as adapters_on
 from .convert import put, take_over
-from .errors import UnsupportedError
+from .errors import MismatchError, UnsupportedError
 from .linear import FP8Linear
-from .load_options import loading
+from .load_options import current, loading
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 from .saving import FILE_DTYPES, restore_dtypes
@@ -56,7 +56,12 @@ def uninstall() -> None:
 def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's method, one model at a time in a process; what it does not tell its parts is in `load_options`."""
     with LOADING, loading(name, kwargs):
-        return _host_load(cls, name, *args, **kwargs)
+        try:
+            return _host_load(cls, name, *args, **kwargs)
+        except RuntimeError as error:
+            if broken := current().broken:
+                raise MismatchError("; ".join(broken)) from error
+            raise
 
 
 @wraps(_host_load_files)

@@ -110,7 +110,7 @@ def lay_out(
             others = keymap.others(renamed, weight.pattern)
             planned = planned_dtype(weight.target, fp32, dtype)
             layout.dense[weight.target] = Parameter(weight.target, planned, others=others)
-    _collect(layout, weights, keymap, checkpoint, fp32, dtype)
+    _collect(layout, weights, keymap, checkpoint, fp32, dtype, other_sizes)
     _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
     if read_values and parts is None:
         placed = [weight for weight in scanned.weights if weight.target]
@@ -327,6 +327,7 @@ def _collect(
     checkpoint: Checkpoint,
     fp32: dict[str, torch.dtype],
     dtype: torch.dtype,
+    other_sizes: bool,
 ) -> None:
     """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order; and `file_dtypes`."""
     by_key = {weight.keys[weight.primary]: weight for weight in weights}
@@ -350,5 +351,11 @@ def _collect(
             layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)
         elif weight is None:
             dtypes.setdefault(target, set()).add(checkpoint.tensors[key].dtype)
+            expected = tuple(keymap.params[target].shape)
+            if pattern is None and not other_sizes and checkpoint.tensors[key].shape != expected:
+                raise MismatchError(
+                    f"{key} has shape {list(checkpoint.tensors[key].shape)} in the files, the model's {target} has "
+                    f"{list(expected)}: the config of the model is not that of the checkpoint"
+                )
     found = {target: names.pop() for target, names in dtypes.items() if len(names) == 1}
     layout.file_dtypes = {target: TORCH_DTYPES[name] for target, name in found.items() if name in DENSE_DTYPES}

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """folder: the local folder that is loaded, None for a name on the Hub. The rest as in `from_pretrained`."""
+    """folder: the local folder that is loaded, None for a name on the Hub. broken: what went wrong where the host makes a
+    general error of it. The rest as in `from_pretrained`."""
 
     folder: Path | None = None
     variant: str | None = None
     use_safetensors: bool | None = None
     ignore_mismatched_sizes: bool = False
+    broken: list[str] = field(default_factory=list)
 
 
 _CURRENT: ContextVar[LoadOptions | None] = ContextVar("hf_fp8_load_options", default=None)

@@ -39,7 +39,7 @@ from .saving import (
     restore_dtypes,
 )
 from .scheme import FP8
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
 from .transforms import Layout, for_saving
 from .weight_files import find_weight_files
 
@@ -146,7 +146,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         module, _, role = target.rpartition(".")
         if self.layout is not None and module in self.layout.kept and role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE):
             return None
-        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+        return dtype  # also of integers, as the host without a quantizer does
 
     def plan(
         self,
@@ -238,6 +238,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=[*dense, *others], compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
+            check_host_shapes(layout.scan.host, model.state_dict())
         carried = because is None and config.backend != "int8" and belong_to(model, self._files)
         if (because is None or self.host is not None) and self._read_values:
             self._carry(checkpoint, layout, layout.unplaced if carried else {})

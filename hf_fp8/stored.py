@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .checkpoint import SCALE_DTYPES, Checkpoint
-from .errors import CheckpointError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from .errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
 from .groups import Group
 from .parts import Part
 from .scheme import Scheme, scale_shape
@@ -208,6 +208,20 @@ def _wrong_values(scale: torch.Tensor) -> str | None:
     if not bad.any():
         return None
     return f"holds {scale[bad][0].item()} ({int(bad.sum())} of {scale.numel()} values are not finite and positive)"
+
+
+def check_host_shapes(weights: list[StoredWeight], held: Mapping[str, torch.Tensor]) -> None:
+    """Raises MismatchError for weights of the host's formats whose tensors have other shapes than its modules.
+
+    held: the model's own tensors by name, once the host has made its modules.
+    """
+    for weight in weights:
+        for role, name in weight.saved.items():
+            if weight.pattern is None and name in held and tuple(held[name].shape) != weight.shapes[role]:
+                raise MismatchError(
+                    f"{weight.keys[role]} has shape {list(weight.shapes[role])} in the files; for config group "
+                    f"{weight.group.name!r} ({weight.group.format}) it must be {list(held[name].shape)}"
+                )
 
 
 def stored(name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group) -> StoredWeight:
