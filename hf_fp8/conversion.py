@@ -264,8 +264,8 @@ class Requantize(SharedOp):
     def _tell(self, start: int) -> None:
         if names := self.changed[start:]:
             logger.warning(
-                f"hf_fp8: {', '.join(names)}: changed since loading, rounded to FP8 codes anew; scales that do not fit any more "
-                "are new, too"
+                f"hf_fp8: {', '.join(names)}: changed since loading, rounded to FP8 codes anew; scales that do not fit any "
+                "more are new, too"
             )
 
     def _codes(self, dense: torch.Tensor, weight: StoredWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
