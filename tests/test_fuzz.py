@@ -148,7 +148,8 @@ def test_foreign_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "where"), [
-    ("hidden_size", "wide", "reading config.json"), ("hidden_act", "nonsense", "config"), ("num_attention_heads", 0, "reading config.json"),
+    ("hidden_size", "wide", "reading config.json"), ("hidden_act", "nonsense", "config"),
+    ("num_attention_heads", 0, "reading config.json"),
 ])  # fmt: skip
 def test_what_transformers_refuses_by_itself_is_not_ours(key: str, value: Any, where: str) -> None:
     outcome = run_case(mutated(lambda draft: draft.config.update({key: value})))
