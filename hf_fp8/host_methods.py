@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.utils import logging
 
 from .candidates import adapters as adapters_on
@@ -17,6 +17,7 @@ from .convert import put, take_over
 from .errors import MismatchError, UnsupportedError
 from .linear import FP8Linear
 from .load_options import current, loading
+from .one_at_a_time import one_at_a_time, while_changing
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 from .saving import FILE_DTYPES, restore_dtypes
@@ -24,14 +25,11 @@ from .undeclared import refuse_undeclared
 from .weight_files import INDEX
 
 logger = logging.get_logger(__name__)
-# While it builds a model the host sets torch's default dtype and takes the functions of torch.nn.init away, for all threads:
-# models that are loaded at the same time get each other's (docs/design.md, "Threads").
-LOADING = threading.RLock()
-
 _host_load: Callable[..., Any] = PreTrainedModel.__dict__["from_pretrained"].__func__
 _host_load_files: Callable[..., Any] = PreTrainedModel.__dict__["_load_pretrained_model"].__func__
 _host_save = PreTrainedModel.save_pretrained
 _host_resize = PreTrainedModel.resize_token_embeddings
+_host_dtype = modeling_utils.local_torch_dtype
 
 
 def install() -> None:
@@ -41,6 +39,7 @@ def install() -> None:
     host._load_pretrained_model = staticmethod(load_files)
     host.save_pretrained = save_pretrained
     host.resize_token_embeddings = resize_token_embeddings
+    modeling_utils.local_torch_dtype = local_torch_dtype
 
 
 def uninstall() -> None:
@@ -50,18 +49,26 @@ def uninstall() -> None:
     host._load_pretrained_model = staticmethod(_host_load_files)
     host.save_pretrained = _host_save
     host.resize_token_embeddings = _host_resize
+    modeling_utils.local_torch_dtype = _host_dtype
 
 
 @wraps(_host_load)
 def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's method, one model at a time in a process; what it does not tell its parts is in `load_options`."""
-    with LOADING, loading(name, kwargs):
+    with one_at_a_time(), loading(name, kwargs):
         try:
             return _host_load(cls, name, *args, **kwargs)
         except RuntimeError as error:
             if broken := current().broken:
                 raise MismatchError("; ".join(broken)) from error
             raise
+
+
+@contextmanager
+def local_torch_dtype(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """The host's block with another default dtype, in which models are built, by `from_config` and others, too."""
+    with while_changing(), _host_dtype(*args, **kwargs):
+        yield
 
 
 @wraps(_host_load_files)

@@ -52,7 +52,7 @@ class Observer(ABC):
         return new
 
     def _start(self, streams: int, device: torch.device) -> None:
-        self.amax = torch.full((streams,), -1.0, device=device)
+        self.amax = torch.full((streams,), -1.0, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, stream: torch.Tensor | None = None) -> None:
@@ -238,11 +238,11 @@ class Mse(Histogram):
     def _values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(values (streams, V) float32, how many there are of each (streams, V) float64) that stand for what was seen."""
         amax, width = self.amax.unsqueeze(1), self._width().unsqueeze(1)
-        edges = torch.arange(BINS + 1, device=amax.device) * width
+        edges = torch.arange(BINS + 1, dtype=torch.float32, device=amax.device) * width
         # The largest is known, and often alone in its bin: half a bin is much beside what it costs to clip it a little.
         values = torch.where(edges[:, 1:] > amax, amax, edges[:, :-1] + width / 2)
         # The first bins are wider than the steps of E4M3 there; one value each would be rounded by chance.
-        fine = ((torch.arange(COARSE * SPLIT, device=amax.device) + 0.5) * (width / SPLIT)).minimum(amax)
+        fine = ((torch.arange(COARSE * SPLIT, dtype=torch.float32, device=amax.device) + 0.5) * (width / SPLIT)).minimum(amax)
         counts = self.counts.double()
         split = (counts[:, :COARSE] / SPLIT).repeat_interleave(SPLIT, 1)
         return torch.cat([fine, values[:, COARSE:]], 1), torch.cat([split, counts[:, COARSE:]], 1)

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,6 +101,7 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> 
 
 # Folders that this process is filling.
 _BEGUN: set[Path] = set()
+_TURN = threading.Lock()
 
 
 def check_place(path: Path, replaces: str | None) -> None:
@@ -164,9 +166,12 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     check_place(path, replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = _beside(path, "part"), _beside(path, "old")
-    part.mkdir()
-    _BEGUN.add(part)
+    with _TURN:
+        if part in _BEGUN:
+            raise ConfigError(f"another thread of this process is writing {path}")
+        _BEGUN.add(part)
     try:
+        part.mkdir()
         yield part
         for file in [part, *part.rglob("*")]:
             _sync(file)

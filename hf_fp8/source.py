@@ -23,6 +23,7 @@ from transformers.modeling_utils import local_torch_dtype
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .errors import CheckpointError, ConfigError, FP8Error, MissingTensorError, UnsupportedError
 from .files import Stamp, changed, is_there, read_json, regular
+from .one_at_a_time import while_changing
 from .shards import WEIGHT_FILES
 from .weight_files import WeightFiles, find_weight_files
 
@@ -111,7 +112,7 @@ class Source:
         Raises CheckpointError, naming config.json, if transformers cannot build it.
         """
         try:
-            with torch.device("meta"), local_torch_dtype(self.dtype):
+            with while_changing(), torch.device("meta"), local_torch_dtype(self.dtype):
                 return self._build()
         except FP8Error:
             raise

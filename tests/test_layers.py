@@ -31,7 +31,7 @@ LAYERS = [
     {"grouped", "linear"},
     {"pointwise"},
     {"experts"},
-    {"groups", "load_options", "options", "parts", "observers", "reads", "files"},
+    {"groups", "load_options", "one_at_a_time", "options", "parts", "observers", "reads", "files"},
     {"headers", "bin_files", "weight_files"},
     {"candidates", "convert", "explain", "config", "checkpoint", "expert_names", "keymap", "calibration"},
     {"asked", "fidelity.run", "fidelity.rows", "shards", "merging", "placement"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,24 @@ from ..quantized_module import QuantizedModule
 Progress = Callable[[str, int, "int | None"], Any]
 
 
+_running: list[Any] = []  # the stances of those who evaluate at the moment
+_stances = threading.Lock()
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Nothing compiled, in any thread: the first one in sets torch's stance, the last one out puts it back."""
+    with _stances:
+        _running.append(_running[0] if _running else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _stances:
+            stance = _running.pop()
+            if not _running:
+                stance.__exit__(None, None, None)
+
+
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, nothing compiled (compiled code may not call hooks); all is as before afterwards."""
@@ -25,7 +44,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _eager():
             yield
     finally:
         for module, training in flags:

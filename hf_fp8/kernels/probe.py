@@ -92,7 +92,7 @@ def exact_experts(
     groups = sort(Groups(flat, share=2), 5)
     of_w = scheme.weight.granularity
     wide = [numerics.expand_scale(s, of_w, n, k).double() * w.double() for s, w in zip(scales, weights, strict=True)]
-    rows = [torch.zeros(n).double() if e == 5 else wide[e] @ x[i // 2].double() for i, e in enumerate(ids)]
+    rows = [torch.zeros(n, dtype=torch.float64) if e == 5 else wide[e] @ x[i // 2].double() for i, e in enumerate(ids)]
     return x, weights, scales, groups, torch.stack(rows).to(dtype)
 
 
@@ -129,9 +129,9 @@ def exact_operands(
             x[:, 1], x[:, 2] = 16 * largest * sign, 16 * (1 - largest) * sign
             w[:, 2] = w[:, 1]
         if scheme.has_static_input:
-            static = torch.tensor([0.5])
+            static = torch.tensor([0.5], dtype=torch.float32)
         if scheme.input.granularity.is_tensor:
-            row_factor = torch.tensor([[0.5]])
+            row_factor = torch.tensor([[0.5]], dtype=torch.float32)
     x = x * row_factor
     wide = numerics.expand_scale(weight_scale, scheme.weight.granularity, n, k)
     expected = (x.double() @ (w.double() * wide.double()).t()).to(dtype)
