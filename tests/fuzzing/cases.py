@@ -49,7 +49,10 @@ class Case:
             if len(case.changes) == wanted:
                 break
             faults = rng.choices([faults for faults, _ in KINDS], [share for _, share in KINDS])[0]
-            change = rng.choices(list(faults), list(faults.values()))[0](case.draft, rng)
+            try:
+                change = rng.choices(list(faults), list(faults.values()))[0](case.draft, rng)
+            except (RecursionError, LookupError):  # another mutation has nested deeply, or dropped, what this one wanted
+                continue
             if change is not None:
                 case.changes.append(change)
         return case

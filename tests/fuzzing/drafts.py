@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -54,7 +55,10 @@ class Draft:
         return sorted(name for state in self.shards.values() for name in state)
 
     def file_of(self, name: str) -> str:
-        return next(file for file, state in self.shards.items() if name in state)
+        for file, state in self.shards.items():
+            if name in state:
+                return file
+        raise KeyError(name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.shards[self.file_of(name)][name]
@@ -109,7 +113,8 @@ class Draft:
         if self.index is not None:
             (folder / INDEX).write_text(deep_json(self.index))
         for step in self.late:
-            step(folder)
+            with suppress(OSError):  # what one mutation has made a folder, or a loop of links, another cannot write to
+                step(folder)
 
 
 def deep_json(value: Any) -> str:

@@ -20,13 +20,19 @@ from .drafts import Change, Draft, header_of, packed, some, unpacked
 Header = dict[str, Any]
 
 
+def _bytes(path: Path) -> bytes:
+    """Of a file that another mutation has not made larger than memory."""
+    with open(path, "rb") as opened:
+        return opened.read(2**26)
+
+
 def _edit(draft: Draft, file: str, change: Callable[[Header], Any]) -> None:
     """Change the parsed header of a file that was written; what `change` returns, if anything, takes its place."""
 
     def step(folder: Path) -> None:
         path = folder / file
         with suppress(ValueError, LookupError, TypeError, AttributeError, OSError, struct.error):  # another one was here before
-            header, data = unpacked(path.read_bytes())
+            header, data = unpacked(_bytes(path))
             changed = change(header)
             path.write_bytes(packed(header if changed is None else changed, data))
 
@@ -158,7 +164,7 @@ def raw_bytes(draft: Draft, rng: Random) -> Change | None:
         path = folder / file
         if not path.is_file():
             return
-        raw = path.read_bytes()
+        raw = _bytes(path)
         flipped = int(len(raw) * place)
         path.write_bytes({
             "length": struct.pack("<Q", length) + raw[8:], "cut": raw[: int(len(raw) * part)], "tail": raw + b"\0" * 13,

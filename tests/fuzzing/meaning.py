@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pickle
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,9 +11,8 @@ from typing import Any
 
 import torch
 from build import State
-from safetensors import SafetensorError, safe_open
 
-from .bases import INDEX, PICKLE, SINGLE
+from .reading import parsed, tensors_of
 from .says import Contradiction, Group, Inputs, Says, Unclear, Weights, read
 
 FP8 = torch.float8_e4m3fn
@@ -47,93 +43,27 @@ class Meaning:
     unfit: dict[str, str] = field(default_factory=dict)
 
 
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that are loaded, and the index's map."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE], {}
-    if (folder / INDEX).is_file():
-        try:
-            places = parsed(folder / INDEX)["weight_map"]
-        except (KeyError, TypeError) as error:
-            raise Contradiction("the index has no map") from error
-        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise Contradiction("the index has no map")
-        return [Path(os.path.join(folder, file)) for file in sorted(set(places.values()))], places
-    if (folder / PICKLE).is_file():
-        return [folder / PICKLE], {}
-    raise Contradiction("no file of weights")
-
-
-def parsed(path: Path) -> Any:
-    try:
-        if not path.is_file() or path.stat().st_size > 2**28:
-            raise Contradiction(f"{path.name} is no text")
-        return json.loads(path.read_bytes().decode())  # not of bytes: those may begin with a mark that is no JSON
-    except (ValueError, OSError, RecursionError) as error:
-        raise Contradiction(f"{path.name} cannot be read") from error
-
-
-def tensors_of(folder: Path) -> State:
-    """Every tensor of the files; of one that is in two, the one that the index speaks of."""
-    files, places = weight_files(folder)
-    found: State = {}
-    for path in files:
-        for name, tensor in _tensors(path).items():
-            other = found.get(name)
-            if other is None or places.get(name) == path.name:
-                found[name] = tensor
-    return found
-
-
-def _tensors(path: Path) -> State:
-    if not path.is_file():
-        raise Contradiction(f"{path.name} is not there")
-    try:
-        if path.suffix == ".bin":
-            state = torch.load(path, weights_only=True)
-            if not isinstance(state, dict):
-                raise Contradiction(f"{path.name} holds no tensors by name")
-            return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-        with safe_open(path, framework="pt") as opened:
-            sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            return {name: opened.get_tensor(name).clone() for name, size in sizes.items() if size < 2**28}
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        raise Contradiction(f"{path.name} cannot be read ({type(error).__name__})") from error
-
-
 def decode(folder: Path) -> Meaning:
     """Raises Contradiction, NotFP8 or Unclear."""
     config = parsed(folder / "config.json")
     says = read(config)
     tensors = tensors_of(folder)
     meaning, used = Meaning(), set[str]()
+    layers = config.get("num_hidden_layers")
     candidates = {key: stem for key in tensors if (stem := _module(key, tensors[key])) is not None}
     _refuse_idle_groups(says, list(candidates.values()))
     for key, stem in candidates.items():
-        groups = _groups_of(says, stem)
+        ranks = _groups_of(says, stem)
         tensor = tensors[key]
-        if tensor.dtype == FP8 and (len(groups) < 2 or all(group.fp8 for group in groups)):
-            meaning.state[key] = _multiplied_out(key, stem, groups, tensors, meaning, used)
-            continue
-        if len(groups) > 1:
-            raise Unclear("several groups with the same target")
-        group = groups[0] if groups else None
         if key.endswith("weight_packed"):
-            _unpack(stem, group, tensors, meaning, used)
-        elif group is not None and not group.fp8:
-            if tensor.dtype not in DENSE or f"{stem}.weight_scale" in tensors:
+            _unpack(stem, [group for rank in ranks for group in rank if not group.fp8], tensors, meaning, used)
+        elif tensor.dtype == FP8:
+            meaning.state[key] = _multiplied_out(key, stem, ranks, tensors, meaning, used)
+        elif ranks and not all(group.fp8 for group in ranks[0]):
+            if len(ranks[0]) > 1 or tensor.dtype not in DENSE or f"{stem}.weight_scale" in tensors:
                 raise Unclear("a plain weight of a group that transformers runs")
         else:
-            _check_dense(key, stem, group, says, tensors)
+            _check_dense(key, stem, ranks[0][0] if ranks else None, says, tensors, layers)
     for name, tensor in tensors.items():
         if name in meaning.state or name in used or CACHE.search(name):
             continue
@@ -183,7 +113,7 @@ def names(stem: str) -> list[str]:
     return [*found, *bare, *(f"model.{name}" for name in bare)]
 
 
-def _groups_of(says: Says, stem: str) -> list[Group]:
+def _groups_of(says: Says, stem: str) -> list[list[Group]]:
     if any(target == "Module" for group in says.groups for target in group.targets) or "Module" in says.ignore:
         raise Unclear("a target that is a class above all others")
     return says.groups_of(
@@ -219,8 +149,10 @@ def _one(role: str, key: str, stem: str, tensors: State) -> str | None:
     return found[0] if found else None
 
 
-def _multiplied_out(key: str, stem: str, groups: list[Group], tensors: State, meaning: Meaning, used: set[str]) -> torch.Tensor:
-    if not groups:
+def _multiplied_out(
+    key: str, stem: str, ranks: list[list[Group]], tensors: State, meaning: Meaning, used: set[str]
+) -> torch.Tensor:
+    if not ranks:
         raise Contradiction(f"{key} is FP8, and no group says so")
     scale, static = _one("weight_scale", key, stem, tensors), _one("input_scale", key, stem, tensors)
     if scale is None:
@@ -235,7 +167,7 @@ def _multiplied_out(key: str, stem: str, groups: list[Group], tensors: State, me
     codes = tensors[key]
     if wrong or codes.ndim not in (2, 3):
         raise Contradiction(wrong or f"{key} has {codes.ndim} dimensions")
-    group, factor = _one_that_fits(groups, tensors[scale], tuple(codes.shape))
+    group, factor = _one_that_fits(ranks, tensors[scale], tuple(codes.shape))
     if group.inputs.kind not in ("static", "?") and static is not None:
         raise Contradiction(f"{static} is not used")
     value = 0.0
@@ -250,20 +182,23 @@ def _multiplied_out(key: str, stem: str, groups: list[Group], tensors: State, me
     return (codes.double() * factor).float()
 
 
-def _one_that_fits(groups: list[Group], scale: torch.Tensor, shape: tuple[int, ...]) -> tuple[Group, torch.Tensor]:
-    """Of several groups with the same target, the one that fits the scale."""
-    fitting, reason = [], Contradiction("no group")
-    for group in groups:
-        try:
-            fitting.append((group, factors(scale, shape, group.weights)))
-        except Contradiction as error:
-            reason = error
-    if not fitting:
-        raise reason
-    group, factor = fitting[0]
-    if any(other.inputs != group.inputs or not torch.equal(f, factor) for other, f in fitting):
-        raise Unclear("several groups with the same target that mean different things")
-    return group, factor
+def _one_that_fits(ranks: list[list[Group]], scale: torch.Tensor, shape: tuple[int, ...]) -> tuple[Group, torch.Tensor]:
+    """Of several groups, the most precise one that fits the scale."""
+    reason = Contradiction("FP8 in a group of another format")
+    for groups in ranks:
+        fitting = []
+        for group in groups:
+            if not group.fp8:
+                raise Unclear("FP8 codes in a group that transformers runs")
+            try:
+                fitting.append((group, factors(scale, shape, group.weights)))
+            except Contradiction as error:
+                reason = error
+        if any(group.inputs != fitting[0][0].inputs or not torch.equal(f, fitting[0][1]) for group, f in fitting):
+            raise Unclear("several groups with the same target that mean different things")
+        if fitting:
+            return fitting[0]
+    raise reason
 
 
 def _wrong_scale(name: str, scale: torch.Tensor) -> str:
@@ -327,7 +262,8 @@ def _stack_factors(scale: torch.Tensor, shape: tuple[int, ...], weights: Weights
     return _spread(scale, shape, per_row, per_col)
 
 
-def _check_dense(key: str, stem: str, group: Group | None, says: Says, tensors: State) -> None:
+def _check_dense(key: str, stem: str, group: Group | None, says: Says, tensors: State, layers: Any) -> None:
+    """layers: how many the model has; weights of others are none of its business."""
     tensor = tensors[key]
     scale = _one("weight_scale", key, stem, tensors)
     if scale is not None:
@@ -338,20 +274,25 @@ def _check_dense(key: str, stem: str, group: Group | None, says: Says, tensors: 
         return
     if tensor.dtype not in DENSE and LINEAR.search(stem):
         raise Contradiction(f"{key} is {tensor.dtype}, and a group says FP8")
+    layer = re.search(r"layers\.(\d+)\.", stem)
+    if layer and isinstance(layers, int) and int(layer[1]) >= layers:
+        return
     spoken_of = any(entry in stem or stem in entry or entry.startswith("re:") for entry in says.ignore)
     # Of experts that the model holds merged, some may be dense.
     if tensor.ndim == 2 and LINEAR.search(stem) and ".experts." not in stem and not spoken_of:
         raise Contradiction(f"{key} is dense, and a group says FP8")
 
 
-def _unpack(stem: str, group: Group | None, tensors: State, meaning: Meaning, used: set[str]) -> None:
+def _unpack(stem: str, groups: list[Group], tensors: State, meaning: Meaning, used: set[str]) -> None:
     """int4 in groups, eight to an int32, the lowest bits first, with an offset of 8: what the base with int4 has."""
-    if group is None or group.fp8:
+    if not groups:
         raise Contradiction(f"{stem} is packed, and no group says so")
+    group = groups[0]
     arguments = group.arguments
     size = arguments.get("group_size")
     parts = [tensors.get(f"{stem}.{role}") for role in ("weight_packed", "weight_scale", "weight_shape")]
     usual = arguments.get("num_bits") == 4 and arguments.get("type") == "int" and arguments.get("symmetric", True) is True
+    usual = usual and group.inputs.kind == "none"
     if not usual or arguments.get("strategy") != "group" or not isinstance(size, int) or any(part is None for part in parts):
         raise Unclear(f"{stem} is packed in another way than int4 in groups")
     packed, scale, shape = parts

@@ -73,25 +73,21 @@ class Says:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def groups_of(self, names: Iterable[str], classes: Iterable[str]) -> list[Group]:
-        """The groups of a module: none if it is dense, several if they have the same target."""
+    def groups_of(self, names: Iterable[str], classes: Iterable[str]) -> list[list[Group]]:
+        """The groups of a module, those that speak of it most precisely first, together where they have the same target."""
         names, classes = list(names), set(classes)
-        if matches(self.ignore, names, classes) is not None:
+        if matches(self.ignore, names, classes):
             return []
         found = matches({target for group in self.groups for target in group.targets}, names, classes)
-        return [group for group in self.groups if found in group.targets]
+        return [[group for group in self.groups if target in group.targets] for target in found]
 
 
-def matches(targets: Iterable[str], names: list[str], classes: set[str]) -> str | None:
+def matches(targets: Iterable[str], names: list[str], classes: set[str]) -> list[str]:
     """Exact names first, then expressions in the order of the alphabet, then classes."""
     ordered = sorted(targets)
-    for target in ordered:
-        if not target.startswith("re:") and target in names:
-            return target
-    for target in ordered:
-        if target.startswith("re:") and any(re.match(target[3:], name) for name in names):
-            return target
-    return next((target for target in ordered if target in classes), None)
+    exact = [target for target in ordered if not target.startswith("re:") and target in names]
+    fitting = [t for t in ordered if t.startswith("re:") and any(re.match(t[3:], name) for name in names)]
+    return [*exact, *fitting, *(target for target in ordered if target in classes)]
 
 
 def whole(value: Any) -> int | None:
@@ -198,7 +194,8 @@ def _group(name: str, group: Any, found: dict[str, Any]) -> Group:
     if not targets:
         raise Contradiction(f"group {name!r} has no targets")
     if not fp8:
-        return Group(name, _patterns(targets, "targets"), False, Weights("?"), Inputs("?"), weights)
+        plain = group.get("input_activations") is None and group.get("output_activations") is None
+        return Group(name, _patterns(targets, "targets"), False, Weights("?"), Inputs("none" if plain else "?"), weights)
     _refuse_format(group.get("format"), True)
     if group.get("output_activations") is not None:
         raise Contradiction("output_activations")

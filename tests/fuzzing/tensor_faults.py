@@ -91,8 +91,10 @@ def scale_shape(draft: Draft, rng: Random) -> Change | None:
     if shape in ([], [1, 1]) and n != 1:
         shape = [n]
     draft.put(name, old.reshape(shape))
+    weight = name.removesuffix("_scale")
+    rows = len(draft[weight]) if weight in draft.names and draft[weight].ndim else 0
     single = n == 1 and shape in ([], [1], [1, 1]) and not stack
-    harmless = list(old.shape) == shape or single or (old.ndim == 2 and old.shape[1] == 1 and shape == [n] and not stack)
+    harmless = list(old.shape) == shape or single or (list(old.shape) == [rows, 1] and shape == [n] and not stack)
     return Change(f"{name}: {list(old.shape)} as {shape}", harmless)
 
 
