@@ -37,7 +37,15 @@ def product(x: torch.Tensor, factors: LowRank, groups: Groups) -> torch.Tensor:
     # Behind the last expert's rows nothing would be written, nor in the backward pass: it takes those of nobody, too.
     ends = groups.ends.clone()
     ends[-1:] = groups.experts.shape[0]
-    small = moe._grouped_linear(groups.gather(x), a, ends)
-    out: torch.Tensor = moe._grouped_linear(small, b, ends)
+    out = _grouped_linear(_grouped_linear(groups.gather(x), a, ends), b, ends)
     out = torch.where((groups.experts < n_experts).unsqueeze(1), out, 0.0)
     return out if groups.slots is None else torch.zeros_like(out).index_copy(0, groups.slots, out)
+
+
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The host's; one expert after the other in float64, for which torch has no grouped matmul."""
+    if x.dtype == torch.float64:
+        out: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight.transpose(1, 2), ends)
+    else:
+        out = moe._grouped_linear(x, weight, ends)
+    return out

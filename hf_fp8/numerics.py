@@ -3,7 +3,7 @@
 Rounding is that of compressed-tensors (quantization/lifecycle/forward.py and
 quantization/utils/helpers.py): ``scale = amax / 448``, ``q = e4m3(clamp(x / scale, -448, 448))``.
 int8 is the same with 127 and rounding to the nearest integer, ties to even. Everything is computed in
-float32 and rounded once at the end.
+float32 (float64 for inputs in float64) and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 
 from .casts import multiply_out
-from .errors import ScaleError
+from .errors import CalibrationError, ScaleError
 from .scheme import CODE_MAX, FP8, ROW, Granularity, TensorScheme, scale_shape
 
-# amax = 0, or so small that amax / 448 underflows: the smallest normal number keeps x / scale finite.
+# The scale where amax / 448 is 0: a normal number, which no device takes for 0 in x / scale.
 MIN_SCALE = torch.finfo(torch.float32).tiny
 # Rows that `outlier_columns` looks at, as columns that stand out do so in nearly every row; how many times the mean of all
 # columns one must have; and how many times the loudest, for any to be worth a product of their own. SmolLM2, 512 rows, KL
@@ -41,13 +41,13 @@ def _blocks(x: torch.Tensor, granularity: Granularity) -> tuple[int, int]:
 
 
 def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """Scales (float32, `granularity.grid`) that map the largest magnitude of each block to the largest code of `dtype`.
+    """Scales (`granularity.grid`) that map the largest magnitude of each block to the largest code of `dtype`.
 
-    x: (rows, cols), any float dtype. A zero block gives the smallest normal float32, so its
+    x: (rows, cols), any float dtype; scales are in its `wide` one. A zero block gives the smallest normal float32, so its
     values quantize to zero; a block with NaN or inf gives a NaN or inf scale, so that it stays visible.
     """
     if x.numel() == 0:
-        return torch.full(granularity.grid(*x.shape), MIN_SCALE, device=x.device)
+        return torch.full(granularity.grid(*x.shape), MIN_SCALE, dtype=wide(x.dtype), device=x.device)
     return scale_of(amax_of(x, granularity), dtype)
 
 
@@ -66,14 +66,19 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     return tiles.amax(dim=(1, 3))
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What values of a float dtype are computed in: float32, and float64 for float64, whose values float32 cannot hold."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """The float32 scale that maps a magnitude to the largest code of `dtype`."""
-    return (amax.float() / CODE_MAX[dtype]).clamp(min=MIN_SCALE)
+    """The scale, in the `wide` dtype, that maps a magnitude to the largest code of `dtype`."""
+    return torch.threshold_(amax.to(wide(amax.dtype)) / CODE_MAX[dtype], 0.0, MIN_SCALE)  # NaN stays
 
 
 def expand_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
-    """`scale`, in any shape that holds `granularity.grid` elements, as float32 broadcastable to (rows, cols)."""
-    return _broadcast(scale.float(), granularity, rows, cols)
+    """`scale`, in any shape that holds `granularity.grid` elements, in the `wide` dtype, broadcastable to (rows, cols)."""
+    return _broadcast(scale.to(wide(scale.dtype)), granularity, rows, cols)
 
 
 def _broadcast(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
@@ -99,7 +104,7 @@ def quantize(
     become 0, and it is the NaN or infinite scale of their block that keeps them visible. chance: round up or down at random
     (`round_by_chance`).
     """
-    scaled = x.float() / expand_scale(scale, granularity, *x.shape)
+    scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
     if chance is not None:
         scaled = round_by_chance(scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype]), dtype, chance)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
@@ -192,15 +197,16 @@ def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator
         step = torch.ldexp(step, exponent)
     x = x / step  # exact: a power of two
     low = torch.floor(x)
-    return low.add_(torch.rand(x.shape, generator=chance, device=x.device) < x - low).mul_(step)
+    return low.add_(torch.rand(x.shape, generator=chance, dtype=torch.float32, device=x.device) < x - low).mul_(step)
 
 
 def dequantize(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """q (rows, cols) in E4M3 or int8 times its scales, multiplied in float32 and rounded once to `dtype`."""
-    if q.device.type != "cpu" or q.dtype != FP8 or torch.compiler.is_compiling():
-        return q.float().mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
+    """q (rows, cols) in E4M3 or int8 times its scales, multiplied in their `wide` dtype and rounded once to `dtype`."""
+    computed = wide(scale.dtype)
+    if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
+        return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
         multiply_out(piece, expand_scale(part, granularity, *piece.shape), out[start : start + len(piece)])
@@ -209,16 +215,36 @@ def dequantize(
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
     """quantize to codes of `dtype`, then dequantize to the dtype of x."""
-    return dequantize(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
+    return dequantize_input(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
+
+
+def dequantize_input(q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
+    """`dequantize`; but the largest number of `dtype` for what was rounded up beyond it."""
+    largest = torch.finfo(dtype).max
+    return dequantize(q, scale, granularity, dtype).clamp_(-largest, largest)
+
+
+def require_static(scheme: TensorScheme, static: torch.Tensor | None) -> None:
+    """Raise CalibrationError if inputs are to be quantized with a static scale, and there is none."""
+    if static is None and not scheme.dynamic:
+        raise CalibrationError(
+            "this layer quantizes its inputs with a static scale, and has no input scale yet: it was not measured, or the "
+            "checkpoint has none. Run some data through the model under `with hf_fp8.calibrate(model):`, leave inputs as they "
+            "are with backend='weight_only', or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+        )
 
 
 def input_scale_for(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> torch.Tensor:
-    """The scale of an input x (M, K): the checkpoint's `input_scale` if there is one, else from x itself."""
+    """The scale of an input x (M, K): `static`, in float32, if the scheme is static, else from x itself.
+
+    Raises CalibrationError for a static scheme without a scale.
+    """
+    require_static(scheme, static)
     return compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
 
 
 def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of an input x (M, K); the scale is float32 in the shape of its granularity's grid."""
+    """(codes, scale) of an input x (M, K); the scale has the shape of its granularity's grid. Raises as `input_scale_for`."""
     scale = input_scale_for(x, scheme, static)
     return quantize(x, scale, scheme.granularity, scheme.dtype), scale
 
@@ -231,7 +257,9 @@ def outlier_columns(x: torch.Tensor, most: int) -> torch.Tensor:
     elsewhere, where to ask how many these are would be to wait for the device, always `most`.
     """
     rows = x[:: -(-x.shape[0] // SAMPLE_ROWS)].abs()
-    rows = rows.div_(rows.mean(1, keepdim=True, dtype=torch.float32)).nan_to_num_(nan=0.0)
+    # The mean of numbers up to 1: that of a row of huge ones would overflow.
+    rows = rows.to(wide(x.dtype)).div_(rows.amax(1, keepdim=True))
+    rows = rows.div_(rows.mean(1, keepdim=True)).nan_to_num_(nan=0.0)
     sums = rows.sum(0, dtype=torch.float32)
     largest, columns = sums.topk(most)
     if x.device.type != "cpu":

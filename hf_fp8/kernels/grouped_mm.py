@@ -9,25 +9,27 @@ import torch.nn.functional as F
 
 from .. import numerics
 from ..scheme import ROW, Granularity, TensorScheme
-from .kernel import ExpertWeights, Groups, Input
+from .kernel import ExpertWeights, Groups, Input, product_dtype
 from .quantize import quantize_input
 
 
 def quantize(
     x: torch.Tensor, groups: Groups, scheme: TensorScheme, input_scale: torch.Tensor | None, n_experts: int
 ) -> tuple[Input, Groups]:
-    """Codes and float32 scales of x (R, K), and the groups in which to read them.
+    """Codes and scales (float32; float64 of such) of x (R, K), and the groups in which to read them.
 
     Tokens are quantized once, before they are copied to their experts, wherever a row's scale depends on the row alone.
     Scales per tensor belong to an expert: the checkpoint's `input_scale` (E, 1), or from all rows that it is given; then
-    rows are copied first, and a scale stands for each, (S, 1).
+    rows are copied first, and a scale stands for each, (S, 1). Where that is NaN, as of an expert that was not measured, so
+    are the codes. Raises CalibrationError for a static scheme without `input_scale`.
     """
+    numerics.require_static(scheme, input_scale)
     if not scheme.granularity.is_tensor:
         return Input(*quantize_input(x, scheme, None)), groups
     x, expert = groups.gather(x), groups.experts
     if input_scale is None:
-        amax = x.new_zeros(n_experts + 1, dtype=torch.float32)
-        amax = amax.scatter_reduce(0, expert, x.abs().amax(1).float(), "amax") if x.shape[0] else amax
+        amax = x.new_zeros(n_experts + 1, dtype=numerics.wide(x.dtype))
+        amax = amax.scatter_reduce(0, expert, x.abs().amax(1).to(amax.dtype), "amax") if x.shape[0] else amax
         scale = numerics.scale_of(amax, scheme.dtype)
     else:
         scale = F.pad(input_scale.float().reshape(-1), (0, 1), value=1.0)
@@ -89,17 +91,18 @@ def dequantize(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -
     assert groups.ends is not None
     values = x.x
     if x.scale is not None:
-        values = numerics.dequantize(x.x, x.scale, _of_input(w, x.scale), dtype)
+        values = numerics.dequantize_input(x.x, x.scale, _of_input(w, x.scale), dtype)
+    values = values.to(product_dtype(dtype, values.device))
     out, rows = values.new_zeros((groups.experts.shape[0], n)), groups.row_numbers()
     start = 0
     for expert, end in enumerate(groups.ends.tolist()):
         if end > start:
             given = values[start:end] if rows is None else values[rows[start:end]]
             place = slice(start, end) if groups.slots is None else groups.slots[start:end]
-            for dense, first, last in pieces(w, expert, dtype):
+            for dense, first, last in pieces(w, expert, values.dtype):
                 out[place, first:last] = F.linear(given, dense)
         start = end
-    return out
+    return out.to(dtype)
 
 
 def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
@@ -130,7 +133,7 @@ def times_weights(grad: torch.Tensor, w: ExpertWeights, groups: Groups) -> torch
     aligned = n % 8 == 0 and k % 8 == 0  # rows of 16 bytes
     if aligned and grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
         return _times_columns(grad.contiguous(), w, groups, found)
-    start = 0
+    start, grad = 0, grad.to(product_dtype(grad.dtype, grad.device))
     for expert, end in enumerate(groups.ends.tolist()):
         if end > start:
             for dense, first, last in pieces(w, expert, grad.dtype):

@@ -21,6 +21,10 @@ PACK_COLUMNS = 64
 # streams weights at 10 GB/s where `_int_mm` does 14. SmolLM2's linears (up to 0.9 M), M = 1: 13.2 ms against 15.5;
 # TinyLlama's (up to 11.5 M) 61 against 48.
 PACK_ELEMENTS = 2**21
+# Below it, a weight's scale times a sum of products of codes, or of inputs below `LARGE` with codes, is in float32's range.
+LARGE = 2.0**90
+# Above it, inputs keep their bits in bfloat16.
+SMALL = 2.0**-100
 # cuBLAS refuses fewer rows of input than 17; 32 is the next tile.
 LEAST_ROWS = 32
 
@@ -46,7 +50,10 @@ def _scaled(total: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | Non
     """`total` (M, N), sums in float32, with scales, outliers and bias; in place."""
     assert x.scale is not None
     w_scale = w.scale.float().reshape(1, -1)
-    total.mul_(w_scale).mul_(x.scale)  # in this order: a large x_scale alone could overflow
+    if w_scale.device.type != "cpu" or float(w_scale.amax()) < LARGE:
+        total.mul_(w_scale).mul_(x.scale)  # in this order: a large x_scale alone could overflow
+    else:
+        total.mul_(torch.minimum(w_scale, x.scale)).mul_(torch.maximum(w_scale, x.scale))
     if beside is not None:
         assert x.outliers is not None
         total.addmm_(x.outliers, beside * w_scale)
@@ -92,8 +99,17 @@ def weight_only(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     The sums are float32, but x and the product are rounded to bfloat16 (8 bits), also for a float32 x. That is less
     than int8 codes of x lose.
     """
-    out = torch._weight_int8pack_mm(x.x.contiguous().to(torch.bfloat16), w.codes, _ones(w.codes.shape[0]))
-    return add_bias(torch.mul(out, w.scale.float().reshape(1, -1)), w.bias).to(dtype)
+    least, most = (end.item() for end in torch.aminmax(x.x))
+    if SMALL < max(-least, most) < LARGE:
+        return add_bias(torch.mul(_packed(x.x, w.codes), w.scale.float().reshape(1, -1)), w.bias).to(dtype)
+    # Rows brought to the size of 1, where sums with codes do not overflow.
+    amax = x.x.abs().amax(1, keepdim=True).float()
+    power = torch.ldexp(torch.ones_like(amax), torch.frexp(amax).exponent.clamp_(-100, 120))
+    return _scaled(_packed(x.x / power, w.codes).float(), Input(x.x, power), w, None).to(dtype)
+
+
+def _packed(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return torch._weight_int8pack_mm(x.contiguous().to(torch.bfloat16), codes, _ones(codes.shape[0]))
 
 
 @cache

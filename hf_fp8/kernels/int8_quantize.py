@@ -88,7 +88,7 @@ def _on_cpu(x: torch.Tensor, kept: torch.Tensor | None) -> Input:
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:
     """Scales (M, 1) for the largest magnitudes of rows, in their place."""
-    return amax.div_(127.0).clamp_(min=numerics.MIN_SCALE)
+    return torch.threshold_(amax.div_(127.0), 0.0, numerics.MIN_SCALE)  # as `numerics.scale_of`
 
 
 def too_narrow(problem: Problem) -> str | None:

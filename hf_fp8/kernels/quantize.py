@@ -19,8 +19,9 @@ def quantize_input(
     """(codes, scale) of x (M, K), any strides, as `numerics.quantize_input` defines them.
 
     per_row: a scale for the whole of x is repeated for each row, (M, 1). kept, for scales per row: (K,) float32, 0
-    for the columns that are taken for zeros.
+    for the columns that are taken for zeros. Raises CalibrationError for a static scheme without a scale.
     """
+    numerics.require_static(scheme, input_scale)
     if triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):
         from . import triton_quantize
 

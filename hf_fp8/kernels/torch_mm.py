@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import numerics
 from ..scheme import FP8, ROW, TENSOR, Granularity, Scheme
-from .kernel import Input, Weight, add_bias
+from .kernel import Input, Weight, add_bias, product_dtype
 from .quantize import quantize_input
 
 BLOCK_INPUT = Granularity(1, 128)
@@ -40,10 +40,10 @@ def _scaled_mm(x: Input, w: Weight, w_scale: torch.Tensor, recipes: tuple[str, s
         getattr(types, recipes[0]),
         w_scale,
         getattr(types, recipes[1]),
-        output_dtype=dtype,
+        output_dtype=product_dtype(dtype, x.x.device),
         use_fast_accum=fast,
     )
-    return add_bias(out, w.bias)
+    return add_bias(out, w.bias).to(dtype)
 
 
 def quantize_rowwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
@@ -91,14 +91,15 @@ def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Sch
 
 
 def dequantize(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Weights multiplied out, some rows at a time, and a matmul in the dtype of x: each gives columns of the result."""
+    """Weights multiplied out, some rows at a time, and a matmul (`product_dtype`): each gives columns of the result."""
     granularity, elements = w.scheme.weight.granularity, elements_at_once(w.codes.device)
+    values = x.x.to(product_dtype(x.x.dtype, x.x.device))
     if w.codes.numel() <= elements:
-        return add_bias(F.linear(x.x, numerics.dequantize(w.codes, w.scale, granularity, x.x.dtype)), w.bias)
-    out = x.x.new_empty((x.x.shape[0], w.codes.shape[0]))
+        return add_bias(F.linear(values, numerics.dequantize(w.codes, w.scale, granularity, values.dtype)), w.bias).to(dtype)
+    out = values.new_empty((values.shape[0], w.codes.shape[0]))
     for codes, scale, start in numerics.pieces(w.codes, w.scale, granularity, elements):
-        out[:, start : start + len(codes)] = F.linear(x.x, numerics.dequantize(codes, scale, granularity, x.x.dtype))
-    return add_bias(out, w.bias)
+        out[:, start : start + len(codes)] = F.linear(values, numerics.dequantize(codes, scale, granularity, values.dtype))
+    return add_bias(out, w.bias).to(dtype)
 
 
 def row_scheme(scheme: Scheme) -> str | None:

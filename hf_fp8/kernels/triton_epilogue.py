@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .kernel import Input, Weight
+from .triton_scales import power_of, times_scales
 from .triton_support import on_device
 
 # Not measured: 16 KB of sums a program, and the tile of outliers, at most 64 columns, beside it.
@@ -25,16 +26,16 @@ def _scale_sums(
     mask = (m[:, None] < M) & (n[None, :] < N)
     at = m[:, None].to(tl.int64) * N + n[None, :]
     w_scale = tl.load(w_scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    # In this order: a large scale of x alone could overflow.
-    v = tl.load(sums + at, mask=mask, other=0).to(tl.float32) * w_scale
-    v *= tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
+    x_scale = tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
+    v = times_scales(tl.load(sums + at, mask=mask, other=0).to(tl.float32), x_scale, w_scale)
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
         at_left = m[:, None] * stride_om + r[None, :] * stride_or
         left = tl.load(outliers + at_left, mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
         right = tl.load(beside + r[:, None] * N + n[None, :], mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
         # Without loss: outliers come from a tensor of this dtype, and int8 codes fit into any.
-        v += tl.dot(left.to(DTYPE), right.to(DTYPE), input_precision="ieee") * w_scale
+        power, rest = power_of(w_scale, DTYPE)
+        v += tl.dot(left.to(DTYPE), (right * power).to(DTYPE), input_precision="ieee") * rest
     if HAS_BIAS:
         v += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)

@@ -16,8 +16,8 @@ import triton.language as tl
 from . import triton_mm, triton_weight_only
 from .kernel import ExpertWeights, Groups, Input
 from .tiling import columns
+from .triton_scales import power_of, times_scales, widened
 from .triton_support import native_e4m3, on_device
-from .triton_weight_only import _widen
 
 # Tiles are for so many times the rows that an expert has on average: of groups of 16 drawn at random, two in five have
 # more, and would read their weights twice. Not measured.
@@ -26,7 +26,7 @@ SLACK = 1.5
 
 @triton.jit
 def _grouped(
-    x, w, x_scales, w_scales, out, rows, slots, experts, ends, S, N, K, E, grid_m, factor, share, part, part_scales, scale_rows,
+    x, w, x_scales, w_scales, out, rows, slots, experts, ends, S, N, K, E, grid_m, share, part, part_scales, scale_rows,
     stride_xm, stride_xk, stride_we, stride_wn, stride_sm, stride_sk, stride_ce, stride_cn, stride_ck,
     QUANTIZED: tl.constexpr, X_COLS: tl.constexpr, W_COLS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     SORTED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -65,6 +65,11 @@ def _grouped(
     of_n = n // part * part_scales + n % part // scale_rows
     w_scale_rows = w_scales + e * stride_ce + of_n * stride_cn
     x_scale_rows = x_scales + r * stride_sm
+    w_scale = tl.load(w_scale_rows, mask=n < N, other=0.0).to(tl.float32)
+    if QUANTIZED:
+        x_scale = tl.load(x_scale_rows, mask=here, other=0.0).to(tl.float32)
+    else:
+        power, rest = power_of(w_scale, DTYPE)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, k_tiles):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -75,26 +80,29 @@ def _grouped(
                 acc = tl.dot(xt, tl.trans(wt), acc)
             else:
                 product = tl.dot(xt, tl.trans(wt)).to(tl.float32)
-                if X_COLS > 0:
-                    at = step * BLOCK_K // X_COLS * stride_sk
-                    product *= tl.load(x_scale_rows + at, mask=here, other=0.0).to(tl.float32)[:, None]
                 if W_COLS > 0:
                     at = step * BLOCK_K // W_COLS * stride_ck
-                    product *= tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)[None, :]
+                    w_scale = tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)
+                product *= w_scale[None, :]  # first, as in triton_mm
+                if X_COLS > 0:
+                    at = step * BLOCK_K // X_COLS * stride_sk
+                    x_scale = tl.load(x_scale_rows + at, mask=here, other=0.0).to(tl.float32)
+                    product *= x_scale[:, None]
                 acc += product
+        elif W_COLS > 0:
+            at = step * BLOCK_K // W_COLS * stride_ck
+            power, rest = power_of(tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32), DTYPE)
+            wide = tl.trans(widened(wt, power, DTYPE, BITS))
+            acc += tl.dot(xt.to(DTYPE), wide, input_precision="ieee") * rest[None, :]
         else:
-            wide = tl.trans(_widen(wt, DTYPE, BITS))
-            if W_COLS > 0:
-                at = step * BLOCK_K // W_COLS * stride_ck
-                scale = tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)
-                acc += tl.dot(xt.to(DTYPE), wide, input_precision="ieee") * scale[None, :]
-            else:
-                acc = tl.dot(xt.to(DTYPE), wide, acc, input_precision="ieee")
-    acc *= factor
-    if QUANTIZED and X_COLS == 0:
-        acc *= tl.load(x_scale_rows, mask=here, other=0.0).to(tl.float32)[:, None]
-    if W_COLS == 0:
-        acc *= tl.load(w_scale_rows, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            acc = tl.dot(xt.to(DTYPE), tl.trans(widened(wt, power, DTYPE, BITS)), acc, input_precision="ieee")
+    if QUANTIZED:
+        if X_COLS == 0 and W_COLS == 0:
+            acc = times_scales(acc, x_scale[:, None], w_scale[None, :])
+        elif X_COLS == 0:
+            acc *= x_scale[:, None]
+    elif W_COLS == 0:
+        acc *= rest[None, :]
     acc = tl.where(taken, acc, 0.0)  # a row that nobody takes may hold anything, and so may its scale
     at_m = tl.load(slots + m, mask=here, other=0) if HAS_SLOTS else m
     at = at_m[:, None].to(tl.int64) * N + n[None, :]
@@ -128,7 +136,7 @@ def multiply(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> 
         _grouped[(grid_m * triton.cdiv(n, block_n),)](
             values, codes.view(torch.int8) if bits else codes, x_scale, scales, out,
             *(groups.experts if t is None else t for t in (groups.rows, groups.slots, groups.experts, groups.ends)),
-            s, n, k, n_experts, grid_m, 256.0 if bits else 1.0, groups.share,
+            s, n, k, n_experts, grid_m, groups.share,
             part, scales.shape[1] // w.parts, part if of_w.rows == -1 else of_w.rows,
             *values.stride(), *codes.stride()[:2], *x_scale.stride()[-2:], *scales.stride(),
             QUANTIZED=quantized, X_COLS=x_cols, W_COLS=max(of_w.cols, 0), BITS=bits, DTYPE=kind,

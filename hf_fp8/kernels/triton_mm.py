@@ -14,6 +14,7 @@ from ..scheme import INT8, Scheme
 from .kernel import Input, Weight
 from .quantize import quantize_input
 from .tiling import columns
+from .triton_scales import times_scales
 from .triton_support import on_device
 
 # By rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured; the usual sizes for 8-bit
@@ -41,6 +42,8 @@ def _scaled_mm(
     w_rows = w + n[:, None].to(tl.int64) * stride_wn
     x_scale_rows = x_scales + m * stride_xm
     w_scale_rows = w_scales + (n // W_ROWS) * stride_sn if W_ROWS > 0 else w_scales + n * 0
+    x_scale = tl.load(x_scale_rows, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    w_scale = tl.load(w_scale_rows, mask=n < N, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if IS_INT8 and X_COLS == 0 and W_COLS == 0 else tl.float32)
     for tile in range(0, tl.cdiv(K, BLOCK_K)):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -49,19 +52,22 @@ def _scaled_mm(
         if X_COLS == 0 and W_COLS == 0:
             acc = tl.dot(qt, wt, acc)
         else:
+            # The weight's first: those of inputs may be as large as inputs are, and alone they would overflow.
             part = tl.dot(qt, wt).to(tl.float32)
-            if X_COLS > 0:
-                at = tile * BLOCK_K // X_COLS * stride_xk
-                part *= tl.load(x_scale_rows + at, mask=m < M, other=0.0).to(tl.float32)[:, None]
             if W_COLS > 0:
                 at = tile * BLOCK_K // W_COLS * stride_sk
-                part *= tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)[None, :]
+                w_scale = tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            part *= w_scale
+            if X_COLS > 0:
+                at = tile * BLOCK_K // X_COLS * stride_xk
+                x_scale = tl.load(x_scale_rows + at, mask=m < M, other=0.0).to(tl.float32)[:, None]
+                part *= x_scale
             acc += part
     total = acc.to(tl.float32)
-    if X_COLS == 0:
-        total *= tl.load(x_scale_rows, mask=m < M, other=0.0).to(tl.float32)[:, None]
-    if W_COLS == 0:
-        total *= tl.load(w_scale_rows, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if X_COLS == 0 and W_COLS == 0:
+        total = times_scales(total, x_scale, w_scale)
+    elif X_COLS == 0:
+        total *= x_scale
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = m[:, None].to(tl.int64) * N + n[None, :]

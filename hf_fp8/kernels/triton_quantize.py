@@ -21,10 +21,10 @@ ONE_PASS = 16384
 @triton.jit
 def _scale_of(bits, code_max, min_scale):
     # The largest magnitude as the largest integer: of non-negative floats the order of the bits is that of the
-    # values, with NaN above all. tl.max would drop NaN. The last clamp keeps it: no comparison with it is true.
+    # values, with NaN above all. tl.max would drop NaN. The comparison keeps it: none with it is true.
     amax = bits.to(tl.float32, bitcast=True)
     scale = tl.div_rn(amax, code_max)
-    return tl.where(scale < min_scale, min_scale, scale)
+    return tl.where(scale == 0.0, min_scale, scale)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..scheme import FP8
 from .kernel import Input, Weight
 from .tiling import columns
+from .triton_scales import power_of, widened
 from .triton_support import native_e4m3, on_device, processors
 
 # Tiles by rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured: sized so that a program
@@ -28,17 +29,8 @@ TILES = (
 
 
 @triton.jit
-def _widen(codes, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    # E4M3 shifted into float16 is the value divided by 256 (see casts.py), which the epilogue makes up for.
-    if BITS:
-        half = ((codes.to(tl.int16) << 7) & -0x4080).to(tl.float16, bitcast=True)
-        return tl.where((codes & 0x7F) == 0x7F, float("nan"), half.to(tl.float32)).to(DTYPE)
-    return codes.to(DTYPE)
-
-
-@triton.jit
 def _weight_only(
-    x, w, scales, bias, out, M, N, K, tiles_per_split, factor,
+    x, w, scales, bias, out, M, N, K, tiles_per_split,
     stride_xm, stride_xk, stride_wn, stride_sn, stride_sk,
     SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -51,21 +43,21 @@ def _weight_only(
     x_rows = x + m[:, None].to(tl.int64) * stride_xm
     w_rows = w + n[:, None].to(tl.int64) * stride_wn
     scale_rows = scales + (n // SCALE_N) * stride_sn if SCALE_N > 0 else scales + n * 0
+    power, rest = power_of(tl.load(scale_rows, mask=n < N, other=0.0).to(tl.float32), DTYPE)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split * tiles_per_split
     for tile in range(first, min(first + tiles_per_split, tl.cdiv(K, BLOCK_K))):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         xt = tl.load(x_rows + k[None, :] * stride_xk, mask=(m[:, None] < M) & (k[None, :] < K), other=0.0).to(DTYPE)
         codes = tl.load(w_rows + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
-        wt = tl.trans(_widen(codes, DTYPE, BITS))
         if SCALE_K > 0:
             scale = tl.load(scale_rows + (tile * BLOCK_K // SCALE_K) * stride_sk, mask=n < N, other=0.0).to(tl.float32)
-            acc += tl.dot(xt, wt, input_precision="ieee") * scale[None, :]
+            power, rest = power_of(scale, DTYPE)
+            acc += tl.dot(xt, tl.trans(widened(codes, power, DTYPE, BITS)), input_precision="ieee") * rest[None, :]
         else:
-            acc = tl.dot(xt, wt, acc, input_precision="ieee")
-    acc *= factor
+            acc = tl.dot(xt, tl.trans(widened(codes, power, DTYPE, BITS)), acc, input_precision="ieee")
     if SCALE_K == 0:
-        acc *= tl.load(scale_rows, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        acc *= rest[None, :]
     mask = (m[:, None] < M) & (n[None, :] < N)
     at = m[:, None].to(tl.int64) * N + n[None, :]
     if SPLIT:
@@ -118,7 +110,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     with on_device(values):
         _weight_only[(grid_n, grid_m, splits)](
             values, codes.view(torch.int8) if bits else codes, scales, bias, target,
-            m, n, k, per_split, 256.0 if bits else 1.0,
+            m, n, k, per_split,
             *values.stride(), codes.stride(0), *scales.stride(),
             SCALE_N=max(granularity.rows, 0), SCALE_K=max(granularity.cols, 0), BITS=bits, DTYPE=kind,
             HAS_BIAS=w.bias is not None, SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
