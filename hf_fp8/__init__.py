@@ -18,6 +18,7 @@ from .errors import (
     MismatchError,
     MissingTensorError,
     ScaleError,
+    StaleError,
     UnsupportedError,
     UnusedTensorError,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "QualityReport",
     "ScaleError",
     "Scheme",
+    "StaleError",
     "TensorScheme",
     "UnsupportedError",
     "UnusedTensorError",

@@ -180,10 +180,15 @@ def _targets(model: nn.Module) -> list[_Target]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, FP8Linear) and module.scheme.has_static_input:
+            if module.input_scale is None:
+                module.await_scale("input_scale", (1,), module.weight_scale)
             found.append(_Target(name, module))
         elif isinstance(module, FP8Experts):
-            static = [p.name for p in module.projections if p.scheme.has_static_input]
-            found += [_Target(f"{name}.{p}".lstrip("."), module, p) for p in static]
+            for p in module.projections:
+                if p.scheme.has_static_input:
+                    if getattr(module, p.input_scale) is None:
+                        module.await_scale(p.input_scale, (p.shape[0], p.parts), getattr(module, p.scale))
+                    found.append(_Target(f"{name}.{p.name}".lstrip("."), module, p.name))
     return found
 
 

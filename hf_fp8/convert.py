@@ -9,7 +9,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from .experts import FP8Experts, Projection
-from .linear import FP8Linear
+from .linear import FP8Linear, refuse_torn
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
 
@@ -133,15 +133,21 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
     def dense_of(layer: QuantizedModule) -> nn.Module:
         original = getattr(layer, "original", None)
         new = layer.to_dense(asked or (default if original is None else original.dtype))
+        if isinstance(layer, FP8Linear):
+            layer.original = None  # of which `new` has a copy
         take_over(layer, new)
         return new
 
     for layer in layers:
         if layer.is_offloaded:
             layer.to_dense(default)  # raises
+    linears = [layer for layer in layers if isinstance(layer, FP8Linear)]
+    refuse_torn(linears)
+    changed = {id(layer) for layer in linears if layer.is_stale}
     made: dict[int, nn.Module] = {}  # a module that sits in two places stays one module
     weights: dict[int, nn.Parameter] = {}  # and a weight of two modules one weight
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    modules = list(model.named_modules(remove_duplicate=False))
+    for name, module in sorted(modules, key=lambda found: id(found[1]) not in changed):  # a changed weight is all twins'
         if isinstance(module, QuantizedModule):
             if id(module) not in made:
                 made[id(module)] = new = dense_of(module)

@@ -45,5 +45,9 @@ class CalibrationError(FP8Error, RuntimeError):
     """A static scale has not been measured yet, or could not be."""
 
 
+class StaleError(FP8Error, RuntimeError):
+    """The float weight that was kept beside a layer's codes has been changed since they were made of it."""
+
+
 class InputError(FP8Error, TypeError):
     """A layer was called with an input whose dtype or shape it cannot take."""

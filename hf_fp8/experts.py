@@ -88,7 +88,8 @@ class ExpertsLayout:
 class FP8Experts(QuantizedModule):
     """Experts whose stacked weights stay in E4M3: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
 
-    Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts).
+    Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts), NaN for
+    experts that were not measured: kernels that quantize inputs with it give NaN for their rows.
     Whatever the family, rows are outputs and gate lies over up; only a file that stacks them interleaved is held so
     (`interleaved`). Biases, activation, gating and norms are the family's own. Loading makes these modules (docs/formats.md,
     "Experts"); nobody else need.
@@ -165,11 +166,10 @@ class FP8Experts(QuantizedModule):
         """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) to (T, H); an index of E or more is nobody.
 
         Families that route beforehand (Llama-4) give (E * T, H) alone and get the same back. Raises UnsupportedError
-        for parametrized stacks (`refuse_parametrized`).
+        for parametrized stacks (`refuse_parametrized`); CalibrationError if a kernel that runs quantizes inputs with static
+        scales of which a stack has none that was measured. If only some experts have none, what they make of a token is NaN.
         """
         self.refuse_parametrized()
-        if self.observer is None:
-            self.refuse_uncalibrated()
         dtype = hidden_states.dtype
         if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
@@ -234,7 +234,7 @@ class FP8Experts(QuantizedModule):
             getattr(self, projection.scale),
             projection.scheme,
             groups,
-            input_scale=getattr(self, projection.input_scale),
+            input_scale=None if projection.input_scale in self.unmeasured else getattr(self, projection.input_scale),
             parts=projection.parts,
             backend=self.backend if self.observer is None else "weight_only",
         )

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from .errors import InputError
 from .gradients import times_weight
 from .kernels import Input, Weight, kernel_for
+from .originals import refuse_changed
 from .scheme import Scheme
 from .shared_input import quantize_once
 
@@ -22,7 +23,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LIBRARY: Any = torch.library.Library("hf_fp8", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
-    "str scheme, str backend, str backward) -> Tensor",
+    "str scheme, str backend, str backward, Tensor? original=None, Tensor? made_of=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -36,7 +37,11 @@ def _run(
     scheme: str,
     backend: str,
     backward: str,
+    original: torch.Tensor | None = None,
+    made_of: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if original is not None:
+        refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
     kernel = kernel_for(x, weight, scheme, backend)
@@ -56,12 +61,13 @@ def _(
     scheme: str,
     backend: str,
     backward: str,
+    *_: Any,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward = inputs
+    _, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward, *_ = inputs
     ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) or (M, K) is made
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -78,7 +84,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x = times_weight(grad, weight, weight_scale, ctx.scheme, False, ctx.backward)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, *[None] * 5
 
 
 torch.library.register_autograd("hf_fp8::scaled_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
@@ -96,18 +102,21 @@ def scaled_linear(
     backend: str = "auto",
     backward: str = "exact",
     layer: Any = None,
+    kept: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
 
-    x: (..., K) in bf16, fp16 or float32, any strides, M = 0 allowed; a per-token scale is one per
+    x: (..., K) in bf16, fp16, float32 or float64, any strides, M = 0 allowed; a per-token scale is one per
     row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements of bf16,
-    fp16 or float32. input_scale: one element, for static schemes. bias: (N,). Returns (..., N) in
+    fp16 or float32. input_scale: one element, for static schemes; None if it is not known. bias: (N,). Returns (..., N) in
     the dtype of x. Gradients flow to x, through the dequantized weight, and bias. backward: "exact", or "quantized" to
     round the gradient to 8 bits and multiply it with the codes. layer: the FP8Linear that asks, if it has siblings to share
-    the quantized input with (`shared_input`).
+    the quantized input with (`shared_input`). kept: the float weight beside the codes and what they were made of
+    (`originals`), to be compared when compiled code runs.
 
     Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
-    that cannot run.
+    that cannot run; CalibrationError if the kernel quantizes x and the scheme is static, without an input scale; StaleError
+    if what is `kept` was changed.
     """
     if x.dtype not in FLOATS:
         hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
@@ -126,7 +135,7 @@ def scaled_linear(
         given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
         out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
     else:
-        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward)
+        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 

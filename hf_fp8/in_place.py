@@ -16,7 +16,7 @@ from .config import FP8Config
 from .convert import leave_fused_paths, let_siblings_share, put, take_over
 from .errors import ConfigError, ScaleError
 from .explain import by_reason
-from .linear import ORIGINALS, FP8Linear
+from .linear import ORIGINALS, FP8Linear, refuse_torn
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
@@ -50,8 +50,8 @@ def quantize_model(
         device: where weights are quantized, one layer at a time; the results go back to where the weight was.
         inplace: else a copy is changed and returned, and of what is quantized only the result is made.
         originals: what becomes of the float weights: "discard", "keep" beside the codes, or "offload" to the CPU. With the
-            last two `requantize_model` makes codes anew after an update of `layer.original`, and `dequantize_model` gives
-            them back to the bit. Experts keep none.
+            last two `requantize_model` makes codes anew after an update of `layer.original` (till then running and saving the
+            layer raise StaleError), and `dequantize_model` gives them back to the bit. Experts keep none.
         conv1x1: also convolutions with a kernel of one point, which targets may call "Linear".
         compute_dtype: cast inputs to it first (a float32 model on a GPU whose kernels give 16 bits); None leaves them.
         cast_output: cast outputs back to the dtype that the input had.
@@ -85,6 +85,7 @@ def quantize_model(
                 choice.reasons[name] = str(error)
                 continue
             new.compute_dtype, new.cast_output, new.backward = compute_dtype, cast_output, backward
+            new.name_in_model = name
             made[id(old)] = new
         if inplace:
             root = put(root, name, made[id(old)])
@@ -104,12 +105,15 @@ def quantize_model(
 def requantize_model(model: nn.Module) -> nn.Module:
     """Make codes and scales anew of the float weights that were kept (`originals="keep"` or "offload"), in place.
 
-    Raises UnsupportedError, before anything is changed, for a layer whose original was not kept.
+    Raises UnsupportedError, before anything is changed, for a layer whose original was not kept, and for layers with one weight
+    whose originals were changed to different values.
     """
     layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    refuse_torn(layers)
     done: dict[int, FP8Linear] = {}
     keep: list[torch.Tensor] = []  # so that no id is given twice
-    for layer in sorted(layers, key=lambda layer: layer.original is not None):  # those without come first, and raise
+    # Those without one come first, and raise; of layers with the same codes the one whose original was changed.
+    for layer in sorted(layers, key=lambda layer: (layer.original is not None, not layer.is_stale)):
         before = layer.weight
         twin = done.setdefault(id(before), layer)
         if twin is layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from . import numerics
 from .changes import Change
 from .errors import ConfigError, UnsupportedError
 from .functional import scaled_linear
+from .originals import as_it_is, is_changed, kept, refuse_changed
 from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
 
@@ -42,10 +43,11 @@ class FP8Linear(QuantizedModule, nn.Linear):
             outputs are then cast back to the dtype of the input.
         backward: "exact", or "quantized" to round gradients to 8 bits, too; see `FP8Config`.
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
-            (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it.
+            (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it. Once it was
+            changed, running and saving the layer raise StaleError until codes are made anew; see `originals.is_changed`.
+        name_in_model: its name in the model that `quantize_model` was given, for errors.
         made_of, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it asked
             for gradients; what `to_linear` gives has both.
-        awaits_calibration: whether `input_scale` has yet to be measured (`hf_fp8.calibrate`).
         observer: called with each input while the layer is being calibrated.
     """
 
@@ -73,9 +75,10 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.cast_output = True
         self.backward = "exact"
         self.original: torch.Tensor | None = None
+        self._made_of: torch.Tensor | None = None
         self.originals = "discard"
+        self.name_in_model = ""
         self.trainable = True
-        self.awaits_calibration = False
         self.observer: Callable[[torch.Tensor], Any] | None = None
 
         def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -122,9 +125,9 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """Hold the weight of `other`: codes, scale and the original, if it was kept. Inputs, and their scale, are its own."""
         self.weight, self.weight_scale = other.weight, other.weight_scale
         self.original, self.originals = other.original, other.originals
+        self._made_of = other._made_of
         if self.input_scale is not None and self.input_scale.is_meta and other.input_scale is not None:
-            self.input_scale = nn.Parameter(torch.full_like(other.input_scale, torch.nan), requires_grad=False)
-            self.awaits_calibration = not other.weight.is_meta
+            self.await_scale("input_scale", (1,), other.input_scale)
 
     @torch.no_grad()
     def quantize_from(
@@ -147,15 +150,42 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         if self.scheme.has_static_input and (self.input_scale is None or self.input_scale.is_meta):
-            # NaN, so that it cannot be taken for a scale wherever it gets to.
-            unknown = torch.full((1,), torch.nan, dtype=scale_dtype, device=home)
-            self.input_scale = nn.Parameter(unknown, requires_grad=False)
-            self.awaits_calibration = not weight.is_meta
+            self.await_scale("input_scale", (1,), self.weight_scale)
         self.originals = originals
         if originals == "discard" or weight.is_meta:
             self.original = None
         else:
-            self.original = weight.detach().to("cpu") if originals == "offload" else weight.detach()
+            self._keep(weight.detach().to("cpu") if originals == "offload" else weight.detach())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "original":
+            value = None if value is None else kept(value)
+            self._made_of = None  # unless `_keep` says so
+        super().__setattr__(name, value)
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        """Hold a float weight as the one that the codes were made of."""
+        self.original = weight
+        assert self.original is not None
+        self._made_of = as_it_is(self.original)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether `original` was changed or replaced since the codes were made of it."""
+        return self.original is not None and is_changed(self.original, self._made_of)
+
+    def refuse_stale(self, name: str = "") -> None:
+        """Raise StaleError, about the layer called `name`, if `is_stale`."""
+        if self.original is not None:
+            refuse_changed(self.original, self._made_of, name or self.name_in_model or f"this {type(self).__name__}")
+
+    def _to_compare(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What compiled code is to compare when it runs: not an exported program, which has no original, and not one that is on
+        the CPU alone, as that would keep CUDA graphs off."""
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiled and self.original is not None and self.original.device == self.weight.device:
+            return self.original, self._made_of
+        return None, None
 
     def requantize(self) -> None:
         """Make codes and scale anew of `original`, which may have been changed since; `input_scale` stays.
@@ -166,24 +196,26 @@ class FP8Linear(QuantizedModule, nn.Linear):
             raise UnsupportedError("the float weight was not kept: quantize with originals='keep' or 'offload'")
         home, original, originals = self.weight.device, self.original, self.originals
         self.quantize_from(original.to(home), originals=originals)
-        self.original = original
+        self._keep(original)
 
     def reset_parameters(self) -> None:
         """Nothing: FP8 weights come from a checkpoint or from a float weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input: (..., K) in bf16, fp16 or float32. Returns (..., N) in the same dtype (or autocast's).
+        """input: (..., K) in bf16, fp16, float32 or float64. Returns (..., N) in the same dtype (or autocast's).
 
-        Raises CalibrationError if the scale of its inputs has yet to be measured.
+        Raises CalibrationError if the kernel that runs quantizes inputs with a static scale that has yet to be measured or is
+        missing, which those that leave inputs as they are (`backend="weight_only"`) do not; StaleError if `original` was
+        changed (compiled code looks when it runs; not at originals that are offloaded, nor in a recorded CUDA graph).
         """
+        if self.original is not None and not torch.compiler.is_compiling():
+            self.refuse_stale()
         dtype, backend = input.dtype, self.backend
         if not input.is_meta and torch.is_autocast_enabled(input.device.type):
             input = input.to(dtype := torch.get_autocast_dtype(input.device.type))
         if self.observer is not None:
             self.observer(input)
             backend = "weight_only"
-        else:
-            self.refuse_uncalibrated()
         self.refuse_parametrized()
         if self.compute_dtype is not None:
             input = input.to(self.compute_dtype)
@@ -192,11 +224,12 @@ class FP8Linear(QuantizedModule, nn.Linear):
             self.weight,
             self.weight_scale,
             self.scheme,
-            input_scale=self.input_scale,
+            input_scale=None if self.unmeasured else self.input_scale,
             bias=self.bias,
             backend=backend,
             backward=self.backward,
             layer=self if self.shares_input is not None else None,
+            kept=self._to_compare(),
         )
         return out.to(dtype) if self.cast_output and out.dtype != dtype else out
 
@@ -204,11 +237,11 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
         return numerics.dequantize(self.weight, self.weight_scale, self.scheme.weight.granularity, dtype)
 
-    def restored_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The float weight: the original itself if it was kept, else the dequantized one."""
+    def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
+        """The float weight: the original if it was kept, itself or a copy, else the dequantized one."""
         if self.original is None:
             return self.dequantized_weight(dtype)
-        return self.original.to(self.weight.device, dtype)
+        return self.original.to(self.weight.device, dtype, copy=copy)
 
     @torch.no_grad()
     def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
@@ -224,7 +257,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
             if not torch.equal(bias.to(self.bias.dtype), self.bias):
                 new.bias = nn.Parameter(bias.to(self.bias.dtype, copy=True), requires_grad=self.bias.requires_grad)
         if self.original is not None:
-            new.original = changed.to(self.original)
+            new._keep(changed.to(self.original))
         for after, part, start in numerics.pieces(codes, scale, granularity, numerics.chunk(codes.device)):
             rows = slice(start, start + len(after))
             change.add(self._rows(rows), changed[rows].float(), numerics.dequantize(after, part, granularity))
@@ -250,6 +283,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """
         if self.scheme.weight.dtype == INT8:
             return
+        self.refuse_stale()
         if self.weight.is_meta:
             raise UnsupportedError(
                 "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
@@ -259,6 +293,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("input_scale", None)
+        self.unmeasured = ()
         self.scheme, self.backend = INT8_DYNAMIC, "int8"
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -267,7 +302,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A plain `nn.Linear` with the dequantized weight, on the same device.
+        """A plain `nn.Linear` with a copy of `original`, or else the dequantized weight, on the same device.
 
         Raises UnsupportedError for an offloaded layer, whose weight is not here to be read.
         """
@@ -276,7 +311,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
                 "an offloaded FP8Linear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(self.restored_weight(dtype), requires_grad=self.trainable)
+        linear.weight = nn.Parameter(self.restored_weight(dtype, copy=True), requires_grad=self.trainable)
         if self.bias is not None:
             bias = self.bias.detach().to(dtype, copy=True)
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
@@ -285,8 +320,25 @@ class FP8Linear(QuantizedModule, nn.Linear):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
         if self.original is not None and self.originals == "keep":
-            self.original = moved_as_it_is(self.original, fn)
+            is_stale, moved = self.is_stale, moved_as_it_is(self.original, fn)
+            if is_stale:
+                self.original = moved
+            else:
+                self._keep(moved)
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, by pickling or deepcopy, counts its changes anew.
+        return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._made_of is not None and self.original is not None:
+            self._keep(self.original)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.refuse_stale(prefix.removesuffix("."))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -295,3 +347,19 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"
+
+
+def refuse_torn(layers: Iterable[FP8Linear]) -> None:
+    """Raise UnsupportedError if layers that hold the same codes have float weights that were changed, and not to the same.
+
+    They have one to begin with; `.to()` gives each its own.
+    """
+    changed: dict[int, torch.Tensor] = {}
+    for layer in layers:
+        if layer.original is not None and layer.is_stale:
+            first = changed.setdefault(id(layer.weight), layer.original)
+            if first is not layer.original and not torch.equal(first, layer.original):
+                raise UnsupportedError(
+                    f"{layer.name_in_model or 'a layer'} shares its weight with another layer, and their float weights "
+                    "(`original`) were changed to different values: make them equal"
+                )

@@ -46,7 +46,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
 
     Raises ConfigError if `folder` is there and was not written by this function; UnsupportedError for quantized
     transformers models (`save_pretrained` writes those for everybody), offloaded layers and state that is no tensor;
-    CalibrationError for layers whose input scale has yet to be measured.
+    CalibrationError for layers whose input scale has yet to be measured, StaleError for those whose kept float weight was
+    changed since.
     """
     layers = {
         name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedModule)
@@ -58,6 +59,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
             raise UnsupportedError(f"{name} is on the meta device, or offloaded: there is nothing to be saved")
         if module.awaits_calibration:
             raise CalibrationError(f"{name} has no input scale yet: calibrate the model before it is saved (hf_fp8.calibrate)")
+        module.refuse_stale(name)
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(f"{type(model).__name__} is a transformers model: use its save_pretrained")
     state = model.state_dict()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .changes import Change
-from .errors import CalibrationError, UnsupportedError
+from .errors import UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,28 +33,43 @@ class QuantizedModule(nn.Module):
         """Names of all codes and scales."""
         return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
 
-    # Whether the scales of its inputs have yet to be measured.
-    awaits_calibration: bool = False
+    # Names of the scales of its inputs that have yet to be measured, and are NaN. Kernels are given none instead.
+    unmeasured: tuple[str, ...] = ()
     # The dtype of the float weights that it was made of, or of the model that it was loaded into; None: not known.
     made_of: torch.dtype | None = None
 
     @property
     def has_static_input(self) -> bool:
         """Whether it holds scales of its inputs."""
-        return any(getattr(self, name) is not None for scales in self.holds.values() for name in scales[1:])
+        return bool(self._input_scales())
+
+    def _input_scales(self) -> dict[str, torch.Tensor]:
+        names = (name for scales in self.holds.values() for name in scales[1:])
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether scales of its inputs have yet to be measured (`hf_fp8.calibrate`): kernels that need them raise till then."""
+        return bool(self.unmeasured)
+
+    @awaits_calibration.setter
+    def awaits_calibration(self, awaits: bool) -> None:
+        self.unmeasured = tuple(self._input_scales()) if awaits else ()
 
     def see_calibration(self) -> None:
-        """Note whether the scales of its inputs are all there now: those that have yet to be measured are NaN."""
-        static = [getattr(self, name) for scales in self.holds.values() for name in scales[1:]]
-        self.awaits_calibration = any(not bool(s.isfinite().all()) for s in static if s is not None and not s.is_meta)
+        """Note which scales of its inputs have yet to be measured: those that are NaN, of experts for all of a stack.
 
-    def refuse_uncalibrated(self) -> None:
-        """Raise CalibrationError if the scales of its inputs have yet to be measured."""
-        if self.awaits_calibration:
-            raise CalibrationError(
-                f"this {type(self).__name__} with static inputs has no input scale yet: run some data through the model under "
-                "`with hf_fp8.calibrate(model):`, or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
-            )
+        Where some experts have one, those without are experts that nothing was routed to: their rows come out as NaN.
+        """
+        here = {name: scale for name, scale in self._input_scales().items() if not scale.is_meta}
+        self.unmeasured = tuple(name for name, scale in here.items() if not bool(scale.isfinite().any()))
+
+    def await_scale(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> None:
+        """Hold a scale of inputs that has yet to be measured, in the dtype of `like` and on its device."""
+        # NaN, so that it cannot be taken for a scale wherever it gets to.
+        self.register_parameter(name, nn.Parameter(like.new_full(shape, torch.nan), requires_grad=False))
+        if not like.is_meta:
+            self.unmeasured = (*self.unmeasured, name)
 
     def freeze(self) -> None:
         """Codes and scales have no gradient: the loader may have asked for one."""
