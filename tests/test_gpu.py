@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_extremes import ROWS as SIZES
+from test_extremes import WEIGHTS, check, inputs, weights
 from test_kernels import BY_NAME, SCHEMES, THRESHOLD, expected, operands, runs, sqnr
 
-from hf_fp8 import FP8Linear, kernels, numerics, quantize_model
+from hf_fp8 import FP8Linear, kernels, numerics, quantize_model, requantize_model
 from hf_fp8.functional import scaled_linear
 from hf_fp8.kernels import WEIGHT_ONLY, Problem, select
 from hf_fp8.kernels.probe import exact_operands
@@ -98,6 +100,35 @@ def test_compiled_with_reduced_overhead() -> None:
         for _ in range(4):
             x = torch.randn(4, 512, device=DEVICE, dtype=torch.bfloat16)
             assert torch.equal(compiled(x).clone(), layer(x))
+
+
+@pytest.mark.parametrize("originals", ["keep", "offload"])
+def test_kept_weights_with_reduced_overhead(originals: str) -> None:
+    """They are not copied in each replay, and a layer that was not changed is not taken for one that was."""
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256, dtype=torch.bfloat16, device=DEVICE))
+    quantize_model(model, originals=originals)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(4, 512, device=DEVICE, dtype=torch.bfloat16)
+            assert torch.equal(compiled(x).clone(), model(x))
+            requantize_model(model)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_extremes(name: str, dtype: torch.dtype) -> None:
+    scheme, n, k = SCHEMES[name], 64, 256
+    for size in WEIGHTS[dtype]:
+        codes, scale, dense = weights(scheme, n, k, size)
+        for kernel in runs(scheme, n, k, dtype, DEVICE):
+            for m in (1, 17, 70):
+                for row in SIZES[dtype]:
+                    x = inputs(m, k, [row], dtype)
+                    static = (x.abs().amax().float().reshape(1) / 448).to(DEVICE) if scheme.has_static_input else None
+                    with kernels.use(kernel):
+                        found = scaled_linear(x.to(DEVICE), codes.to(DEVICE), scale.to(DEVICE), scheme, input_scale=static)
+                    check(found.cpu(), x, dense, kernel, scheme)
 
 
 def test_what_auto_takes() -> None:
