@@ -19,9 +19,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import smollm2
 import torch
-import transformers
 from build import STATIC_TENSOR, differing, error, group_input, tensors, tiny_llama, write
-from moe import is_linear, mixtral
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from moe import gpt_oss, is_linear, llama4, mixtral, qwen3_moe
+from provenance import version
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import hf_fp8
@@ -90,10 +92,52 @@ def experts(path: Path, work: Path, edit: Callable[[dict[str, Any]], dict[str, A
     return both(path, quantization_config=DEQUANTIZE)
 
 
-def experts_saved(path: Path, work: Path) -> str:
+def experts_saved(path: Path, work: Path, **options: Any) -> str:
     write(mixtral(), path, quantized=is_linear)
-    AutoModelForCausalLM.from_pretrained(path, quantization_config=DEQUANTIZE).save_pretrained(work / "saved")
-    return "saved"
+    return saved(path, work, **options)
+
+
+def saved(path: Path, work: Path, **options: Any) -> str:
+    AutoModelForCausalLM.from_pretrained(path, **options).save_pretrained(work / "saved")
+    return f"saved, as {', '.join(sorted({str(tensor.dtype) for tensor in tensors(work / 'saved').values()}))}"
+
+
+def one_by_one(family: Callable[[], Any]) -> Callable[[Path, Path], str]:
+    """Experts that files stack, quantized: one tensor per expert, as llm-compressor writes them."""
+
+    def case(path: Path, work: Path) -> str:
+        family().save_pretrained(work / "dense")
+        hf_fp8.register()
+        config = hf_fp8.FP8Config("FP8_DYNAMIC")
+        AutoModelForCausalLM.from_pretrained(work / "dense", quantization_config=config).save_pretrained(path)
+        return both(path, quantization_config=DEQUANTIZE)
+
+    return case
+
+
+def int4_experts_saved(path: Path, work: Path) -> str:
+    """Experts in int4 beside attention in FP8."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}
+    group = {"targets": ["re:.*experts.*"], "weights": weights, "format": "pack-quantized"}
+    compressor, scheme = BaseCompressor.get_value_from_registry("pack-quantized"), QuantizationScheme(**group)
+
+    def pack(state: dict[str, Any]) -> dict[str, Any]:
+        packed = {}
+        for name, tensor in state.items():
+            parts = {"weight": tensor}
+            if ".experts." in name:
+                scale = (tensor.float().view(len(tensor), -1, 8).abs().amax(-1) / 7.5).bfloat16()
+                parts = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
+            packed |= {name.removesuffix("weight") + role: part for role, part in parts.items()}
+        return packed
+
+    def two_groups(config: dict[str, Any]) -> None:
+        config["quantization_config"]["format"] = "mixed-precision"
+        config["quantization_config"]["config_groups"]["experts"] = group
+
+    attention = {"quantized": lambda name: "self_attn" in name and is_linear(name), "targets": ["re:.*self_attn.*"]}
+    write(qwen3_moe(), path, **attention, edit=pack, config_edit=two_groups)
+    return saved(path, work)
 
 
 def renamed(state: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +184,11 @@ CASES: dict[str, Callable[[Path, Path], str]] = {
     "disk offload": offloaded,
     "experts under the Hub's names, dequantize=True": experts,
     "experts under llm-compressor's names, dequantize=True": lambda p, w: experts(p, w, renamed),
-    "saving experts after dequantize=True": experts_saved,
+    "experts of gpt-oss one by one, dequantize=True": one_by_one(gpt_oss),
+    "experts of Llama-4 one by one, dequantize=True": one_by_one(llama4),
+    "saving experts": experts_saved,
+    "saving experts after dequantize=True": lambda p, w: experts_saved(p, w, quantization_config=DEQUANTIZE),
+    "saving int4 experts beside FP8": int4_experts_saved,
     "FP8 beside int4, dequantize=True": lambda p, w: both(_mixed(p), quantization_config=DEQUANTIZE),
     "a missing weight_scale": broken(lambda s: {k: v for k, v in s.items() if k != f"{Q}.weight_scale"}),
     "a NaN scale": broken(lambda s: {**s, f"{Q}.weight_scale": s[f"{Q}.weight_scale"] * float("nan")}),
@@ -162,7 +210,7 @@ def _mixed(path: Path) -> Path:
 def main() -> None:
     smollm2.quiet()
     warnings.simplefilter("ignore")
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    print(", ".join(f"{name} {version(name)}" for name in ("transformers", "compressed-tensors", "torch")))
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as work:
             hf_fp8.unregister()

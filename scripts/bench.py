@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import bench_training
 import shapes
 import torch
 import transformers
-from provenance import commit, version
+from provenance import commit, cpu, version
 from rich.console import Console
 from rich.table import Table
 
@@ -40,15 +38,7 @@ console = Console(width=150)
 
 
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next(
-        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor()
-    )
-    has = [name for name in ("amx_int8", "avx512_vnni") if name in text]
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"{model} ({', '.join(has)}{f'; oneDNN held to {held}' if held else ''})"
+    return torch.cuda.get_device_name() if device == "cuda" else cpu()
 
 
 class Log:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLACEHOLDER = re.compile(r"<!--\s*(\w+)\s*-->")
@@ -56,6 +56,25 @@ def fill(frame: str, values: Mapping[str, str]) -> str:
     return page
 
 
+def read(frame: str, page: str) -> dict[str, str]:
+    """The values that a page shows in the places of its frame's placeholders: `fill(frame, read(frame, page)) == page`.
+
+    Raises PageError where the page says something else than the frame.
+    """
+    parts = PLACEHOLDER.split(frame)  # fixed text, a name, fixed text, ...
+    pattern, seen = "", set()
+    for place, part in enumerate(parts):
+        if place % 2 == 0:
+            pattern += re.escape(part)
+        else:
+            pattern += f"(?P={part})" if part in seen else f"(?P<{part}>.*?)"
+            seen.add(part)
+    if found := re.fullmatch(pattern, page, re.DOTALL):
+        return found.groupdict()
+    missing = next((part for part in parts[::2] if part not in page), "all of the frame, but in another order")
+    raise PageError(f"the page is not its frame filled: it lacks {missing!r}")
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which becomes `path` when the block ends without an error."""
@@ -65,6 +84,9 @@ def whole(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+P = TypeVar("P", bound="Page")
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,12 @@ class Page:
             hold(cls.frame(), cls.names())
         except PageError as error:
             raise PageError(f"docs/{cls.name}.template.md: {error}") from None
+
+    @classmethod
+    def shown(cls: type[P]) -> P:
+        """What the page in docs/ shows now, for what is not measured anew. Raises PageError."""
+        values = read(cls.frame(), (DOCS / f"{cls.name}.md").read_text())
+        return cls(**{field.name: values[field.name.upper()] for field in fields(cls)})
 
     def write(self, folder: Path = DOCS, pictures: Mapping[str, Callable[[Path], object]] | None = None) -> None:
         """Write `folder`/NAME.md and `pictures`, name of the file -> function that draws it: all of them, or nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError
@@ -22,6 +23,15 @@ def version(package: str) -> str:
         return ""
 
 
+def cpu() -> str:
+    """Its name, with what it has for int8, and what oneDNN was held to."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    has = [name for name in ("amx_int8", "avx512_vnni") if name in text]
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"{next(names, platform.processor())} ({', '.join(has)}{f'; oneDNN held to {held}' if held else ''})"
+
+
 def commit() -> str:
     """The commit that is checked out, with "+" behind it if the package is not as it was committed."""
     short = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -34,6 +44,6 @@ def measured_with(*packages: str) -> str:
     versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "compressed-tensors", *packages)]
     at = commit().replace("+", ", with changes to the package")
     return (
-        f"measured on {datetime.date.today().isoformat()} on an {platform.machine()} CPU, {torch.get_num_threads()} threads; "
-        f"Python {platform.python_version()}, {', '.join(versions)}; commit {at}"
+        f"measured on {datetime.date.today().isoformat()}: {cpu()}, {torch.get_num_threads()} threads; Python "
+        f"{platform.python_version()}, {', '.join(versions)}; commit {at}"
     )

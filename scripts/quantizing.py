@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -50,6 +50,7 @@ SESSION = [
 class Quantizing(Page):
     name = "quantizing"
     versions: str
+    printed: str
     commands: str
     equal: str
     memory: str
@@ -146,6 +147,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="how much prose to measure perplexity on")
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where SmolLM2's checkpoints are kept")
+    parser.add_argument("--commands", action="store_true", help="run the commands shown anew, and keep what was measured")
     return parser
 
 
@@ -155,12 +157,18 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     smollm2.quiet()
     dense = smollm2.write_dense(options.folder / "dense")
-    measure = [sys.executable, str(ROOT / "scripts" / "quantize_memory.py")]
-    memory = subprocess.run(measure, check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as work:
         session = commands(Path(work), dense)
+        if options.commands:
+            return replace(Quantizing.shown(), printed=measured_with(), commands=session).write()
         table = equal(Path(work), options.folder, options.tokens)
-    Quantizing(measured_with(), session, "\n".join(table), memory.rstrip(), f"{options.tokens:,}").write()
+    measure = [sys.executable, str(ROOT / "scripts" / "quantize_memory.py")]
+    memory = subprocess.run(measure, check=True, capture_output=True, text=True).stdout
+    page = Quantizing(
+        versions=measured_with(), printed=measured_with(), commands=session, equal="\n".join(table), memory=memory.rstrip(),
+        tokens=f"{options.tokens:,}",
+    )  # fmt: skip
+    return page.write()
 
 
 if __name__ == "__main__":

@@ -275,10 +275,13 @@ def test_a_fork_while_another_thread_loads(folders: dict[str, Path], where: str,
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
+        # The first to use torch in a child renews its thread pool: several at once trip over each other ("Invalid thread pool").
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         sender.send(torch.equal(logits(read(folders, "llama", torch.float32)), right))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
+    sender.close()  # so that a child that fails is no child that hangs
     try:
         assert receiver.poll(20), "the child hangs"
         assert receiver.recv() is True
