@@ -55,7 +55,8 @@ def given(folder: Path) -> dict[str, Any]:
     )
     ids = IDS.flatten()
     return {
-        "UNet": UNet, "unet": UNet(), "dense_model": dense, "fp8_model": fp8, "ids": ids, "batches": [{"input_ids": ids[None, :512]}],
+        "UNet": UNet, "unet": UNet(), "dense_model": dense, "fp8_model": fp8, "ids": ids,
+        "batches": [{"input_ids": ids[None, :512]}],
         "tokenizer": tokenizer, "texts": ["some thousand tokens"], "train_dataset": [{"input_ids": IDS[0], "labels": IDS[0]}],
         "data_collator": None,
         "args": TrainingArguments(folder / "out", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
