@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,13 +283,18 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             checkpoint["format"] = formats.pop()
         return FP8Config(experts=self.experts, checkpoint=checkpoint)
 
-    def for_host(self, ignore: Iterable[str], compressed: bool) -> CompressedTensorsConfig:
+    def for_host(self, modules: Mapping[str, Sequence[str]], compressed: bool) -> CompressedTensorsConfig:
         """The groups that are not FP8, as the stock config that the host's quantizer takes.
 
-        ignore: modules that are not to be touched. compressed: whether the files hold packed weights,
+        modules: name of a group -> those that the files hold in its form. compressed: whether the files hold packed weights,
         whatever the status says.
         """
-        checkpoint = self.without_fp8_groups(ignore).to_dict()
+        checkpoint = self.without_fp8_groups().to_dict()
+        groups = with_presets(checkpoint["config_groups"])
+        # One pattern for each: compressed-tensors holds every module against every target.
+        exactly = {name: f"re:(?:{'|'.join(map(re.escape, found))})$" for name, found in modules.items()}
+        checkpoint["config_groups"] = {name: {**groups[name], "targets": [target]} for name, target in exactly.items()}
+        checkpoint["ignore"] = []
         checkpoint["kv_cache_scheme"] = None  # ours to carry: the host's hooks would quantize the cache its own way
         if not compressed:
             status = self.quantization_config.quantization_status

@@ -7,7 +7,7 @@ import re
 from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint
-from .errors import MissingTensorError
+from .errors import MismatchError, MissingTensorError
 from .keymap import KeyMap
 from .scan import Scan
 from .stored import WEIGHT
@@ -23,8 +23,11 @@ def check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoin
     checkpoint is one of this class of model; else those of whose layer, or kind, they hold a part.
     """
     filled: set[str] = set()
+    numbered: dict[tuple[str, str], list[str]] = {}
     for key in checkpoint.tensors:
         target, pattern = keymap.resolve(key)
+        if pattern is not None and "*" in pattern and target in keymap.params:
+            numbered.setdefault((target, pattern), []).append(key)
         filled.update((target, *keymap.others(keymap.rename(key), pattern)))
     filled |= {weight.module + f".{WEIGHT}" for weight in scanned.host}
     filled |= {keymap.resolve(f"{weight.name}.{WEIGHT}")[0] for weight in scanned.host}
@@ -38,6 +41,10 @@ def check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoin
     missing = [
         name for name in keymap.params if name not in held and name not in spared and not any(p.search(name) for p in ignored)
     ]
+    quantized = {weight.keys[weight.primary] for weight in [*scanned.weights, *scanned.host]}
+    for (target, pattern), keys in numbered.items():
+        if not quantized.issuperset(keys):  # else `check_experts` says it better
+            _check_numbers(target, pattern, keys, keymap, checkpoint)
     _check_siblings(missing, scanned)
     _check_names(model, missing, scanned)
     parameters = {name for name, _ in model.named_parameters()}
@@ -53,6 +60,30 @@ def check_coverage(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoin
 def is_of_class(model: PreTrainedModel) -> bool:
     """Whether the checkpoint is one of this very class, by the `architectures` of its config."""
     return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+
+
+def _check_numbers(target: str, pattern: str, keys: list[str], keymap: KeyMap, checkpoint: Checkpoint) -> None:
+    """Tensors that the host stacks in the order of their numbers, such as one bias of each expert: none may be missing."""
+    by_number: dict[int, str] = {}
+    for key in keys:
+        number = next((int(part) for part in reversed(keymap.rename(key).split(".")) if part.isdigit()), -1)
+        if number in by_number:
+            raise MismatchError(f"{key} and {by_number[number]} both go into place {number} of {target}")
+        by_number[number] = key
+    count = keymap.params[target].shape[0] if keymap.is_stacking(pattern) else len(keys)
+    if sorted(by_number) != list(range(count)):
+        lost = next((number for number in range(count) if number not in by_number), count)
+        raise MissingTensorError(
+            f"{len(keys)} tensors such as {keys[0]} go into {target}, which takes those with the numbers 0 to {count - 1}: "
+            + (f"number {lost} is not in the files" if lost < count else f"{by_number[max(by_number)]} is one too many")
+        )
+    first = checkpoint.tensors[by_number[0]]
+    for key in keys:
+        info = checkpoint.tensors[key]
+        if info.shape != first.shape and not info.dtype.startswith("F8_"):
+            raise MismatchError(
+                f"{key} has shape {list(info.shape)}; {by_number[0]}, with which it goes into {target}, has {list(first.shape)}"
+            )
 
 
 def _check_siblings(missing: list[str], scanned: Scan) -> None:

@@ -104,7 +104,7 @@ def _compiled(pattern: str) -> Any:
 
 def is_fp8(weights: Any) -> bool:
     """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
-    if not isinstance(weights, dict) or weights.get("type") != "float" or str(weights.get("num_bits")) != "8":
+    if not isinstance(weights, dict) or str(weights.get("type")).lower() != "float" or weights.get("num_bits") not in (8, "8"):
         return False
     return "uint8" not in str(weights.get("scale_dtype"))
 

@@ -7,6 +7,7 @@ from copy import copy, deepcopy
 
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -69,6 +70,11 @@ class KeyMap:
             object.__setattr__(probe, "target_patterns", [pattern])  # the class lets nobody change it
             found.append(self._with_prefix(probe.rename_source_key(renamed)[0]))
         return tuple(found)
+
+    def is_stacking(self, pattern: str) -> bool:
+        """Whether the converter with the source `pattern` stacks its tensors, one for each number, into one parameter."""
+        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        return used is not None and len(used.target_patterns) == 1 and isinstance(used.operations[0], MergeModulelist)
 
     def resolve(self, key: str) -> tuple[str, str | None]:
         """(parameter of the model, source pattern or None) of a key of the files."""

@@ -33,7 +33,7 @@ from .saving import (
     fit_config,
     is_dense_now,
     leave_experts,
-    not_of_host,
+    modules_of_host,
     recompress,
     refuse_unwritable,
     restore_dtypes,
@@ -234,8 +234,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense = dense
         if len(merged) < len(layout.scan.host) and not config.dequantize:
             packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
-            others = not_of_host(model, config, layout)
-            self.host = CompressedTensorsHfQuantizer(config.for_host(ignore=[*dense, *others], compressed=packed))
+            self.host = CompressedTensorsHfQuantizer(config.for_host(modules_of_host(layout), compressed=packed))
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
             check_host_shapes(layout.scan.host, model.state_dict())

@@ -14,7 +14,6 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from .config import FP8Config
 from .conversion import as_read
 from .errors import CalibrationError, UnsupportedError
-from .groups import groups_of
 from .linear import FP8Linear
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
@@ -59,14 +58,13 @@ def _resized(model: nn.Module, layout: Layout) -> list[str]:
     return found
 
 
-def not_of_host(model: nn.Module, config: FP8Config, layout: Layout) -> list[str]:
-    """The modules that the groups which the host runs speak of, too, but which the files do not hold in their formats."""
-    theirs = {weight.module for weight in layout.scan.host if weight.pattern is None}
-    found = []
-    for name, module in model.named_modules():
-        classes = [cls.__name__ for cls in type(module).__mro__]
-        if name and name not in theirs and groups_of(config.host_groups, (name,), classes):
-            found.append(name)
+def modules_of_host(layout: Layout) -> dict[str, list[str]]:
+    """Group that the host runs -> names of the modules whose weights the files hold in its form: its patterns may take in
+    others, and take for ever."""
+    found: dict[str, list[str]] = {}
+    for weight in layout.scan.host:
+        if weight.target and weight.pattern is None:
+            found.setdefault(weight.group.name, []).append(weight.module)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
-from .checkpoint import Checkpoint
+from .checkpoint import TORCH_DTYPES, Checkpoint
 from .errors import FP8Error, MismatchError
 from .keymap import KeyMap
 from .scan import companions, module_named
@@ -38,8 +38,13 @@ def refuse_undeclared(
     keymap = KeyMap(model, conversions)
     lost = {}
     for key, scale in scales.items():
-        target, pattern = keymap.resolve(scale)
-        if pattern is None and target not in keymap.params:
+        (target, pattern), (held, by) = keymap.resolve(scale), keymap.resolve(key)
+        is_lost = pattern is None and target not in keymap.params
+        # Or there is a place for the scale, beside one for codes of another kind.
+        is_other = (
+            by is None and held in keymap.params and keymap.params[held].dtype != TORCH_DTYPES[checkpoint.tensors[key].dtype]
+        )
+        if is_lost or is_other:
             lost[key] = scale
     if lost:
         key, scale = next(iter(lost.items()))
@@ -47,7 +52,7 @@ def refuse_undeclared(
         said = "no `quantization_config` in config.json says so" if method is None else f"they are loaded as {method!r}"
         raise MismatchError(
             f"{len(lost)} weights of the files, such as {key}, are {kind} codes with scales ({scale}), but {said}: the scales "
-            f"would be dropped, and {type(model).__name__} would take codes for values. hf_fp8 reads FP8 that config.json "
-            "describes as compressed-tensors (docs/formats.md): take a checkpoint made by llm-compressor or `hf-fp8 quantize`, "
-            "or write such a `quantization_config` if you know how this one was made"
+            f"would be dropped or misread, and {type(model).__name__} would take codes for values. hf_fp8 reads FP8 that "
+            "config.json describes as compressed-tensors (docs/formats.md): take a checkpoint made by llm-compressor or "
+            "`hf-fp8 quantize`, or write such a `quantization_config` if you know how this one was made"
         )

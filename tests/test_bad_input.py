@@ -295,3 +295,33 @@ def test_config_json_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(MissingTensorError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == before
+
+
+@pytest.mark.parametrize("how", ["renamed", "lost", "one too many", "nested", "cut"])
+def test_biases_of_experts_that_are_not_those_of_the_experts(how: str, tmp_path: Path) -> None:
+    """They are dense, and the host stacks them in the order of their names, whatever numbers are missing."""
+    from moe import write_transposed
+
+    _, state, _ = write_transposed("gpt_oss", "split", tmp_path)
+    stem = "model.layers.0.mlp.experts"
+    name = f"{stem}.1.down_proj.bias"
+    bias = state.pop(name)
+    others = {"renamed": f"{stem}.7.down_proj.bias", "nested": f"{stem}.1.0.down_proj.bias", "cut": name}
+    if how == "one too many":
+        state |= {name: bias, f"{stem}.4.down_proj.bias": bias.clone()}
+    elif how != "lost":
+        state[others[how]] = bias[:-1].clone() if how == "cut" else bias
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for config in (FP8Config(), FP8Config(backend="weight_only", experts="fp8")):
+        with pytest.raises(CheckpointError, match=r"down_proj\.?_?bias"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_spellings_of_numbers_that_compressed_tensors_takes(tmp_path: Path) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        group(config)["weights"].update(num_bits=8.0, type="Float")
+        config["quantization_config"]["transform_config"] = [1]
+
+    write(tiny_llama(), tmp_path, config_edit=edit)
+    with pytest.raises(UnsupportedError, match="transform_config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -77,6 +77,7 @@ OVERLAPS = {
     "their names": (["re:.*_proj$"], [f"model.layers.{i}.mlp.{x}_proj" for i in (0, 1) for x in ("gate", "up", "down")]),
     "the same pattern": (["re:.*_proj$"], ["re:.*_proj$"]),
     "apart": (["re:.*self_attn.*_proj$"], ["re:.*mlp.*_proj$"]),
+    "a pattern on which `re` never ends": (["re:.*self_attn.*_proj$"], ["re:.*mlp.*_proj$", r"re:((\w|\.)*)*[=]"]),
 }
 
 
@@ -320,6 +321,18 @@ UNDECLARED: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "fp8, per tensor": (STATIC, {"quant_method": "fp8", "activation_scheme": "static"}),
     "fp8, per channel": ({}, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     "unknown": ({}, {"quant_method": "nobody-knows"}),
+    "compressed-tensors, int8": (
+        {},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+            },
+        },
+    ),
 }
 
 
