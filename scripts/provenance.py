@@ -42,8 +42,9 @@ def commit() -> str:
 def measured_with(*packages: str) -> str:
     """For people: the day, the machine, the versions of torch, transformers, compressed-tensors and `packages`, the commit."""
     versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "compressed-tensors", *packages)]
+    count = torch.get_num_threads()
     at = commit().replace("+", ", with changes to the package")
     return (
-        f"measured on {datetime.date.today().isoformat()}: {cpu()}, {torch.get_num_threads()} threads; Python "
+        f"measured on {datetime.date.today().isoformat()}: {cpu()}, {count} thread{'s' * (count > 1)}; Python "
         f"{platform.python_version()}, {', '.join(versions)}; commit {at}"
     )
