@@ -11,7 +11,7 @@ from .checkpoint import TORCH_DTYPES, Checkpoint
 from .errors import FP8Error, MismatchError
 from .keymap import KeyMap
 from .scan import companions, module_named
-from .stored import WEIGHT_SCALE
+from .stored import WEIGHT, WEIGHT_SCALE
 
 
 def refuse_undeclared(
@@ -36,15 +36,17 @@ def refuse_undeclared(
     if not scales:
         return
     keymap = KeyMap(model, conversions)
+    modules = {name for name, _ in model.named_modules()}
     lost = {}
     for key, scale in scales.items():
-        (target, pattern), (held, by) = keymap.resolve(scale), keymap.resolve(key)
-        is_lost = pattern is None and target not in keymap.params
-        # Or there is a place for the scale, beside one for codes of another kind.
-        is_other = (
-            by is None and held in keymap.params and keymap.params[held].dtype != TORCH_DTYPES[checkpoint.tensors[key].dtype]
-        )
-        if is_lost or is_other:
+        (target, pattern), (place, by) = keymap.resolve(key), keymap.resolve(scale)
+        held = keymap.params.get(target)
+        if held is None and target.removesuffix(f".{WEIGHT}") not in modules:
+            continue  # a layer that this class of model does not have
+        has_place = by is not None or place in keymap.params
+        # There may be a place for the scale, and none for such codes beside it.
+        is_code = pattern is not None or (held is not None and held.dtype == TORCH_DTYPES[checkpoint.tensors[key].dtype])
+        if not (has_place and is_code):
             lost[key] = scale
     if lost:
         key, scale = next(iter(lost.items()))

@@ -400,3 +400,14 @@ def test_scales_of_groups_with_a_dimension_of_one(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert differing(written, tensors(tmp_path / "saved")) == []
     assert hf_fp8.explain(model) and ROW != TENSOR
+
+
+def test_a_layer_that_the_class_lacks_is_no_undeclared_fp8(tmp_path: Path) -> None:
+    """The host's own FP8, as DeepSeek's files have it, with a layer more than the model: it drops that one, scales and all."""
+    rename = lambda state: {k.replace("weight_scale", "weight_scale_inv"): v for k, v in state.items()}  # noqa: E731
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    write(
+        tiny_llama(num_hidden_layers=3), tmp_path, weight=Granularity(32, 32), scale_dtype=torch.float32, edit=rename,
+        config_edit=lambda c: c.update(quantization_config=said, num_hidden_layers=2),
+    )  # fmt: skip
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)).isfinite().all()
