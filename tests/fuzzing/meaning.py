@@ -99,11 +99,12 @@ def _is_scale(name: str) -> bool:
 def _module(key: str, tensor: torch.Tensor) -> str | None:
     """The module that a key is the weight of; a stack of experts is a parameter of its own."""
     for end in (".weight", ".weight_packed"):
-        if key.endswith(end):
+        if key.endswith(end) and (tensor.ndim != 3 or LINEAR.search(key.removesuffix(end))):
             return key.removesuffix(end)
     if key == "weight":
         return ""
-    return key if tensor.ndim == 3 and tensor.dtype.itemsize == 1 and tensor.is_floating_point() else None
+    is_stack = tensor.ndim == 3 and tensor.dtype.itemsize == 1 and tensor.is_floating_point()
+    return key if is_stack and EXPERTS.search(key) else None
 
 
 def names(stem: str) -> list[str]:
@@ -306,7 +307,8 @@ def _unpack(stem: str, groups: list[Group], tensors: State, meaning: Meaning, us
     used.update(f"{stem}.{role}" for role in ("weight_packed", "weight_scale", "weight_shape"))
 
 
-EXPERT = re.compile(r"^(.*experts)\.(0|[1-9]\d*)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$")
+EXPERTS = re.compile(r"experts\.\w+$")
+EXPERT = re.compile(r"^(.*experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$")
 
 
 def merged(state: State, config: Any) -> State:
@@ -321,7 +323,10 @@ def merged(state: State, config: Any) -> State:
     for name in [name for name in state if EXPERT.match(name)]:
         found = EXPERT.match(name)
         assert found
-        parts.setdefault(found[1], {})[int(found[2]), found[3], found[4]] = state[name].float()
+        place = (int(found[2]), found[3], found[4])
+        if place in parts.setdefault(found[1], {}):
+            raise Contradiction(f"{name} is there twice")
+        parts[found[1]][place] = state[name].float()
     out = {name: tensor for name, tensor in state.items() if not EXPERT.match(name)}
     for stem, of in parts.items():
         count = len({number for number, _, _ in of})

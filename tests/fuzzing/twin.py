@@ -159,7 +159,18 @@ class Twin:
                 module.forward = rounding(*inputs, weight.to(exact), module.bias)
             elif mode == "int8" and isinstance(module, nn.Linear):
                 module.weight.data = in_int8(module.weight.data)
-        return Result(run(model), missing=frozenset(info["missing_keys"]))
+        return Result(run(model), missing=frozenset(info["missing_keys"]) - new_heads(model))
+
+
+def new_heads(model: Any) -> set[str]:
+    """The parameters outside the base model, if config.json names another class of transformers: those may be new."""
+    written = getattr(model.config, "architectures", None)
+    known = (
+        [name for name in written if isinstance(name, str) and hasattr(transformers, name)] if isinstance(written, list) else []
+    )
+    if not known or type(model).__name__ in known:
+        return set()
+    return {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
 
 
 def in_int8(weight: torch.Tensor) -> torch.Tensor:
