@@ -1,13 +1,8 @@
-"""Weight-conversion ops for `transformers`' loader and saver.
-
-The host renames keys by regexes. Here the files' headers have been read first, so keys are routed
-by name instead: exact, fast for tens of thousands of experts, and exactly reversible.
-"""
+"""Weight-conversion ops for `transformers`' loader and saver: dequantize, quantize, reshape."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +10,7 @@ from zlib import crc32
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import ConversionOps
 from transformers.utils import logging
 
 from . import load_options, numerics
@@ -54,86 +49,6 @@ class Parameter:
     def weights(self) -> list[StoredWeight]:
         """Those of its sources that are quantized in the files."""
         return [source for part in self.sources.values() for source in part if isinstance(source, StoredWeight)]
-
-
-class KeyRenaming(WeightRenaming):  # type: ignore[misc]
-    """Renames exactly the given keys; reversed, it gives them back the names of the file.
-
-    prefix: that of the base model, which keys may gain or lose between a loading and a saving.
-    """
-
-    def __init__(self, names: Mapping[str, str], prefix: str = "") -> None:
-        super().__init__("hf_fp8_key", "hf_fp8_key")
-        self.names, self.prefix = dict(names), prefix
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        renamed = self.names.get(source_key)
-        if renamed is None:
-            return source_key, None
-        self._was_used = True
-        return renamed, source_key
-
-    def reverse_transform(self) -> KeyRenaming:
-        dot = f"{self.prefix}." if self.prefix else ""
-        stripped = {new.removeprefix(dot): old.removeprefix(dot) for old, new in self.names.items()}
-        added = {dot + new: dot + old for new, old in stripped.items()}
-        return KeyRenaming({**stripped, **added, **{new: old for old, new in self.names.items()}}, self.prefix)
-
-
-class RoutedConverter(WeightConverter):  # type: ignore[misc]
-    """Routes the given keys, each to a (target, source pattern); other keys as `base` would, if there is one.
-
-    `reverse` is the transform that undoes this one on saving.
-    """
-
-    def __init__(
-        self,
-        routes: Mapping[str, tuple[str, str]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        operations: list[ConversionOps],
-        base: WeightConverter | None = None,
-        reverse: WeightTransform | None = None,
-    ) -> None:
-        super().__init__(source_patterns, target_patterns, operations, force_cpu=bool(base and base.force_cpu))
-        self.routes, self.base, self.reverse = routes, base, reverse
-        if base is not None:
-            self.scope_prefix, self.base_model_prefix = base.scope_prefix, base.base_model_prefix
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        route = self.routes.get(source_key)
-        if route is not None:
-            self._was_used = True
-            return route
-        if self.base is None:
-            return source_key, None
-        renamed, pattern = self.base.rename_source_key(source_key)
-        self._was_used |= pattern is not None
-        return renamed, pattern
-
-    def reverse_transform(self) -> WeightTransform:
-        assert self.reverse is not None
-        return self.reverse
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
-        # The loader copies a converter for each parameter it makes; the routes of all keys are shared.
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__):
-            if hasattr(self, slot):
-                object.__setattr__(copy, slot, getattr(self, slot))
-        copy.collected_tensors = defaultdict(list)
-        copy.layer_targets = defaultdict(set)
-        return copy
-
-
-class LateConverter(RoutedConverter):
-    """Hands its op functions that read the tensors, instead of the tensors: the op reads one at a time."""
-
-    def materialize_tensors(self) -> dict[str, list[Any]]:
-        collected = dict(self.collected_tensors)
-        self.collected_tensors.clear()
-        return collected
 
 
 class SharedOp(ConversionOps):  # type: ignore[misc]
@@ -193,14 +108,21 @@ class Dequantize(SharedOp):
                 raise RuntimeError(
                     f"{full_layer_name}: {arrived} tensors arrived for {pattern}, {len(stored)} are in the files"
                 )
-            converted[pattern] = self._stack(stored, tensors, parameter.dtype)
+            converted[pattern] = self._stack(stored, tensors, parameter.dtype, apart=bool(parameter.others))
         if set(converted) == {WEIGHT}:
             return {full_layer_name: only(converted[WEIGHT])}
         return converted
 
     def _stack(
-        self, stored: list[StoredWeight | DenseTensor], tensors: dict[str, list[torch.Tensor]], dtype: torch.dtype
+        self,
+        stored: list[StoredWeight | DenseTensor],
+        tensors: dict[str, list[torch.Tensor]],
+        dtype: torch.dtype,
+        *,
+        apart: bool,
     ) -> list[torch.Tensor] | torch.Tensor:
+        """apart: whether they may have several shapes, as they go into several parameters; then they come as a list."""
+        found: list[torch.Tensor] = []
         out: torch.Tensor | None = None
         taken = dict.fromkeys(tensors, 0)
         for index, weight in enumerate(stored):
@@ -210,17 +132,27 @@ class Dequantize(SharedOp):
                 tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
                 taken[role] += 1
             dense = _unpacked(weight, parts, dtype) if isinstance(weight, StoredWeight) else parts[WEIGHT].to(dtype)
-            if len(stored) == 1:
-                return [dense]
+            if apart or len(stored) == 1:
+                found.append(dense)
+                continue
             if out is None:
                 out = torch.empty((len(stored), *dense.shape), dtype=dtype, device=dense.device)
             out[index].copy_(dense)
-        assert out is not None
-        return out
+        return found if out is None else out
 
     @property
     def reverse_op(self) -> ConversionOps:
         raise AssertionError("RoutedConverter.reverse says how to save")
+
+
+class AsInBase(SharedOp):
+    """An operation of the host's converter, which is told of that converter's patterns alone, not of those of scales."""
+
+    def __init__(self, operation: ConversionOps, source_patterns: list[str]) -> None:
+        self.operation, self.source_patterns = operation, source_patterns
+
+    def convert(self, input_dict: dict[str, Any], source_patterns: list[str], **kwargs: Any) -> Any:
+        return self.operation.convert(input_dict, source_patterns=self.source_patterns, **kwargs)
 
 
 def plain_pattern(pattern: str) -> str:

@@ -80,7 +80,7 @@ def _check_numbers(target: str, pattern: str, keys: list[str], keymap: KeyMap, c
     first = checkpoint.tensors[by_number[0]]
     for key in keys:
         info = checkpoint.tensors[key]
-        if info.shape != first.shape and not info.dtype.startswith("F8_"):
+        if keymap.is_stacking(pattern) and info.shape != first.shape and not info.dtype.startswith("F8_"):
             raise MismatchError(
                 f"{key} has shape {list(info.shape)}; {by_number[0]}, with which it goes into {target}, has {list(first.shape)}"
             )

@@ -108,7 +108,7 @@ def check_experts(module: nn.Module | None, parameters: dict[str, Parameter]) ->
         held = tuple(getattr(module, leaf).shape)
         n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
         for pattern, weights in parameter.sources.items():
-            if "*" in pattern:
+            if "*" in pattern and not parameter.others:
                 _check_one_by_one(target, weights, n_experts, (n // len(parameter.sources), k))
 
 

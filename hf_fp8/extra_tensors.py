@@ -16,7 +16,8 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform, app
 from transformers.utils import logging
 
 from .checkpoint import Checkpoint
-from .conversion import KeyRenaming, Reshape, RoutedConverter
+from .conversion import Reshape
+from .converters import KeyRenaming, RoutedConverter
 from .coverage import is_of_class
 from .errors import FP8Error
 from .keymap import KeyMap

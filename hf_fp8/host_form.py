@@ -33,7 +33,8 @@ def host_form(
         if pattern in sources:
             experts, _, leaf = target.rpartition(".")
             layout = ExpertsLayout.of(module_of(model, experts))
-            assert layout is not None
+            if layout is None:
+                continue  # of a layer that this class of model does not have: as they are
             patterns, stack = sources[pattern], f"{called['experts']}.{leaf}"
             homes[key] = Part(
                 stack, int(called["index"]), patterns.index(pattern), len(patterns),

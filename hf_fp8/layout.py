@@ -21,7 +21,8 @@ from transformers.core_model_loading import (
 
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config
-from .conversion import KeyRenaming, Parameter, companion
+from .conversion import Parameter, companion
+from .converters import KeyRenaming
 from .coverage import check_coverage
 from .errors import MismatchError, MissingTensorError, ScaleError
 from .expert_names import converters, hub_name
@@ -350,7 +351,8 @@ def _collect(
             dense = DenseTensor(name_beside(target, renamed, keymap.prefix), checkpoint.tensors[key].dtype)
             layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)
         elif weight is None:
-            dtypes.setdefault(target, set()).add(checkpoint.tensors[key].dtype)
+            for name in (target, *keymap.others(keymap.rename(key), pattern)):
+                dtypes.setdefault(name, set()).add(checkpoint.tensors[key].dtype)
             expected = tuple(keymap.params[target].shape)
             if pattern is None and not other_sizes and checkpoint.tensors[key].shape != expected:
                 raise MismatchError(

@@ -16,8 +16,9 @@ from transformers.utils import logging
 from . import load_options
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
-from .conversion import AsItIs, KeyRenaming, RoutedConverter
+from .conversion import AsItIs
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie
+from .converters import KeyRenaming, RoutedConverter
 from .errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from .explain import NOTES
 from .extra_tensors import Unplaced, belong_to, by_pattern, keep_names

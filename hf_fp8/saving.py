@@ -20,6 +20,7 @@ from .quantized_module import QuantizedModule
 from .stored import WEIGHT
 from .transforms import Layout
 
+_HALVES = (torch.bfloat16, torch.float16)
 # Where a model that has become dense keeps the dtypes of the files: parameter -> dtype.
 FILE_DTYPES = "_hf_fp8_file_dtypes"
 
@@ -158,8 +159,12 @@ def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             continue
         own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        compressed = compressor.compress(own, scheme)
-        if not torch.equal(compressor.decompress(compressed, scheme)[WEIGHT].to(own[WEIGHT]), own[WEIGHT]):
+        # In float32: a quotient rounded to 16 bits may come out beside the code that it was.
+        wide = {key: tensor.float() if tensor.dtype in _HALVES else tensor for key, tensor in own.items()}
+        compressed = compressor.compress(wide, scheme)
+        back = compressor.decompress(dict(compressed), scheme)[WEIGHT].to(own[WEIGHT])
+        compressed |= {key: tensor for key, tensor in own.items() if key in compressed and key != WEIGHT}
+        if not torch.equal(back, own[WEIGHT]):
             raise UnsupportedError(
                 f"{name}.weight was changed since loading, and does not fit the {scheme.format} codes and scales that it came "
                 "with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."

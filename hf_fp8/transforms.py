@@ -10,17 +10,16 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightTransform
 
 from .conversion import (
+    AsInBase,
     Dequantize,
-    KeyRenaming,
-    LateConverter,
     Parameter,
     QuantizeWeights,
     Requantize,
     Reshape,
-    RoutedConverter,
     companion,
     plain_pattern,
 )
+from .converters import KeyRenaming, LateConverter, RoutedConverter
 from .expert_conversion import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
 from .expert_plan import ExpertsPlan, Stack
 from .scan import Scan
@@ -126,9 +125,9 @@ def _merged_converter(
                 routes[key] = (renamed, companion(weight.pattern, role))
                 roles[companion(weight.pattern, role)] = None
     reverse = _taken_apart(base, layout, back)
-    return RoutedConverter(
-        routes, [*base.source_patterns, *roles], list(base.target_patterns), [op, *base.operations], base=base, reverse=reverse
-    )
+    operations = [op, *(AsInBase(operation, list(base.source_patterns)) for operation in base.operations)]
+    sources = [*base.source_patterns, *roles]
+    return RoutedConverter(routes, sources, list(base.target_patterns), operations, base=base, reverse=reverse)
 
 
 def _taken_apart(base: WeightConverter, layout: Layout, back: Requantize) -> RoutedConverter:

@@ -275,7 +275,7 @@ def test_a_fork_while_another_thread_loads(folders: dict[str, Path], where: str,
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
-        # The first to use torch in a child renews its thread pool: several at once trip over each other ("Invalid thread pool").
+        # The first to use torch in a child renews its thread pool; several at once may find none ("Invalid thread pool").
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         sender.send(torch.equal(logits(read(folders, "llama", torch.float32)), right))
 
