@@ -11,7 +11,7 @@ import pytest
 import torch
 from build import KEEP, STATIC_TENSOR, State, differing, error, load, logits, tensors, tiny_llama, write
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from moe import causal, dense_logits, make, qwen3_moe
 from safetensors.torch import load_file, save_file
@@ -32,40 +32,48 @@ SCALED = FP8Config(backend="scaled_mm")
 
 # -- groups whose patterns overlap --
 
-INT4 = preset_name_to_scheme("W4A16", ["Linear"])
-assert INT4.weights is not None
-INT4.weights.group_size = 32
-PACKED = BaseCompressor.get_value_from_registry("pack-quantized")
+
+def scheme_of(preset: str) -> tuple[QuantizationScheme, str]:
+    """A scheme of integers that compressed-tensors runs, and the format in which files hold it."""
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    assert scheme.weights is not None
+    if scheme.weights.group_size is not None:
+        scheme.weights.group_size = 32
+    return scheme, "int-quantized" if preset == "W8A8" else "pack-quantized"
 
 
-def write_mixed(path: Path, mine: list[str], theirs: list[str], first: str = "mine") -> tuple[State, State]:
-    """A Llama whose attention is FP8 and whose MLPs are int4, packed by compressed-tensors."""
+def write_mixed(
+    path: Path, mine: list[str], theirs: list[str], first: str = "mine", preset: str = "W4A16"
+) -> tuple[State, State]:
+    """A Llama whose attention is FP8 and whose MLPs are integers, compressed by compressed-tensors."""
+    scheme, form = scheme_of(preset)
+    compressor = BaseCompressor.get_value_from_registry(form)
 
-    def pack(state: State) -> State:
+    def compress(state: State) -> State:
         out = {}
         for name, tensor in state.items():
             if ".mlp." not in name or not name.endswith("_proj.weight"):
                 out[name] = tensor
                 continue
-            groups = tensor.view(tensor.shape[0], -1, 32)
-            scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), INT4.weights)
-            parts = PACKED.compress({"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}, INT4)
+            groups = tensor.view(tensor.shape[0], -1, scheme.weights.group_size or tensor.shape[1])
+            scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+            parts = compressor.compress({"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}, scheme)
             parts = {role: part for role, part in parts.items() if role != "weight_zero_point"}
-            dense[name] = PACKED.decompress(dict(parts), INT4)["weight"]
+            dense[name] = compressor.decompress(dict(parts), scheme)["weight"]
             out |= {name.removesuffix("weight") + role: part for role, part in parts.items()}
         return out
 
     def groups(config: dict[str, Any]) -> None:
         found = config["quantization_config"]
         fp8 = {**found["config_groups"]["group_0"], "targets": mine, "format": "float-quantized"}
-        int4 = {**json.loads(INT4.model_dump_json()), "targets": theirs, "format": "pack-quantized"}
-        found["config_groups"] = {"a": fp8, "b": int4} if first == "mine" else {"a": int4, "b": fp8}
+        integers = {**json.loads(scheme.model_dump_json()), "targets": theirs, "format": form}
+        found["config_groups"] = {"a": fp8, "b": integers} if first == "mine" else {"a": integers, "b": fp8}
         found["format"] = "mixed-precision"
 
     dense: State = {}
     model = tiny_llama(hidden_size=128, intermediate_size=128)
     state, real = write(model, path, quantized=lambda n: "self_attn" in n and n.endswith("_proj.weight"), config_edit=groups)
-    written = pack(state)
+    written = compress(state)
     save_file(written, path / "model.safetensors", metadata={"format": "pt"})
     return written, {**real, **dense}
 
@@ -93,6 +101,20 @@ def test_groups_that_speak_of_each_others_layers(overlap: str, first: str, tmp_p
         if config is not None:
             model.save_pretrained(tmp_path / name)
             assert differing(written, tensors(tmp_path / name)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("preset", ["W4A16", "W8A16", "W8A8"])
+def test_layers_that_the_host_runs_are_saved_after_a_forward(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """compressed-tensors dequantizes them in the model's dtype at the first forward: they are rounded back to their codes."""
+    written, _ = write_mixed(tmp_path / "fp8", ["re:.*self_attn.*_proj$"], ["re:.*mlp.*_proj$"], preset=preset)
+    model = load(tmp_path / "fp8", dtype=dtype)
+    logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    changed = differing(written, tensors(tmp_path / "saved"))
+    # float16 is no wider than bfloat16: what is no code is saved in the dtype that was asked for.
+    codes = (".weight_packed", "_proj.weight", ".weight_shape")
+    assert [name for name in changed if dtype != torch.float16 or name.endswith(codes)] == []
 
 
 def test_fp8_codes_of_which_only_an_int4_group_speaks(tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ import torch
 from build import KEEP, OFFLOAD, State, differing, error, load, logits, tensors, tiny_llama, write
 from moe import BASE, MOE, causal, dense_logits, is_linear, make
 from safetensors.torch import load_file, save_file
+from test_cli import run
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DeepseekV4Config,
     DeepseekV4ForCausalLM,
+    Ernie4_5_VLMoeConfig,
+    Ernie4_5_VLMoeForConditionalGeneration,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     GraniteMoeConfig,
@@ -167,6 +170,47 @@ def test_experts_come_back_under_their_names(family: str, config: FP8Config, tmp
     assert torch.equal(causal(again), causal(loaded))
 
 
+def ernie_vl() -> PreTrainedModel:
+    """Its files number the experts through: the first half goes into the text's stack, the second into the images', which is
+    narrower."""
+    text = {
+        **BASE, "intermediate_size": 96, "moe_intermediate_size": [64, 32], "moe_num_experts": 4, "moe_k": 2,
+        "moe_num_shared_experts": 1, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96}
+    config = Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, dtype="bfloat16")
+    return make(Ernie4_5_VLMoeForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("config", [KEEP, EXPERTS, FP8Config(dequantize=True)], ids=["dense experts", "fp8 experts", "dense"])
+@pytest.mark.parametrize("what", ["experts", "projections"])
+def test_one_list_of_experts_in_two_parameters(what: str, config: FP8Config, tmp_path: Path) -> None:
+    def chosen(name: str) -> bool:
+        return name.endswith("_proj.weight") and "language" not in name and (".experts." in name) == (what == "experts")
+
+    path = tmp_path / "fp8"
+    written = write_any(ernie_vl(), path, chosen)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in written.values()) >= 4
+    dense = {
+        name: numerics.dequantize(tensor, written[f"{name}_scale"], ROW, torch.bfloat16)
+        if f"{name}_scale" in written
+        else tensor
+        for name, tensor in written.items()
+        if not name.endswith("_scale")
+    }
+    kind = Ernie4_5_VLMoeForConditionalGeneration
+    ernie_vl().save_pretrained(tmp_path / "dense")
+    save_file(dense, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    wanted = kind.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    loaded = kind.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert differing(dense if config.dequantize else written, tensors(tmp_path / "saved")) == []
+    if not config.dequantize:
+        loaded.dequantize()
+    assert differing(dict(wanted.named_parameters()), dict(loaded.named_parameters())) == []
+
+
 def test_fused_projections_that_the_model_holds_apart(tmp_path: Path) -> None:
     """One FP8 matrix in the files, three parameters in the model: they are put together again in the file's order."""
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -257,6 +301,19 @@ def test_a_layer_that_the_class_lacks_is_written_back(config: FP8Config, again: 
     assert differing(written, tensors(path)) == []
     config_of = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (tmp_path / "fp8", path)]
     assert config_of[0]["config_groups"].keys() == config_of[1]["config_groups"].keys()
+
+
+def test_a_layer_that_the_class_lacks_is_dequantized_too(tmp_path: Path) -> None:
+    """By the command line, which makes no model: the file's own experts, as there is no parameter that they go into."""
+    written, dense = glm_with_a_further_layer(tmp_path / "fp8"), tmp_path / "dense"
+    run("dequantize", tmp_path / "fp8", dense)
+    found = tensors(dense)
+    assert not [name for name, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn]
+    expert = "model.layers.2.mlp.experts.1.down_proj.weight"
+    wanted = numerics.dequantize(written[expert], written[f"{expert}_scale"], ROW, torch.bfloat16)
+    assert torch.equal(found[expert], wanted)
+    fp8 = load(tmp_path / "fp8", FP8Config(dequantize=True), dtype=torch.bfloat16)
+    assert torch.equal(causal(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)), causal(fp8))
 
 
 def test_what_is_dropped_is_named(tmp_path: Path, propagated: Any, caplog: pytest.LogCaptureFixture) -> None:
