@@ -10,7 +10,7 @@ from torch import nn
 
 from .checkpoint import DENSE_DTYPES, Checkpoint
 from .config import FP8Config
-from .errors import ConfigError, MismatchError, UnsupportedError, UnusedTensorError
+from .errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
 from .groups import Group, fits, groups_of, match
 from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
@@ -61,7 +61,7 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
         if name is not None:
             place = owner(key)
             names = names_of(name, place.name, prefix)
-            group = _group_of(config, names, place, key, checkpoint)
+            group = _group_of(config, name, names, place, key, checkpoint)
             candidates.append((name, key, names, group, place.module))
             classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
     _check_groups(config, [(names, classes[name], group) for name, _, names, group, _ in candidates])
@@ -129,10 +129,14 @@ def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = Tr
     return keys
 
 
-def _group_of(config: FP8Config, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint) -> Group | None:
-    """The group of a weight. Targets may speak of it by the file's name, by the model's, or by class.
+def _group_of(
+    config: FP8Config, name: str, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint
+) -> Group | None:
+    """The group of the weight `key` of the module `name`. Targets may speak of it by the file's name, by the model's, or by
+    class.
 
-    Of several groups it is the one that speaks of it most precisely, among those that store weights as the file does.
+    Of several groups it is the one that speaks of it most precisely, among those that store weights as the file does: as
+    such codes, and, if there are still several, with such scales.
     """
     classes = () if place.module is None else tuple(cls.__name__ for cls in type(place.module).__mro__)
     if match(names, classes, config.ignore):
@@ -146,8 +150,20 @@ def _group_of(config: FP8Config, names: tuple[str, ...], place: Owner, key: str,
     with_weights = [group for group in groups if group.parsed.weights is not None]
     if dtype in DENSE_DTYPES:
         return next(iter(with_weights or groups), None)
-    stored = [group for group in with_weights if _stores(group, key, dtype)]
-    return next(iter([*stored, *with_weights]), None)
+    alike = [group for group in with_weights if _stores(group, key, dtype)]
+    fitting = [group for group in alike if len(alike) > 1 and _scales_fit(group, name, key, checkpoint)]
+    return next(iter([*fitting, *alike, *with_weights]), None)
+
+
+def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bool:
+    """Whether what is beside a weight in FP8 is what a group that hf_fp8 runs has."""
+    if group.scheme is None:
+        return False
+    try:
+        stored(name, companions(name, key, checkpoint, strict=False), checkpoint, group).check()
+    except FP8Error:
+        return False
+    return True
 
 
 def _stores(group: Group, key: str, dtype: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 import hf_fp8
-from hf_fp8 import FP8Config
+from hf_fp8 import FP8Config, numerics
 from hf_fp8.errors import ConfigError, MismatchError, MissingTensorError, ScaleError, UnsupportedError
 from hf_fp8.scheme import ROW, TENSOR, Granularity
 
@@ -115,6 +116,36 @@ def test_layers_that_the_host_runs_are_saved_after_a_forward(preset: str, dtype:
     # float16 is no wider than bfloat16: what is no code is saved in the dtype that was asked for.
     codes = (".weight_packed", "_proj.weight", ".weight_shape")
     assert [name for name in changed if dtype != torch.float16 or name.endswith(codes)] == []
+
+
+@pytest.mark.parametrize("first", ["rows", "blocks"])
+@pytest.mark.parametrize("targets", [(["Linear"], ["Linear"]), (["re:.*_proj$"], ["Linear"])], ids=["same", "one more precise"])
+def test_two_fp8_groups_that_speak_of_the_same_layers(targets: tuple[list[str], list[str]], first: str, tmp_path: Path) -> None:
+    """The scales say which of them a layer was quantized by."""
+
+    def groups(config: dict[str, Any]) -> None:
+        found = config["quantization_config"]
+        rows = {**found["config_groups"]["group_0"], "targets": targets[first == "blocks"]}
+        blocks = copy.deepcopy({**rows, "targets": targets[first == "rows"]})
+        blocks["weights"] |= {"strategy": "block", "block_structure": [32, 32]}
+        both = {"rows": rows, "blocks": blocks}
+        found["config_groups"] = both if first == "rows" else dict(reversed(both.items()))
+
+    def by_blocks(state: State) -> State:
+        for name in [name for name in state if ".mlp." in name and name.endswith("_proj.weight")]:
+            dense = numerics.dequantize(state[name], state[f"{name}_scale"], ROW, torch.float32)
+            state[f"{name}_scale"] = numerics.compute_scale(dense, Granularity(32, 32)).bfloat16()
+            state[name] = numerics.quantize(dense, state[f"{name}_scale"], Granularity(32, 32))
+        return state
+
+    written, _ = write(tiny_llama(), tmp_path / "fp8", edit=by_blocks, config_edit=groups)
+    model = load(tmp_path / "fp8", dtype=torch.bfloat16)
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, hf_fp8.FP8Linear)]
+    found = {(".mlp." in name, layer.scheme.weight.granularity) for name, layer in layers}
+    assert found == {(True, Granularity(32, 32)), (False, ROW)}
+    model.save_pretrained(tmp_path / "saved")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+    load(tmp_path / "saved")
 
 
 def test_fp8_codes_of_which_only_an_int4_group_speaks(tmp_path: Path) -> None:
