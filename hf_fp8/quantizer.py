@@ -38,6 +38,7 @@ from .saving import (
     recompress,
     refuse_unwritable,
     restore_dtypes,
+    warn_of_dense_experts,
 )
 from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
@@ -333,6 +334,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         refuse_unwritable(model)
+        if self.quantization_config.backend == "int8":
+            warn_of_dense_experts(model._weight_conversions or ())
         if self._dense_because is None and self.layout is not None:
             if self.host is None and is_dense_now(model, self.layout):
                 self.dequantize(model)

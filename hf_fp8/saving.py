@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.utils import logging
 
 from .config import FP8Config
 from .conversion import as_read
@@ -20,6 +23,7 @@ from .quantized_module import QuantizedModule
 from .stored import WEIGHT
 from .transforms import Layout
 
+logger = logging.get_logger(__name__)
 _HALVES = (torch.bfloat16, torch.float16)
 # Where a model that has become dense keeps the dtypes of the files: parameter -> dtype.
 FILE_DTYPES = "_hf_fp8_file_dtypes"
@@ -115,6 +119,17 @@ def refuse_unwritable(model: nn.Module) -> None:
         raise CalibrationError(
             f"{len(waiting)} layers (such as {waiting[0]}) have no input scale yet, and cannot be saved: run some data through "
             "the model under `with hf_fp8.calibrate(model):` first"
+        )
+
+
+def warn_of_dense_experts(conversions: Iterable[Any]) -> None:
+    """Say so if transformers cannot load an int8 model that is about to be saved: up to 5.24 it takes the experts that a class
+    stacks for quantized as soon as anything is, whatever `ignore` says."""
+    if any(isinstance(c, WeightConverter) and any("*" in s for s in c.source_patterns) for c in conversions):
+        logger.warning(
+            "hf_fp8: the Linears of this mixture are saved in int8 and its experts dense. transformers (at least up to 5.24) "
+            "cannot load that, as it looks for int8 experts. To load it there, save it in FP8 (another backend), or dense "
+            "(FP8Config(dequantize=True))."
         )
 
 

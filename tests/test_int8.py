@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from build import IDS, OFFLOAD, STATIC_TENSOR, load, logits, sqnr, tensors, tiny_llama, write
 from compressed_tensors.compressors import BaseCompressor
-from moe import mixtral
+from moe import mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
@@ -88,6 +89,17 @@ def test_what_is_saved_is_int8_and_says_so(kind: str, tmp_path: Path) -> None:
         if isinstance(module, FP8Linear):
             parts = {role: state[f"{name}.{role}"] for role in ("weight", "weight_scale")}
             assert torch.equal(compressor.decompress(parts, scheme)["weight"].float(), module.dequantized_weight())
+
+
+def test_a_mixture_that_transformers_will_not_load(tmp_path: Path, propagated: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Its experts are dense, which the host cannot read beside int8 Linears: said when it is saved, while that is true."""
+    write(qwen3_moe(), tmp_path / "fp8", ignore=["lm_head", "re:.*mlp.gate$"])
+    model = load(tmp_path / "fp8", copy.deepcopy(INT8_CONFIG))
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path / "int8")
+    assert "cannot load that, as it looks for int8 experts" in caplog.text
+    with pytest.raises(RuntimeError, match="CONVERSION"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
 
 
 def test_saved_twice_is_the_same(fp8: Path, tmp_path: Path) -> None:
