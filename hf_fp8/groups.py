@@ -17,6 +17,7 @@ from typing import Any
 import compressed_tensors
 import regex  # type: ignore[import-untyped]
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -81,6 +82,14 @@ def groups_of(groups: Iterable[Group], names: Iterable[str], classes: Iterable[s
     return list({group.name: group for group in found}.values())
 
 
+def weight_name(group: Group) -> str | None:
+    """What files call a weight of a group, after its module's name; None if the group's format does not say."""
+    if group.format not in BaseCompressor.registered_names():
+        return None
+    names = BaseCompressor.get_value_from_registry(group.format).compression_param_names(group.parsed)
+    return "weight_packed" if "weight_packed" in names else "weight"
+
+
 def fits(pattern: str, name: str, *, anywhere: bool = False) -> bool:
     """Whether a regular expression of a config matches the start of `name`, or a part of it.
 
@@ -116,6 +125,8 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
         return True
     if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
         return False  # the weights are dense
+    if any(not isinstance(g, dict) or not isinstance(g.get("weights"), dict | None) for g in groups.values()):
+        return True  # nobody reads that: say so in words of ours
     no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
     return checkpoint.get("format") == "float-quantized" and (no_weights or not _is_readable(checkpoint, groups))
 

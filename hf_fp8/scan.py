@@ -11,7 +11,7 @@ from torch import nn
 from .checkpoint import DENSE_DTYPES, Checkpoint
 from .config import FP8Config
 from .errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
-from .groups import Group, fits, groups_of, match
+from .groups import Group, fits, groups_of, match, weight_name
 from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
 # `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
@@ -232,6 +232,11 @@ def _check_host(key: str, names: tuple[str, ...], group: Group, module: nn.Modul
         raise MismatchError(
             f"{key} is stored in FP8 ({info}), but the only config group that speaks of {names[0]}, {group.name!r}, stores "
             f"{group.format} weights: its codes would be misread. Mend `targets` or `ignore` in config.json"
+        )
+    elif info.dtype not in DENSE_DTYPES and (name := weight_name(group)) is not None and key.rpartition(".")[2] != name:
+        raise MismatchError(
+            f"{key} is stored as {info}, but config group {group.name!r} has the format {group.format}, which stores {name!r}: "
+            "mend its `format` in config.json"
         )
 
 

@@ -99,7 +99,7 @@ def _is_scale(name: str) -> bool:
 def _module(key: str, tensor: torch.Tensor) -> str | None:
     """The module that a key is the weight of; a stack of experts is a parameter of its own."""
     for end in (".weight", ".weight_packed"):
-        if key.endswith(end) and (tensor.ndim != 3 or LINEAR.search(key.removesuffix(end))):
+        if key.endswith(end) and (tensor.ndim != 3 or tensor.dtype == FP8 or LINEAR.search(key.removesuffix(end))):
             return key.removesuffix(end)
     if key == "weight":
         return ""
