@@ -125,9 +125,9 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
         return True
     if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
         return False  # the weights are dense
-    if any(not isinstance(g, dict) or not isinstance(g.get("weights"), dict | None) for g in groups.values()):
-        return True  # nobody reads that: say so in words of ours
-    no_weights = not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
+    if groups and not _is_readable({}, groups):
+        return True  # by nobody: say so in words of ours
+    no_weights = not groups or not all(isinstance(g.get("weights"), dict) for g in groups.values())
     return checkpoint.get("format") == "float-quantized" and (no_weights or not _is_readable(checkpoint, groups))
 
 
