@@ -101,7 +101,9 @@ class Dequantize(SharedOp):
         converted: dict[str, Any] = {}
         for pattern, stored in parameter.sources.items():
             roles = {role for weight in stored if isinstance(weight, StoredWeight) for role in weight.keys}
-            tensors = {role: input_dict.pop(companion(pattern, role), []) for role in {WEIGHT, *roles}}
+            # The host's pattern may match a bias as well, and end in no ".weight".
+            tensors = {role: input_dict.pop(companion(pattern, role), []) for role in roles - {WEIGHT}}
+            tensors[WEIGHT] = input_dict.pop(pattern, [])
             first = stored[0]
             arrived = len(tensors[first.primary if isinstance(first, StoredWeight) else WEIGHT])
             if arrived != len(stored):
@@ -189,6 +191,8 @@ class Requantize(SharedOp):
                 if isinstance(source, DenseTensor):
                     out[source.saved] = as_read(dense, TORCH_DTYPES[source.dtype])
                 else:
+                    if dense.ndim == 3 and dense.shape != source.shape:  # the host turns only what does not fit the model
+                        dense = dense.transpose(1, 2)
                     out.update(self._codes(dense, source, parameter.dtype))
         self._tell(start)
         return out

@@ -80,7 +80,7 @@ def lay_out(
     late = dict(keymap.aliases)
     for weight in [*scanned.weights, *scanned.host]:
         _place(weight, keymap, late)
-        weight.transposed = _is_transposed(model, weight)
+        weight.transposed = _is_transposed(model, weight, keymap)
     # The host runs its own formats module by module; merged into one parameter they are ours to multiply out.
     weights = scanned.weights + [w for w in scanned.host if config.dequantize or w.pattern is not None]
     for weight in scanned.weights:
@@ -258,11 +258,15 @@ def _check_input_scales(layout: Layout, backend: str) -> None:
         )
 
 
-def _is_transposed(model: PreTrainedModel, weight: StoredWeight) -> bool:
-    if len(weight.shapes.get(WEIGHT, ())) != 3:
-        return False
+def _is_transposed(model: PreTrainedModel, weight: StoredWeight, keymap: KeyMap) -> bool:
+    """Whether a stack of experts is (experts, in, out) in the files: as it is in the model, or the other way round where
+    the host transposes it."""
     layout = ExpertsLayout.of(module_of(model, weight.target.rpartition(".")[0]))
-    return layout is not None and layout.is_transposed
+    if layout is None or len(weight.shapes.get(WEIGHT, ())) != 3:
+        return False
+    experts, *sides = weight.shape
+    turned = weight.shape != (held := keymap.params[weight.target].shape) and (experts, *sides[::-1]) == held
+    return layout.is_transposed != turned
 
 
 def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: bool) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 from transformers.core_model_loading import WeightConverter, WeightTransform
@@ -133,7 +134,10 @@ def _merged_converter(
 def _taken_apart(base: WeightConverter, layout: Layout, back: Requantize) -> RoutedConverter:
     """The reverse of `base`: its operations undone, last to first, for the parameters that are made through it, by their
     names. The patterns of `base` are regular expressions, and no names."""
-    sources, targets = ([plain_pattern(p) for p in patterns] for patterns in (base.source_patterns, base.target_patterns))
+    sources = [plain_pattern(p) for p in base.source_patterns]
+    # The host finds a converter by its pattern: two that make parameters of the same name, in two parts of a model, differ.
+    of_this = f"of_{crc32(repr(base.source_patterns).encode()):08x}"
+    targets = [f"{plain_pattern(p)}.{of_this}" for p in base.target_patterns]
     assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets), base
     through = [p for p in layout.dense.values() if not p.sources.keys().isdisjoint(base.source_patterns)]
     routes = {
