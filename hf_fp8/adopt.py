@@ -16,6 +16,7 @@ from transformers.core_model_loading import PrefixChange, WeightTransform, rever
 from .checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
 from .config import FP8Config
 from .convert import swap_experts
+from .dtype_plan import DtypePlan, dtype_of
 from .errors import ScaleError, UnsupportedError
 from .expert_conversion import quantize_stack
 from .expert_names import PlainMerge
@@ -23,7 +24,6 @@ from .expert_plan import ExpertsPlan, Stack
 from .experts import FP8Experts
 from .groups import Group
 from .keymap import KeyMap
-from .layout import planned_dtype
 from .parts import Part
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
@@ -39,10 +39,11 @@ def plan_in_place(
     _refuse_quantized(model)
     conversions = _conversions(model)
     quantizer = FP8HfQuantizer(config, pre_quantized=False)
-    layout = quantizer.plan(model, conversions, _headers(model), model.dtype, cast=False, choose=choose)
+    dtype = dtype_of(model)
+    layout = quantizer.plan(model, conversions, _headers(model), dtype, cast=False, choose=choose)
     # Nothing is known of files, but that the host holds some parameters wider than the rest, whatever they were.
-    plan = model._get_dtype_plan(model.dtype)
-    layout.file_dtypes = {n: model.dtype for n in layout.file_dtypes if planned_dtype(n, plan, model.dtype) != model.dtype}
+    dtypes = DtypePlan(model, dtype)
+    layout.file_dtypes = {name: dtype for name in layout.file_dtypes if dtypes.of(name) != dtype}
     return quantizer
 
 

@@ -42,6 +42,7 @@ TORCH_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
+INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8")
 SCALE_DTYPES = ("F32", "F16", "BF16")
 
 

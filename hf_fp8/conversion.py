@@ -60,12 +60,23 @@ class SharedOp(ConversionOps):  # type: ignore[misc]
         return self
 
 
+def is_widened(held: torch.dtype, read: torch.dtype, beyond: torch.dtype | None = None) -> bool:
+    """Whether a tensor that was read in one dtype is held in a wider one: floats in more bits than that (and than `beyond`), or
+    integers, such as a count of batches, as floats."""
+    if not held.is_floating_point:
+        return False
+    least = 0 if beyond is None else beyond.itemsize
+    return not read.is_floating_point or held.itemsize > max(read.itemsize, least)
+
+
 def as_read(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`, that of the file it was read from, if it was only widened since. Else as it is: nothing is lost."""
-    if dtype == tensor.dtype or dtype.itemsize >= tensor.dtype.itemsize or not tensor.is_floating_point():
+    if not is_widened(tensor.dtype, dtype):
         return tensor
+    if not dtype.is_floating_point and (tensor.abs() >= 1 / torch.finfo(tensor.dtype).eps).any():
+        return tensor  # beyond this, not every integer is a float
     narrow = tensor.to(dtype)
-    bits = {4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     return narrow if torch.equal(narrow.to(tensor.dtype).view(bits), tensor.contiguous().view(bits)) else tensor
 
 

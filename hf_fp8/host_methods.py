@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .candidates import adapters as adapters_on
 from .convert import put, take_over
+from .dtype_plan import dtype_of
 from .errors import MismatchError, UnsupportedError
 from .linear import FP8Linear
 from .load_options import current, loading
@@ -92,7 +93,7 @@ def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -
     dtypes = vars(self).get(FILE_DTYPES)
     if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
         kwargs["state_dict"] = self.state_dict()
-        restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=self.dtype)
+        restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=dtype_of(self))
     saved = _host_save(self, save_directory, *args, **kwargs)
     _drop_stale_index(Path(save_directory))
     return saved
@@ -150,9 +151,7 @@ def _make_head_dense(model: Any) -> None:
     if not isinstance(head, FP8Linear):
         return
     name = next(name for name, module in model.named_modules() if module is head)
-    new = head.to_linear(model.dtype)
+    new = head.to_linear(dtype := dtype_of(model))
     take_over(head, new)
     put(model, name, new)
-    logger.warning(
-        f"hf_fp8: {name} is made dense ({model.dtype}) to give it another size; it is saved dense, and named in `ignore`"
-    )
+    logger.warning(f"hf_fp8: {name} is made dense ({dtype}) to give it another size; it is saved dense, and named in `ignore`")

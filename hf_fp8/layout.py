@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightTransform,
-    build_glob_alternation,
     dot_natural_key,
 )
 
-from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
+from .checkpoint import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config
 from .conversion import Parameter, companion
 from .converters import KeyRenaming
 from .coverage import check_coverage
+from .dtype_plan import DtypePlan
 from .errors import MismatchError, MissingTensorError, ScaleError
 from .expert_names import converters, hub_name
 from .expert_plan import check_experts, plan_experts
@@ -88,7 +88,7 @@ def lay_out(
             weight.check()
     scales = check_scale_values(scanned.weights, checkpoint) if parts is None and read_values else {}
     filled, layout.missing = check_coverage(model, keymap, checkpoint, scanned)
-    fp32 = model._get_dtype_plan(dtype)
+    dtypes = DtypePlan(model, dtype)
     # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
     first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
     read = weights_read_by_kernels(model) if use_kernels else {}
@@ -101,7 +101,7 @@ def lay_out(
             resized = _why_resized(weight, tuple(keymap.params[weight.target].shape), other_sizes)
         module = module_of(model, weight.module)
         tie = _why_tied(model.all_tied_weights_keys, weight.target, filled)
-        reason = dense_because or resized or tie or _why_not_kept(first, read, module, weight, fp32)
+        reason = dense_because or resized or tie or _why_not_kept(first, read, module, weight, dtypes)
         if reason is None:
             layout.kept[weight.module] = weight
             continue
@@ -109,10 +109,9 @@ def lay_out(
         if weight.target not in layout.dense:
             renamed = weight.renamed[weight.primary].removesuffix("_packed")
             others = keymap.others(renamed, weight.pattern)
-            planned = planned_dtype(weight.target, fp32, dtype)
-            layout.dense[weight.target] = Parameter(weight.target, planned, others=others)
-    _collect(layout, weights, keymap, checkpoint, fp32, dtype, other_sizes)
-    _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, fp32, read)
+            layout.dense[weight.target] = Parameter(weight.target, dtypes.of(weight.target), others=others)
+    _collect(layout, weights, keymap, checkpoint, dtypes, other_sizes)
+    _keep_experts(layout, model, weights, [*conversions, *extra], experts_because, dtypes, read)
     if read_values and parts is None:
         placed = [weight for weight in scanned.weights if weight.target]
         layout.input_scales = wrong_input_scales(placed, scales)
@@ -139,7 +138,7 @@ def _keep_experts(
     weights: list[StoredWeight],
     conversions: Sequence[WeightTransform],
     because: Callable[[Scheme], str | None],
-    fp32: dict[str, torch.dtype],
+    dtypes: DtypePlan,
     read: dict[str, str],
 ) -> None:
     """Move the experts modules that can stay in FP8 from the dense parameters to `Layout.experts`; say why others cannot."""
@@ -151,7 +150,7 @@ def _keep_experts(
         schemes = {weight.scheme for parameter in mine.values() for weight in parameter.weights if weight.group.scheme}
         reasons = (because(scheme) for scheme in schemes)
         plan = next(filter(None, reasons), None) or plan_experts(name, module, mine, conversions)
-        if not isinstance(plan, str) and any(planned_dtype(target, fp32, torch.bfloat16) == torch.float32 for target in mine):
+        if not isinstance(plan, str) and any(dtypes.widens(target) for target in mine):
             plan = "the model keeps this module in float32"
         if not isinstance(plan, str) and name in read:
             plan = f"{read[name]} reads its weights instead of calling it"
@@ -265,8 +264,9 @@ def _is_transposed(model: PreTrainedModel, weight: StoredWeight, keymap: KeyMap)
     if layout is None or len(weight.shapes.get(WEIGHT, ())) != 3:
         return False
     experts, *sides = weight.shape
-    turned = weight.shape != (held := keymap.params[weight.target].shape) and (experts, *sides[::-1]) == held
-    return layout.is_transposed != turned
+    held = tuple(keymap.params[weight.target].shape)
+    turned = weight.shape != held and (experts, *sides[::-1]) == held
+    return layout.is_transposed is not turned
 
 
 def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: bool) -> str | None:
@@ -299,7 +299,7 @@ def _why_not_kept(
     read: dict[str, str],
     module: nn.Module | None,
     weight: StoredWeight,
-    fp32: dict[str, torch.dtype],
+    dtypes: DtypePlan,
 ) -> str | None:
     if weight.group.scheme is None:
         return "not an FP8 group"
@@ -307,7 +307,7 @@ def _why_not_kept(
         return "merged with others into one parameter of the model"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not a plain nn.Linear"
-    if planned_dtype(weight.target, fp32, torch.bfloat16) == torch.float32:
+    if dtypes.widens(weight.target):
         return "the model keeps this module in float32"
     if weight.module in read:
         return f"{read[weight.module]} reads its weight instead of calling it"
@@ -316,22 +316,12 @@ def _why_not_kept(
     return None
 
 
-def planned_dtype(name: str, fp32: dict[str, torch.dtype], dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the host would load parameter `name` in."""
-    if not fp32:
-        return dtype
-    pattern, groups, _ = build_glob_alternation(list(fp32))
-    found = pattern.search(name)
-    return fp32[groups[found.lastgroup]] if found and found.lastgroup else dtype
-
-
 def _collect(
     layout: Layout,
     weights: list[StoredWeight],
     keymap: KeyMap,
     checkpoint: Checkpoint,
-    fp32: dict[str, torch.dtype],
-    dtype: torch.dtype,
+    dtypes: DtypePlan,
     other_sizes: bool,
 ) -> None:
     """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order; and `file_dtypes`."""
@@ -340,7 +330,7 @@ def _collect(
         if stored.target in layout.dense and stored.pattern is None:
             layout.dense[stored.target].sources = {WEIGHT: [stored]}
     merging = {weight.pattern for weight in weights if weight.target and weight.pattern is not None}
-    dtypes: dict[str, set[str]] = {}
+    read: dict[str, set[str]] = {}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         weight = by_key.get(key)
         target, pattern = keymap.resolve(key) if weight is None else (weight.target, weight.pattern)
@@ -350,18 +340,17 @@ def _collect(
             # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
             renamed = keymap.rename(key)
             if target not in layout.dense:
-                planned = planned_dtype(target, fp32, dtype)
-                layout.dense[target] = Parameter(target, planned, others=keymap.others(renamed, pattern))
+                layout.dense[target] = Parameter(target, dtypes.of(target), others=keymap.others(renamed, pattern))
             dense = DenseTensor(name_beside(target, renamed, keymap.prefix), checkpoint.tensors[key].dtype)
             layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)
         elif weight is None:
             for name in (target, *keymap.others(keymap.rename(key), pattern)):
-                dtypes.setdefault(name, set()).add(checkpoint.tensors[key].dtype)
+                read.setdefault(name, set()).add(checkpoint.tensors[key].dtype)
             expected = tuple(keymap.params[target].shape)
             if pattern is None and not other_sizes and checkpoint.tensors[key].shape != expected:
                 raise MismatchError(
                     f"{key} has shape {list(checkpoint.tensors[key].shape)} in the files, the model's {target} has "
                     f"{list(expected)}: the config of the model is not that of the checkpoint"
                 )
-    found = {target: names.pop() for target, names in dtypes.items() if len(names) == 1}
-    layout.file_dtypes = {target: TORCH_DTYPES[name] for target, name in found.items() if name in DENSE_DTYPES}
+    found = {target: names.pop() for target, names in read.items() if len(names) == 1}
+    layout.file_dtypes = {t: TORCH_DTYPES[name] for t, name in found.items() if name in (*DENSE_DTYPES, *INTEGER_DTYPES)}

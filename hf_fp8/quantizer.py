@@ -19,6 +19,7 @@ from .config import FP8Config, remember
 from .conversion import AsItIs
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie
 from .converters import KeyRenaming, RoutedConverter
+from .dtype_plan import dtype_of
 from .errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from .explain import NOTES
 from .extra_tensors import Unplaced, belong_to, by_pattern, keep_names
@@ -350,7 +351,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.host is not None:
             recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
-        restore_dtypes(model, state, self.layout.file_dtypes, beyond=model.dtype if self.planned is not None else None)
+        restore_dtypes(model, state, self.layout.file_dtypes, beyond=dtype_of(model) if self.planned is not None else None)
         extra = {**self.extra, **(self.unplaced.read() if self.unplaced is not None else {})}
         keep_names(model, extra, self._file_names(self.layout))
         return {**state, **extra}, {}
@@ -374,7 +375,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "model.dequantize(): some of the model's layers are of other formats, which transformers runs; "
                 "load it with FP8Config(dequantize=True) instead"
             )
-        swap_back(model, dtype, default=model.dtype)
+        swap_back(model, dtype, default=dtype_of(model))
         setattr(model, NOTES, {})
         if self.layout is not None:
             setattr(model, FILE_DTYPES, self.layout.file_dtypes)

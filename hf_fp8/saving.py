@@ -15,7 +15,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from .config import FP8Config
-from .conversion import as_read
+from .conversion import as_read, is_widened
 from .errors import CalibrationError, UnsupportedError
 from .linear import FP8Linear
 from .pointwise import FP8PointwiseConv
@@ -149,10 +149,7 @@ def restore_dtypes(
     dtypes: name -> dtype in the files. beyond: only what is wider than this one, that of a model which is new, or was asked
     for in it. Names that share a tensor (tied weights) get one. What is offloaded is read back.
     """
-    least = 0 if beyond is None else beyond.itemsize
-    names = [
-        name for name, dtype in dtypes.items() if name in state and state[name].dtype.itemsize > max(dtype.itemsize, least)
-    ]
+    names = [name for name, dtype in dtypes.items() if name in state and is_widened(state[name].dtype, dtype, beyond)]
     if not names:
         return
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

@@ -33,7 +33,8 @@ LAYERS = [
     {"experts"},
     {"groups", "load_options", "one_at_a_time", "options", "parts", "observers", "reads", "files"},
     {"headers", "bin_files", "weight_files"},
-    {"candidates", "convert", "explain", "config", "checkpoint", "converters", "expert_names", "keymap", "calibration"},
+    {"candidates", "convert", "explain", "config", "checkpoint"},
+    {"converters", "dtype_plan", "expert_names", "keymap", "calibration"},
     {"asked", "fidelity.run", "fidelity.rows", "shards", "merging", "placement"},
     {"adapters.records", "adapters.patches"},
     {"adapters.weights", "adapters.forwards", "adapters.preparing"},
@@ -63,8 +64,9 @@ LAYERS = [
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
     "config", "experts", "low_rank", "expert_names", "expert_plan", "keymap", "conversion", "converters", "transforms",
-    "layout", "quantizer", "asked", "registration", "plan", "adopt", "choice", "source", "calibration_data", "cli",
-    "host_form", "rewrite", "extra_tensors", "load_report", "saving", "methods", "coverage", "undeclared", "host_methods",
+    "dtype_plan", "layout", "quantizer", "asked", "registration", "plan", "adopt", "choice", "source", "calibration_data",
+    "cli", "host_form", "rewrite", "extra_tensors", "load_report", "saving", "methods", "coverage", "undeclared",
+    "host_methods",
 }  # fmt: skip
 
 

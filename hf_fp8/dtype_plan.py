@@ -1,0 +1,48 @@
+"""In which dtype the host holds each parameter of a model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+WIDE = (torch.float32, torch.float64)
+
+
+class DtypePlan:
+    """What the host's loader does: names that the class wants in float32 are, and what the class itself builds in another
+    dtype than the model's stays in it.
+
+    model: on the meta device or loaded. dtype: the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._wanted = model._get_dtype_plan(dtype)
+        self._pattern, self._groups, _ = build_glob_alternation(list(self._wanted)) if self._wanted else (None, {}, None)
+        self._own = {name: p.dtype for name, p in model.named_parameters() if p.dtype in WIDE and p.dtype != dtype}
+
+    def wanted(self, name: str) -> torch.dtype | None:
+        """The dtype that the class wants the parameter `name` in by a pattern of names, None if it says nothing of it."""
+        found = self._pattern.search(name) if self._pattern is not None else None
+        if not found or not found.lastgroup:
+            return None
+        dtype: torch.dtype = self._wanted[self._groups[found.lastgroup]]
+        return dtype
+
+    def of(self, name: str) -> torch.dtype:
+        """The dtype of the parameter `name`."""
+        return self.wanted(name) or self._own.get(name, self.dtype)
+
+    def widens(self, name: str) -> bool:
+        """Whether the parameter `name` is in float32 whatever the model's dtype is."""
+        return self.wanted(name) == torch.float32 or name in self._own
+
+
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """That of the model's parameters but those which its class wants in one of their own. `PreTrainedModel.dtype` is that of
+    the first one, whichever it is."""
+    plan = DtypePlan(model, torch.bfloat16)
+    held = ((name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() > 1)
+    dtype: torch.dtype = next((dtype for name, dtype in held if plan.wanted(name) is None), model.dtype)
+    return dtype
