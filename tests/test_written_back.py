@@ -29,11 +29,17 @@ from transformers import (
     GraniteMoeSharedForCausalLM,
     KimiLinearConfig,
     KimiLinearForCausalLM,
+    LlamaForCausalLM,
+    NomicBertConfig,
+    NomicBertForMaskedLM,
     PreTrainedModel,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 import hf_fp8
 from hf_fp8 import FP8Config, numerics
+from hf_fp8.conversion import as_read
 from hf_fp8.scheme import ROW
 
 EXPERTS = FP8Config(backend="weight_only", experts="fp8")
@@ -93,6 +99,55 @@ def test_a_dense_model_in_one_dtype_is_saved_in_it(way: str, tmp_path: Path) -> 
         )
 
 
+class Odd(LlamaForCausalLM):
+    """A class that wants its first parameter in float32, builds a Linear in float32, and counts something."""
+
+    _keep_in_fp32_modules_strict = ("embed_tokens",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[0].mlp.up_proj.to(torch.float32)
+        self.model.norm.register_buffer("batches", torch.tensor(5))
+        self.post_init()
+
+
+def write_odd(path: Path) -> State:
+    return write(tiny_llama(), path, edit=lambda state: {**state, "model.norm.batches": torch.tensor(1000)})[0]
+
+
+def test_dtypes_that_a_class_chooses(tmp_path: Path) -> None:
+    """`PreTrainedModel.dtype`, that of the first parameter, is none of the model's here."""
+    written = write_odd(tmp_path / "fp8")
+    dtypes = {}
+    for name, config in {"kept": KEEP, "dense": FP8Config(dequantize=True)}.items():
+        model = Odd.from_pretrained(tmp_path / "fp8", quantization_config=config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        if name == "kept":
+            assert differing(written, tensors(tmp_path / "kept")) == []
+            model.dequantize()
+        dtypes[name] = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes["kept"] == dtypes["dense"]
+    wide = {name for name, dtype in dtypes["dense"].items() if dtype != torch.bfloat16}
+    assert wide == {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("held", "read", "same"),
+    [
+        (torch.tensor([3.0, 7.0]), torch.int64, True), (torch.tensor([3.5]), torch.int64, False),
+        (torch.tensor([2.0**25]), torch.int64, False), (torch.tensor([torch.nan]), torch.int32, False),
+        (torch.tensor([torch.inf]), torch.int32, False), (torch.tensor([300.0]), torch.uint8, False),
+        (torch.tensor([200.0]).bfloat16(), torch.int64, False), (torch.tensor([100.0]).bfloat16(), torch.int64, True),
+        (torch.tensor([1.0]), torch.bfloat16, True), (torch.tensor([1 + 2.0**-20]), torch.bfloat16, False),
+        (torch.tensor([]), torch.bfloat16, True), (torch.tensor([], dtype=torch.float32), torch.int64, True),
+    ],
+)  # fmt: skip
+def test_what_is_written_back_in_its_dtype(held: torch.Tensor, read: torch.dtype, same: bool) -> None:
+    found = as_read(held, read)
+    assert found.dtype == (read if same else held.dtype)
+    assert torch.equal(found.to(held.dtype).nan_to_num(7.0), held.nan_to_num(7.0))
+
+
 # -- names --
 
 
@@ -144,7 +199,7 @@ def write_any(model: PreTrainedModel, path: Path, chosen: Callable[[str], bool])
         flat = tensor.reshape(-1, tensor.shape[-1])
         scale = numerics.compute_scale(flat, ROW).bfloat16()
         out[name] = numerics.quantize(flat, scale, ROW).view(tensor.shape)
-        out[name.removesuffix("weight") + "weight_scale"] = scale.view(*tensor.shape[:-1], 1)
+        out[f"{name}_scale"] = scale.view(*tensor.shape[:-1], 1)
     dense = sorted({n.removesuffix(".weight") for n in out if n.endswith(".weight") and out[n].dtype == torch.bfloat16})
     config = json.loads((path / "config.json").read_text())
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -211,42 +266,97 @@ def test_one_list_of_experts_in_two_parameters(what: str, config: FP8Config, tmp
     assert differing(dict(wanted.named_parameters()), dict(loaded.named_parameters())) == []
 
 
-def test_fused_projections_that_the_model_holds_apart(tmp_path: Path) -> None:
+# What one matrix of the files is called in each of two layers -> the converters of the host that take it apart.
+FUSED: dict[str, tuple[tuple[str, str], list[tuple[str, str]]]] = {
+    "its weight": (("self_attn.w_qkv", "self_attn.w_qkv"), [(r"self_attn\.w_qkv\.weight", "self_attn.{}_proj.weight")]),
+    "all that it has": (("self_attn.w_qkv", "self_attn.w_qkv"), [("self_attn.w_qkv", "self_attn.{}_proj")]),
+    "two converters that make the same name": (
+        ("self_attn.w_qkv", "attn.w_qkv"),
+        [("self_attn.w_qkv.weight", "self_attn.{}_proj.weight"), (".attn.w_qkv.weight", ".self_attn.{}_proj.weight")],
+    ),
+}
+
+
+@pytest.mark.parametrize("config", [KEEP, FP8Config(dequantize=True)], ids=["kept", "dense"])
+@pytest.mark.parametrize("how", FUSED)
+def test_fused_projections_that_the_model_holds_apart(how: str, config: FP8Config, tmp_path: Path) -> None:
     """One FP8 matrix in the files, three parameters in the model: they are put together again in the file's order."""
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers import conversion_mapping
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    model = tiny_llama(num_key_value_heads=4)
+    model = tiny_llama(num_key_value_heads=4, attention_bias=how == "all that it has")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    names, patterns = FUSED[how]
     conversion = [
-        WeightConverter(
-            source_patterns=[r"self_attn\.w_qkv\.weight"],
-            target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-            operations=[Chunk(dim=0)],
-        )
+        WeightConverter(source_patterns=[found], target_patterns=[made.format(x) for x in "qkv"], operations=[Chunk(dim=0)])
+        for found, made in patterns
     ]
 
     def fuse(state: State) -> State:
         out = {name: t for name, t in state.items() if not any(f".{x}_proj." in name for x in "qkv")}
         for layer in range(2):
-            stem = f"model.layers.{layer}.self_attn"
-            for role in ("weight", "weight_scale"):
-                parts = [state[f"{stem}.{x}_proj.{role}"].view(torch.uint8) for x in "qkv"]
-                out[f"{stem}.w_qkv.{role}"] = torch.cat(parts).view(state[f"{stem}.q_proj.{role}"].dtype)
+            stem = f"model.layers.{layer}"
+            for role in (role for role in ("weight", "weight_scale", "bias") if f"{stem}.self_attn.q_proj.{role}" in state):
+                parts = [state[f"{stem}.self_attn.{x}_proj.{role}"].view(torch.uint8) for x in "qkv"]
+                fused = torch.cat(parts).view(state[f"{stem}.self_attn.q_proj.{role}"].dtype)
+                out[f"{stem}.{names[layer]}.{role}"] = fused
         return out
 
     written, dense = write(model, tmp_path / "fp8", edit=fuse)
     wanted = dense_logits(model, dense, tmp_path / "dense")
-    register_checkpoint_conversion_mapping("llama", conversion)
+    conversion_mapping.register_checkpoint_conversion_mapping("llama", conversion)
     try:
-        loaded = load(tmp_path / "fp8")
+        loaded = load(tmp_path / "fp8", config)
         assert error(logits(loaded), wanted) <= 1e-5
         loaded.save_pretrained(tmp_path / "saved")
-        assert differing(written, tensors(tmp_path / "saved")) == []
-        assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+        if not config.dequantize:
+            assert differing(written, tensors(tmp_path / "saved")) == []
+            written_config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+            assert written_config["ignore"] == ["lm_head"]
     finally:
-        from transformers import conversion_mapping
-
         conversion_mapping._checkpoint_conversion_mapping_cache.pop("llama", None)
+
+
+def nomic_bert() -> PreTrainedModel:
+    return make(NomicBertForMaskedLM, NomicBertConfig(**BASE, intermediate_size=96))
+
+
+def qwen3_vl_moe() -> PreTrainedModel:
+    text = {**BASE, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    text |= {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]}, dtype="bfloat16")
+    return make(Qwen3VLMoeForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("config", [KEEP, EXPERTS, FP8Config(dequantize=True)], ids=["dense experts", "fp8 experts", "dense"])
+@pytest.mark.parametrize("kind", ["fused, with a bias in the same pattern", "stacks", "stacks that the host transposes"])
+def test_families_whose_patterns_end_in_no_weight(kind: str, config: FP8Config, tmp_path: Path) -> None:
+    path, model = tmp_path / "fp8", nomic_bert() if kind.startswith("fused") else qwen3_vl_moe()
+    chosen = {"Wqkv.weight"} if kind.startswith("fused") else {"gate_up_proj", "down_proj"}
+    written = write_any(model, path, lambda name: any(name.endswith(end) for end in chosen))
+    if kind == "stacks that the host transposes":
+        turned = {name: t.transpose(1, 2).contiguous() for name, t in written.items() if t.ndim == 3}
+        # The host takes a square for one that lies as the model's does.
+        written |= {name: t for name, t in turned.items() if "down_proj" in name}
+        save_file(written, path / "model.safetensors", metadata={"format": "pt"})
+    scaled = [name for name in written if name.endswith("_scale")]
+    assert scaled
+    dense = {name: tensor for name, tensor in written.items() if name not in scaled}
+    for scale in scaled:
+        name = scale.removesuffix("_scale")
+        dense[name] = (written[name].float() * written[scale].float()).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    save_file(dense, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    wanted = type(model).from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    loaded = type(model).from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved")
+    if not config.dequantize:
+        assert differing(written, tensors(tmp_path / "saved")) == []
+        loaded.dequantize()
+    assert differing(dict(wanted.named_parameters()), dict(loaded.named_parameters())) == []
 
 
 def test_names_of_a_key_mapping_after_dequantizing(tmp_path: Path) -> None:
