@@ -8,6 +8,7 @@ from copy import copy, deepcopy
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -75,6 +76,16 @@ class KeyMap:
         """Whether the converter with the source `pattern` stacks its tensors, one for each number, into one parameter."""
         used = next((c for c in self._converters if pattern in c.source_patterns), None)
         return used is not None and len(used.target_patterns) == 1 and isinstance(used.operations[0], MergeModulelist)
+
+    def keeps(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the files goes into its parameter as it is: through no converter, or through one that would turn
+        it if it lay the other way, and does nothing more."""
+        target, pattern = self.resolve(key)
+        if pattern is None:
+            return True
+        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        turns = used is not None and all(isinstance(op, Transpose) and op.check_dims for op in used.operations)
+        return turns and target in self.params and shape == tuple(self.params[target].shape)
 
     def resolve(self, key: str) -> tuple[str, str | None]:
         """(parameter of the model, source pattern or None) of a key of the files."""

@@ -157,7 +157,7 @@ def _plan(
     for key, info in checkpoint.tensors.items():
         stack = _stack_of(model, keymap, key, info)
         experts = module_of(model, keymap.resolve(key)[0].rpartition(".")[0]) if stack is not None else None
-        if stack is not None and not key.endswith(f".{stack[1]}"):
+        if stack is not None and not (key.endswith(f".{stack[1]}") and keymap.keeps(key, info.shape)):
             if experts is not None and choose(names_of(key, key, keymap.prefix), experts):
                 plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
             stack = None
@@ -176,7 +176,7 @@ def _plan(
                 continue
             place, owner = (module, experts) if part.expert is not None else _linear(model, keymap, name)
             if place is not None:
-                is_expert = part.expert is not None or keymap.resolve(name)[1] is not None
+                is_expert = part.expert is not None or "experts." in name
                 names = names_of(module, place, keymap.prefix)
                 found.append(_Matrix(name, module, names, shape, owner, is_expert, is_spared(names, owner, head)))
     plan.names = [matrix.names for matrix in found]
@@ -230,8 +230,9 @@ def _linear(model: PreTrainedModel, keymap: KeyMap, key: str) -> tuple[str | Non
     if pattern is not None:
         experts = module_of(model, target.rpartition(".")[0])
         layout = ExpertsLayout.of(experts)
-        if layout is None and "experts." in key:
-            return owner.name, None  # merged in the family's own way: it will be told so
+        if layout is None and ("experts." in key or isinstance(owner.module, nn.Linear)):
+            # Merged or taken apart in the family's own way: it will be told so.
+            return owner.name, owner.module if isinstance(owner.module, nn.Linear) else None
         is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
         return (owner.name, experts) if is_expert else (None, None)
     if isinstance(owner.module, nn.Embedding) or not (owner.module is None or isinstance(owner.module, nn.Linear)):
@@ -270,10 +271,10 @@ def _stack_of(model: PreTrainedModel, keymap: KeyMap, key: str, info: TensorInfo
     """(layout, leaf) of a tensor that holds a projection, or its bias, of all experts of a module; None for any other."""
     if not 2 <= len(info.shape) <= 3 or info.dtype not in DENSE_DTYPES:
         return None
-    target, pattern = keymap.resolve(key)
+    target = keymap.resolve(key)[0]
     name, _, leaf = target.rpartition(".")
     layout = ExpertsLayout.of(module_of(model, name))
-    if layout is None or pattern is not None:
+    if layout is None:
         return None
     known = (layout.first, "down_proj") if len(info.shape) == 3 else (f"{layout.first}_bias", "down_proj_bias")
     return (layout, leaf) if leaf in known and target in keymap.params else None

@@ -359,6 +359,32 @@ def test_families_whose_patterns_end_in_no_weight(kind: str, config: FP8Config, 
     assert differing(dict(wanted.named_parameters()), dict(loaded.named_parameters())) == []
 
 
+@pytest.mark.parametrize("way", ["while loading", "on disk"])
+def test_quantizing_what_the_host_takes_apart(way: str, tmp_path: Path) -> None:
+    """Fused projections stay dense, and are said to; stacks that go into their parameters as they are become FP8."""
+    for family in (nomic_bert, qwen3_vl_moe):
+        model, path = family(), tmp_path / family.__name__
+        model.save_pretrained(path / "dense")
+        if way == "on disk":
+            run("quantize", path / "dense", path / "fp8", "--scheme", "FP8_DYNAMIC")
+        else:
+            made = type(model).from_pretrained(path / "dense", quantization_config=FP8Config("FP8_DYNAMIC"))
+            made.save_pretrained(path / "fp8")
+        state, ignore = (
+            tensors(path / "fp8"),
+            json.loads((path / "fp8" / "config.json").read_text())["quantization_config"]["ignore"],
+        )
+        codes = {name for name, tensor in state.items() if tensor.dtype == torch.float8_e4m3fn}
+        if family is nomic_bert:
+            assert codes and not any("Wqkv" in name for name in codes)
+            assert any("Wqkv" in entry for entry in ignore) or all(any(f"{x}_proj" in e for e in ignore) for x in "qkv")
+        else:
+            assert {f"model.language_model.layers.0.mlp.experts.{i}.up_proj.weight" for i in range(4)} < codes
+        loaded = type(model).from_pretrained(path / "fp8", quantization_config=KEEP, dtype=torch.bfloat16)
+        loaded.save_pretrained(path / "saved")
+        assert differing(state, tensors(path / "saved")) == []
+
+
 def test_names_of_a_key_mapping_after_dequantizing(tmp_path: Path) -> None:
     """transformers 5.24 drops the conversions of a model with its quantization config."""
     write(tiny_llama(), tmp_path / "fp8", edit=lambda s: {k.replace("self_attn", "attention"): v for k, v in s.items()})
