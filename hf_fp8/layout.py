@@ -173,7 +173,11 @@ def map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) 
     for key in checkpoint.tensors:
         renamed = keymap.rename(key)
         other = hub_name(renamed)
-        if other is None or keymap.convert(renamed)[0] in keymap.params:
+        if other is None:
+            continue
+        # A scale goes where its weight does, which it knows by its name.
+        home = renamed if renamed.endswith(".bias") else renamed.rpartition(".")[0] + f".{WEIGHT}"
+        if keymap.convert(home)[0] in keymap.params:
             continue
         weight = other.rpartition(".")[0] + f".{WEIGHT}"
         if keymap.convert(weight)[0] in keymap.params:

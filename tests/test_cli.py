@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from build import State, differing, error, load, logits, sqnr, tensors, tiny_llama, write
-from moe import deepseek_v3, gpt_oss, llama4, mixtral, qwen3_moe
+from moe import MOE, deepseek_v3, gpt_oss, is_linear, llama4, mixtral, qwen3_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -149,6 +149,15 @@ def test_dequantize_is_what_loading_dequantizes(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(found[name].float(), value), name
     assert not [name for name in found if "scale" in name]
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_dequantize_names_what_saving_names(family: str, tmp_path: Path) -> None:
+    """Experts, too: one by one where the family's files hold them so, stacked where transformers looks for stacks."""
+    write(MOE[family](), tmp_path / "fp8", quantized=is_linear)
+    run("dequantize", tmp_path / "fp8", tmp_path / "dense")
+    load(tmp_path / "fp8", FP8Config(dequantize=True), dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    assert differing(tensors(tmp_path / "saved"), tensors(tmp_path / "dense")) == []
 
 
 def test_calibrated(tmp_path: Path, tokenizer: Path) -> None:
