@@ -286,6 +286,7 @@ cli.main()
 """
 
 
+@pytest.mark.hostless
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
     """At any moment: nothing, or a whole checkpoint; and the next run is not in the way of what was left."""

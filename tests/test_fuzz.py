@@ -211,8 +211,9 @@ def sick() -> None:
     judging.load_ours, workers.run_case, workers.host_hangs = load, run, host_hangs  # type: ignore[assignment]
 
 
+@pytest.mark.hostless
 def test_limits_of_time_and_memory_and_processes_that_die() -> None:
-    outcomes = list(workers.run(range(4), jobs=2, setup="test_fuzz:sick", seconds=8.0, memory=3e8))
+    outcomes = list(workers.run(range(4), jobs=2, setup="test_fuzz:sick", seconds=6.0, memory=3e8))
     ends = {outcome.seed: outcome.kind for outcome in outcomes}
     assert ends == {0: HANGS, 1: MEMORY, 2: DIED, 3: RIGHT}
     assert "in load" in next(outcome.trace for outcome in outcomes if outcome.seed == 0)
