@@ -43,7 +43,7 @@ def plan_in_place(
     layout = quantizer.plan(model, conversions, _headers(model), dtype, cast=False, choose=choose)
     # Nothing is known of files, but that the host holds some parameters wider than the rest, whatever they were.
     dtypes = DtypePlan(model, dtype)
-    layout.file_dtypes = {name: dtype for name in layout.file_dtypes if dtypes.of(name) != dtype}
+    layout.file_dtypes = {name: dtype for name in layout.file_dtypes if dtypes.wanted(name) not in (None, dtype)}
     return quantizer
 
 

@@ -202,7 +202,8 @@ class Requantize(SharedOp):
                 if isinstance(source, DenseTensor):
                     out[source.saved] = as_read(dense, TORCH_DTYPES[source.dtype])
                 else:
-                    if dense.ndim == 3 and dense.shape != source.shape:  # the host turns only what does not fit the model
+                    lies = source.shapes.get(WEIGHT, ())
+                    if len(lies) == 3 and dense.shape != lies:  # the host turns only what does not fit the model
                         dense = dense.transpose(1, 2)
                     out.update(self._codes(dense, source, parameter.dtype))
         self._tell(start)

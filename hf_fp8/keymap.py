@@ -77,15 +77,22 @@ class KeyMap:
         used = next((c for c in self._converters if pattern in c.source_patterns), None)
         return used is not None and len(used.target_patterns) == 1 and isinstance(used.operations[0], MergeModulelist)
 
-    def keeps(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of the files goes into its parameter as it is: through no converter, or through one that would turn
-        it if it lay the other way, and does nothing more."""
-        target, pattern = self.resolve(key)
-        if pattern is None:
-            return True
+    def turns(self, target: str, pattern: str | None, shape: tuple[int, ...]) -> bool:
+        """Whether the converter with the source `pattern` swaps the sides of the matrices in a stack of this shape that goes
+        into the parameter `target`: always, or only where they lie the other way."""
         used = next((c for c in self._converters if pattern in c.source_patterns), None)
-        turns = used is not None and all(isinstance(op, Transpose) and op.check_dims for op in used.operations)
-        return turns and target in self.params and shape == tuple(self.params[target].shape)
+        turning = [op for op in used.operations if isinstance(op, Transpose)] if used is not None else []
+        if any(op.check_dims for op in turning):
+            return shape != tuple(self.params[target].shape)
+        return len(turning) % 2 == 1
+
+    def keeps(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the files goes into its parameter as it is: through no converter, or through one that turns what
+        lies the other way, and does nothing more."""
+        target, pattern = self.resolve(key)
+        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        turns_only = used is None or all(isinstance(op, Transpose) for op in used.operations)
+        return turns_only and target in self.params and not self.turns(target, pattern, shape)
 
     def resolve(self, key: str) -> tuple[str, str | None]:
         """(parameter of the model, source pattern or None) of a key of the files."""

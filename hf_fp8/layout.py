@@ -267,10 +267,7 @@ def _is_transposed(model: PreTrainedModel, weight: StoredWeight, keymap: KeyMap)
     layout = ExpertsLayout.of(module_of(model, weight.target.rpartition(".")[0]))
     if layout is None or len(weight.shapes.get(WEIGHT, ())) != 3:
         return False
-    experts, *sides = weight.shape
-    held = tuple(keymap.params[weight.target].shape)
-    turned = weight.shape != held and (experts, *sides[::-1]) == held
-    return layout.is_transposed is not turned
+    return layout.is_transposed is not keymap.turns(weight.target, weight.pattern, weight.shape)
 
 
 def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: bool) -> str | None:

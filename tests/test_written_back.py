@@ -385,6 +385,36 @@ def test_quantizing_what_the_host_takes_apart(way: str, tmp_path: Path) -> None:
         assert differing(state, tensors(path / "saved")) == []
 
 
+@pytest.mark.parametrize("scales", ["of columns", "of columns, flat"])
+def test_square_stacks_that_the_host_always_turns(scales: str, tmp_path: Path) -> None:
+    """Nothing but the converter says which way they lie."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    model, path = qwen3_vl_moe(), tmp_path / "fp8"
+    written = write_any(model, path, lambda name: name.endswith("gate_up_proj"))
+    stacks = [name for name in written if name.endswith("gate_up_proj")]
+    dense = {name: t for name, t in written.items() if not name.endswith("_scale")}
+    for name in stacks:
+        assert written[name].shape[1] == written[name].shape[2]
+        dense[name] = (written[name].float() * written[f"{name}_scale"].float()).bfloat16()
+        written[name] = written[name].transpose(1, 2).contiguous()
+        scale = written[f"{name}_scale"].transpose(1, 2).contiguous()
+        written[f"{name}_scale"] = scale.squeeze(1) if scales.endswith("flat") else scale
+    save_file(written, path / "model.safetensors", metadata={"format": "pt"})
+    old = conversion_mapping.get_checkpoint_conversion_mapping("qwen3_vl_moe")
+    turn = [WeightConverter("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", operations=[Transpose(1, 2)])]
+    conversion_mapping.register_checkpoint_conversion_mapping("qwen3_vl_moe", turn, overwrite=True)
+    try:
+        loaded = type(model).from_pretrained(path, quantization_config=KEEP, dtype=torch.bfloat16)
+        loaded.save_pretrained(tmp_path / "saved")
+        assert differing(written, tensors(tmp_path / "saved")) == []
+        found = dict(loaded.named_parameters())
+        assert all(torch.equal(found[name], dense[name]) for name in stacks)
+    finally:
+        conversion_mapping.register_checkpoint_conversion_mapping("qwen3_vl_moe", old, overwrite=True)
+
+
 def test_names_of_a_key_mapping_after_dequantizing(tmp_path: Path) -> None:
     """transformers 5.24 drops the conversions of a model with its quantization config."""
     write(tiny_llama(), tmp_path / "fp8", edit=lambda s: {k.replace("self_attn", "attention"): v for k, v in s.items()})
