@@ -49,5 +49,9 @@ class StaleError(FP8Error, RuntimeError):
     """The float weight that was kept beside a layer's codes has been changed since they were made of it."""
 
 
+class StateDictError(FP8Error, RuntimeError):
+    """A state dict has other codes than its layer, or values in their place."""
+
+
 class InputError(FP8Error, TypeError):
     """A layer was called with an input whose dtype or shape it cannot take."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from .kernels import Groups
 from .low_rank import LowRank, product
 from .quantized_module import OF_AN_INSTANCE, QuantizedModule
 from .scheme import Scheme
+from .weight_source import Decoder
 
 # A few tokens are not sorted by expert: sorting is five launches, and what it saves is reading an expert twice that two
 # tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
@@ -157,6 +159,18 @@ class FP8Experts(QuantizedModule):
     def holds(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         return {p.name: (p.scale, p.input_scale) for p in self.projections}
 
+    def _projection(self, name: str) -> Projection:
+        return self.first if name == self.first.name else self.second
+
+    def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        projection = self._projection(name)
+        return projection.scheme.weight.dtype, projection.shape
+
+    def decoder(self, name: str) -> Decoder:
+        projection = self._projection(name)
+        decode = partial(stacks.decode, self.family, self.layout, projection, stacks.takes_turns(self, projection))
+        return Decoder(decode, getattr(self, projection.scale), self.made_of or torch.bfloat16, self.called(name))
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -230,7 +244,7 @@ class FP8Experts(QuantizedModule):
             self.observer(projection, x, groups)
         y = scaled_grouped_linear(
             x,
-            getattr(self, projection.name),
+            self.codes(projection.name),
             getattr(self, projection.scale),
             projection.scheme,
             groups,
@@ -282,7 +296,8 @@ class FP8Experts(QuantizedModule):
         """As in `QuantizedModule`; dense: the family's module."""
         found, change = stacks.requantized(self, dense, chance)
         new = self._twin()
-        new._parameters.update(found)
+        for name, parameter in found.items():
+            setattr(new, name, parameter)
         new.low_rank = {}
         return new, change
 

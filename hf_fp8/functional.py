@@ -15,6 +15,7 @@ from .errors import InputError
 from .gradients import times_weight
 from .kernels import Input, Weight, kernel_for
 from .originals import refuse_changed
+from .quantized_weight import codes_of
 from .scheme import Scheme
 from .shared_input import quantize_once
 
@@ -118,6 +119,7 @@ def scaled_linear(
     that cannot run; CalibrationError if the kernel quantizes x and the scheme is static, without an input scale; StaleError
     if what is `kept` was changed.
     """
+    weight = codes_of(weight)
     if x.dtype not in FLOATS:
         hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
         raise InputError(

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from .errors import InputError
 from .functional import FLOATS, nobody_watches, refuse_forward_mode
 from .kernels import ExpertWeights, Groups, Input, Problem, grouped_mm, select_grouped
+from .quantized_weight import codes_of
 from .scheme import Scheme
 
 _LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -185,6 +186,7 @@ def scaled_grouped_linear(
 
     Raises InputError for operands whose dtype or shape do not fit, KernelError for a forced kernel that cannot run.
     """
+    weight = codes_of(weight)
     if isinstance(groups, torch.Tensor):
         if groups.ndim != 1 or groups.shape[0] != x.shape[0]:
             raise InputError(f"{tuple(groups.shape)} experts were given for {x.shape[0]} rows; it is one for each")

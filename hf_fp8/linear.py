@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from .functional import scaled_linear
 from .originals import as_it_is, is_changed, kept, refuse_changed
 from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
+from .weight_source import Decoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,7 +47,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
             (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it. Once it was
             changed, running and saving the layer raise StaleError until codes are made anew; see `originals.is_changed`.
-        name_in_model: its name in the model that `quantize_model` was given, for errors.
+        name_in_model: its name in the model that it was loaded or quantized in, for errors.
         made_of, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it asked
             for gradients; what `to_linear` gives has both.
         observer: called with each input while the layer is being calibrated.
@@ -77,7 +79,6 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.original: torch.Tensor | None = None
         self._made_of: torch.Tensor | None = None
         self.originals = "discard"
-        self.name_in_model = ""
         self.trainable = True
         self.observer: Callable[[torch.Tensor], Any] | None = None
 
@@ -94,6 +95,13 @@ class FP8Linear(QuantizedModule, nn.Linear):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=bias_dtype, device=device))
         else:
             self.register_parameter("bias", None)
+
+    def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self.scheme.weight.dtype, (self.out_features, self.in_features)
+
+    def decoder(self, name: str) -> Decoder:
+        decode = partial(numerics.dequantize_rows, granularity=self.scheme.weight.granularity)
+        return Decoder(decode, self.weight_scale, self.made_of or torch.bfloat16, self.called(name))
 
     @classmethod
     def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> FP8Linear:
@@ -219,13 +227,14 @@ class FP8Linear(QuantizedModule, nn.Linear):
         self.refuse_parametrized()
         if self.compute_dtype is not None:
             input = input.to(self.compute_dtype)
+        held: Any = self._parameters
         out = scaled_linear(
             input,
-            self.weight,
-            self.weight_scale,
+            self.codes("weight"),
+            held["weight_scale"],
             self.scheme,
-            input_scale=None if self.unmeasured else self.input_scale,
-            bias=self.bias,
+            input_scale=None if self.unmeasured else held["input_scale"],
+            bias=held["bias"],
             backend=backend,
             backward=self.backward,
             layer=self if self.shares_input is not None else None,
@@ -235,7 +244,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
-        return numerics.dequantize(self.weight, self.weight_scale, self.scheme.weight.granularity, dtype)
+        return numerics.dequantize(self.codes("weight"), self.weight_scale, self.scheme.weight.granularity, dtype)
 
     def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
         """The float weight: the original if it was kept, itself or a copy, else the dequantized one."""
@@ -268,10 +277,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         if self.original is not None:
             return self.original[rows].to(self.weight.device, torch.float32)
         granularity = self.scheme.weight.granularity
-        height = max(granularity.rows, 1)
-        grid = self.weight_scale.reshape(granularity.grid(*self.weight.shape))
-        scale = grid if granularity.rows == -1 else grid[rows.start // height : -(-rows.stop // height)]
-        return numerics.dequantize(self.weight[rows], scale, granularity)
+        return numerics.dequantize_rows(self.codes("weight"), self.weight_scale, rows, torch.float32, granularity=granularity)
 
     @torch.no_grad()
     def requantize_int8(self) -> None:
@@ -289,7 +295,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
                 "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
                 "load onto one device, or with backend='weight_only'"
             )
-        codes, scale = numerics.requantize(self.weight, self.weight_scale, self.scheme.weight.granularity, INT8)
+        codes, scale = numerics.requantize(self.codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("input_scale", None)
@@ -332,7 +338,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         if self._made_of is not None and self.original is not None:
             self._keep(self.original)
 

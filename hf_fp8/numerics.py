@@ -14,6 +14,7 @@ import torch
 
 from .casts import multiply_out
 from .errors import CalibrationError, ScaleError
+from .quantized_weight import codes_of
 from .scheme import CODE_MAX, FP8, ROW, Granularity, TensorScheme, scale_shape
 
 # The scale where amax / 448 is 0: a normal number, which no device takes for 0 in x / scale.
@@ -204,13 +205,29 @@ def dequantize(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """q (rows, cols) in E4M3 or int8 times its scales, multiplied in their `wide` dtype and rounded once to `dtype`."""
-    computed = wide(scale.dtype)
+    q, computed = codes_of(q), wide(scale.dtype)
     if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
         return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
         multiply_out(piece, expand_scale(part, granularity, *piece.shape), out[start : start + len(piece)])
     return out
+
+
+def dequantize_rows(
+    q: torch.Tensor, scale: torch.Tensor, rows: slice, dtype: torch.dtype, *, granularity: Granularity
+) -> torch.Tensor:
+    """Rows (start, stop) of ``dequantize(q, scale, granularity, dtype)``, without the others but for those of their blocks."""
+    count, cols = q.shape
+    if rows.start == 0 and rows.stop == count:
+        return dequantize(q, scale, granularity, dtype)
+    height = count if granularity.rows == -1 else granularity.rows
+    grid = scale.reshape(granularity.grid(count, cols))
+    first = rows.start // max(height, 1) * height
+    part = grid if granularity.rows == -1 else grid[first // height : -(-rows.stop // height)]
+    if granularity.rows == -1:
+        first = rows.start
+    return dequantize(codes_of(q)[first : rows.stop], part, granularity, dtype)[rows.start - first :]
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
@@ -277,6 +294,7 @@ def requantize(
 
     In pieces: a float32 copy of the whole is never held.
     """
+    q = codes_of(q)
     rows, cols = q.shape
     codes = torch.empty((rows, cols), dtype=dtype, device=q.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=q.device)
@@ -297,6 +315,7 @@ def pieces(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """(codes, their scales, first row): q in pieces of whole blocks of rows, of about `elements` each."""
+    q = codes_of(q)
     rows, cols = q.shape
     scale = scale.reshape(granularity.grid(rows, cols))
     height = max(granularity.rows, 1)
@@ -310,6 +329,7 @@ def pieces_of_columns(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """(codes, their scales, first column): views of q in pieces of whole blocks of columns, of about `elements` each."""
+    q = codes_of(q)
     rows, cols = q.shape
     scale = scale.reshape(granularity.grid(rows, cols))
     width = granularity.cols if granularity.cols > 1 else 64  # what matmuls like

@@ -8,14 +8,31 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from .cast_values import codes_for_certain, refuse_values
 from .changes import Change
-from .errors import UnsupportedError
+from .errors import StateDictError, UnsupportedError
+from .held import held_by, let_gather, scale_held
+from .quantized_weight import QuantizedWeight, codes_of, export, is_cast_of
+from .weight_source import Decoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it.
 OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+
+
+# What a layer is made of, and what PyTorch, transformers or accelerate put on it; anything else is of someone's own.
+OF_A_LAYER = frozenset(
+    {*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta")), *OF_AN_INSTANCE, "_is_hf_initialized"}
+)
+
+
+def foreign_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Names of what somebody has set on a float layer, or on the one that this one stands for."""
+    if isinstance(module, QuantizedModule):
+        return module.foreign
+    return tuple(name for name in vars(module) if name not in OF_A_LAYER)
 
 
 class QuantizedModule(nn.Module):
@@ -37,6 +54,73 @@ class QuantizedModule(nn.Module):
     unmeasured: tuple[str, ...] = ()
     # The dtype of the float weights that it was made of, or of the model that it was loaded into; None: not known.
     made_of: torch.dtype | None = None
+
+    # Names of what somebody had set on the layer that it stands for, and is set on it, too (`convert.take_over`).
+    foreign: tuple[str, ...] = ()
+    # Its name in the model that it was loaded or quantized in, for errors.
+    name_in_model: str = ""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's, to which assigning a parameter leads: codes become a QuantizedWeight that belongs to this layer."""
+        super().register_parameter(name, self._as_held(name, param))
+
+    def _as_held(self, name: str, param: Any) -> Any:
+        if param is None or name not in self.quantized:
+            return param
+        if name in self.holds:
+            return held_by(self, name, param)
+        return scale_held(param)
+
+    def _hold(self) -> None:
+        """See to it that codes and scales, which may have been put into `_parameters` by themselves, belong to this layer."""
+        for name in self.quantized:
+            if name in self._parameters:
+                self._parameters[name] = self._as_held(name, self._parameters[name])
+
+    def decoder(self, name: str) -> Decoder:
+        """What the codes called `name` mean, for whoever reads them as values."""
+        raise NotImplementedError
+
+    def called(self, name: str = "") -> str:
+        """What errors call this module, or its parameter `name`."""
+        module = self.name_in_model or f"a {type(self).__name__}"
+        if not name:
+            return module
+        return f"{module}.{name}" if self.name_in_model else f"{name} of {module}"
+
+    def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and shape that the scheme gives the codes called `name`."""
+        raise NotImplementedError
+
+    def codes(self, name: str) -> torch.Tensor:
+        """The codes called `name` as a plain tensor, for kernels.
+
+        Raises UnsupportedError if somebody has put something else in their place.
+        """
+        found: Any = self._parameters.get(name)
+        codes: torch.Tensor = found.codes if type(found) is QuantizedWeight else found
+        if codes is None or (codes.dtype, codes.shape) != self.form_of(name):
+            self._refuse_replaced(name, codes)
+        return codes
+
+    def refuse_replaced(self) -> None:
+        """Raise UnsupportedError if codes or scales are not of the dtype and shape that the scheme gives them."""
+        self.refuse_parametrized()
+        for name, scales in self.holds.items():
+            self.codes(name)
+            for scale in scales:
+                held = self._parameters.get(scale)
+                if held is not None and (not held.is_floating_point() or held.itemsize < 2):
+                    raise UnsupportedError(f"{self.called(scale)} is {held.dtype}: a scale is in bfloat16, float16 or float32")
+
+    def _refuse_replaced(self, name: str, found: torch.Tensor | None) -> None:
+        dtype, shape = self.form_of(name)
+        held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
+        raise UnsupportedError(
+            f"{self.called(name)} is {held}, where its scheme has {[*shape]} codes in {dtype}: it was replaced or cast after "
+            "the layer was quantized. model.to(dtype) leaves codes as they are; hf_fp8.dequantize_model(model), before that, "
+            "gives weights that can be changed"
+        )
 
     @property
     def has_static_input(self) -> bool:
@@ -81,7 +165,7 @@ class QuantizedModule(nn.Module):
     @property
     def is_offloaded(self) -> bool:
         """Whether the codes are somewhere else, such as on disk, until the module is called."""
-        return any(getattr(self, name).is_meta for name in self.holds)
+        return any(tensor.is_meta for name in self.holds if (tensor := getattr(self, name)) is not None)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The module that this one stands for, with its weights multiplied out, on the same device."""
@@ -101,7 +185,12 @@ class QuantizedModule(nn.Module):
         new.__dict__.update({name: value for name, value in vars(self).items() if name not in OF_AN_INSTANCE})
         for name in ("_parameters", "_buffers", "_modules"):
             new.__dict__[name] = dict(vars(self)[name])
+        new._hold()
         return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hold()
 
     def refuse_parametrized(self) -> None:
         """Raise UnsupportedError if somebody computes codes anew at each call (`torch.nn.utils.parametrize`)."""
@@ -116,14 +205,26 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             is_quantized = any(tensor is getattr(self, name) for name in self.quantized)
-            return moved_as_it_is(tensor, fn) if is_quantized else fn(tensor)
+            return moved_as_it_is(codes_of(tensor), fn) if is_quantized else fn(tensor)
 
         if recurse:
             for child in self.children():
                 child._apply(fn)  # type: ignore[no-untyped-call]
         if self.made_of is not None:
             self.made_of = fn(torch.empty(0, dtype=self.made_of)).dtype
-        return super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
+        with codes_for_certain():
+            super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
+        self._hold()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.refuse_replaced()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in self.holds:
+                if prefix + name in destination:
+                    export(destination[prefix + name], self.decoder(name))
+                    let_gather(self, name, destination[prefix + name])
 
     def _load_from_state_dict(
         self,
@@ -136,23 +237,37 @@ class QuantizedModule(nn.Module):
         errors: list[str],
     ) -> None:
         for name, scales in self.holds.items():
-            codes, held_as = state_dict.get(prefix + name), getattr(self, name).dtype
+            codes, held_as = state_dict.get(prefix + name), self.form_of(name)[0]
+            if codes is not None and (own := self._parameters.get(name)) is not None and is_cast_of(own, codes):
+                state_dict = {**state_dict, prefix + name: own}  # as adapters are saved with the head: nothing changes
+                continue
             if codes is not None and codes.dtype != held_as:
-                errors.append(
-                    f"{prefix}{name} is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it"
+                raise StateDictError(
+                    f"{prefix}{name} is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it. "
+                    "hf_fp8.dequantize_model(model) first, load, and hf_fp8.quantize_model(model) again"
                 )
-                return
             if codes is not None and prefix + scales[0] not in state_dict:
-                errors.append(f"{prefix}{name} comes without its {prefix}{scales[0]}")
-                return
+                raise StateDictError(f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of codes has both")
+            if type(codes) is torch.Tensor:  # of a file, or somebody's own
+                refuse_values(codes, self.codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]]))
             for scale_name in scales:
                 scale, held = state_dict.get(prefix + scale_name), getattr(self, scale_name)
                 if scale is not None and held is not None and scale.dtype != held.dtype:
-                    held.data = held.data.to(scale.dtype)  # copied as it is, not rounded to what was held before
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+                    # Copied as it is, not rounded to what was held before.
+                    self.register_parameter(scale_name, nn.Parameter(held.detach().to(scale.dtype), requires_grad=False))
+        with codes_for_certain():
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         static = (prefix + name for scales in self.holds.values() for name in scales[1:])
         if any(name in state_dict and not state_dict[name].is_meta for name in static):
             self.see_calibration()
+
+    def _ratio(self, name: str, new: torch.Tensor) -> float:
+        """By how much scales are larger than those that they are to replace."""
+        held = getattr(self, name)
+        if held.is_meta or new.is_meta:
+            return 1.0
+        before = held.detach().float().abs().mean()
+        return float(new.detach().to(before).abs().mean() / before)
 
 
 def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

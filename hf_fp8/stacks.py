@@ -10,14 +10,14 @@ from torch import nn
 
 from . import numerics
 from .changes import Change
-from .errors import ScaleError
+from .errors import ScaleError, UnsupportedError
 from .kernels import ExpertWeights, grouped_mm
 
 
 def weights_of(experts: Any, projection: Any) -> ExpertWeights:
     """A stack as kernels take it."""
     scale = getattr(experts, projection.scale)
-    return ExpertWeights(getattr(experts, projection.name), scale, projection.scheme, projection.parts)
+    return ExpertWeights(experts.codes(projection.name), scale, projection.scheme, projection.parts)
 
 
 def takes_turns(experts: Any, projection: Any) -> bool:
@@ -43,6 +43,35 @@ def rebuilt(experts: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
             dense.register_parameter(name, nn.Parameter(getattr(experts, name).detach().to(dtype, copy=True)))
     dense.train(experts.training)
     return dense
+
+
+def decode(
+    family: type,
+    layout: Any,
+    projection: Any,
+    turns: bool,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    rows: slice,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Some experts of a stack multiplied out, (E, N, K), for whoever reads it as values.
+
+    Raises UnsupportedError for families that hold their stacks otherwise: what their code computes with it would be wrong.
+    """
+    if layout.is_transposed or turns:
+        how = "transposed" if layout.is_transposed else "rows of gate and up taking turns"
+        raise UnsupportedError(
+            f"{projection.name} is read as values, and {family.__name__} would hold it {how}, unlike its codes "
+            f"({[*codes.shape]} in {codes.dtype}): experts.to_dense(dtype) gives the family's own module, and "
+            "FP8Config(experts='dequantize') loads it so"
+        )
+    w = ExpertWeights(codes[rows], scale[rows], projection.scheme, projection.parts)
+    out = torch.empty(w.codes.shape, dtype=dtype, device=codes.device)
+    for expert in range(len(out)):
+        for piece, first, last in grouped_mm.pieces(w, expert, dtype):
+            out[expert, first:last] = piece
+    return out
 
 
 def _shape(experts: Any, projection: Any) -> tuple[int, int, int]:

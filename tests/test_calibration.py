@@ -179,7 +179,7 @@ def test_siblings_by_the_tensors_they_were_given(tie: bool) -> None:
 def test_weights_of_siblings_get_one_scale(originals: str) -> None:
     model, data = Attention(originals=originals), batches()
     weights = {name: getattr(model, name).restored_weight(torch.float32) for name in "qkvo"}
-    before = {name: getattr(model, name).weight.clone() for name in "qkvo"}
+    before = {name: getattr(model, name).weight.codes.clone() for name in "qkvo"}
     largest = model.v.weight_scale.clone()
     others = model.o.weight_scale.clone()
     with calibrate(model, tie_weights=True), torch.no_grad():
@@ -187,9 +187,9 @@ def test_weights_of_siblings_get_one_scale(originals: str) -> None:
     for name in "qkv":
         layer = getattr(model, name)
         assert torch.equal(layer.weight_scale, largest)
-        assert torch.equal(layer.weight.float(), numerics.quantize(weights[name], largest, TENSOR).float())
-        assert torch.equal(layer.weight.float(), before[name].float()) == (name == "v")
-    assert torch.equal(model.o.weight_scale, others) and torch.equal(model.o.weight.float(), before["o"].float())
+        assert torch.equal(layer.weight.codes, numerics.quantize(weights[name], largest, TENSOR))
+        assert torch.equal(layer.weight.codes, before[name]) == (name == "v")
+    assert torch.equal(model.o.weight_scale, others) and torch.equal(model.o.weight.codes, before["o"])
 
 
 def test_an_exception_changes_nothing() -> None:
@@ -393,7 +393,7 @@ def routed_by_hand(module: Any, calls: list[tuple[torch.Tensor, torch.Tensor]]) 
 def numerics_of(module: Any) -> torch.Tensor:
     """gate over up (E, N, K), multiplied out."""
     scale = module.gate_up_proj_scale.float().repeat_interleave(module.first.shape[1] // 2, 1)
-    return module.gate_up_proj.float() * scale.unsqueeze(-1)
+    return module.gate_up_proj.codes.float() * scale.unsqueeze(-1)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])  # few are not sorted by expert on GPUs; one reaches two experts of four
@@ -529,4 +529,4 @@ def test_two_processes_measure_what_one_would(tmp_path: Path) -> None:
             scales, state = torch.load(tmp_path / f"{observer}{rank}.pt")
             assert scales == run.scales
             for name, tensor in model.state_dict().items():
-                assert torch.equal(state[name].float(), tensor.float()), name
+                assert torch.equal(state[name].float(), getattr(tensor, "codes", tensor).float()), name

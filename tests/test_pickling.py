@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_fp8
 from hf_fp8 import FP8Config, explain, quantize_model
+from hf_fp8.quantized_weight import QuantizedWeight
 from hf_fp8.scheme import FP8
 
 
@@ -144,7 +145,7 @@ def test_models(name: str, tmp_path: Path, processes: ProcessPoolExecutor) -> No
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
             assert (a.original is None) == (b.original is None) and a.made_of == b.made_of and a.shares_input == b.shares_input
-            assert type(b.weight) is torch.nn.Parameter and b.weight.data_ptr() != a.weight.data_ptr()
+            assert type(b.weight) is QuantizedWeight and b.weight.data_ptr() != a.weight.data_ptr()
 
 
 def test_what_is_shared_stays_shared() -> None:

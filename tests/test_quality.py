@@ -85,7 +85,7 @@ def test_exact_zero_and_broken_weights(tmp_path: Path) -> None:
     model[1].weight.data.fill_(0.5)  # a power of two times 448, to within nothing
     model[2].weight.data.zero_()
     q = quantized(model)
-    q[2].weight.data.fill_(1.0)  # no longer zero
+    q[2].weight.codes.fill_(1.0)  # no longer zero
     q[3].weight_scale.data.fill_(torch.nan)
     report = quality(model, q, torch.randn(4, 32))
     found = [row.weight_sqnr for row in report.rows]
@@ -111,7 +111,7 @@ def test_an_injected_error_is_found() -> None:
     for report in (quality(model, q, data), quality(model, q)):
         assert report.worst(3)[0].name == "7" and len(report.worst(3)) == 3
         assert 'ignore=["7"]' in str(report) and "1 layer stands out" in str(report)
-    q[3].weight.data[5] = 0
+    q[3].weight.codes[5] = 0
     assert quality(model, q, data).ignore == ["3", "7"]
     by_output = sorted(quality(model, q, data).rows, key=lambda row: row.output_sqnr)
     assert quality(model, q, data).worst(4) == by_output[:4] and {row.name for row in by_output[:2]} == {"3", "7"}

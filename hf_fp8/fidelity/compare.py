@@ -157,13 +157,13 @@ def _weights(pair: Pair) -> list[Row]:
     weight: Any = _original(layer) if pair.reference is None else pair.reference.weight
     if weight is None:
         return [dataclasses.replace(row, note="not comparable: its float weight was not kept")]
-    if layer.weight.is_meta or weight.is_meta:
+    codes = layer.codes("weight")
+    if codes.is_meta or weight.is_meta:
         return [dataclasses.replace(row, note="weights not comparable: they are offloaded")]
-    sums, weight = Sums(), weight.detach().reshape(layer.weight.shape)
+    sums, weight = Sums(), weight.detach().reshape(codes.shape)
     granularity = layer.scheme.weight.granularity
-    chunk = numerics.chunk(layer.weight.device)
-    for codes, scale, start in numerics.pieces(layer.weight, layer.weight_scale, granularity, chunk):
-        sums.add(weight[start : start + len(codes)], numerics.dequantize(codes, scale, granularity))
+    for piece, scale, start in numerics.pieces(codes, layer.weight_scale, granularity, numerics.chunk(codes.device)):
+        sums.add(weight[start : start + len(piece)], numerics.dequantize(piece, scale, granularity))
     return [_measured(row, sums)]
 
 
@@ -171,7 +171,7 @@ def _projection(pair: Pair, experts: FP8Experts, projection: Projection) -> Row:
     row = Row(f"{pair.name}.{projection.name}", pair.name, projection.scheme.describe(), projection.shape)
     if pair.reference is None:
         return dataclasses.replace(row, note="not comparable: its float weight was not kept")
-    codes, stack = getattr(experts, projection.name), getattr(pair.reference, projection.name).detach()
+    codes, stack = experts.codes(projection.name), getattr(pair.reference, projection.name).detach()
     if codes.is_meta or stack.is_meta:
         return dataclasses.replace(row, note="weights not comparable: they are offloaded")
     # As FP8Experts._dense has it, the other way round: here rows are outputs, and gate lies over up.

@@ -1,0 +1,379 @@
+"""Whoever reads a weight of codes gets the weight; whoever moves it moves the codes; nobody can write values into them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hf_fp8
+from hf_fp8 import FP8Linear
+from hf_fp8.errors import FP8Error, StateDictError, UnsupportedError
+from hf_fp8.quantized_weight import QuantizedWeight
+
+SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "FP8_TENSOR", "INT8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+N, K = 150, 70  # multiples of nothing
+
+
+def linear(scheme: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    layer = nn.Linear(K, N, dtype=dtype)
+    return hf_fp8.quantize_model(layer, scheme, backend="int8" if scheme == "INT8" else "weight_only")
+
+
+def net(scheme: str = "FP8_DYNAMIC", dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N, dtype=dtype), nn.ReLU(), nn.Linear(N, K, dtype=dtype))
+    return hf_fp8.quantize_model(model, scheme, backend="int8" if scheme == "INT8" else "weight_only")
+
+
+X, INDEX, OTHER = torch.randn(5, K), torch.tensor([3, 140, 3]), torch.randn(N, K)
+READS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "matmul": lambda w: X.to(w.dtype if w.dtype in DTYPES else CASE["dtype"]) @ w.T,
+    "t()": lambda w: torch.mm(w, w.t()),
+    "linear": lambda w: nn.functional.linear(X.to(CASE["dtype"]), w),
+    "einsum": lambda w: torch.einsum("bk,nk->bn", X.to(CASE["dtype"]), w),
+    "addmm": lambda w: torch.addmm(torch.zeros(5, N, dtype=CASE["dtype"]), X.to(CASE["dtype"]), w.t()),
+    "out=": lambda w: torch.mm(X.to(CASE["dtype"]), w.t(), out=torch.empty(5, N, dtype=CASE["dtype"])),
+    "embedding": lambda w: nn.functional.embedding(INDEX, w),
+    "plus": lambda w: w + 1,
+    "plus itself": lambda w: w + w,
+    "times": lambda w: 0.5 * w,
+    "minus a tensor": lambda w: OTHER.to(CASE["dtype"]) - w,
+    "into another": lambda w: OTHER.to(CASE["dtype"], copy=True).add_(w, alpha=0.1),
+    "lerp": lambda w: torch.lerp(OTHER.to(CASE["dtype"]), w, 0.25),
+    "where": lambda w: torch.where(OTHER > 0, w, OTHER.to(CASE["dtype"])),
+    "negative": lambda w: -w,
+    "power": lambda w: w**2,
+    "comparison": lambda w: w > 0.01,
+    "norm": lambda w: w.norm(),
+    "torch.norm": lambda w: torch.norm(w, dim=1),
+    "linalg": lambda w: torch.linalg.vector_norm(w, dim=0),
+    "abs max": lambda w: w.abs().max(),
+    "mean": lambda w: w.mean(),
+    "std": lambda w: w.std(),
+    "sum": lambda w: w.sum(1),
+    "topk": lambda w: w.flatten().topk(3).values,
+    "cat": lambda w: torch.cat([w, w]),
+    "stack": lambda w: torch.stack([w, OTHER.to(CASE["dtype"])]),
+    "item": lambda w: torch.tensor(w[3, 5].item()),
+    "iteration": lambda w: next(iter(w)) * 1,
+    "list": lambda w: torch.tensor(w.tolist()),
+    "rows": lambda w: w[17:140] * 1,
+    "a row": lambda w: w[21] * 1,
+    "last row": lambda w: w[-1] * 1,
+    "columns": lambda w: w[:, 3:60] * 1,
+    "steps": lambda w: w[::7] * 1,
+    "an element": lambda w: w[3, 4] * 1,
+    "by index": lambda w: w[INDEX],
+    "by mask": lambda w: w[OTHER > 1],
+    "index_select": lambda w: w.index_select(0, INDEX),
+    "rows of rows": lambda w: w[10:100][5:50][3:] * 1,
+    "rows of columns": lambda w: w[:, 5:][9:20] * 1,
+    "transposed rows": lambda w: w.T[3:9] * 1,
+    "chunk": lambda w: w.chunk(4)[2] * 1,
+    "split": lambda w: w.split([30, 120])[1] * 1,
+    "split by columns": lambda w: w.split(30, 1)[2] * 1,
+    "narrow": lambda w: w.narrow(0, 7, 9) * 1,
+    "unbind": lambda w: w.unbind(0)[5] * 1,
+    "flat": lambda w: w.view(-1)[11:5000] * 1,
+    "reshaped": lambda w: w.reshape(N // 2, -1) * 1,
+    "unsqueezed": lambda w: w.unsqueeze(0)[0, 4:8] * 1,
+    "cloned": lambda w: w.clone()[3:7].clone() * 1,
+    "detached": lambda w: w.detach().data.contiguous() * 1,
+    "zeros_like": lambda w: torch.zeros_like(w).add_(w),
+    "a mask": lambda w: torch.ones_like(w).tril() * w,
+    "rounded": lambda w: w.round(decimals=2),
+    "vector": lambda w: nn.utils.parameters_to_vector([w]),
+    "parameter of its own": lambda w: nn.Parameter(w * 1, requires_grad=True).detach(),
+}  # fmt: skip
+CASE: dict[str, Any] = {"dtype": torch.float32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_reading_is_reading_the_dequantized_weight(scheme: str, dtype: torch.dtype) -> None:
+    layer = linear(scheme, dtype)
+    CASE["dtype"] = dtype
+    before = layer.weight.codes.clone()
+    dense = layer.dequantized_weight(dtype)
+    for name, read in READS.items():
+        found, wanted = read(layer.weight), read(dense)
+        assert type(found) is torch.Tensor and found.dtype == wanted.dtype and torch.equal(found, wanted), name
+        found = read(layer.state_dict()["weight"])
+        assert torch.equal(found, wanted), f"{name} of a state dict"
+    for other in (*DTYPES, torch.float64):
+        wanted = layer.dequantized_weight(other)
+        for w in (layer.weight, layer.weight.detach()):
+            casts = (
+                w.to(other),
+                w.to("cpu", other),
+                w.to(wanted),
+                w.type(other),
+                w.type_as(wanted),
+                w.to(dtype=other, copy=True),
+            )
+            assert all(torch.equal(cast, wanted) for cast in casts) and torch.equal(w[9:33].to(other), wanted[9:33])
+    assert torch.equal(layer.weight.float(), layer.dequantized_weight())
+    assert torch.equal(OTHER.to(layer.weight), OTHER.to(dtype)) and torch.equal(OTHER.type_as(layer.weight), OTHER.to(dtype))
+    if dtype == torch.float32:
+        assert torch.equal(torch.linalg.svdvals(layer.weight), torch.linalg.svdvals(dense))
+    assert torch.equal(layer.weight.codes, before)
+
+
+def test_what_is_asked_of_it_is_the_codes() -> None:
+    weight = linear("FP8_DYNAMIC").weight
+    assert isinstance(weight, nn.Parameter) and weight.dtype == torch.float8_e4m3fn and weight.shape == (N, K)
+    assert weight.nbytes == N * K and weight.element_size() == 1 and weight.is_floating_point() and not weight.requires_grad
+    assert type(weight.codes) is torch.Tensor and weight.codes.data_ptr() == weight.data_ptr()
+    assert weight.view(torch.uint8).dtype == torch.uint8 and type(weight.view(torch.uint8)) is torch.Tensor
+    assert torch.equal(weight, weight.codes.clone()) and torch.equal(weight.codes.clone(), weight)
+    assert "float8_e4m3fn" in repr(weight) and "QuantizedWeight" in f"{weight}"
+    assert torch.empty_like(weight).dtype == torch.float8_e4m3fn
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "mul_": lambda w: w.mul_(2),
+    "data.mul_": lambda w: w.data.mul_(0.5),
+    "data.add_": lambda w: w.data.add_(OTHER, alpha=0.1),
+    "+=": lambda w: w.__iadd__(1),
+    "*= of data": lambda w: w.data.__imul__(2),
+    "a row": lambda w: w.data[3].fill_(0),
+    "element": lambda w: w.__setitem__((0, 0), 1.0),
+    "slice": lambda w: w.data.__setitem__(slice(0, 3), 0.0),
+    "zero_": lambda w: w.zero_(),
+    "clamp_": lambda w: w.data.clamp_(-0.1, 0.1),
+    "init": lambda w: nn.init.normal_(w),
+    "init of data": lambda w: nn.init.zeros_(w.data),
+    "copy_": lambda w: w.copy_(OTHER),
+    "data.copy_": lambda w: w.data.copy_(w.data * 1.01),
+    "data = ": lambda w: setattr(w, "data", OTHER),
+    "data = its double": lambda w: setattr(w, "data", w.data * 2),
+    "data = another shape": lambda w: setattr(w, "data", w.float()[:3]),
+    "cast back": lambda w: setattr(w, "data", (w.data * 1.01).to(w.dtype)),
+    "copied, cast back": lambda w: w.data.copy_(((w.data + w.data * 0.99) / 2).to(w.dtype)),
+    "out=": lambda w: torch.add(OTHER, 1, out=w),
+    "foreach": lambda w: torch._foreach_mul_([w], 2),
+    "lerp_": lambda w: w.lerp_(OTHER, 0.1),
+    "input cast to codes": lambda w: X.to(w.dtype) @ w.T,
+    "linear of codes": lambda w: nn.functional.linear(X.to(w.dtype), w),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "INT8"])
+def test_values_are_never_written_over_codes(scheme: str) -> None:
+    model = net(scheme)
+    weight = model[0].weight
+    before, wanted = weight.codes.clone(), model(torch.randn(3, K))
+    for name, write in WRITES.items():
+        with pytest.raises(UnsupportedError, match=r"0\.weight") as raised:
+            write(weight)
+        assert "hf_fp8" in str(raised.value) or "codes" in str(raised.value), name
+        assert torch.equal(weight.codes, before), name
+    assert weight is model[0].weight and model(torch.randn(3, K)).shape == wanted.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_casting_parameters_by_hand_leaves_codes_and_scales(scheme: str, dtype: torch.dtype) -> None:
+    for cast in (
+        lambda p: setattr(p, "data", p.data.to(dtype)),
+        lambda p: setattr(p, "data", p.to(dtype)),
+        lambda p: p.data.copy_(p.data.to(dtype)) if p.ndim == 2 and p.numel() == N * K else setattr(p, "data", p.to(dtype)),
+    ):
+        model = net(scheme)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                cast(parameter)
+        for layer in (model[0], model[2]):
+            assert layer.weight.dtype == state["0.weight"].dtype and layer.weight_scale.dtype == torch.float32
+        for name, tensor in model.state_dict().items():
+            if "bias" not in name:
+                assert torch.equal(tensor, state[name]), name
+        if model[0].bias.dtype == dtype:
+            assert (model[0].weight * 1).dtype == dtype and model(torch.randn(2, K).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_moving_moves_the_codes(scheme: str, tmp_path: Path) -> None:
+    model = net(scheme, torch.bfloat16)
+    wanted, codes = model[0].dequantized_weight(), model[0].weight.codes.clone()
+    for way in (
+        lambda w: w.cpu(), lambda w: w.to("cpu"), lambda w: w.clone(), lambda w: w.detach(), lambda w: w.data, copy.deepcopy,
+        lambda w: w.contiguous(), lambda w: w.to(torch.device("cpu"), copy=True), lambda w: w.to(w.dtype), copy.copy,
+    ):  # fmt: skip
+        moved = way(model[0].weight)
+        assert type(moved) is QuantizedWeight and torch.equal(moved.codes, codes) and torch.equal(moved.float(), wanted)
+    pieces = model[0].weight.chunk(3)
+    assert all(type(piece) is QuantizedWeight and piece.dtype == codes.dtype for piece in pieces)
+    state = model.state_dict()
+    save_file(state, tmp_path / "state.safetensors")
+    assert torch.equal(load_file(tmp_path / "state.safetensors")["0.weight"], codes)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    plain = torch.load(buffer, weights_only=True)
+    assert type(plain["0.weight"]) is torch.Tensor and torch.equal(plain["0.weight"], codes)
+    again = net(scheme, torch.bfloat16)
+    for each in (again[0].weight_scale, again[2].weight_scale):
+        each.data.mul_(0.5)
+    again.load_state_dict(plain)
+    assert torch.equal(again[0].weight.float(), wanted)
+    parameter = pickle.loads(pickle.dumps(model[0].weight))
+    assert isinstance(parameter, nn.Parameter) and torch.equal(parameter.data, codes)
+    if scheme == "INT8":
+        assert (state["0.weight"].numpy() == codes.numpy()).all()  # whoever exports a state dict gets what is in it
+
+
+def test_a_copy_outlives_the_layer_and_does_not_follow_it() -> None:
+    model = net()
+    wanted = model[0].dequantized_weight()
+    copied, entry, alias = model[0].weight.clone(), model.state_dict()["0.weight"], model[0].weight.detach()
+    with torch.no_grad():
+        model[0].weight_scale.mul_(2)
+    assert torch.equal(copied.float(), wanted) and torch.equal(alias.float(), 2 * wanted)
+    assert torch.equal(entry.float(), 2 * wanted)  # in the memory of the layer, as state dicts are
+    del model
+    assert torch.equal(copied.float(), wanted) and torch.equal(entry.float(), 2 * wanted)
+    with pytest.raises(UnsupportedError, match="the layer that held them is gone"):
+        alias.float()
+
+
+def test_codes_that_were_replaced_are_not_read_by_the_new_scale() -> None:
+    model = net()
+    old = model[0].weight
+    model[0].weight = nn.Parameter(torch.ones(N, K).to(torch.float8_e4m3fn), requires_grad=False)
+    assert torch.equal(model[0].weight.float(), model[0].weight_scale.expand(N, K))
+    with pytest.raises(UnsupportedError, match="holds others now"):
+        old.float()
+
+
+SOUPS: dict[str, Callable[[Any, Any], Any]] = {
+    "average": lambda a, b: {k: (a[k] + b[k]) / 2 for k in a},
+    "float average": lambda a, b: {k: (a[k].float() + b[k].float()) / 2 for k in a},
+    "cast back": lambda a, b: {k: ((a[k].float() + b[k].float()) / 2).to(a[k].dtype) for k in a},
+    "one of its own": lambda a, b: {k: (v.float() * 0.9).to(v.dtype) if "scale" not in k else v for k, v in a.items()},
+    "task arithmetic": lambda a, b: {k: (a[k].float() + 0.5 * (b[k].float() - a[k].float())).to(a[k].dtype) for k in a},
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("soup", SOUPS)
+def test_arithmetic_on_state_dicts_is_not_loaded_as_codes(scheme: str, soup: str) -> None:
+    one, two = net(scheme), net(scheme)
+    two.load_state_dict({k: getattr(v, "codes", v).roll(1, 0) for k, v in two.state_dict().items()})
+    wanted = [layer.dequantized_weight() for layer in (one[0], two[0])]
+    state = SOUPS[soup](one.state_dict(), two.state_dict())
+    if soup == "float average":
+        assert torch.equal(state["0.weight"], (wanted[0] + wanted[1]) / 2)
+    with pytest.raises(FP8Error, match=r"0\.weight"):
+        one.load_state_dict(state)
+    with pytest.raises(FP8Error, match=r"0\.weight"):
+        one.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(one[0].dequantized_weight(), wanted[0])
+    dense = hf_fp8.dequantize_model(one)
+    dense.load_state_dict({k: v.float() for k, v in state.items() if "scale" not in k})
+
+
+def test_state_dicts_that_are_loaded_all_the_same() -> None:
+    model = net()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    codes, scale = state["0.weight"].codes, state["0.weight_scale"]
+    # Codes that use little of their range, with scales that make up for it; of zeros; and the very values.
+    small = {**state, "0.weight": (codes.float() / 64).to(codes.dtype), "0.weight_scale": scale * 64}
+    model.load_state_dict(small)
+    model.load_state_dict(state)
+    empty = {**state, "0.weight": torch.zeros_like(codes), "0.weight_scale": torch.full_like(scale, 1e-30)}
+    model.load_state_dict(empty)
+    model.load_state_dict(state)
+    model.load_state_dict({**state, "0.weight": model[0].dequantized_weight(torch.bfloat16)})
+    assert torch.equal(model[0].weight, codes)
+    with pytest.raises(StateDictError, match=r"0\.weight is torch\.float32: this layer holds codes"):
+        model.load_state_dict({**state, "0.weight": model[0].dequantized_weight() * 1.1})
+
+
+REPLACED: dict[str, Callable[[Any], Any]] = {
+    "values in _parameters": lambda m: m._parameters.update(weight=nn.Parameter(m.dequantized_weight())),
+    "a float parameter": lambda m: setattr(m, "weight", nn.Parameter(m.dequantized_weight(torch.bfloat16))),
+    "other codes": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(N, K, dtype=torch.uint8), requires_grad=False)),
+    "another shape": lambda m: setattr(m, "weight", nn.Parameter(m.weight.codes[:5].clone(), requires_grad=False)),
+    "nothing": lambda m: setattr(m, "weight", None),
+    "a flat tensor": lambda m: setattr(m, "weight", nn.Parameter(m.weight.codes.flatten(), requires_grad=False)),
+}
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
+@pytest.mark.parametrize("how", REPLACED)
+def test_codes_that_were_replaced_run_and_save_nowhere(how: str, scheme: str, tmp_path: Path) -> None:
+    model = net(scheme)
+    REPLACED[how](model[0])
+    with pytest.raises(UnsupportedError, match=r"^0\.weight is .* where its scheme has \[150, 70\] codes in torch\."):
+        model(torch.randn(2, K))
+    with pytest.raises(UnsupportedError, match=r"^0\.weight is "):
+        hf_fp8.save_quantized(model, tmp_path / "saved")
+    with pytest.raises(UnsupportedError, match=r"^0\.weight is "):
+        model.state_dict()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_gradients_are_asked_for_in_vain() -> None:
+    layer = linear("FP8_DYNAMIC")
+    layer.weight.requires_grad_(True)
+    x = torch.randn(2, K)
+    with pytest.raises(UnsupportedError, match="have no gradient, and requires_grad is set"):
+        x @ layer.weight.T
+    with torch.no_grad():
+        x @ layer.weight.T
+    layer.weight.requires_grad = False
+    x.requires_grad_()
+    (x @ layer.weight.T).sum().backward()
+    assert torch.allclose(x.grad, layer.dequantized_weight().sum(0).expand_as(x), atol=1e-5)
+
+
+def test_compiled_code_that_reads_it() -> None:
+    layer = linear("FP8_DYNAMIC")
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return (x @ layer.weight.to(x.dtype).T).logsumexp(-1)
+
+    x = torch.randn(3, K)
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(fused, backend="eager")(x), fused(x), atol=1e-5)
+
+
+def test_functions_that_take_codes_take_the_parameter() -> None:
+    layer = linear("FP8_DYNAMIC")
+    x = torch.randn(3, K)
+    rest = layer.weight_scale, layer.scheme
+    assert torch.equal(hf_fp8.scaled_linear(x, layer.weight, *rest), hf_fp8.scaled_linear(x, layer.weight.codes, *rest))
+    granularity = layer.scheme.weight.granularity
+    assert torch.equal(hf_fp8.numerics.dequantize(layer.weight, layer.weight_scale, granularity), layer.dequantized_weight())
+
+
+def test_layers_that_share_a_weight() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(K, N, bias=False), "b": nn.Linear(K, N, bias=False)})
+    model["b"].weight = model["a"].weight
+    hf_fp8.quantize_model(model)
+    assert model["a"].weight is model["b"].weight
+    wanted = model["a"].dequantized_weight()
+    b = model["b"]
+    del model["a"]
+    assert torch.equal(b.weight.float(), wanted)
+
+
+def test_other_parameters_are_left_as_they_are() -> None:
+    layer = linear("FP8_DYNAMIC")
+    assert type(layer.bias) is nn.Parameter and not isinstance(layer.weight_scale, QuantizedWeight)
+    assert type(layer.weight_scale * 2) is torch.Tensor
+    assert isinstance(copy.deepcopy(layer), FP8Linear)
