@@ -239,9 +239,15 @@ class Requantize(SharedOp):
                 scale = torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, scale)
             parts["weight_scale"] = scale
             # To the nearest code, most of what was trained or merged since would be rounded away (see `merging`).
-            chance = torch.Generator(dense.device).manual_seed(crc32(weight.name.encode()))
-            parts[WEIGHT] = codes_from(weight, dense, parts, chance)
+            parts[WEIGHT] = codes_from(weight, dense, parts, _generator(weight.name, dense))
         return {name: parts[role] for role, name in weight.saved.items()}
+
+
+def _generator(name: str, dense: torch.Tensor) -> torch.Generator:
+    """The same draws whenever these values are saved, so that files are the same; others for other values, or the errors of
+    training that saves and loads would add up."""
+    content = int(dense.contiguous().view(torch.uint8).sum(dtype=torch.int64))
+    return torch.Generator(dense.device).manual_seed(crc32(name.encode(), content & 0xFFFFFFFF))
 
 
 class QuantizeWeights(SharedOp):

@@ -306,7 +306,7 @@ def adapted() -> Any:
 
 
 def merged(model: Any) -> State:
-    with merging(rounding="stochastic"):
+    with merging(rounding="stochastic", seed=0):
         return state_of(model.merge_and_unload())
 
 
