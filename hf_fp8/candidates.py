@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .pointwise import Convolution, FP8PointwiseConv
-from .quantized_module import QuantizedModule
+from .quantized_module import QuantizedModule, foreign_attributes
 from .reads import weights_read_directly
-from .scheme import Scheme
+from .scheme import FP8_DYNAMIC, Scheme
 
-# What a layer is made of, and what PyTorch or accelerate put on it; anything else is of someone's own.
-_OWN = {*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta"))}
-_OWN |= {"_hf_hook", "_old_forward", "forward", "_is_hf_initialized"}
+# Names that mean something on a quantized layer.
+_OURS = {*dir(FP8PointwiseConv), *vars(FP8PointwiseConv(1, 1, FP8_DYNAMIC, device="meta"))}
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,15 @@ def _own_code(module: nn.Module) -> str | None:
         return reason
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules or module.weight is None:
         return "it holds more than a weight and a bias (a weight norm, or the like, makes the weight anew)"
-    extra = sorted(set(vars(module)) - _OWN)
+    # Notes of other libraries are carried over; what can be computed with may be part of what the layer does.
+    extra = [name for name in foreign_attributes(module) if not _is_note(name, getattr(module, name))]
     if extra or ("forward" in vars(module) and not hasattr(module, "_hf_hook")):
-        return f"it was changed: {', '.join(extra) or 'forward'} was set on it"
+        return f"it was changed: {', '.join(sorted(extra)) or 'forward'} was set on it"
     return None
+
+
+def _is_note(name: str, value: object) -> bool:
+    return not (callable(value) or isinstance(value, torch.Tensor | nn.Module) or name in _OURS)
 
 
 def _weight(module: nn.Module, users: dict[int, list[tuple[str, nn.Module]]]) -> str | None:

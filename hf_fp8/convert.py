@@ -10,7 +10,7 @@ from torch import nn
 
 from .experts import FP8Experts, Projection
 from .linear import FP8Linear, refuse_torn
-from .quantized_module import QuantizedModule
+from .quantized_module import QuantizedModule, foreign_attributes
 from .scheme import Scheme
 
 # Where a module keeps hooks, and what is said of some of them.
@@ -50,18 +50,30 @@ def swap_linear(
         device="meta",
     )
     new.train(old.training)
+    new.name_in_model = name
     model.set_submodule(name, new)
     return new
 
 
 def untie(model: Any, weight: str) -> None:
-    """A weight of a transformers model that the file holds in FP8 is its own: tying would overwrite its codes with values."""
+    """Let a weight of a transformers model be its own: tying would overwrite it, codes with values."""
     if weight in model.all_tied_weights_keys:
         del model.all_tied_weights_keys[weight]
         if model.get_output_embeddings() is not model.get_submodule(weight.rpartition(".")[0]):
             return
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
+
+
+def untie_what_differs(model: Any) -> None:
+    """Parameters that the files fill by themselves, beside those that the class would tie them to, stay their own:
+    `tie_weights()`, which evaluation harnesses call, would make them one."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    # As `tie_weights()` finds them: loading leaves out of `all_tied_weights_keys` what the files fill, and changes no more.
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if target in held and source in held and held[target] is not held[source]:
+            model.all_tied_weights_keys.setdefault(target, source)
+            untie(model, target)
 
 
 def swap_experts(
@@ -79,6 +91,7 @@ def swap_experts(
         model.get_submodule(name), first, second,
         interleaved=interleaved, scale_dtypes=scale_dtypes, backend=backend, device="meta",
     )  # fmt: skip
+    new.name_in_model = name
     model.set_submodule(name, new)
     return new
 
@@ -119,6 +132,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
     return swap_back(model, dtype)
 
 
+@torch.inference_mode(False)  # what is made here may be trained
 @torch.no_grad()
 def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default: torch.dtype | None = None) -> nn.Module:
     """`dequantize_model`, without a word to transformers. default: the dtype where none is given and none was kept."""
@@ -188,7 +202,11 @@ def restore_fused_paths(model: nn.Module) -> None:
 
 
 def take_over(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks that were put on `old`, its users' and accelerate's, which brings inputs to its device."""
+    """Give `new` what was put on `old`: attributes; hooks, its users' and accelerate's, which brings inputs to its device."""
+    for name in (foreign := foreign_attributes(old)):
+        setattr(new, name, getattr(old, name))
+    if isinstance(new, QuantizedModule):
+        new.foreign = foreign
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))  # the very dicts: handles remove hooks from those
     if (hook := getattr(old, "_hf_hook", None)) is not None:

@@ -17,13 +17,16 @@ from .convert import leave_fused_paths, let_siblings_share, put, take_over
 from .errors import ConfigError, ScaleError
 from .explain import by_reason
 from .linear import ORIGINALS, FP8Linear, refuse_torn
+from .other_savers import guard_savers
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
+from .weight_readers import guard_readers
 
 logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # what is made here may be trained over later
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -102,6 +105,7 @@ def quantize_model(
     return root
 
 
+@torch.inference_mode(False)
 def requantize_model(model: nn.Module) -> nn.Module:
     """Make codes and scales anew of the float weights that were kept (`originals="keep"` or "offload"), in place.
 
@@ -156,5 +160,7 @@ def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) 
         adopt(part, quantizer)
     let_siblings_share(root)
     leave_fused_paths(root)
+    guard_savers(root)
+    guard_readers(root)
     if choice.reasons:
         logger.warning(f"hf_fp8: left as they are: {by_reason(choice.reasons)}")

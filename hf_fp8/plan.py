@@ -28,6 +28,7 @@ from .numerics import scale_dtype_of
 from .parts import Part
 from .scan import ROUTER, module_named, names_of
 from .scheme import scale_shape
+from .serving import describe, torn
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from .transforms import Layout
 
@@ -70,7 +71,16 @@ class Plan:
         kinds = {group.scheme.describe(): None for group in self.groups.values() if group.scheme is not None}
         said = f"hf_fp8: {len(self.groups)} matrices are quantized ({'; '.join(kinds)})"
         said = f"{said}. Left dense: {by_reason(self.reasons)}" if self.reasons else said
+        if self.torn:
+            said = f"{said}. {describe(self.torn)}"
         return f"{said}. In `ignore` {', '.join(map(repr, self.unmatched))} matches no Linear" if self.unmatched else said
+
+    @property
+    def torn(self) -> dict[str, list[str]]:
+        """Siblings that serving engines run as one layer, and that are not all quantized in one way (`serving.torn`)."""
+        schemes = {key.rpartition(".")[0]: group.scheme for key, group in self.groups.items()}
+        kinds = {name: None if scheme is None else scheme.describe() for name, scheme in schemes.items()}
+        return torn({**dict.fromkeys(self.dense), **kinds})
 
 
 def plan_quantization(

@@ -25,11 +25,13 @@ from .errors import (
 )
 from .kernels import BACKENDS
 from .linear import FP8Linear
+from .other_savers import guard_savers
 from .pointwise import Convolution, FP8PointwiseConv
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
 from .shards import ShardWriter, nbytes, whole_folder, write_index
 from .version import __version__
+from .weight_readers import guard_readers
 
 CONFIG = "quantization.json"
 # Of the file's layout: another number is refused.
@@ -89,6 +91,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
         (part / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 
 
+@torch.inference_mode(False)
 def load_quantized(
     model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None, strict: bool = True
 ) -> nn.Module:
@@ -128,6 +131,8 @@ def load_quantized(
     _assign(model, state, described["shared"], device)
     let_siblings_share(model)
     leave_fused_paths(model)
+    guard_savers(model)
+    guard_readers(model)
     return model
 
 

@@ -17,7 +17,7 @@ from . import load_options
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
 from .conversion import AsItIs
-from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie
+from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie, untie_what_differs
 from .converters import KeyRenaming, RoutedConverter
 from .dtype_plan import dtype_of
 from .errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
@@ -29,6 +29,7 @@ from .load_report import report, report_planned
 from .placement import compute_device, why_dense, why_dense_experts
 from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
+from .quantized_weight import codes_of
 from .saving import (
     FILE_DTYPES,
     any_number,
@@ -40,6 +41,7 @@ from .saving import (
     refuse_unwritable,
     restore_dtypes,
     warn_of_dense_experts,
+    warn_of_torn,
 )
 from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
@@ -164,7 +166,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.planned, self.layout = plan_quantization(
             model, conversions, checkpoint, self.quantization_config, dtype=dtype, **options
         )
-        (logger.warning if self.planned.reasons or self.planned.unmatched else logger.info)(self.planned.describe())
+        is_news = self.planned.reasons or self.planned.unmatched or self.planned.torn
+        (logger.warning if is_news else logger.info)(self.planned.describe())
         return self.layout
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -292,6 +295,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.backend == "int8" and self.layout is not None:
             self._to_int8(model, self.layout)
         let_siblings_share(model)
+        untie_what_differs(model)
         if self._dense_because is None and self.layout is not None:
             model._weight_conversions = for_saving(model._weight_conversions)
         else:
@@ -345,9 +349,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 model._weight_conversions = self._conversions_of_dense_experts(self.layout)
             carried = self.unplaced.keys.values() if self.unplaced is not None else ()
             fit_config(model, self.quantization_config, self.layout, carried)
+        if self._dense_because is None or self.quantization_config.backend == "int8":
+            warn_of_torn(model, self.quantization_config)
+        state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
         if self.layout is None:
-            return None, {}
-        state = dict(model.state_dict())
+            return state, {}
         if self.host is not None:
             recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})

@@ -1,7 +1,8 @@
-"""Finds layers whose weight the model's code reads itself, which then cannot be FP8 codes.
+"""Finds layers whose weight a model's forward reads itself, which then are better not FP8 codes.
 
-T5 casts its hidden states to ``self.wo.weight.dtype``, Mamba multiplies by ``self.x_proj.weight``:
-neither asks the layer. Such code is found by looking at it, not by a list of model names.
+T5 casts its hidden states to ``self.wo.weight.dtype``, Mamba hands ``self.x_proj.weight`` to a kernel: neither asks the
+layer. Such code is found by looking at it, not by a list of model names. What only other methods read (diffusers'
+``fuse_projections``) is no matter: they get the dequantized weight (`quantized_weight`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import inspect
 import re
 import sys
 from functools import cache
+from typing import Any
 
 from torch import nn
 
 _READ = re.compile(r"\bself\.((?:\w+(?:\[\d+\])?\.)*\w+(?:\[\d+\])?)\.weight\b(?!\s*=[^=])")
+
+_DTYPE = re.compile(_READ.pattern + r"\.dtype\b")
+_OF_SELF = re.compile(r"\b(?:self|super\(\))\.(\w+)")
 
 
 @cache
@@ -29,12 +34,63 @@ def _file_reads(module: str) -> bool:
 
 @cache
 def _reads(cls: type[nn.Module]) -> frozenset[str]:
-    """Paths below `cls` whose weight its own methods, or those of its bases, use."""
-    found: set[str] = set()
-    for base in cls.__mro__:
-        if _file_reads(base.__module__):
-            found.update(re.sub(r"\[(\d+)\]", r".\1", path) for path in _READ.findall(inspect.getsource(base)))
-    return frozenset(found)
+    """Paths below `cls` whose weight is used by its forward, or by what this comes to by ``self.``, or whose dtype is read."""
+    if not any(_file_reads(base.__module__) for base in cls.__mro__):
+        return frozenset()
+    # A dtype is read for inputs to be cast to it, wherever that is done.
+    found = {path for base in cls.__mro__ if _file_reads(base.__module__) for path in _DTYPE.findall(inspect.getsource(base))}
+    for name in _run_by_forward(cls):  # type: ignore[arg-type]
+        for member in _members(cls, name).values():
+            found.update(_READ.findall(_source(member)))
+    return frozenset(map(_as_path, found))
+
+
+@cache
+def read_by_methods(cls: type[nn.Module]) -> dict[tuple[type, str], frozenset[str]]:
+    """Methods of `cls` that are no part of its forward: (class that has it, name) -> paths below it whose weight it reads."""
+    found = {}
+    if any(_file_reads(base.__module__) for base in cls.__mro__):
+        forward = _run_by_forward(cls)  # type: ignore[arg-type]
+        for base in cls.__mro__:
+            for name, member in vars(base).items():
+                if name in forward or name.startswith("__") or base is nn.Module or not inspect.isfunction(member):
+                    continue
+                if paths := frozenset(map(_as_path, _READ.findall(_source(member)))):
+                    found[base, name] = paths
+    return found
+
+
+@cache
+def _run_by_forward(cls: type[nn.Module]) -> frozenset[str]:
+    """Names of the methods and properties that forward comes to by ``self.``, its own among them."""
+    seen, waiting = set[str](), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += [of for member in _members(cls, name).values() for of in _OF_SELF.findall(_source(member))]
+    return frozenset(seen)
+
+
+def _members(cls: type[nn.Module], name: str) -> dict[type, Any]:
+    return {
+        base: vars(base)[name] for base in cls.__mro__ if name in vars(base) and base.__module__.partition(".")[0] != "torch"
+    }
+
+
+def _as_path(found: str) -> str:
+    return re.sub(r"\[(\d+)\]", r".\1", found)
+
+
+def _source(member: Any) -> str:
+    """Of a method or property; nothing for what is none, or was made at run time."""
+    function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    if not inspect.isfunction(function := inspect.unwrap(function) if callable(function) else None):
+        return ""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 def weights_read_directly(model: nn.Module) -> dict[str, str]:

@@ -9,7 +9,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from . import adapters, host_methods, plain_pickle
+from . import adapters, host_methods, other_savers, parallel, plain_pickle, weight_readers
 from .asked import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
 from .config import METHOD, METHODS, OUR_METHOD, FP8Config, remembered
 from .errors import ConfigError
@@ -30,6 +30,7 @@ def register() -> None:
     modeling_utils.get_hf_quantizer = get_hf_quantizer
     host_methods.install()
     adapters.install()
+    parallel.install()
     plain_pickle.install()
 
 
@@ -41,6 +42,9 @@ def unregister() -> None:
     modeling_utils.get_hf_quantizer = _host_door
     host_methods.uninstall()
     adapters.uninstall()
+    parallel.uninstall()
+    other_savers.uninstall()
+    weight_readers.uninstall()
 
 
 def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:

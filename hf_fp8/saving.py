@@ -20,6 +20,7 @@ from .errors import CalibrationError, UnsupportedError
 from .linear import FP8Linear
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
+from .serving import describe, torn
 from .stored import WEIGHT
 from .transforms import Layout
 
@@ -131,6 +132,18 @@ def warn_of_dense_experts(conversions: Iterable[Any]) -> None:
             "cannot load that, as it looks for int8 experts. To load it there, save it in FP8 (another backend), or dense "
             "(FP8Config(dequantize=True))."
         )
+
+
+def warn_of_torn(model: nn.Module, config: FP8Config) -> None:
+    """Say so if parts of what serving engines run as one layer are about to be saved in different ways (`serving.torn`)."""
+    schemes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            group = config.group_of((name,), [cls.__name__ for cls in type(module).__mro__])
+            scheme = None if group is None else group.scheme
+            schemes[name] = None if group is None else group.name if scheme is None else scheme.describe()
+    if found := torn(schemes):
+        logger.warning(f"hf_fp8: {describe(found)}")
 
 
 def any_number(name: str) -> str:

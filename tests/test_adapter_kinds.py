@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from build import IDS, error, load
+from build import IDS, error, load, tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import config as lora
 
@@ -65,16 +65,19 @@ UNMERGEABLE = {"bias", "aLoRA", "BEFT", "Lily", "OSF", "prompt", "prefix"}  # by
 
 def made(path: Path, kind: str, config: FP8Config | None) -> Any:
     model = load(path, config or FP8Config(backend="weight_only"))
-    model = model if config else dequantize_model(model, torch.float32)
+    return adapted(model if config else dequantize_model(model, torch.float32), kind)
+
+
+def adapted(model: Any, kind: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        adapted = get_peft_model(model, copy.deepcopy(KINDS[kind]))
+        made = get_peft_model(model, copy.deepcopy(KINDS[kind]))
     torch.manual_seed(1)
-    for _, parameter in adapted.named_parameters():
+    for _, parameter in made.named_parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return adapted
+    return made
 
 
 def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -108,6 +111,43 @@ def test_as_on_the_dequantized_model(kind: str, fp8: Path) -> None:
         assert error(ours(input_ids=IDS).logits, before) < 0.2
         ours.unmerge_adapter()
         assert torch.equal(ours(input_ids=IDS).logits, before)
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FP8 checkpoint whose head is in FP8, too."""
+    folder = tmp_path_factory.mktemp("head")
+    tiny_llama(tie_word_embeddings=False).save_pretrained(folder / "dense")
+    config = FP8Config("FP8_DYNAMIC", targets=["Linear", "lm_head"], backend="weight_only")
+    load(folder / "dense", config, dtype=torch.float32).save_pretrained(folder / "fp8")
+    return folder / "fp8"
+
+
+def fused(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that multiplies by the head's weight itself, as trl's and Liger's do."""
+    torch.manual_seed(2)
+    inside = model.train().get_base_model()
+    logits = inside.model(IDS, use_cache=False).last_hidden_state @ inside.lm_head.weight.T
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("backend", ["weight_only", "int8"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("prompt", "prefix")])
+def test_under_a_fused_head(kind: str, backend: str, with_head: Path) -> None:
+    found = []
+    for dense in (False, True):
+        model = load(with_head, FP8Config(backend=backend), dtype=torch.float32)
+        assert isinstance(model.lm_head, FP8Linear)
+        found.append(fused(adapted(dequantize_model(model, torch.float32) if dense else model, kind)))
+    (logits, grads), (wanted, expected) = found
+    # int8 rounds the inputs of every layer.
+    assert error(logits, wanted) < (1e-5 if backend == "weight_only" else 0.1)
+    assert grads.keys() == expected.keys() and grads
+    size, off = (torch.stack([g.norm() for g in each]).norm() for each in (
+        list(expected.values()), [grads[name] - grad for name, grad in expected.items()]
+    ))  # fmt: skip
+    assert off <= (1e-4 if backend == "weight_only" else 0.2) * size
 
 
 REFUSED = {

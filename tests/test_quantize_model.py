@@ -192,7 +192,9 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5), "more than a weight and a bias"),
     "subclass": (lambda: Lora(16, 16), "subclass"), "no outputs": (lambda: nn.Linear(16, 0), "no values"),
     "forward": (lambda: changed(lambda m: setattr(m, "forward", lambda x: x)), "forward was set"),
-    "attribute": (lambda: changed(lambda m: setattr(m, "scaling", 2.0)), "scaling was set"),
+    "function": (lambda: changed(lambda m: setattr(m, "after", torch.relu)), "after was set"),
+    "tensor": (lambda: changed(lambda m: setattr(m, "scaling", torch.ones(16))), "scaling was set"),
+    "ours": (lambda: changed(lambda m: setattr(m, "scheme", "mine")), "scheme was set"),
     "NaN": (lambda: changed(lambda m: m.weight.data[3, 3].fill_(torch.nan)), "NaN or infinite"),
     "inf": (lambda: changed(lambda m: m.weight.data[3, 3].fill_(-torch.inf)), "NaN or infinite"),
     "a child": (lambda: changed(lambda m: m.add_module("adapter", nn.Linear(16, 16))), "more than a weight"),
@@ -214,6 +216,17 @@ def test_what_is_left_and_why(kind: str, caplog: pytest.LogCaptureFixture) -> No
         assert fp8(model) == {"0.called", "1"} and sqnr(found, wanted) > 20
     else:
         assert torch.equal(found, wanted) or kind == "NaN"
+
+
+def test_notes_of_others_are_carried_over() -> None:
+    """As diffusers writes them on layers for its own use: what a plain Linear computes does not depend on them."""
+    layer = nn.Linear(16, 16)
+    layer._packed_blocks, layer.scaling = (3, 4), 2.0
+    model = quantize_model(nn.Sequential(layer), "FP8_WEIGHT_ONLY")
+    assert type(model[0]) is FP8Linear and model[0]._packed_blocks == (3, 4) and model[0].scaling == 2.0
+    for again in (copy.deepcopy(model), hf_fp8.dequantize_model(model)):
+        assert again[0]._packed_blocks == (3, 4) and again[0].scaling == 2.0
+    assert fp8(quantize_model(model, "FP8_WEIGHT_ONLY")) == {"0"}
 
 
 def test_nothing_is_left_to_quantize() -> None:

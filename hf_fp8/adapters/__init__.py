@@ -7,6 +7,7 @@ weight, and for adapters on stacks of experts, which FP8Experts multiplies itsel
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -16,7 +17,7 @@ from packaging import version
 from .forwards import activate_lora, dora_forward, float_weight, move_adapter
 from .making import inject_adapter, refuse_all
 from .patches import is_patched, patch, restore
-from .preparing import prepare, update_copy
+from .preparing import prepare, reduce_intruders, update_copy, with_float_heads
 from .weights import cover, reported, unload_stack, unmerge_all
 
 # What transformers 5.23 asks for, too.
@@ -55,13 +56,24 @@ def _wrap() -> None:
     patch(lora.ParamWrapper, "_move_adapter_to_device_of_base_layer", move_adapter)
     patch(lora.ParamWrapper, "unload_and_optionally_merge_module", unload_stack)
     patch(import_module("peft.utils.other").ModulesToSaveWrapper, "update", update_copy)
-    for name in ("peft.utils.other", "peft.utils", "peft"):
-        patch(import_module(name), "prepare_model_for_kbit_training", prepare)
+    _patch_everywhere("peft.utils.other", "prepare_model_for_kbit_training", prepare)
+    _patch_everywhere("peft.utils.save_and_load", "get_peft_model_state_dict", with_float_heads)
+    _patch_everywhere("peft.tuners.lora.intruders", "reduce_intruder_dimension", reduce_intruders)
     for name in ("peft.utils.integrations", "peft.tuners.lora.dora", "peft.tuners.lora.variants"):
         module = import_module(name)
         if hasattr(module, "dequantize_module_weight"):  # variants: from 0.21 on
             patch(module, "dequantize_module_weight", float_weight)
     patch(import_module("peft.tuners.lora.dora").DoraLinearLayer, "forward", dora_forward)
+
+
+def _patch_everywhere(module: str, name: str, wrapper: Any) -> None:
+    """Patch a function where it is defined and wherever PEFT has imported it to; one that this PEFT has not is left out."""
+    if find_spec(module) is None:
+        return
+    function = vars(import_module(module))[name]
+    for known, owner in list(sys.modules.items()):
+        if known.partition(".")[0] == "peft" and vars(owner).get(name) is function:
+            patch(owner, name, wrapper)
 
 
 def _with_subclasses(cls: Any) -> list[Any]:

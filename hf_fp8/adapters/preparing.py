@@ -1,14 +1,18 @@
-"""What PEFT does to a model before training: copies of modules to train, casts."""
+"""What PEFT does with base weights outside of adapters: copies of modules to train, casts, analyses, heads that are saved."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..convert import swap_back
+from ..linear import FP8Linear
 from ..quantized_module import QuantizedModule
+from ..quantized_weight import QuantizedWeight, values
 
 
 def update_copy(host: Any) -> Any:
@@ -24,6 +28,39 @@ def update_copy(host: Any) -> Any:
             self.original_module = module.requires_grad_(False)
 
     return update
+
+
+def reduce_intruders(host: Any) -> Any:
+    def reduce_intruder_dimension(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's, which compares adapters with the weights below: with float copies, one at a time."""
+        layers = [module for module in peft_model.modules() if isinstance(getattr(module, "base_layer", None), FP8Linear)]
+        for layer in layers:
+            layer.get_base_layer = partial(_float_copy, layer.base_layer)
+        try:
+            return host(peft_model, *args, **kwargs)
+        finally:
+            for layer in layers:
+                del layer.get_base_layer
+
+    return reduce_intruder_dimension
+
+
+def _float_copy(base: FP8Linear) -> nn.Module:
+    return base.to_dense(base.made_of or torch.bfloat16)
+
+
+def with_float_heads(host: Any) -> Any:
+    def get_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
+        """PEFT's, which can take embeddings along (`save_embedding_layers`): a file of adapters has no word for codes."""
+        found = host(*args, **kwargs)
+        for name, tensor in list(found.items()):
+            if type(tensor) is QuantizedWeight:
+                found[name] = values(tensor)
+                for scale in (f"{name}_scale", f"{name.rpartition('.')[0]}.input_scale"):
+                    found.pop(scale, None)
+        return found
+
+    return get_peft_model_state_dict
 
 
 def prepare(host: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..linear import FP8Linear
 from ..merging import close, forget, reporting
 from ..quantized_module import QuantizedModule
+from ..serving import describe, torn
 from .patches import patch
 from .records import Record, has_offload_hook, innermost, record_of
 
+logger = logging.getLogger(__name__)
 # While all adapters of a model are unmerged: ids of those that are.
 _all: ContextVar[set[int] | None] = ContextVar("hf_fp8_unmerge_all", default=None)
 
@@ -139,8 +143,23 @@ def unload_stack(host: Any) -> Any:
 
 
 def reported(host: Any) -> Any:
-    def reported(*args: Any, **kwargs: Any) -> Any:
+    def reported(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _schemes(self.model)
         with reporting():
-            return host(*args, **kwargs)
+            found = host(self, *args, **kwargs)
+        known = torn(before)
+        if news := {name: parts for name, parts in torn(_schemes(self.model)).items() if known.get(name) != parts}:
+            logger.warning(f"hf_fp8: {describe(news)}")
+        return found
 
     return reported
+
+
+def _schemes(model: nn.Module) -> dict[str, str | None]:
+    """Name of a Linear, without adapters -> how it is quantized, None if it is not."""
+    found: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            scheme = module.scheme.describe() if isinstance(module, FP8Linear) else None
+            found[name.removesuffix(".base_layer")] = scheme
+    return found
