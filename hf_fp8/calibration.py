@@ -112,7 +112,7 @@ def calibrate(
         weights = _tied_weights([t for t in targets if t.name in scales], siblings) if tie_weights else []
         _write(targets, scales)
         for layer, codes, weight_scale in weights:
-            layer.codes("weight").copy_(codes)
+            layer.held_codes("weight").copy_(codes)
             layer.weight_scale.copy_(weight_scale)
     measured = [t for t in targets if t.name in scales]
     run.scales = {t.name: scales[t.name].tolist() if t.projection else scales[t.name].item() for t in measured}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -166,6 +167,9 @@ class FP8Experts(QuantizedModule):
         projection = self._projection(name)
         return projection.scheme.weight.dtype, projection.shape
 
+    def scale_count(self, name: str) -> int:
+        return prod(self._projection(name).scale_shape)
+
     def decoder(self, name: str) -> Decoder:
         projection = self._projection(name)
         decode = partial(stacks.decode, self.family, self.layout, projection, stacks.takes_turns(self, projection))
@@ -244,8 +248,8 @@ class FP8Experts(QuantizedModule):
             self.observer(projection, x, groups)
         y = scaled_grouped_linear(
             x,
-            self.codes(projection.name),
-            getattr(self, projection.scale),
+            self.held_codes(projection.name),
+            self.held_scale(projection.name),
             projection.scheme,
             groups,
             input_scale=None if projection.input_scale in self.unmeasured else getattr(self, projection.input_scale),

@@ -87,6 +87,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
         self.weight = frozen((out_features, in_features), scheme.weight.dtype)
         self.weight_scale = frozen(scale_shape(scheme.weight.granularity, out_features, in_features), scale_dtype)
+        self._scale_count = self.weight_scale.numel()
         if scheme.has_static_input:
             self.input_scale = frozen((1,), input_scale_dtype or scale_dtype)
         else:
@@ -98,6 +99,9 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         return self.scheme.weight.dtype, (self.out_features, self.in_features)
+
+    def scale_count(self, name: str) -> int:
+        return self._scale_count
 
     def decoder(self, name: str) -> Decoder:
         decode = partial(numerics.dequantize_rows, granularity=self.scheme.weight.granularity)
@@ -230,8 +234,8 @@ class FP8Linear(QuantizedModule, nn.Linear):
         held: Any = self._parameters
         out = scaled_linear(
             input,
-            self.codes("weight"),
-            held["weight_scale"],
+            self.held_codes("weight"),
+            self.held_scale("weight"),
             self.scheme,
             input_scale=None if self.unmeasured else held["input_scale"],
             bias=held["bias"],
@@ -244,7 +248,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
-        return numerics.dequantize(self.codes("weight"), self.weight_scale, self.scheme.weight.granularity, dtype)
+        return numerics.dequantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, dtype)
 
     def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
         """The float weight: the original if it was kept, itself or a copy, else the dequantized one."""
@@ -277,7 +281,9 @@ class FP8Linear(QuantizedModule, nn.Linear):
         if self.original is not None:
             return self.original[rows].to(self.weight.device, torch.float32)
         granularity = self.scheme.weight.granularity
-        return numerics.dequantize_rows(self.codes("weight"), self.weight_scale, rows, torch.float32, granularity=granularity)
+        return numerics.dequantize_rows(
+            self.held_codes("weight"), self.weight_scale, rows, torch.float32, granularity=granularity
+        )
 
     @torch.no_grad()
     def requantize_int8(self) -> None:
@@ -295,12 +301,12 @@ class FP8Linear(QuantizedModule, nn.Linear):
                 "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
                 "load onto one device, or with backend='weight_only'"
             )
-        codes, scale = numerics.requantize(self.codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
+        codes, scale = numerics.requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("input_scale", None)
         self.unmeasured = ()
-        self.scheme, self.backend = INT8_DYNAMIC, "int8"
+        self.scheme, self.backend, self._scale_count = INT8_DYNAMIC, "int8", scale.numel()
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """`to_linear`."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
 # What a layer is made of, and what PyTorch, transformers or accelerate put on it; anything else is of someone's own.
 OF_A_LAYER = frozenset(
     {*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta")), *OF_AN_INSTANCE, "_is_hf_initialized"}
@@ -92,7 +93,27 @@ class QuantizedModule(nn.Module):
         """The dtype and shape that the scheme gives the codes called `name`."""
         raise NotImplementedError
 
-    def codes(self, name: str) -> torch.Tensor:
+    def scale_count(self, name: str) -> int:
+        """How many scales the scheme gives the codes called `name`."""
+        raise NotImplementedError
+
+    def held_scale(self, name: str) -> torch.Tensor:
+        """The scales of the codes called `name`, for kernels.
+
+        Raises UnsupportedError if they are not as many as the scheme says, or in another dtype than scales have.
+        """
+        leaf = self.holds[name][0]
+        found: Any = self._parameters.get(leaf)
+        if found is None or found.numel() != self.scale_count(name) or found.dtype not in SCALES:
+            held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
+            raise UnsupportedError(
+                f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} in bfloat16, float16 or "
+                "float32: it was replaced after the layer was quantized"
+            )
+        scale: torch.Tensor = found
+        return scale
+
+    def held_codes(self, name: str) -> torch.Tensor:
         """The codes called `name` as a plain tensor, for kernels.
 
         Raises UnsupportedError if somebody has put something else in their place.
@@ -106,12 +127,9 @@ class QuantizedModule(nn.Module):
     def refuse_replaced(self) -> None:
         """Raise UnsupportedError if codes or scales are not of the dtype and shape that the scheme gives them."""
         self.refuse_parametrized()
-        for name, scales in self.holds.items():
-            self.codes(name)
-            for scale in scales:
-                held = self._parameters.get(scale)
-                if held is not None and (not held.is_floating_point() or held.itemsize < 2):
-                    raise UnsupportedError(f"{self.called(scale)} is {held.dtype}: a scale is in bfloat16, float16 or float32")
+        for name in self.holds:
+            self.held_codes(name)
+            self.held_scale(name)
 
     def _refuse_replaced(self, name: str, found: torch.Tensor | None) -> None:
         dtype, shape = self.form_of(name)
@@ -249,7 +267,9 @@ class QuantizedModule(nn.Module):
             if codes is not None and prefix + scales[0] not in state_dict:
                 raise StateDictError(f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of codes has both")
             if type(codes) is torch.Tensor:  # of a file, or somebody's own
-                refuse_values(codes, self.codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]]))
+                refuse_values(
+                    codes, self.held_codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]])
+                )
             for scale_name in scales:
                 scale, held = state_dict.get(prefix + scale_name), getattr(self, scale_name)
                 if scale is not None and held is not None and scale.dtype != held.dtype:

@@ -40,8 +40,7 @@ from .saving import (
     recompress,
     refuse_unwritable,
     restore_dtypes,
-    warn_of_dense_experts,
-    warn_of_torn,
+    warn_of_readers,
 )
 from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
@@ -339,8 +338,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         refuse_unwritable(model)
-        if self.quantization_config.backend == "int8":
-            warn_of_dense_experts(model._weight_conversions or ())
         if self._dense_because is None and self.layout is not None:
             if self.host is None and is_dense_now(model, self.layout):
                 self.dequantize(model)
@@ -349,8 +346,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 model._weight_conversions = self._conversions_of_dense_experts(self.layout)
             carried = self.unplaced.keys.values() if self.unplaced is not None else ()
             fit_config(model, self.quantization_config, self.layout, carried)
-        if self._dense_because is None or self.quantization_config.backend == "int8":
-            warn_of_torn(model, self.quantization_config)
+        if self._dense_because is None:
+            warn_of_readers(model, self.quantization_config)
         state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
         if self.layout is None:
             return state, {}

@@ -123,9 +123,16 @@ def refuse_unwritable(model: nn.Module) -> None:
         )
 
 
-def warn_of_dense_experts(conversions: Iterable[Any]) -> None:
-    """Say so if transformers cannot load an int8 model that is about to be saved: up to 5.24 it takes the experts that a class
-    stacks for quantized as soon as anything is, whatever `ignore` says."""
+def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
+    """Say so if transformers cannot load what is about to be saved, or serving engines cannot."""
+    if config.backend == "int8":
+        _warn_of_dense_experts(getattr(model, "_weight_conversions", None) or ())
+    _warn_of_torn(model, config)
+
+
+def _warn_of_dense_experts(conversions: Iterable[Any]) -> None:
+    """Up to 5.24 transformers takes the experts that a class stacks for quantized as soon as anything is, whatever `ignore`
+    says."""
     if any(isinstance(c, WeightConverter) and any("*" in s for s in c.source_patterns) for c in conversions):
         logger.warning(
             "hf_fp8: the Linears of this mixture are saved in int8 and its experts dense. transformers (at least up to 5.24) "
@@ -134,8 +141,8 @@ def warn_of_dense_experts(conversions: Iterable[Any]) -> None:
         )
 
 
-def warn_of_torn(model: nn.Module, config: FP8Config) -> None:
-    """Say so if parts of what serving engines run as one layer are about to be saved in different ways (`serving.torn`)."""
+def _warn_of_torn(model: nn.Module, config: FP8Config) -> None:
+    """Parts of what serving engines run as one layer may be stored in different ways (`serving.torn`)."""
     schemes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

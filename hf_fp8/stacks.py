@@ -17,7 +17,7 @@ from .kernels import ExpertWeights, grouped_mm
 def weights_of(experts: Any, projection: Any) -> ExpertWeights:
     """A stack as kernels take it."""
     scale = getattr(experts, projection.scale)
-    return ExpertWeights(experts.codes(projection.name), scale, projection.scheme, projection.parts)
+    return ExpertWeights(experts.held_codes(projection.name), scale, projection.scheme, projection.parts)
 
 
 def takes_turns(experts: Any, projection: Any) -> bool:

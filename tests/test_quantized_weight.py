@@ -327,6 +327,28 @@ def test_codes_that_were_replaced_run_and_save_nowhere(how: str, scheme: str, tm
     assert not (tmp_path / "saved").exists()
 
 
+SCALES: dict[str, Callable[[Any], Any]] = {
+    "one of many": lambda m: setattr(m, "weight_scale", nn.Parameter(m.weight_scale[:1].detach().clone())),
+    "data": lambda m: setattr(m.weight_scale, "data", m.weight_scale.data[:7]),
+    "of its inputs": lambda m: setattr(m, "weight_scale", nn.Parameter(torch.ones(K, 1))),
+    "integers": lambda m: setattr(m, "weight_scale", nn.Parameter(torch.ones(N, 1, dtype=torch.int32), requires_grad=False)),
+    "codes": lambda m: setattr(m, "weight_scale", nn.Parameter(torch.ones(N, 1).to(torch.float8_e4m3fn), requires_grad=False)),
+    "nothing": lambda m: setattr(m, "weight_scale", None),
+}
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
+@pytest.mark.parametrize("how", SCALES)
+def test_scales_that_were_replaced_run_and_save_nowhere(how: str, scheme: str, tmp_path: Path) -> None:
+    model = net(scheme)
+    SCALES[how](model[0])
+    with pytest.raises(UnsupportedError, match=r"^0\.weight_scale is .* where its scheme has 150 in bfloat16"):
+        model(torch.randn(2, K))
+    with pytest.raises(UnsupportedError, match=r"^0\.weight_scale is "):
+        hf_fp8.save_quantized(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_gradients_are_asked_for_in_vain() -> None:
     layer = linear("FP8_DYNAMIC")
     layer.weight.requires_grad_(True)

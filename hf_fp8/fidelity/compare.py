@@ -157,7 +157,7 @@ def _weights(pair: Pair) -> list[Row]:
     weight: Any = _original(layer) if pair.reference is None else pair.reference.weight
     if weight is None:
         return [dataclasses.replace(row, note="not comparable: its float weight was not kept")]
-    codes = layer.codes("weight")
+    codes = layer.held_codes("weight")
     if codes.is_meta or weight.is_meta:
         return [dataclasses.replace(row, note="weights not comparable: they are offloaded")]
     sums, weight = Sums(), weight.detach().reshape(codes.shape)
@@ -171,7 +171,7 @@ def _projection(pair: Pair, experts: FP8Experts, projection: Projection) -> Row:
     row = Row(f"{pair.name}.{projection.name}", pair.name, projection.scheme.describe(), projection.shape)
     if pair.reference is None:
         return dataclasses.replace(row, note="not comparable: its float weight was not kept")
-    codes, stack = experts.codes(projection.name), getattr(pair.reference, projection.name).detach()
+    codes, stack = experts.held_codes(projection.name), getattr(pair.reference, projection.name).detach()
     if codes.is_meta or stack.is_meta:
         return dataclasses.replace(row, note="weights not comparable: they are offloaded")
     # As FP8Experts._dense has it, the other way round: here rows are outputs, and gate lies over up.
