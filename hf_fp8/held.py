@@ -8,10 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import UnsupportedError
 from .quantized_weight import QuantizedWeight, as_parameter, whole
 from .weight_source import Decoder, Part, Source
+
+_twins: Any = WeakIdKeyDictionary()  # a plain parameter -> what was made of it
 
 
 class WeightScale(torch.nn.Parameter):
@@ -66,12 +69,12 @@ def _gathered(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any], **_
 
 def _twin_of(parameter: torch.nn.Parameter, make: Callable[[torch.nn.Parameter], Any]) -> Any:
     """What `make` gives for a plain parameter: the same one for all modules that share it."""
-    known = vars(parameter).get("_hf_fp8_twin")
+    known = _twins.get(parameter)
     found = None if known is None else known()
     if found is None:
         found = make(parameter)
         vars(found).update(vars(parameter))
-        vars(parameter)["_hf_fp8_twin"] = weakref.ref(found)
+        _twins[parameter] = weakref.ref(found)
     return found
 
 

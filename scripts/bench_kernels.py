@@ -135,7 +135,7 @@ def _peers(
         for layer in layers:
             with torch.device("meta"):
                 stock = CompressedTensorsFP8Linear(k, n)
-            stock.weight = layer.weight
+            stock.weight = torch.nn.Parameter(layer.weight.codes, requires_grad=False)
             stock.weight_scale = torch.nn.Parameter(layer.weight_scale.float().reshape(1, n), requires_grad=False)
             calls.append(stock)
         found.append(Contender("stock FP8 linear", calls, n * k, True))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import moe
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -399,3 +402,62 @@ def test_other_parameters_are_left_as_they_are() -> None:
     assert type(layer.bias) is nn.Parameter and not isinstance(layer.weight_scale, QuantizedWeight)
     assert type(layer.weight_scale * 2) is torch.Tensor
     assert isinstance(copy.deepcopy(layer), FP8Linear)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacks_of_experts(family: str) -> None:
+    model: Any = getattr(moe, family)()
+    hf_fp8.quantize_model(model, "FP8_BLOCK" if family == "mixtral" else "FP8_DYNAMIC", experts="fp8", backend="weight_only")
+    name, experts = next((n, m) for n, m in model.named_modules() if isinstance(m, hf_fp8.FP8Experts))
+    for leaf in ("gate_up_proj", "down_proj"):
+        stack = getattr(experts, leaf)
+        for dtype in (torch.float32, experts.made_of):
+            dense = getattr(experts.to_dense(dtype), leaf).detach()
+            assert type(stack) is QuantizedWeight and torch.equal(stack.to(dtype), dense)
+            assert torch.equal(stack[1].to(dtype), dense[1]) and torch.equal(stack[1:3, 5:9].to(dtype), dense[1:3, 5:9])
+        assert torch.equal(stack * 2, dense * 2) and torch.equal(stack.norm(), dense.norm())
+        with pytest.raises(UnsupportedError, match=rf"{name}\.{leaf} holds codes"), torch.no_grad():
+            stack.mul_(2)
+        with torch.no_grad():
+            stack.data = stack.data.to(torch.float16)
+        assert stack.dtype == torch.float8_e4m3fn and experts.made_of == torch.float16
+    experts._parameters["down_proj"] = nn.Parameter(experts.down_proj.float(), requires_grad=False)
+    with pytest.raises(UnsupportedError, match=rf"^{name}\.down_proj is .* where its scheme has"):
+        model(torch.arange(8)[None])
+    with pytest.raises(UnsupportedError, match=rf"^{name}\.down_proj is "):
+        model.state_dict()
+
+
+def test_stacks_that_the_family_holds_otherwise() -> None:
+    model: Any = moe.gpt_oss()
+    hf_fp8.quantize_model(model, experts="fp8", backend="weight_only")
+    experts = next(m for m in model.modules() if isinstance(m, hf_fp8.FP8Experts))
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj is read as values, and GptOssExperts would hold it transposed"):
+        experts.gate_up_proj.norm()
+    assert experts.gate_up_proj.clone().dtype == torch.float8_e4m3fn
+    copy.deepcopy(model).to("cpu").state_dict()
+
+
+@torch.no_grad()
+def test_convolutions() -> None:
+    conv = nn.Conv2d(16, 32, 1)
+    model = hf_fp8.quantize_model(nn.Sequential(conv), conv1x1=True, backend="weight_only")
+    assert torch.equal(model[0].weight.float(), model[0].dequantized_weight())
+    assert torch.equal(model[0].weight.flatten(1).norm(), model[0].dequantized_weight().norm())
+
+
+def test_nothing_keeps_a_model_alive() -> None:
+    model = net()
+    weights = [model[0].weight, model[0].weight.detach(), model[0].weight.T, model.state_dict()["0.weight"]]
+    gone = weakref.ref(model[0])
+    gc.disable()
+    try:
+        del model
+        assert gone() is None and len(weights) == 4
+    finally:
+        gc.enable()
+    layer = linear("FP8_DYNAMIC")
+    for _ in range(20):
+        layer = layer.to(torch.bfloat16).to(torch.float32)
+        layer.load_state_dict(copy.deepcopy(layer).state_dict(), assign=True)
+    assert len(layer.weight._source.owners) == 1 and torch.equal(layer.weight.float(), layer.dequantized_weight())
