@@ -17,6 +17,7 @@ from . import stacks
 from .changes import Change
 from .errors import UnsupportedError
 from .grouped import known, route, scale_shape_of_experts, scaled_grouped_linear
+from .held import plain_scale
 from .kernels import Groups
 from .low_rank import LowRank, product
 from .quantized_module import OF_AN_INSTANCE, QuantizedModule
@@ -252,13 +253,18 @@ class FP8Experts(QuantizedModule):
             self.held_scale(projection.name),
             projection.scheme,
             groups,
-            input_scale=None if projection.input_scale in self.unmeasured else getattr(self, projection.input_scale),
+            input_scale=None
+            if projection.input_scale in self.unmeasured
+            else plain_scale(getattr(self, projection.input_scale)),
             parts=projection.parts,
             backend=self.backend if self.observer is None else "weight_only",
         )
         for factors in self.low_rank.get(projection.name, ()):
             y = y + product(x, factors, groups)
         return y
+
+    def _plain(self, name: str) -> Any:
+        return plain_scale(getattr(self, name))
 
     def _with_bias(self, y: torch.Tensor, projection: Projection, expert: torch.Tensor) -> torch.Tensor:
         if not self.layout.has_bias:

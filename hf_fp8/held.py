@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import weight_functions  # noqa: F401  # what a QuantizedWeight does
 from .errors import UnsupportedError
 from .quantized_weight import QuantizedWeight, as_parameter, whole
 from .weight_source import Decoder, Part, Source
@@ -18,7 +19,17 @@ _twins: Any = WeakIdKeyDictionary()  # a plain parameter -> what was made of it
 
 
 class WeightScale(torch.nn.Parameter):
-    """A scale, as a parameter of a `QuantizedModule`: a cast of itself assigned to `.data` does not round it."""
+    """A scale, as a parameter of a `QuantizedModule`: a cast of itself assigned to `.data` does not round it.
+
+    plain: a tensor in the same memory that is no parameter, for kernels: tracing knows no subclasses.
+    """
+
+    plain: torch.Tensor
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> WeightScale:
+        found: WeightScale = super().__new__(cls, data.plain if isinstance(data, WeightScale) else data, requires_grad)
+        found.plain = found.detach()
+        return found
 
     @property
     def data(self) -> torch.Tensor:
@@ -30,6 +41,7 @@ class WeightScale(torch.nn.Parameter):
         is_like = new.dtype != held.dtype and new.shape == held.shape and new.device == held.device
         if not is_like or not (new.is_meta or torch.equal(new, held.to(new.dtype))):
             torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+            self.plain = self.detach()
 
 
 def held_by(module: Any, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +83,7 @@ def _twin_of(parameter: torch.nn.Parameter, make: Callable[[torch.nn.Parameter],
     """What `make` gives for a plain parameter: the same one for all modules that share it."""
     known = _twins.get(parameter)
     found = None if known is None else known()
-    if found is None:
+    if found is None or found.data_ptr() != parameter.data_ptr() or found.shape != parameter.shape:
         found = make(parameter)
         vars(found).update(vars(parameter))
         _twins[parameter] = weakref.ref(found)
@@ -87,5 +99,14 @@ def scale_held(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, a scale that is a parameter of a module, as a WeightScale; other kinds as they are."""
     if type(tensor) is not torch.nn.Parameter:
         return tensor
-    found: torch.Tensor = _twin_of(tensor, lambda parameter: WeightScale(parameter.detach(), parameter.requires_grad))
+    found: torch.Tensor = _twin_of(tensor, _scale_parameter)
     return found
+
+
+def _scale_parameter(parameter: torch.nn.Parameter) -> WeightScale:
+    return WeightScale(parameter.detach(), parameter.requires_grad)
+
+
+def plain_scale(scale: Any) -> Any:
+    """A scale as kernels take it; itself if it is to have a gradient, which they refuse."""
+    return scale.plain if type(scale) is WeightScale and not scale.requires_grad else scale

@@ -13,6 +13,7 @@ from . import numerics
 from .changes import Change
 from .errors import ConfigError, UnsupportedError
 from .functional import scaled_linear
+from .held import plain_scale
 from .originals import as_it_is, is_changed, kept, refuse_changed
 from .quantized_module import QuantizedModule, moved_as_it_is
 from .scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
@@ -237,7 +238,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
             self.held_codes("weight"),
             self.held_scale("weight"),
             self.scheme,
-            input_scale=None if self.unmeasured else held["input_scale"],
+            input_scale=None if self.unmeasured else plain_scale(held["input_scale"]),
             bias=held["bias"],
             backend=backend,
             backward=self.backward,

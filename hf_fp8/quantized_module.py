@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from .cast_values import codes_for_certain, refuse_values
+from .cast_values import codes_for_certain, is_certain, refuse_own_values, refuse_values
 from .changes import Change
 from .errors import StateDictError, UnsupportedError
-from .held import held_by, let_gather, scale_held
-from .quantized_weight import QuantizedWeight, codes_of, export, is_cast_of
+from .held import held_by, let_gather, plain_scale, scale_held
+from .quantized_weight import QuantizedWeight, codes_of, export, is_cast_of, is_whole
 from .weight_source import Decoder
 
 if TYPE_CHECKING:
@@ -63,7 +63,50 @@ class QuantizedModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's, to which assigning a parameter leads: codes become a QuantizedWeight that belongs to this layer."""
+        if param is not None and name in self.holds and not is_certain():
+            self._bring_scale(name, param)
         super().register_parameter(name, self._as_held(name, param))
+
+    def _bring_scale(self, name: str, param: Any) -> None:
+        """Of codes that another layer holds take its scales, too; so that layers share both, or a copy has both.
+
+        Raises UnsupportedError if they do not fit, and for values that were cast to the dtype of codes.
+        """
+        before: Any = self._parameters.get(name)
+        if type(param) is not QuantizedWeight:
+            if type(before) is QuantizedWeight and self.made_of is not None and before.dtype == param.dtype:
+                refuse_own_values(param.detach(), before.codes, before._part, before._source)
+            return
+        owner = param._source.owner(param._part.whole)
+        if (owner is not None and owner[0] is self) or (owner is None and param._source.kept is None):
+            return
+        if not is_whole(param):
+            raise UnsupportedError(
+                f"{self.called(name)} is given codes of a part of a weight, or in another order, whose scales cannot come "
+                "along: hf_fp8.dequantize_model(model) gives weights that can be changed"
+            )
+        leaf = self.holds[name][0]
+        if owner is not None and owner[0]._parameters[owner[1]] is param:
+            other = owner[0]._parameters[owner[0].holds[owner[1]][0]]
+            if other.numel() == self.scale_count(name):
+                self._parameters[leaf] = other  # one parameter, one scale
+                return
+        self.take_scale(name, param._source.decoder(param._part.whole).scale)
+
+    def take_scale(self, name: str, scale: torch.Tensor) -> None:
+        """Hold the scales of codes that came from elsewhere. Raises UnsupportedError if this scheme has others."""
+        leaf = self.holds[name][0]
+        held = self._parameters[leaf]
+        assert held is not None
+        if scale.shape != held.shape:
+            raise UnsupportedError(
+                f"{self.called(name)} is given codes with scales of shape {[*scale.shape]}, and its scheme has {[*held.shape]}"
+            )
+        if scale.dtype == held.dtype and not held.is_meta:
+            with torch.no_grad():
+                held.copy_(scale)
+        else:
+            self.register_parameter(leaf, nn.Parameter(scale.detach().clone(), requires_grad=False))
 
     def _as_held(self, name: str, param: Any) -> Any:
         if param is None or name not in self.quantized:
@@ -110,7 +153,7 @@ class QuantizedModule(nn.Module):
                 f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} in bfloat16, float16 or "
                 "float32: it was replaced after the layer was quantized"
             )
-        scale: torch.Tensor = found
+        scale: torch.Tensor = plain_scale(found)
         return scale
 
     def held_codes(self, name: str) -> torch.Tensor:
@@ -266,6 +309,11 @@ class QuantizedModule(nn.Module):
                 )
             if codes is not None and prefix + scales[0] not in state_dict:
                 raise StateDictError(f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of codes has both")
+            if type(codes) is QuantizedWeight and not self._fits(codes, state_dict[prefix + scales[0]]):
+                raise StateDictError(
+                    f"{prefix}{name} is of another weight than {prefix}{scales[0]}, a part of one, or in another order: take "
+                    "both from one state dict, or compute with hf_fp8.dequantize_model(model)"
+                )
             if type(codes) is torch.Tensor:  # of a file, or somebody's own
                 refuse_values(
                     codes, self.held_codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]])
@@ -280,6 +328,15 @@ class QuantizedModule(nn.Module):
         static = (prefix + name for scales in self.holds.values() for name in scales[1:])
         if any(name in state_dict and not state_dict[name].is_meta for name in static):
             self.see_calibration()
+
+    def _fits(self, codes: QuantizedWeight, scale: torch.Tensor) -> bool:
+        """Whether an entry of a state dict comes with its own scale."""
+        kept = codes._source.kept
+        if kept is None or scale.is_meta or kept.scale.is_meta:
+            return is_whole(codes)
+        mine, given = kept.scale.detach().to(scale.dtype), scale.detach()
+        same = mine.shape == given.shape and torch.equal(mine, given.to(mine.device))
+        return same and is_whole(codes)
 
     def _ratio(self, name: str, new: torch.Tensor) -> float:
         """By how much scales are larger than those that they are to replace."""

@@ -71,7 +71,7 @@ class Source:
 
 def rows_of(codes: torch.Tensor, whole: torch.Tensor) -> slice | None:
     """Which rows of the first dimension `codes` are, or which one; None if they are something else."""
-    if whole.ndim < 2 or not whole.numel() or codes.ndim < whole.ndim - 1:
+    if whole.ndim < 2 or not whole.numel() or codes.ndim not in (whole.ndim, whole.ndim - 1):
         return None
     count = len(codes) if codes.ndim == whole.ndim else 1
     trailing = codes.ndim - whole.ndim + 1

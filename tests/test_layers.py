@@ -17,6 +17,7 @@ LAYERS = [
     {"weight_source", "scheme"},
     {"cast_values"},
     {"quantized_weight"},
+    {"weight_functions"},
     {"held"},
     {"plain_pickle", "scratch"},
     {"casts"},

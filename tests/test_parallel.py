@@ -88,6 +88,23 @@ def process(rank: int, folder: str, ways: dict[str, Callable[[nn.Module], nn.Mod
             found = gradients(model, batch(rank))
             kinds = {n: str(p.dtype) for n, p in net.named_parameters()}
             torch.save((found, kinds, by_hand), f"{folder}/{name}-{scheme}-{rank}.pt")
+    for scheme in SCHEMES:  # as scripts do it that know no DDP
+        model = adapted(scheme)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if rank and parameter.is_floating_point() and parameter.itemsize > 1:
+                    parameter.data *= 3
+            net = model.base_model.model
+            if rank:
+                net.lm_head.weight.codes.copy_(net.lm_head.weight.codes.roll(1, 0))
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, 0)
+        refused = ""
+        try:
+            dist.all_reduce(net.lm_head.weight)
+        except hf_fp8.UnsupportedError as error:
+            refused = str(error)
+        torch.save((net.lm_head.dequantized_weight(), refused), f"{folder}/sent-{scheme}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -120,6 +137,11 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
                     assert (logits - wanted_logits).norm() <= 1e-5 * wanted_logits.norm()
                     assert torch.equal(values, net.lm_head.dequantized_weight())
                     assert all(torch.equal(read, net.lm_head.weight) for read in codes_read)
+
+    for scheme in SCHEMES:
+        sent, refused = torch.load(tmp_path / f"sent-{scheme}-1.pt")
+        assert torch.equal(sent, adapted(scheme).base_model.model.lm_head.dequantized_weight())
+        assert "lm_head.weight holds codes" in refused and "all_reduce" in refused
 
 
 def test_names_for_any_wrapping() -> None:

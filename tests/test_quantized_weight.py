@@ -91,6 +91,9 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "flat": lambda w: w.view(-1)[11:5000] * 1,
     "reshaped": lambda w: w.reshape(N // 2, -1) * 1,
     "unsqueezed": lambda w: w.unsqueeze(0)[0, 4:8] * 1,
+    "heads": lambda w: w.view(5, 30, K).transpose(0, 1)[3:7] * 1,
+    "heads in another order": lambda w: w.view(5, 2, 15, K).transpose(1, 2).reshape(N, K) * 1,
+    "one head": lambda w: w.view(1, N, K)[0, 5:9] * 1,
     "cloned": lambda w: w.clone()[3:7].clone() * 1,
     "detached": lambda w: w.detach().data.contiguous() * 1,
     "zeros_like": lambda w: torch.zeros_like(w).add_(w),
@@ -204,7 +207,7 @@ def test_casting_parameters_by_hand_leaves_codes_and_scales(scheme: str, dtype: 
         for name, tensor in model.state_dict().items():
             if "bias" not in name:
                 assert torch.equal(tensor, state[name]), name
-        if model[0].bias.dtype == dtype:
+        if model[0].made_of == dtype:
             assert (model[0].weight * 1).dtype == dtype and model(torch.randn(2, K).to(dtype)).dtype == dtype
 
 
@@ -237,6 +240,112 @@ def test_moving_moves_the_codes(scheme: str, tmp_path: Path) -> None:
     assert isinstance(parameter, nn.Parameter) and torch.equal(parameter.data, codes)
     if scheme == "INT8":
         assert (state["0.weight"].numpy() == codes.numpy()).all()  # whoever exports a state dict gets what is in it
+
+
+def order(w: torch.Tensor) -> torch.Tensor:
+    """As Llama's rotary halves are put into another order."""
+    return w.view(5, 2, 15, K).transpose(1, 2).reshape(N, K)
+
+
+MIXED: dict[str, Callable[[Any, Any], Any]] = {
+    "rows in another order": lambda a, b: setattr(a.weight, "data", order(a.weight.data)),
+    "a state dict in another order": lambda a, b: a.load_state_dict(
+        {**a.state_dict(), "weight": order(a.state_dict()["weight"])}
+    ),
+    "codes of one, scales of another": lambda a, b: a.load_state_dict({**a.state_dict(), "weight": b.state_dict()["weight"]}),
+    "a row of another": lambda a, b: a.weight.data[3].copy_(b.weight.data[5]),
+    "rows": lambda a, b: a.weight.data[3:9].copy_(a.weight.data[5:11]),
+    "values as codes": lambda a, b: setattr(a, "weight", nn.Parameter((a.weight * 2).to(a.weight.dtype), requires_grad=False)),
+    "normalized": lambda a, b: setattr(
+        a, "weight", nn.Parameter((a.weight * torch.rand(N, 1)).to(a.weight.dtype), requires_grad=False)
+    ),
+    "relu": lambda a, b: nn.functional.relu(a.weight, inplace=True),
+    "dropout": lambda a, b: nn.functional.dropout(a.weight, 0.5, True, inplace=True),
+    "renormed embedding": lambda a, b: nn.functional.embedding(INDEX, a.weight, max_norm=0.1),
+    "an op of torch": lambda a, b: torch.ops.aten.mul_.Scalar(a.weight, 2),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
+@pytest.mark.parametrize("how", MIXED)
+def test_codes_without_their_scales_are_refused(how: str, scheme: str) -> None:
+    a, b = linear(scheme), hf_fp8.quantize_model(nn.Linear(K, N), scheme)
+    wanted = a.dequantized_weight()
+    with pytest.raises(FP8Error):
+        MIXED[how](a, b)
+    assert torch.equal(a.dequantized_weight(), wanted)
+
+
+TAKEN: dict[str, Callable[[Any, Any], Any]] = {
+    "copy_": lambda a, b: a.weight.data.copy_(b.weight.data),
+    "data": lambda a, b: setattr(a.weight, "data", b.weight.data),
+    "data of a copy": lambda a, b: setattr(a.weight, "data", b.weight.data.clone()),
+    "a parameter of a copy": lambda a, b: setattr(a, "weight", nn.Parameter(b.weight.clone(), requires_grad=False)),
+    "the parameter": lambda a, b: setattr(a, "weight", b.weight),
+    "all parameters": lambda a, b: [p.data.copy_(q.data) for p, q in zip(a.parameters(), b.parameters(), strict=True)],
+    "all parameters, backwards": lambda a, b: [
+        p.data.copy_(q.data) for p, q in reversed(list(zip(a.parameters(), b.parameters(), strict=True)))
+    ],
+    "a state dict": lambda a, b: a.load_state_dict(b.state_dict()),
+    "a state dict, assigned": lambda a, b: a.load_state_dict(b.state_dict(), assign=True),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("how", TAKEN)
+def test_a_weight_of_another_layer_brings_its_scale(how: str, scheme: str) -> None:
+    a, b = linear(scheme), hf_fp8.quantize_model(nn.Linear(K, N), scheme)
+    TAKEN[how](a, b)
+    wanted = b.dequantized_weight()
+    assert torch.equal(a.dequantized_weight(), wanted) and torch.equal(a.weight.float(), wanted)
+    a.bias = b.bias
+    a.backend = b.backend = "int8" if scheme == "INT8" else "weight_only"
+    x = torch.randn(3, K)
+    assert torch.equal(a(x), b(x))
+
+
+def test_copies_of_state_dicts_stay() -> None:
+    model, other = net(), net()
+    other[0].weight.codes.copy_(other[0].weight.codes.roll(1, 0))
+    wanted = model[0].dequantized_weight()
+    copies = [copy.deepcopy(model.state_dict()), {k: v.clone() for k, v in model.state_dict().items()}]
+    parts = [model[0].weight.T.clone(), model[0].weight[3:7].clone(), copy.deepcopy(model[0].weight.T)]
+    with torch.no_grad():
+        other[0].weight_scale.mul_(3)
+    model.load_state_dict(other.state_dict())
+    assert all(torch.equal(each["0.weight"].float(), wanted) for each in copies)
+    assert all(torch.equal(p.float(), w) for p, w in zip(parts, (wanted.T, wanted[3:7], wanted.T), strict=True))
+
+
+def test_codes_of_files_are_loaded_whatever_they_are() -> None:
+    """Layers of zeros, of which some rows are next to nothing: what a file holds is not taken for cast values."""
+    for scheme in SCHEMES:
+        for change in (lambda w: w.zero_(), lambda w: w[:64].zero_(), lambda w: w[:64].mul_(1 / 20)):
+            dense = nn.Linear(512, 1024, bias=False)
+            change(dense.weight.data)
+            state = hf_fp8.quantize_model(dense, scheme).state_dict()
+            layer = hf_fp8.quantize_model(nn.Linear(512, 1024, bias=False), scheme)
+            layer.load_state_dict({k: getattr(v, "codes", v).clone() for k, v in state.items()})
+            assert torch.equal(layer.weight.float(), state["weight"].float())
+
+
+def test_a_parameter_that_is_assigned_again() -> None:
+    layer = linear("FP8_DYNAMIC")
+    codes = nn.Parameter(layer.weight.codes.clone(), requires_grad=False)
+    layer.weight = codes
+    codes.data = layer.weight.codes.roll(1, 0)
+    layer.weight = codes
+    assert torch.equal(layer.weight.codes, codes.data.clone())
+
+
+def test_traced() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, x = net(), torch.randn(3, K)
+    with torch.no_grad():
+        assert torch.equal(make_fx(lambda x: model(x))(x)(x), model(x))
 
 
 def test_a_copy_outlives_the_layer_and_does_not_follow_it() -> None:
