@@ -196,7 +196,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """What compiled code is to compare when it runs: not an exported program, which has no original, and not one that is on
         the CPU alone, as that would keep CUDA graphs off."""
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiled and self.original is not None and self.original.device == self.weight.device:
+        if compiled and self.original is not None and self.original.device == self.held_codes("weight").device:
             return self.original, self._made_of
         return None, None
 

@@ -28,6 +28,7 @@ class QuantizedWeight(torch.Tensor):
     """
 
     handle: ClassVar[Callable[[Any, Any, Any], Any]]  # of `weight_functions`, which needs this class
+    asks: ClassVar[frozenset[str]]  # names of functions that do not ask for values, of `weight_functions`, too
     codes: torch.Tensor  # a plain tensor in the same memory
     _part: Part
     _source: Source
@@ -45,7 +46,10 @@ class QuantizedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
-            return _uncompiled(func, args, kwargs or {})
+            if name_of(func) not in cls.asks:
+                return _uncompiled(func, args, kwargs or {})
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         return cls.handle(func, args, kwargs or {})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -69,6 +73,14 @@ class QuantizedWeight(torch.Tensor):
 
     def __format__(self, spec: str) -> str:
         return repr(self)
+
+
+def name_of(func: Any) -> str:
+    """Of a function of torch; of the getter or setter of a property the property's, with "=" for a setter."""
+    name: str = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return str(func.__self__.__name__) + ("=" if name == "__set__" else "")
+    return name
 
 
 def _read_by_compiled_code(func: Any, args: Any, kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from .quantized_weight import (
     is_copy,
     is_whole,
     moved_weight,
+    name_of,
     values,
     values_dtype,
 )
@@ -61,16 +62,8 @@ _IN_PLACE = ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "a
 _WRITING_OPERATORS = frozenset({"__setitem__", *(f"__i{op}__" for op in _IN_PLACE)})
 
 
-def _name(func: Any) -> str:
-    """Of a function of torch; of the getter or setter of a property the property's, with "=" for a setter."""
-    name: str = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):
-        return str(func.__self__.__name__) + ("=" if name == "__set__" else "")
-    return name
-
-
 def handle(func: Any, args: Any, kwargs: Any) -> Any:
-    name = _name(func)
+    name = name_of(func)
     if name in _ASKS:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -283,4 +276,4 @@ def _weights(tree: Any) -> Iterator[QuantizedWeight]:
     return (t for t in tree_iter(tree) if type(t) is QuantizedWeight)
 
 
-QuantizedWeight.handle = staticmethod(handle)
+QuantizedWeight.handle, QuantizedWeight.asks = staticmethod(handle), _ASKS

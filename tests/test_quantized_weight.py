@@ -484,6 +484,11 @@ def test_compiled_code_that_reads_it() -> None:
     x = torch.randn(3, K)
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(fused, backend="eager")(x), fused(x), atol=1e-5)
+    torch._dynamo.reset()
+    transposed = torch.compile(lambda x: x @ layer.weight.T, backend="eager")
+    assert torch.allclose(transposed(x), x @ layer.dequantized_weight().T, atol=1e-5)
+    asked = torch.compile(lambda x: x.to(layer.weight.device) + len(layer.weight.shape), backend="eager", fullgraph=True)
+    assert torch.equal(asked(x), x + 2)
 
 
 def test_functions_that_take_codes_take_the_parameter() -> None:
