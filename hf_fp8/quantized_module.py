@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it.
 OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
-
-
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 # What a layer is made of, and what PyTorch, transformers or accelerate put on it; anything else is of someone's own.
 OF_A_LAYER = frozenset(
@@ -300,7 +298,15 @@ class QuantizedModule(nn.Module):
         for name, scales in self.holds.items():
             codes, held_as = state_dict.get(prefix + name), self.form_of(name)[0]
             if codes is not None and (own := self._parameters.get(name)) is not None and is_cast_of(own, codes):
-                state_dict = {**state_dict, prefix + name: own}  # as adapters are saved with the head: nothing changes
+                # As adapters are saved with the head, or what casts a whole state dict gives: nothing changes, scales neither.
+                held, scale = self._parameters[scales[0]], state_dict.get(prefix + scales[0])
+                assert held is not None
+                if scale is not None and not _same_scale(held, scale):
+                    raise StateDictError(
+                        f"{prefix}{name} is the weight of this layer, and {prefix}{scales[0]} is not its scale: take both from "
+                        "one state dict, or compute with hf_fp8.dequantize_model(model)"
+                    )
+                state_dict = {**state_dict, prefix + name: own, **({} if scale is None else {prefix + scales[0]: held})}
                 continue
             if codes is not None and codes.dtype != held_as:
                 raise StateDictError(
@@ -334,9 +340,7 @@ class QuantizedModule(nn.Module):
         kept = codes._source.kept
         if kept is None or scale.is_meta or kept.scale.is_meta:
             return is_whole(codes)
-        mine, given = kept.scale.detach().to(scale.dtype), scale.detach()
-        same = mine.shape == given.shape and torch.equal(mine, given.to(mine.device))
-        return same and is_whole(codes)
+        return is_whole(codes) and _same_scale(kept.scale, scale)
 
     def _ratio(self, name: str, new: torch.Tensor) -> float:
         """By how much scales are larger than those that they are to replace."""
@@ -345,6 +349,14 @@ class QuantizedModule(nn.Module):
             return 1.0
         before = held.detach().float().abs().mean()
         return float(new.detach().to(before).abs().mean() / before)
+
+
+def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether a scale is another one, but for a cast."""
+    if held.is_meta or given.is_meta:
+        return held.shape == given.shape
+    mine = held.detach().to(given.dtype)
+    return mine.shape == given.shape and torch.equal(mine, given.detach().to(mine.device))
 
 
 def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -346,7 +346,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 model._weight_conversions = self._conversions_of_dense_experts(self.layout)
             carried = self.unplaced.keys.values() if self.unplaced is not None else ()
             fit_config(model, self.quantization_config, self.layout, carried)
-        if self._dense_because is None:
+        if self._dense_because is None and not self.quantization_config.dequantize:
             warn_of_readers(model, self.quantization_config)
         state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
         if self.layout is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-# Siblings that vLLM and SGLang make one matrix of; they raise where these are not all in one scheme, or all dense. From vLLM's
-# models (`packed_modules_mapping`).
+# Siblings that vLLM makes one matrix of (`packed_modules_mapping` of its models). Where these are not all in one scheme it
+# raises "requires all to use the same scheme" (its pull request 11354 discusses that).
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -37,7 +37,7 @@ def describe(found: Mapping[str, Iterable[str]]) -> str:
     name, parts = next(iter(found.items()))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return (
-        f"{name}{more} are run as one layer by serving engines (vLLM, SGLang), which refuse parts in different schemes: "
+        f"{name}{more} are run as one layer by serving engines such as vLLM, which refuses parts in different schemes: "
         f"{', '.join(parts)}. Put all of such layers into `ignore` or none; merge adapters into all of them in one way "
         "(hf_fp8.merging), or leave them quantized"
     )

@@ -221,15 +221,15 @@ def _accept_codes(weight: QuantizedWeight, new: torch.Tensor, how: str) -> None:
     """
     if is_certain():
         return
-    if type(new) is not QuantizedWeight:
+    if type(new) is not QuantizedWeight and (weight._source.exported or is_whole(weight)):
         if not weight._source.exported:  # what is loaded into a state dict comes with scales
             refuse_own_values(new, weight.codes, weight._part, weight._source)
         return
     found = weight._source.owner(weight._part.whole)
-    if found is None or new.codes.data_ptr() == weight.codes.data_ptr():
+    if found is None or codes_of(new).data_ptr() == weight.codes.data_ptr():
         return
     layer, leaf = found
-    if is_whole(weight) and is_whole(new):
+    if is_whole(weight) and type(new) is QuantizedWeight and is_whole(new):
         try:
             layer.take_scale(leaf, new._source.decoder(new._part.whole).scale)
             return
@@ -237,8 +237,9 @@ def _accept_codes(weight: QuantizedWeight, new: torch.Tensor, how: str) -> None:
             pass
     raise UnsupportedError(
         f"{called(weight)} holds codes in {weight.codes.dtype}: `{how}` would bring codes of another weight, of a part or in "
-        "another order, and leave their scales behind. hf_fp8.dequantize_model(model) gives a model with weights that can be "
-        "changed, hf_fp8.quantize_model(model) makes codes of them again"
+        "another order, and leave their scales behind (`weight.codes` are the codes themselves). "
+        "hf_fp8.dequantize_model(model) gives a model with weights that can be changed, hf_fp8.quantize_model(model) makes "
+        "codes of them again"
     )
 
 

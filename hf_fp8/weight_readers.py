@@ -50,11 +50,11 @@ def _float_copies(model: nn.Module, paths: frozenset[str]) -> Iterator[None]:
 
     Raises UnsupportedError if one was changed: the layer itself was not.
     """
-    copies: dict[str, tuple[QuantizedModule, Any, int]] = {}
+    copies: dict[str, tuple[QuantizedModule, nn.Module, dict[str, torch.Tensor]]] = {}
     for path in paths:
         if (layer := _quantized(model, path)) is not None:
-            copy: Any = layer.to_dense(layer.made_of or torch.bfloat16)
-            copies[path] = layer, copy, copy.weight._version
+            copy = layer.to_dense(layer.made_of or torch.bfloat16)
+            copies[path] = layer, copy, {name: tensor.detach().clone() for name, tensor in copy.named_parameters()}
             model.set_submodule(path, copy)
     try:
         yield
@@ -62,8 +62,8 @@ def _float_copies(model: nn.Module, paths: frozenset[str]) -> Iterator[None]:
         for path, (layer, copy, _) in copies.items():
             if _at(model, path) is copy:
                 model.set_submodule(path, layer)
-    for path, (layer, copy, version) in copies.items():
-        if copy.weight._version != version:
+    for path, (layer, copy, before) in copies.items():
+        if not all(torch.equal(tensor, before[name]) for name, tensor in copy.named_parameters()):
             raise UnsupportedError(
                 f"{layer.called()} ({path} of a {type(model).__name__}) was changed by a method that computes with its weight, "
                 "and holds codes: the change is not kept. hf_fp8.dequantize_model(model) first"

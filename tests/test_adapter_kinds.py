@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from build import IDS, error, load, tiny_llama
+from build import IDS, error, load
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import config as lora
 
@@ -113,16 +113,6 @@ def test_as_on_the_dequantized_model(kind: str, fp8: Path) -> None:
         assert torch.equal(ours(input_ids=IDS).logits, before)
 
 
-@pytest.fixture(scope="module")
-def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An FP8 checkpoint whose head is in FP8, too."""
-    folder = tmp_path_factory.mktemp("head")
-    tiny_llama(tie_word_embeddings=False).save_pretrained(folder / "dense")
-    config = FP8Config("FP8_DYNAMIC", targets=["Linear", "lm_head"], backend="weight_only")
-    load(folder / "dense", config, dtype=torch.float32).save_pretrained(folder / "fp8")
-    return folder / "fp8"
-
-
 def fused(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A loss that multiplies by the head's weight itself, as trl's and Liger's do."""
     torch.manual_seed(2)
@@ -134,10 +124,10 @@ def fused(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("backend", ["weight_only", "int8"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("prompt", "prefix")])
-def test_under_a_fused_head(kind: str, backend: str, with_head: Path) -> None:
+def test_under_a_fused_head(kind: str, backend: str, fp8_head: Path) -> None:
     found = []
     for dense in (False, True):
-        model = load(with_head, FP8Config(backend=backend), dtype=torch.float32)
+        model = load(fp8_head, FP8Config(backend=backend), dtype=torch.float32)
         assert isinstance(model.lm_head, FP8Linear)
         found.append(fused(adapted(dequantize_model(model, torch.float32) if dense else model, kind)))
     (logits, grads), (wanted, expected) = found

@@ -109,6 +109,12 @@ class Attention(nn.Module):
         self.to_q.weight.data *= 2
         self.to_q.weight.mul_(2)
 
+    def behind(self) -> None:
+        self.to_k.weight.data *= 2
+
+    def shift(self) -> None:
+        self.out[0].bias.add_(self.out[0].weight.mean())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         both = self.to_qk(x) if self.fused else torch.cat([self.to_q(x), self.to_k(x)], -1)
         return self.out[0](both)
@@ -132,7 +138,10 @@ def test_fused_projections_are_made_of_the_dequantized_weights(scheme: str, dtyp
     assert torch.equal(attention.norm(), layers[2].dequantized_weight(dtype).norm()) and attention.out[0] is layers[2]
     with pytest.raises(UnsupportedError, match=r"0\.to_q \(to_q of a Attention\) was changed"), torch.no_grad():
         attention.double()
-    assert attention.to_q is layers[0]
+    for change in (attention.behind, attention.shift):
+        with pytest.raises(UnsupportedError, match="was changed by a method"), torch.no_grad():
+            change()
+    assert (attention.to_q, attention.to_k, attention.out[0]) == layers
     hf_fp8.unregister()
     try:
         assert not hasattr(Attention.norm, "__wrapped__")

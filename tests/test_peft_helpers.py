@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import IDS, load, logits, tiny_llama
+from build import IDS, load, logits
 from peft import (
     LoraConfig,
     PeftModel,
@@ -30,18 +30,9 @@ from hf_fp8.quantized_weight import QuantizedWeight
 BACKENDS = ["weight_only", "int8"]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("helpers")
-    tiny_llama(tie_word_embeddings=False).save_pretrained(folder / "dense")
-    config = FP8Config("FP8_DYNAMIC", targets=["Linear", "lm_head"], backend="weight_only")
-    load(folder / "dense", config, dtype=torch.float32).save_pretrained(folder / "fp8")
-    return folder / "fp8"
-
-
-def pair(source: Path, backend: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def pair(fp8_head: Path, backend: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A quantized model, and the dequantized one."""
-    ours = load(source, FP8Config(backend=backend), dtype=dtype)
+    ours = load(fp8_head, FP8Config(backend=backend), dtype=dtype)
     assert isinstance(ours.lm_head, FP8Linear)
     return ours, hf_fp8.dequantize_model(copy.deepcopy(ours))
 
@@ -53,8 +44,8 @@ def adapted(model: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_targets_by_condition_number(source: Path, backend: str, dtype: torch.dtype) -> None:
-    ours, dense = pair(source, backend, dtype)
+def test_targets_by_condition_number(fp8_head: Path, backend: str, dtype: torch.dtype) -> None:
+    ours, dense = pair(fp8_head, backend, dtype)
     for top_p in (0.2, 0.6):
         options = {"top_p": top_p, "show_progress": False}
         found, wanted = find_kappa_target_modules(ours, **options), find_kappa_target_modules(dense, **options)
@@ -66,9 +57,9 @@ def test_targets_by_condition_number(source: Path, backend: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_intruder_dimensions(source: Path, backend: str, dtype: torch.dtype) -> None:
+def test_intruder_dimensions(fp8_head: Path, backend: str, dtype: torch.dtype) -> None:
     found = []
-    for model in pair(source, backend, dtype):
+    for model in pair(fp8_head, backend, dtype):
         tuned = adapted(model, target_modules=["q_proj", "lm_head"])
         said: list[str] = []
         reduce_intruder_dimension(tuned, "default", "new", threshold_epsilon=0.99, logging_sink=said.append)
@@ -80,8 +71,8 @@ def test_intruder_dimensions(source: Path, backend: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cast_for_mixed_precision(source: Path, backend: str) -> None:
-    ours, dense = (adapted(model) for model in pair(source, backend))
+def test_cast_for_mixed_precision(fp8_head: Path, backend: str) -> None:
+    ours, dense = (adapted(model) for model in pair(fp8_head, backend))
     for model in (ours, dense):
         cast_mixed_precision_params(model, dtype=torch.bfloat16)
     kinds = [{n: p.dtype for n, p in model.named_parameters() if "norm" in n or "lora" in n} for model in (ours, dense)]
@@ -94,23 +85,23 @@ def test_cast_for_mixed_precision(source: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_heads_that_are_saved_with_adapters(source: Path, backend: str, tmp_path: Path) -> None:
+def test_heads_that_are_saved_with_adapters(fp8_head: Path, backend: str, tmp_path: Path) -> None:
     """A file of adapters holds values, and loads on any base whose head they are."""
-    ours, dense = (adapted(model, target_modules=["q_proj", "lm_head"]) for model in pair(source, backend))
+    ours, dense = (adapted(model, target_modules=["q_proj", "lm_head"]) for model in pair(fp8_head, backend))
     wanted = logits(ours)
     for name, model in (("ours", ours), ("dense", dense)):
         model.save_pretrained(tmp_path / name, save_embedding_layers=True)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "dense")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], t) for name, t in files[1].items())
-    again = PeftModel.from_pretrained(load(source, FP8Config(backend=backend), dtype=torch.float32), tmp_path / "ours")
+    again = PeftModel.from_pretrained(load(fp8_head, FP8Config(backend=backend), dtype=torch.float32), tmp_path / "ours")
     assert torch.equal(logits(again), wanted)
-    other = load(source, FP8Config(backend="int8" if backend == "weight_only" else "weight_only"), dtype=torch.float32)
+    other = load(fp8_head, FP8Config(backend="int8" if backend == "weight_only" else "weight_only"), dtype=torch.float32)
     with pytest.raises(StateDictError, match="lm_head"):
         PeftModel.from_pretrained(other, tmp_path / "ours")
 
 
-def test_state_dicts_of_the_base_and_back(source: Path) -> None:
-    ours, _ = pair(source, "weight_only")
+def test_state_dicts_of_the_base_and_back(fp8_head: Path) -> None:
+    ours, _ = pair(fp8_head, "weight_only")
     tuned = adapted(ours)
     state = get_base_model_state_dict(tuned)
     assert any(type(tensor) is QuantizedWeight for tensor in state.values())

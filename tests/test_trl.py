@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import load, tiny_llama
+from build import load
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -26,16 +26,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 WORDS = {"<pad>": 0, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, 128)}}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An FP8 checkpoint with its head in FP8, too."""
-    dense, folder = tmp_path_factory.mktemp("trl") / "dense", tmp_path_factory.mktemp("trl") / "fp8"
-    tiny_llama(tie_word_embeddings=False).save_pretrained(dense)
-    config = FP8Config("FP8_DYNAMIC", targets=["Linear", "lm_head"], backend="weight_only")
-    load(dense, config, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +116,8 @@ def first_step(trainer: Callable[..., Any], model: Any, folder: Path) -> tuple[f
 
 @pytest.mark.parametrize("backend", ["weight_only", "int8"])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_the_first_step(source: Path, tmp_path: Path, name: str, backend: str) -> None:
-    model = load(source, FP8Config(backend=backend), dtype=torch.float32)
+def test_the_first_step(fp8_head: Path, tmp_path: Path, name: str, backend: str) -> None:
+    model = load(fp8_head, FP8Config(backend=backend), dtype=torch.float32)
     assert isinstance(model.lm_head, hf_fp8.FP8Linear)
     dense = hf_fp8.dequantize_model(copy.deepcopy(model))
     wanted, theirs = first_step(TRAINERS[name], dense, tmp_path)

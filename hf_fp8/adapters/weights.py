@@ -159,7 +159,7 @@ def _schemes(model: nn.Module) -> dict[str, str | None]:
     """Name of a Linear, without adapters -> how it is quantized, None if it is not."""
     found: dict[str, str | None] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "lora_" not in name:
+        if isinstance(module, nn.Linear):
             scheme = module.scheme.describe() if isinstance(module, FP8Linear) else None
             found[name.removesuffix(".base_layer")] = scheme
     return found

@@ -1,0 +1,110 @@
+"""Steps of this commit beside those of another, in turns, so that a noisy machine disturbs both alike.
+
+.venv/bin/python scripts/against_commit.py COMMIT [PAIRS]: medians of a decode and of a training step of a small Llama on this
+CPU, one thread each, and of the ratio of each pair.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# How often a step is run for one number.
+TIMES = {"decode": 6, "train": 3}
+
+
+def steps(folder: str) -> dict[str, Callable[[], object]]:
+    """What is timed, by name, with the package in `folder`."""
+    sys.path.insert(0, folder)
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import hf_fp8
+
+    assert hf_fp8.__file__ is not None and hf_fp8.__file__.startswith(folder)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+    )
+    ids = torch.arange(5, 37)[None]
+    found: dict[str, Callable[[], object]] = {}
+    for backend in ("weight_only", "int8"):
+        models = [LlamaForCausalLM(config).eval() for _ in range(2)]
+        for model in models:
+            hf_fp8.quantize_model(model, "INT8" if backend == "int8" else "FP8_DYNAMIC", backend=backend)
+        tuned = get_peft_model(models[1], LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).train()
+        found[f"{backend} decode"] = torch.no_grad()(lambda model=models[0]: model(input_ids=ids[:, :1], use_cache=False))
+        found[f"{backend} train"] = lambda tuned=tuned: tuned(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return found
+
+
+def work(folder: str) -> None:
+    """Answer each name on stdin with milliseconds."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    found = steps(folder)
+    for step in found.values():
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name = line.strip()
+        times = TIMES[name.split()[1]]
+        start = time.perf_counter()
+        for _ in range(times):
+            found[name]()
+        print((time.perf_counter() - start) / times * 1e3, flush=True)
+
+
+class Worker:
+    def __init__(self, folder: str) -> None:
+        command = [sys.executable, __file__, "--worker", folder]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        while (line := self.process.stdout.readline().strip()) != "ready":
+            if not line and self.process.poll() is not None:
+                raise SystemExit(f"the steps do not run with {folder}")
+
+    def time(self, name: str) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+
+def main() -> None:
+    commit, pairs = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 24
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "-C", ROOT, "archive", commit, "hf_fp8"], check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+        workers = [Worker(folder), Worker(str(ROOT))]
+        for name in (f"{backend} {step}" for backend in ("weight_only", "int8") for step in TIMES):
+            each: list[list[float]] = [[], []]
+            for pair in range(pairs):
+                for at in (0, 1) if pair % 2 else (1, 0):
+                    each[at].append(workers[at].time(name))
+            ratio = statistics.median(now / before for before, now in zip(*each, strict=True))
+            before, now = (statistics.median(times) for times in each)
+            print(f"{name}: {commit} {before:.2f} ms, now {now:.2f} ms, median ratio {ratio:.3f}", flush=True)
+        for worker in workers:
+            worker.process.kill()
+
+
+if __name__ == "__main__":
+    work(sys.argv[2]) if sys.argv[1] == "--worker" else main()
