@@ -1,11 +1,11 @@
 """Steps of this commit beside those of another, in turns, so that a noisy machine disturbs both alike.
 
-.venv/bin/python scripts/against_commit.py COMMIT [PAIRS]: medians of a decode and of a training step of a small Llama on this
-CPU, one thread each, and of the ratio of each pair.
+Medians of a decode and of a training step of a small Llama on a CPU, one thread each, and of the ratio of each pair.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import statistics
 import subprocess
@@ -88,8 +88,16 @@ class Worker:
         return float(self.process.stdout.readline())
 
 
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("commit", help="the one that the working folder is held against")
+    parser.add_argument("--pairs", type=int, default=24, help="how often each step is timed")
+    return parser
+
+
 def main() -> None:
-    commit, pairs = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 24
+    options = arguments().parse_args()
+    commit, pairs = options.commit, options.pairs
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit, "hf_fp8"], check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
