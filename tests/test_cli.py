@@ -278,7 +278,7 @@ import sys, time
 from hf_fp8 import cli, numerics
 slow = numerics.quantize_weight
 def quantize_weight(*args):
-    time.sleep(0.05)
+    time.sleep(0.2)
     return slow(*args)
 numerics.quantize_weight = quantize_weight
 print("ready", flush=True)

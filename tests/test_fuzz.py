@@ -179,7 +179,7 @@ def test_what_is_harmless_is_held_against_the_base() -> None:
 
 def test_hangs_that_python_can_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(*args: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)  # ours alone is done waiting for soon: the host needs its time on a busy machine
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # sooner than the limit, which the host keeps whole
         time.sleep(60)
 
     monkeypatch.setattr(judging, "load_ours", hang)
