@@ -352,7 +352,7 @@ class QuantizedModule(nn.Module):
 
 
 def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether a scale is another one, but for a cast."""
+    """Whether two scales are one, but for a cast of the first to the dtype of the second."""
     if held.is_meta or given.is_meta:
         return held.shape == given.shape
     mine = held.detach().to(given.dtype)

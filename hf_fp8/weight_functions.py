@@ -28,11 +28,13 @@ from .quantized_weight import (
 from .weight_source import Part
 
 # Functions of torch by name, as `__torch_function__` is told of them. A property is called by its own name.
-# Those that ask what a tensor is, not for its values; or that make a new one like it.
+# Those that ask what a tensor is, or for its memory, not for its values (a pointer to values would be one to memory that is
+# free again); or that make a new one like it.
 _ASKS = frozenset(
     {
-        "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "data_ptr", "storage",
-        "untyped_storage", "_typed_storage", "is_contiguous", "is_pinned", "is_floating_point", "is_complex", "is_signed",
+        "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "data_ptr",
+        "const_data_ptr", "__cuda_array_interface__", "record_stream", "storage", "storage_type", "untyped_storage",
+        "_typed_storage", "is_contiguous", "is_pinned", "is_floating_point", "is_complex", "is_signed",
         "is_shared", "is_inference", "is_conj", "is_neg", "is_same_size", "is_set_to", "get_device", "dim_order", "has_names",
         "__len__", "__hash__", "__dir__", "detach_", "share_memory_", "register_hook",
         "register_post_accumulate_grad_hook", "retain_grad", "_is_view", "_has_compatible_shallow_copy_type",

@@ -131,6 +131,21 @@ def test_what_is_asked_of_it_is_the_codes() -> None:
     assert torch.empty_like(weight).dtype == torch.float8_e4m3fn
 
 
+def test_pointers_and_streams_are_those_of_the_codes() -> None:
+    """Values live for one operation: a pointer to them would be one to free memory, a stream would guard nothing."""
+    layer = linear("FP8_DYNAMIC")
+    weight, given = layer.weight, list[Any]()
+
+    def record_stream(tensor: Any, stream: Any) -> None:  # torch's runs on GPUs alone
+        given.append(tensor)
+
+    QuantizedWeight.__torch_function__(record_stream, (QuantizedWeight,), (weight, None))
+    QuantizedWeight.__torch_function__(record_stream, (QuantizedWeight,), (weight.data, None))
+    assert given[0] is weight and given[1].data_ptr() == weight.codes.data_ptr()
+    assert weight.const_data_ptr() == weight.data_ptr() == weight.codes.data_ptr()
+    assert not hasattr(weight, "__cuda_array_interface__")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_moving_moves_the_codes(scheme: str, tmp_path: Path) -> None:
     model = net(scheme, torch.bfloat16)
