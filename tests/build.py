@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import hf_fp8
 from hf_fp8 import FP8Config, numerics
 from hf_fp8.scheme import ROW, TENSOR, Granularity
 
@@ -159,3 +161,13 @@ def cached(model: Any, cache: Any) -> dict[str, Any]:
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS, use_cache=False).logits
+
+
+@contextmanager
+def stock_transformers() -> Iterator[None]:
+    """transformers as it is without hf_fp8."""
+    hf_fp8.unregister()
+    try:
+        yield
+    finally:
+        hf_fp8.register()

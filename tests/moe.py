@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build import STATIC_TENSOR, State, differing, error, group_input, tensors, write
+from build import STATIC_TENSOR, State, differing, error, group_input, stock_transformers, tensors, write
 from safetensors.torch import save_file
 from transformers import (
     DeepseekV3Config,
@@ -24,7 +24,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-import hf_fp8
 from hf_fp8 import FP8Config, numerics
 from hf_fp8.scheme import ROW, TENSOR, Granularity
 
@@ -97,11 +96,8 @@ def dense_logits(model: PreTrainedModel, dense: State, path: Path, call: Call = 
     model.save_pretrained(path)
     state = {name: tensor.float().contiguous() for name, tensor in dense.items()}
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         return call(type(model).from_pretrained(path, dtype=torch.float32))
-    finally:
-        hf_fp8.register()
 
 
 def check(model: PreTrainedModel, path: Path, written: State, dense: State, tmp_path: Path, call: Call = causal) -> None:
@@ -111,11 +107,8 @@ def check(model: PreTrainedModel, path: Path, written: State, dense: State, tmp_
     default = type(model).from_pretrained(path, **options)
     assert error(call(default), wanted) <= 1e-5
     default.save_pretrained(tmp_path / "default")
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert error(call(type(model).from_pretrained(tmp_path / "default", **options)), wanted) <= 1e-5
-    finally:
-        hf_fp8.register()
     kept = type(model).from_pretrained(path, quantization_config=FP8Config(backend="weight_only"), **options)
     assert error(call(kept), wanted) <= 1e-5
     in_bf16 = type(model).from_pretrained(path, quantization_config=FP8Config(backend="weight_only"), dtype=torch.bfloat16)

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import State, differing, error, load, logits, sqnr, tensors, tiny_llama, write
+from build import State, differing, error, load, logits, sqnr, stock_transformers, tensors, tiny_llama, write
 from moe import MOE, deepseek_v3, gpt_oss, is_linear, llama4, mixtral, qwen3_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as host
 
-import hf_fp8
 from hf_fp8 import FP8Config, cli
 from hf_fp8.errors import ConfigError
 from hf_fp8.shards import whole_folder
@@ -106,12 +105,9 @@ def test_stacked_experts_that_stay_dense(tmp_path: Path, family) -> None:
     assert bool(apart) == (family is llama4) and not [name for name in apart if name.endswith("_scale")]
     ours = logits(load(tmp_path / "fp8"))
     assert sqnr(ours, logits(AutoModelForCausalLM.from_pretrained(dense))) > 20
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
         assert error(logits(stock), ours) < 1e-5
-    finally:
-        hf_fp8.register()
 
 
 @pytest.mark.parametrize("family", [mixtral, gpt_oss])

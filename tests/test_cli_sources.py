@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import differing, error, load, logits, tensors, tiny_llama, write
+from build import differing, error, load, logits, stock_transformers, tensors, tiny_llama, write
 from moe import mixtral
 from safetensors.torch import load_file, save_file
 from test_cli import config_of, run, saved
 from transformers import AutoModelForCausalLM
 
-import hf_fp8
 from hf_fp8 import FP8Config
 from hf_fp8.calibration_data import texts, windows
 from hf_fp8.errors import CalibrationError, CheckpointError, ConfigError, CorruptFileError, MissingTensorError
@@ -153,11 +152,8 @@ def test_experts_that_others_took_apart(tmp_path: Path) -> None:
     )  # fmt: skip
     wanted = logits(load(tmp_path / "fp8", FP8Config(dequantize=True), dtype=torch.bfloat16))
     run("dequantize", tmp_path / "fp8", tmp_path / "dense")
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)), wanted)
-    finally:
-        hf_fp8.register()
 
 
 class Tokenizer:

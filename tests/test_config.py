@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import KEEP, differing, load, logits, tensors, tiny_llama, write
+from build import KEEP, differing, load, logits, stock_transformers, tensors, tiny_llama, write
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, QuantizationStrategy, preset_name_to_scheme
 from moe import qwen3_moe
 from test_registration import write_other
@@ -409,14 +409,11 @@ def test_other_groups_are_left_to_stock(dense: Path, tmp_path: Path) -> None:
     fp8_groups = AutoModelForCausalLM.from_pretrained(
         tmp_path / "int4", quantization_config=CompressedTensorsConfig(config_groups=PRESET)
     )
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert [said(way, dense) for way in ways] == ours
         stock = AutoModelForCausalLM.from_pretrained(
             tmp_path / "int4", quantization_config=CompressedTensorsConfig(config_groups=PRESET)
         )
-    finally:
-        hf_fp8.register()
     assert torch.equal(logits(fp8_groups), logits(stock))
     with pytest.raises(ConfigError, match="quantized already"):
         AutoModelForCausalLM.from_pretrained(

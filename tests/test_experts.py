@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import STATIC_TENSOR, State, differing, error, group_input, tensors, write
+from build import STATIC_TENSOR, State, differing, error, group_input, stock_transformers, tensors, write
 from moe import MOE, TRANSPOSED, causal, dense_logits, is_linear, make, write_transposed
 from safetensors.torch import save_file
 from transformers import (
@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
 
-import hf_fp8
 from hf_fp8 import FP8Config, FP8Experts, numerics
 from hf_fp8.experts import Projection
 from hf_fp8.scheme import FP8, ROW, TENSOR, Granularity
@@ -128,11 +127,8 @@ def test_loaded_run_and_saved(family: str, scheme: str, tmp_path: Path) -> None:
     assert not experts_of(dequantized) and error(causal(dequantized), wanted) <= 1e-5
     assert {type(m) for m in dequantized.modules()} == {type(m) for m in model.modules()}
     dequantized.save_pretrained(tmp_path / "plain")
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert error(causal(type(model).from_pretrained(tmp_path / "plain", dtype=torch.float32)), wanted) <= 1e-5
-    finally:
-        hf_fp8.register()
 
 
 # Mixtral's experts under llm-compressor's names, and merged experts with block scales, stock does not load at all.
@@ -142,11 +138,8 @@ def test_stock_transformers_loads_what_was_saved(family: str, scheme: str, tmp_p
     model, _, dense = write_family(family, tmp_path / "fp8", **SCHEMES[scheme])
     load(model, tmp_path / "fp8", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     wanted = dense_logits(model, dense, tmp_path / "dense")
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         found = [causal(load(model, tmp_path / n, CompressedTensorsConfig(dequantize=True))) for n in ("fp8", "saved")]
-    finally:
-        hf_fp8.register()
     assert torch.equal(*found)
     assert error(found[0], wanted) < 0.2  # it rounds weights to bfloat16, which changes which expert is taken
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import error
+from build import error, stock_transformers
 from conftest import checkpoint
 from fuzzing import judging, workers
 from fuzzing.bases import BASES, base
@@ -19,7 +19,7 @@ from fuzzing.cases import MODES, Case
 from fuzzing.drafts import Change, Draft
 from fuzzing.judging import ACCEPTED, DIED, FOREIGN, HANGS, MEMORY, REFUSED, RIGHT, WRONG, run_case
 from fuzzing.meaning import decode
-from fuzzing.twin import Result, stock, without_quantization
+from fuzzing.twin import Result, without_quantization
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -59,7 +59,7 @@ def test_the_decoder_against_stored_references(name: str, tmp_path: Path) -> Non
     folder = checkpoint(name, tmp_path)
     reference = load_file(tmp_path / "reference.safetensors")
     without_quantization(folder, tmp_path / "dense", decode(folder).state)
-    with stock(), torch.no_grad():
+    with stock_transformers(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
         found = model(reference["input_ids"], use_cache=False).logits
     assert error(found, reference["logits"]) <= (1e-2 if name == "llama-mixed" else 1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import IDS, OFFLOAD, STATIC_TENSOR, load, logits, sqnr, tensors, tiny_llama, write
+from build import IDS, OFFLOAD, STATIC_TENSOR, load, logits, sqnr, stock_transformers, tensors, tiny_llama, write
 from compressed_tensors.compressors import BaseCompressor
 from moe import mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM
@@ -74,12 +74,9 @@ def test_what_is_saved_is_int8_and_says_so(kind: str, tmp_path: Path) -> None:
     state = tensors(tmp_path / "int8")
     assert not any(t.dtype == torch.float8_e4m3fn for t in state.values()) and not any("input_scale" in n for n in state)
     # Others read it: stock transformers, and compressed-tensors itself, tensor by tensor.
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32).eval()
         found = logits(stock)
-    finally:
-        hf_fp8.register()
     # Both are as far from the same weights without quantized inputs; stock rounds inputs with other scales.
     exact = logits(hf_fp8.dequantize_model(copy.deepcopy(model)))
     assert sqnr(found, exact) > 25 and sqnr(logits(model), exact) > 25

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import IDS, KEEP, OFFLOAD, differing, error, load, logits, tensors, tiny_llama, write
+from build import IDS, KEEP, OFFLOAD, differing, error, load, logits, stock_transformers, tensors, tiny_llama, write
 from conftest import checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -88,11 +88,8 @@ def test_dequantize_afterwards(fp8: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model), wanted)
     assert not any(isinstance(module, FP8Linear) for module in model.modules())
     model.save_pretrained(tmp_path / "dense")
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    finally:
-        hf_fp8.register()
     assert torch.equal(logits(stock), wanted)
 
 
@@ -103,11 +100,8 @@ def test_dequantize_afterwards_writes_native_names(folder_name: str, tmp_path: P
     wanted = logits(model)
     model.dequantize().save_pretrained(tmp_path / "dense")
     assert not any("scale" in name for name in tensors(tmp_path / "dense"))
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    finally:
-        hf_fp8.register()
     assert torch.equal(logits(stock), wanted)
 
 
@@ -131,13 +125,10 @@ def test_mixed(config: FP8Config, tmp_path: Path) -> None:
     if config.dequantize:
         assert not hasattr(model.config, "quantization_config")
         assert not any("packed" in name for name in tensors(tmp_path / "saved"))
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
         with torch.no_grad():
             read = stock(reference["input_ids"], use_cache=False).logits
-    finally:
-        hf_fp8.register()
     if config is KEEP:  # stock quantizes the inputs of this one, as the checkpoint says
         assert error(read, reference["logits_quantized_input"]) < 1e-2
     else:

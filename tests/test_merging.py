@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import IDS, STATIC_TENSOR, State, error, load, logits, tensors, tiny_llama, write
+from build import IDS, STATIC_TENSOR, State, error, load, logits, stock_transformers, tensors, tiny_llama, write
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -99,12 +99,9 @@ def test_stock_reads_what_was_merged(fp8: Path, tmp_path: Path) -> None:
     model = adapted(load(fp8)).merge_and_unload()
     model.save_pretrained(tmp_path / "merged")
     wanted = logits(load(tmp_path / "merged", FP8Config(backend="scaled_mm")))
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert error(logits(stock), wanted) < 1e-5
-    finally:
-        hf_fp8.register()
 
 
 @pytest.mark.parametrize("backend", ["weight_only", "int8"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import IDS, differing, error, load, logits, tensors, tiny_llama
+from build import IDS, differing, error, load, logits, stock_transformers, tensors, tiny_llama
 from huggingface_hub import PyTorchModelHubMixin
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -58,11 +58,8 @@ def test_savers_that_know_nothing_of_codes_are_refused(kind: Any, scheme: str, t
     with pytest.raises(UnsupportedError):
         again.save_pretrained(tmp_path / "codes")
     hf_fp8.dequantize_model(model).save_pretrained(tmp_path / "again")
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert "other_savers" not in kind.save_pretrained.__code__.co_filename
-    finally:
-        hf_fp8.register()
 
 
 def test_adapters_and_models_that_know_are_saved(tmp_path: Path) -> None:
@@ -142,11 +139,8 @@ def test_fused_projections_are_made_of_the_dequantized_weights(scheme: str, dtyp
         with pytest.raises(UnsupportedError, match="was changed by a method"), torch.no_grad():
             change()
     assert (attention.to_q, attention.to_k, attention.out[0]) == layers
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert not hasattr(Attention.norm, "__wrapped__")
-    finally:
-        hf_fp8.register()
 
 
 def test_diffusers_own_transformer(tmp_path: Path) -> None:

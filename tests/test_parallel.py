@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from build import stock_transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -175,8 +176,5 @@ def test_a_model_without_codes_is_left_alone(tmp_path: Path) -> None:
     finally:
         dist.destroy_process_group()
     assert not hasattr(model, IGNORED)
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         assert nn.parallel.DistributedDataParallel.__init__.__module__.startswith("torch")
-    finally:
-        hf_fp8.register()

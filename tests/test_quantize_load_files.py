@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from build import IDS, OFFLOAD, differing, error, load, logits, sqnr, tensors, tiny_llama
+from build import IDS, OFFLOAD, differing, error, load, logits, sqnr, stock_transformers, tensors, tiny_llama
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from moe import MOE, causal
@@ -36,15 +34,6 @@ SMALL_BLOCK = Scheme(TensorScheme(Granularity(32, 32)), TensorScheme(Granularity
 OFFLOADED = "the host maps an offloaded weight to the dense file, since its name is the same: dense values are run as codes"
 
 
-@contextmanager
-def stock() -> Iterator[None]:
-    hf_fp8.unregister()
-    try:
-        yield
-    finally:
-        hf_fp8.register()
-
-
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
     tiny_llama().save_pretrained(tmp_path / "dense")
@@ -64,7 +53,7 @@ def test_stock_transformers_reads_what_is_saved(scheme: Any, dense: Path, tmp_pa
     model = quantized(dense, scheme, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     ours = load(tmp_path / "saved", FP8Config(backend="weight_only"), dtype=torch.float32)
-    with stock():
+    with stock_transformers():
         config = CompressedTensorsConfig(dequantize=True)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=config, dtype=torch.float32)
         assert not any(p.dtype.itemsize == 1 for p in plain.parameters())
@@ -227,7 +216,7 @@ def test_after_loading(dense: Path, tmp_path: Path) -> None:
     assert error(logits(plain), wanted) < 0.02 and not any(p.dtype == FP8 for p in plain.parameters())
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    with stock():
+    with stock_transformers():
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(plain))
     with pytest.raises(UnsupportedError, match="quantized already"):
         hf_fp8.quantize_model(quantized(dense))

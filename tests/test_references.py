@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from build import differing, error, tensors
+from build import differing, error, stock_transformers, tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear
 from hf_fp8.scheme import FP8
 
@@ -87,11 +86,8 @@ def test_stock_transformers_reads_what_we_save(folder: Path, tmp_path: Path, bac
     reference = load_file(folder.parent / "reference.safetensors")
     saved = tmp_path / "saved" / folder.name
     load(folder, dtype=torch.bfloat16, quantization_config=FP8Config(backend=backend)).save_pretrained(saved)
-    hf_fp8.unregister()
-    try:
+    with stock_transformers():
         original, found = load(folder, dtype=torch.bfloat16), load(saved, dtype=torch.bfloat16)
-    finally:
-        hf_fp8.register()
     if backend == "auto":
         assert error(logits(found, reference), reference["logits"]) <= 2e-2
     else:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from build import State, error
+from build import State, error, stock_transformers
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from .bases import base
@@ -20,7 +20,7 @@ from .cases import DTYPES, Case
 from .drafts import Draft
 from .meaning import Meaning, decode, lenient
 from .says import Contradiction, Inputs, NotFP8, Unclear
-from .twin import Hang, Result, Twin, attempt, limited, load_ours, stock, without_quantization
+from .twin import Hang, Result, Twin, attempt, limited, load_ours, without_quantization
 
 # Good ends, and those that nothing can be said of; every other one is a failure.
 RIGHT, OUR_ERROR, HOSTS_ERROR, LEFT, NOT_JUDGED = "right numbers", "our error", "host's own", "left to the host", "not judged"
@@ -147,7 +147,7 @@ class Judge:
         return ""
 
     def _read_config(self) -> Result:
-        with stock():
+        with stock_transformers():
             AutoConfig.from_pretrained(self.folder)
         return Result()
 
@@ -160,7 +160,7 @@ class Judge:
     def _as_stock(self, ours: Result) -> bool:
         """Whether transformers makes the same of the folder when we are not there."""
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if self.case.mode == "dequantize" else {}
-        with stock():
+        with stock_transformers():
             theirs = attempt(lambda: load_ours(self.folder, self.dtype, options), self.seconds)
         if theirs.logits is None or ours.logits is None:
             return theirs.same_error(ours)

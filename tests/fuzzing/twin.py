@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from build import State
+from build import State, stock_transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -119,15 +119,6 @@ def load_ours(folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> Resu
     return Result(run(model), kept)
 
 
-@contextmanager
-def stock() -> Iterator[None]:
-    hf_fp8.unregister()
-    try:
-        yield
-    finally:
-        hf_fp8.register()
-
-
 @dataclass
 class Twin:
     """A folder of dense weights that means the same, loaded by stock transformers."""
@@ -139,7 +130,7 @@ class Twin:
 
     def load(self, kept: frozenset[str] = frozenset(), mode: str = "", noise: float = 0.0) -> Result:
         """kept: modules that hold codes, whose inputs `mode` may round. noise: how much each weight is wrong, relatively."""
-        with stock():
+        with stock_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype, output_loading_info=True)
         if noise:
             generator = torch.Generator().manual_seed(0)
