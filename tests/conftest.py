@@ -19,7 +19,7 @@ HOSTLESS = {
     "test_adapter_kinds", "test_calibration", "test_casts", "test_codes_replaced", "test_docs", "test_extremes",
     "test_float64", "test_grouped", "test_int8_inputs", "test_kernels", "test_layers", "test_linear", "test_numerics",
     "test_pages", "test_parallel", "test_peft_helpers", "test_portable", "test_quality", "test_quantized_weight",
-    "test_recipes", "test_scheme", "test_shared_input", "test_triton", "test_trl", "test_uncalibrated",
+    "test_recipes", "test_scheme", "test_selection", "test_shared_input", "test_triton", "test_trl", "test_uncalibrated",
 }  # fmt: skip
 
 
