@@ -59,7 +59,7 @@ def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside = {f"{name}.weight" for name in layers}
     dense = [key.removesuffix(".weight") for key in matrices if keymap.resolve(key)[0] not in inside | embeddings]
-    written.become({group.name for group in config.groups}, [*dense, *_head(model, layers)])
+    written.spec = config.spec.restricted_to({g.name for g in config.spec.groups}, [*dense, *_head(model, layers)])
     return FP8HfQuantizer(written, pre_quantized=False)
 
 

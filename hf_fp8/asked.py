@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig
@@ -12,7 +13,8 @@ from transformers.utils import logging
 from .config import METHODS, OUR_METHOD, FP8Config, dequantize_of
 from .errors import ConfigError, UnsupportedError
 from .groups import Group, concerns_fp8, with_presets
-from .options import DEFAULTS, LOADING, plain
+from .options import DEFAULTS, LOADING
+from .spec import QuantizationSpec, plain
 
 logger = logging.get_logger(__name__)
 
@@ -85,7 +87,7 @@ def asks_to_quantize(passed: Any) -> bool:
     if isinstance(passed, FP8Config):
         return passed.scheme is not None and passed.checkpoint is None
     asked = asked_for(passed)
-    return asked.scheme is not None or bool(asked.fp8_groups)
+    return asked.scheme is not None or bool(asked.spec.fp8_groups)
 
 
 def for_quantizing(asked: FP8Config) -> FP8Config:
@@ -100,17 +102,17 @@ def for_quantizing(asked: FP8Config) -> FP8Config:
         raise UnsupportedError("kv_cache_scheme: hf_fp8 quantizes weights and their inputs, not KV caches; leave it out")
     groups = with_presets(asked.checkpoint["config_groups"])
     new = FP8Config(groups, ignore=list(asked.ignore), **asked.get_loading_attributes())
-    new.spares = False
+    new.spec = replace(new.spec, dense_by_default=False)
     return new
 
 
-def refuse_other_groups(asked: FP8Config, found: FP8Config) -> None:
+def refuse_other_groups(asked: QuantizationSpec, found: QuantizationSpec) -> None:
     """Hold the groups that a user has passed against those of the checkpoint, whose files are what they are.
 
     Raises ConfigError for other groups: what would be run is not what was asked for. Names to ignore may be other spellings
     of the same, so they are but warned of.
     """
-    said = asked if asked.origin is None else FP8Config(checkpoint=asked.origin)
+    said = asked.origin or asked
     for group in said.groups:
         if _meaning(group) not in map(_meaning, found.groups):
             raise ConfigError(
@@ -118,8 +120,7 @@ def refuse_other_groups(asked: FP8Config, found: FP8Config) -> None:
                 f"{'; '.join(map(_describe, found.groups))}: leave config_groups out to load it as it is, or quantize the "
                 "dense checkpoint that it was made of"
             )
-    cache = said.quantization_config.kv_cache_scheme
-    if cache is not None and found.quantization_config.kv_cache_scheme is None:
+    if said.kv_cache_scheme is not None and found.kv_cache_scheme is None:
         raise ConfigError(
             "the quantization_config that was passed has a kv_cache_scheme, but the checkpoint has none: leave it out"
         )

@@ -17,7 +17,7 @@ from .config import FP8Config
 from .errors import ConfigError, ScaleError, UnsupportedError
 from .groups import Group, all_of, match
 from .numerics import scale_dtype_of
-from .plan import is_spared, pointed_targets, unmatched
+from .plan import is_spared
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
 from .scheme import FP8, Scheme
@@ -49,7 +49,7 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
     choice = Choice()
     planned: list[str] = []
-    is_fp8 = all_of(FP8, config.groups)
+    is_fp8 = all_of(FP8, config.spec.groups)
     used: set[str] = set()
 
     def accepted(group: Group | None, name: str, module: nn.Module) -> Group | None:
@@ -69,13 +69,13 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     for path, part in parts.items() if is_fp8 else ():
         planned.append(path)
         _plan(path, part, config, accepted, choice)
-    spared = {name for name, candidate in found.items() if config.spares and _is_spared(candidate, parts)}
-    pointed = pointed_targets(config, [(name,) for name in found if name not in spared])
+    spared = {name for name, candidate in found.items() if config.spec.dense_by_default and _is_spared(candidate, parts)}
+    explicit = config.spec.explicit_targets([(name,) for name in found if name not in spared])
     for name, candidate in found.items():
         if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
             continue
-        group = config.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
-        if name in spared and not match((name,), (), pointed):
+        group = config.spec.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
+        if name in spared and not match((name,), (), explicit):
             continue
         if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
             choice.layers[name] = group.scheme
@@ -86,7 +86,7 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
                 choice.quantizers[path] = plan_int8(part, config, inside)
     _check(model, config, choice, used)
     choice.names += [(name,) for name in found]
-    for entry in unmatched(config, choice.names):
+    for entry in config.spec.unmatched_ignore(choice.names):
         logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
     return choice
 
@@ -106,7 +106,7 @@ def _plan(
         if module is None or id(module) not in names:
             return None
         name = names[id(module)]
-        group = config.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+        group = config.spec.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
         key = (id(module), None if group is None else group.name)
         if key not in decided:
             decided[key] = accepted(group, name, module)
@@ -123,14 +123,14 @@ def _plan(
 
 def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) -> None:
     held = sum(isinstance(module, QuantizedModule) for module in model.modules())
-    for group in config.groups:
+    for group in config.spec.groups:
         if group.name not in used:
             if held:
                 choice.reasons.setdefault("", f"{held} layers are quantized already")
             said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
             raise ConfigError(
                 f"no layer of {type(model).__name__} is quantized by targets {list(group.targets)}, ignore "
-                f"{list(config.ignore)} and filter_fn{f' ({said})' if said else ''}"
+                f"{list(config.spec.ignore)} and filter_fn{f' ({said})' if said else ''}"
             )
     if not choice.layers and not choice.quantizers:
         said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])

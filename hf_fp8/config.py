@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import yaml  # type: ignore[import-untyped]
 from transformers import CompressedTensorsConfig
 
 from .errors import ConfigError
-from .groups import Group, all_of, asked_groups, match, parse, read_group, with_presets, write_group, written_config
-from .options import DEFAULTS, LOADING, given_scheme, names, plain, refuse_two_targets, settled
-from .scheme import FP8, INT8_DYNAMIC, Scheme
+from .groups import Group, all_of
+from .options import DEFAULTS, LOADING, settled
+from .scheme import FP8, Scheme
+from .spec import METHOD, QuantizationSpec, plain
 
-METHOD = "compressed-tensors"
 METHODS = (METHOD, "sparseml")  # the second is its name in old files
 OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
 STOCK_OPTIONS = ("run_compressed", "use_optimized_inference")  # of CompressedTensorsConfig, beside `dequantize`
@@ -79,21 +79,41 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         super().__init__(dequantize=options["dequantize"])
         self.backend, self.experts, self.backward = options["backend"], options["experts"], options["backward"]
         self.scheme, self.targets, self._ignore = options["scheme"], options["targets"], options["ignore"]
-        self.spares = True  # whether output embeddings and routers are left out
-        # What the checkpoint itself says, where `become_int8` has made `checkpoint` say something else.
-        self.origin: dict[str, Any] | None = None
         self.of_another_load = False  # whether `checkpoint` was remembered from another load, and may not be this one's
-        self.groups: tuple[Group, ...] = ()
-        self.checkpoint: dict[str, Any] | None = None
+        self.spec = QuantizationSpec()
         if checkpoint is not None:
-            self._read(checkpoint)
+            self.spec = QuantizationSpec.read(checkpoint)
         elif self.scheme is not None:
-            self.ask(self.scheme, self.targets, self._ignore)
-            if not all_of(FP8, self.groups):
+            asked = QuantizationSpec.asked(self.scheme, self.targets, self._ignore)
+            if not all_of(FP8, asked.groups):
                 raise ConfigError(
                     f"scheme={scheme!r} is not FP8, which is all that hf_fp8 quantizes to while loading; for int8 use "
                     "hf_fp8.quantize_model(model, 'INT8')"
                 )
+            self.spec = asked
+
+    @property
+    def spec(self) -> QuantizationSpec:
+        """What the checkpoint's config says, or what was asked for; empty if neither is known."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: QuantizationSpec) -> None:
+        self._spec = spec
+        self.quantization_config = spec.parsed  # under the name that the host looks for
+
+    @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The `quantization_config` of the checkpoint, None if there is none yet."""
+        return None if self.spec.json is None else dict(self.spec.json)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.spec.groups
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        return self.spec.ignore
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -135,7 +155,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
     def afresh(self) -> FP8Config:
         """A config of its own with the same options, that knows of no checkpoint."""
         new = FP8Config(**self.options)
-        new.spares = self.spares
+        new.spec = replace(new.spec, dense_by_default=self.spec.dense_by_default)
         return new
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
@@ -143,61 +163,22 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         known = {name: value for name, value in kwargs.items() if name in DEFAULTS}
         if known:
             new = FP8Config(**{**self.options, **known})
-            if self.checkpoint is None:
-                self.__dict__.update(new.__dict__)
-            elif set(known) <= set(LOADING):
-                self.__dict__.update(new.get_loading_attributes())
-            else:
+            if self.checkpoint is not None and not set(known) <= set(LOADING):
                 raise ConfigError(
                     "scheme, targets and ignore of a config that a checkpoint has are what it says: make a new one"
                 )
+            for name in DEFAULTS if self.checkpoint is None else LOADING:
+                name = "_ignore" if name == "ignore" else name
+                super().__setattr__(name, getattr(new, name))
+            if self.checkpoint is None:
+                self.spec = new.spec
         return {name: value for name, value in kwargs.items() if name not in known}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in DEFAULTS and self.__dict__.get("checkpoint", self) is None:
+        if name in DEFAULTS and "_spec" in self.__dict__ and self.checkpoint is None:
             self.update(**{name: value})  # groups follow, and options that do not fit each other are refused
         else:
             super().__setattr__(name, value)
-
-    def ask(
-        self, scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: str | Sequence[str] | None
-    ) -> None:
-        """Take the groups of what is to be quantized from what a user asks for (see the arguments of the class)."""
-        refuse_two_targets(scheme, targets)
-        listed = [] if ignore is None else names("ignore", ignore)
-        self.spares = ignore is None or len(listed) > 0
-        self.quantization_config, self.groups = asked_groups(given_scheme(scheme), names("targets", targets), listed)
-
-    def _read(self, checkpoint: Mapping[str, Any]) -> None:
-        self.checkpoint = plain(checkpoint)
-        self.quantization_config = parse(self.checkpoint)
-        self._read_groups()
-
-    def _read_groups(self) -> None:
-        config = self.quantization_config
-        self.groups = tuple(read_group(name, group, config) for name, group in config.config_groups.items())
-
-    @property
-    def fp8_groups(self) -> tuple[Group, ...]:
-        return tuple(group for group in self.groups if group.scheme is not None)
-
-    @property
-    def host_groups(self) -> tuple[Group, ...]:
-        """Those whose weights the host runs: not FP8, and not about attention alone."""
-        return tuple(group for group in self.groups if group.scheme is None and group.parsed.weights is not None)
-
-    @property
-    def ignore(self) -> tuple[str, ...]:
-        return tuple(self.quantization_config.ignore or ()) if self.quantization_config else ()
-
-    def group_of(self, names: Iterable[str], classes: Iterable[str]) -> Group | None:
-        """The group that a module of any of these names and classes belongs to, None if it is dense."""
-        names, classes = tuple(names), tuple(classes)
-        if match(names, classes, self.ignore):
-            return None
-        by_target = {target: group for group in self.groups for target in group.targets}
-        found = match(names, classes, by_target)
-        return by_target[found] if found else None
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in LOADING}
@@ -210,8 +191,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FP8Config):
             return NotImplemented
-        mine, theirs = ((c.options, c.checkpoint, c.origin, c.spares) for c in (self, other))
-        return mine == theirs
+        return (self.options, self.spec) == (other.options, other.spec)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -221,14 +201,10 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         return self.to_dict().get(key, default)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option as JSON; or, of a config that a checkpoint has, its `quantization_config`, without anything of ours.
-
-        The status of that is always written as "compressed": that is what the files hold, and readers
-        that find another one, or none, take the stored codes for plain weights.
-        """
-        if self.checkpoint is None:
+        """Every option as JSON; or, of a config that a checkpoint has, its `quantization_config`, without anything of ours."""
+        if self.spec.json is None:
             return {"quant_method": OUR_METHOD, **plain(self.options)}
-        return {**plain(self.checkpoint), "quant_method": METHOD, "quantization_status": "compressed"}
+        return self.spec.to_json()
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict` without options that are at their defaults."""
@@ -245,61 +221,9 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         """Write `to_dict` as JSON."""
         Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
 
-    def leave_out(self, dense: Iterable[str], gone: Iterable[str]) -> None:
-        """Make what `to_dict` writes fit a model: modules `dense` are not quantized, groups `gone` have none in it."""
-        assert self.checkpoint is not None
-        groups = {k: v for k, v in self.checkpoint["config_groups"].items() if k not in set(gone)}
-        ignore = list(dict.fromkeys([*self.ignore, *dense]))
-        self._read({**self.checkpoint, "config_groups": groups, "ignore": ignore})
-
-    def become(self, used: Iterable[str], dense: Iterable[str]) -> None:
-        """Make of the groups that were asked for what `to_dict` writes: those in `used`, with modules `dense` not quantized."""
-        groups = {group.name: group for group in self.groups if group.name in set(used)}
-        written = {name: write_group(group.scheme, group.targets) for name, group in groups.items() if group.scheme}
-        self._read(written_config(written, dense))
-
-    def become_int8(self, dense: Iterable[str]) -> None:
-        """Make what `to_dict` writes fit a model whose FP8 Linears are int8 now, and whose modules `dense` are dense."""
-        written = self.to_dict()
-        self.origin = copy.deepcopy(written)
-        written["config_groups"] = with_presets(written["config_groups"])
-        for group in self.groups:
-            if group.scheme is not None:
-                written["config_groups"][group.name] = write_group(INT8_DYNAMIC, group.targets)
-            elif group.parsed.weights is not None and self.fp8_groups:
-                written["config_groups"][group.name]["format"] = group.format
-        written["format"] = "mixed-precision" if self.host_groups else "int-quantized"
-        written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
-        self._read(written)
-
-    def without_fp8_groups(self, dense: Iterable[str] = ()) -> FP8Config:
+    def without_fp8(self, dense: Iterable[str]) -> FP8Config:
         """What is left of this config for a model whose FP8 modules, named `dense`, have been dequantized."""
-        checkpoint = self.to_dict()
-        left = {group.name for group in self.host_groups}
-        checkpoint["config_groups"] = {k: v for k, v in checkpoint["config_groups"].items() if k in left}
-        checkpoint["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
-        formats = {group.format for group in self.host_groups}
-        if len(formats) == 1:
-            checkpoint["format"] = formats.pop()
-        return FP8Config(experts=self.experts, checkpoint=checkpoint)
-
-    def for_host(self, modules: Mapping[str, Sequence[str]], compressed: bool) -> CompressedTensorsConfig:
-        """The groups that are not FP8, as the stock config that the host's quantizer takes.
-
-        modules: name of a group -> those that the files hold in its form. compressed: whether the files hold packed weights,
-        whatever the status says.
-        """
-        checkpoint = self.without_fp8_groups().to_dict()
-        groups = with_presets(checkpoint["config_groups"])
-        # One pattern for each: compressed-tensors holds every module against every target.
-        exactly = {name: f"re:(?:{'|'.join(map(re.escape, found))})$" for name, found in modules.items()}
-        checkpoint["config_groups"] = {name: {**groups[name], "targets": [target]} for name, target in exactly.items()}
-        checkpoint["ignore"] = []
-        checkpoint["kv_cache_scheme"] = None  # ours to carry: the host's hooks would quantize the cache its own way
-        if not compressed:
-            status = self.quantization_config.quantization_status
-            checkpoint["quantization_status"] = getattr(status, "value", status)
-        return CompressedTensorsConfig(**checkpoint)
+        return FP8Config(experts=self.experts, checkpoint=self.spec.host_part(dense))
 
 
 def dequantize_of(stock: Mapping[str, Any]) -> bool:
@@ -335,7 +259,7 @@ def remember(config: Any, quantized: FP8Config) -> None:
     the checkpoint, which the host copies with the config and sets anew at the next load.
     """
     name = _Name(getattr(config, "_name_or_path", "") or "")
-    name.quantized = quantized.origin or quantized.to_dict()
+    name.quantized = (quantized.spec.origin or quantized.spec).to_json()
     config._name_or_path = name
 
 

@@ -21,6 +21,7 @@ from .other_savers import guard_savers
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
 from .scheme import Scheme
+from .spec import QuantizationSpec
 from .weight_readers import guard_readers
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def quantize_model(
     if device is not None and torch.device(device).type == "meta":
         raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
     config = FP8Config(backend=backend, experts=experts, backward=backward)
-    config.ask(scheme, targets, ignore)
+    config.spec = QuantizationSpec.asked(scheme, targets, ignore)
     choice = choose(model, config, filter_fn, conv1x1)
     how = {"device": device, "originals": originals, "backend": backend}
     made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], FP8Linear]()

@@ -141,7 +141,7 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
     source.check_unchanged()
     checks = [
         f"{len(source.files)} file(s), {len(checkpoint.tensors):,} tensors, {total_bytes(checkpoint) / 1e9:.2f} GB",
-        f"{len(reading.config.groups)} config group(s), {len(weights):,} FP8 weights; scales have right shapes, dtypes, values",
+        f"{len(reading.spec.groups)} config group(s), {len(weights):,} FP8 weights; scales have right shapes, dtypes, values",
         "no scale without its weight, no weight in FP8 that no group speaks of, no dense one that a group does",
         f"every parameter of {type_of(source)} is filled",
         "no NaN among the codes",

@@ -19,7 +19,6 @@ from transformers.core_model_loading import (
 )
 
 from .checkpoint import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
-from .config import FP8Config
 from .conversion import Parameter, companion
 from .converters import KeyRenaming
 from .coverage import check_coverage
@@ -34,6 +33,7 @@ from .parts import Part
 from .reads import weights_read_by_kernels, weights_read_directly
 from .scan import Owner, scan
 from .scheme import Scheme
+from .spec import QuantizationSpec
 from .stored import (
     INPUT_SCALE,
     WEIGHT,
@@ -51,7 +51,7 @@ def lay_out(
     model: PreTrainedModel,
     conversions: Sequence[WeightTransform],
     checkpoint: Checkpoint,
-    config: FP8Config,
+    spec: QuantizationSpec,
     *,
     dense_because: str | None,
     experts_because: Callable[[Scheme], str | None],
@@ -59,6 +59,8 @@ def lay_out(
     dtype: torch.dtype,
     parts: Mapping[str, Part] | None = None,
     read_values: bool = True,
+    dequantize: bool = False,
+    needs_input_scales: bool = True,
     other_sizes: bool = False,
 ) -> Layout:
     """The plan of loading `checkpoint` into `model`, which is on the meta device.
@@ -66,12 +68,14 @@ def lay_out(
     conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
     of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's.
     parts: for a checkpoint that is yet to be made of a dense one, key of a weight -> where its values come from.
-    read_values: whether to read the scales, to check them and to write weights back; not, if only the layout is wanted.
+    dequantize: whether weights of other formats are multiplied out, too. needs_input_scales: whether what stays in FP8 uses
+    static ones. read_values: whether to read the scales, to check them and to write weights back; not, if only the layout is
+    wanted.
     other_sizes: whether Linears of other sizes than in the files are left to the host to make anew. Raises
     CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
     extra = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    scanned = scan(checkpoint, config, lambda key: owner_of(model, keymap, key), set(keymap.params), keymap.prefix)
+    scanned = scan(checkpoint, spec, lambda key: owner_of(model, keymap, key), set(keymap.params), keymap.prefix)
     layout = Layout(scan=scanned)
     for weight in scanned.weights:
         if parts is not None:
@@ -82,7 +86,7 @@ def lay_out(
         _place(weight, keymap, late)
         weight.transposed = _is_transposed(model, weight, keymap)
     # The host runs its own formats module by module; merged into one parameter they are ours to multiply out.
-    weights = scanned.weights + [w for w in scanned.host if config.dequantize or w.pattern is not None]
+    weights = scanned.weights + [w for w in scanned.host if dequantize or w.pattern is not None]
     for weight in scanned.weights:
         if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
             weight.check()
@@ -115,7 +119,8 @@ def lay_out(
     if read_values and parts is None:
         placed = [weight for weight in scanned.weights if weight.target]
         layout.input_scales = wrong_input_scales(placed, scales)
-        _check_input_scales(layout, config.backend)
+        if needs_input_scales:
+            _check_input_scales(layout)
     if layout.saves_fp8(dense_because) and read_values and parts is None:
         in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
         dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
@@ -243,11 +248,9 @@ def _renamed(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> dict
     return found
 
 
-def _check_input_scales(layout: Layout, backend: str) -> None:
+def _check_input_scales(layout: Layout) -> None:
     """Raise for a static input scale that is missing, or no scale, if something uses it: a Linear that stays in FP8, or the
     experts of a stack, of which none has one. One expert may lack it, as no token came its way in calibration."""
-    if backend not in ("auto", "scaled_mm"):
-        return
     wrong = layout.input_scales
     stacks = [part for plan in layout.experts.values() for stack in plan.stacks for part in stack.sources]
     needed = [weight for weight in layout.kept.values() if weight.name in wrong]

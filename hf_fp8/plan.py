@@ -6,7 +6,6 @@ files are then loading, building and writing that checkpoint, by the mechanisms 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,6 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from .checkpoint import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from .config import FP8Config
 from .errors import ConfigError, MismatchError
 from .experts import ExpertsLayout
 from .explain import by_reason
@@ -29,6 +27,7 @@ from .parts import Part
 from .scan import ROUTER, module_named, names_of
 from .scheme import scale_shape
 from .serving import describe, torn
+from .spec import QuantizationSpec
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from .transforms import Layout
 
@@ -52,13 +51,16 @@ Choice = Callable[[tuple[str, ...], nn.Module | None], Group | None]
 
 @dataclass
 class Plan:
-    """`written`: the headers of the checkpoint to be. `parts`: key in it -> where its values come from. `groups`: key of a
-    quantized weight -> its group. `dense`: names of modules that the config has to say are dense. `reasons`: name of a
-    module that a group speaks of -> why it is dense all the same. `names`: what each Linear may be called. `unmatched`:
-    entries of `ignore` that match none of them.
+    """What a dense checkpoint is to become.
+
+    written: its headers. spec: what it says of itself. parts: key in it -> where its values come from. groups: key of a
+    quantized weight -> its group. dense: names of modules that the config has to say are dense. reasons: name of a module
+    that a group speaks of -> why it is dense all the same. names: what each Linear may be called. unmatched: entries of
+    `ignore` that match none of them.
     """
 
     written: Checkpoint
+    spec: QuantizationSpec
     parts: dict[str, Part] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
@@ -87,17 +89,18 @@ def plan_quantization(
     model: PreTrainedModel,
     conversions: Sequence[WeightTransform],
     checkpoint: Checkpoint,
-    config: FP8Config,
+    spec: QuantizationSpec,
     *,
+    dense_experts: bool,
     dtype: torch.dtype,
     cast: bool = True,
     use_kernels: bool = False,
     choose: Choice | None = None,
 ) -> tuple[Plan, Layout]:
-    """The plan of quantizing `checkpoint`, which is dense, as `config` says; and how it is laid out on `model`.
+    """The plan of quantizing `checkpoint`, which is dense, as `spec` asks; and how it is laid out on `model`.
 
     dtype: the model's. cast: whether weights are cast to it before they are quantized. choose: decides instead of the
-    groups' targets, and may leave nothing. `config` then says what the checkpoint to be says of itself.
+    groups' targets, and may leave nothing. dense_experts: whether experts stay dense.
 
     What the model could not hold in FP8 (layers whose weight its code reads, tied ones, experts that it merges in its own
     way) is not quantized. Raises ConfigError if nothing is left, MismatchError for a checkpoint that is quantized already.
@@ -108,39 +111,37 @@ def plan_quantization(
                 f"{key} is stored as {info}: the checkpoint is quantized already, and FP8 made of it would be rounded twice. "
                 "Quantize the dense checkpoint that it was made of, or `hf-fp8 dequantize` it first"
             )
-    wanted, given = choose or (lambda names, module: _by_target(config, names, module)), config.groups
+    wanted = choose or (lambda names, module: _by_target(spec, names, module))
     excluded: dict[str, str] = {}
     while True:
-        plan = _plan(model, conversions, checkpoint, config, wanted, excluded, dtype if cast else None)
+        plan = _plan(model, conversions, checkpoint, spec, dense_experts, wanted, excluded, dtype if cast else None)
         used = {group.name for group in plan.groups.values()}
         if choose is not None and not used:
             return plan, Layout()
         if choose is None:
-            _check_use(model, config, plan, [group for group in given if group.name not in used])
-            plan.unmatched = unmatched(config, plan.names)
-        trial = copy.copy(config)
-        trial.become(used, plan.dense)
+            _check_use(model, spec, plan, [group for group in spec.groups if group.name not in used])
+            plan.unmatched = spec.unmatched_ignore(plan.names)
+        plan.spec = spec.restricted_to(used, plan.dense)
         layout = lay_out(
-            model, conversions, plan.written, trial, dense_because=None, experts_because=lambda scheme: None,
+            model, conversions, plan.written, plan.spec, dense_because=None, experts_because=lambda scheme: None,
             use_kernels=use_kernels, dtype=dtype, parts=plan.parts,
         )  # fmt: skip
         unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_unfit(weight, layout))}
         if not unfit:
-            config.__dict__.update(trial.__dict__)
             return plan, layout
         excluded |= unfit
 
 
-def _by_target(config: FP8Config, names: tuple[str, ...], module: nn.Module | None) -> Group | None:
-    return config.group_of(names, {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+def _by_target(spec: QuantizationSpec, names: tuple[str, ...], module: nn.Module | None) -> Group | None:
+    return spec.group_of(names, {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
 
 
-def _check_use(model: PreTrainedModel, config: FP8Config, plan: Plan, unused: list[Group]) -> None:
+def _check_use(model: PreTrainedModel, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
     for group in unused:
         if said := [f"{name}: {reason}" for name, reason in plan.reasons.items()][:5]:
             raise ConfigError(f"nothing of {type(model).__name__} can be quantized by targets {list(group.targets)}: {said}")
         raise ConfigError(
-            f"targets {list(group.targets)}, ignore {list(config.ignore)}: they leave no Linear of {type(model).__name__} to "
+            f"targets {list(group.targets)}, ignore {list(spec.ignore)}: they leave no Linear of {type(model).__name__} to "
             f"be quantized; it has {', '.join(names[0] for names in plan.names[:3]) or 'none'}, ..."
         )
 
@@ -155,14 +156,15 @@ def _plan(
     model: PreTrainedModel,
     conversions: Sequence[WeightTransform],
     checkpoint: Checkpoint,
-    config: FP8Config,
+    spec: QuantizationSpec,
+    dense_experts: bool,
     choose: Choice,
     excluded: dict[str, str],
     dtype: torch.dtype | None,
 ) -> Plan:
     map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
     head = model.get_output_embeddings()
-    plan = Plan(Checkpoint([]))
+    plan = Plan(Checkpoint([]), spec)
     found: list[_Matrix] = []
     for key, info in checkpoint.tensors.items():
         stack = _stack_of(model, keymap, key, info)
@@ -172,7 +174,7 @@ def _plan(
                 plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
             stack = None
         taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
-        dense = config.experts == "dequantize" or not _any_chosen(taken, experts, choose, keymap.prefix, excluded)
+        dense = dense_experts or not _any_chosen(taken, experts, choose, keymap.prefix, excluded)
         if stack is not None and dense and type(experts).__name__ not in MODULES_TO_PATCH_FOR_QUANTIZATION:
             # As it is, since nothing of it is quantized; but the host takes Llama-4's apart wherever it loads codes.
             taken = [(key, Part(key))]
@@ -190,12 +192,12 @@ def _plan(
                 names = names_of(module, place, keymap.prefix)
                 found.append(_Matrix(name, module, names, shape, owner, is_expert, is_spared(names, owner, head)))
     plan.names = [matrix.names for matrix in found]
-    pointed = pointed_targets(config, [matrix.names for matrix in found if not matrix.spared])
+    explicit = spec.explicit_targets([matrix.names for matrix in found if not matrix.spared])
     for matrix in found:
         info = checkpoint.tensors[plan.parts[matrix.key].key]
-        spared = matrix.spared and config.spares and not match(matrix.names, (), pointed)
+        spared = matrix.spared and spec.dense_by_default and not match(matrix.names, (), explicit)
         group = None if spared else choose(matrix.names, matrix.owner)
-        reason = "experts='dequantize'" if config.experts == "dequantize" and matrix.is_expert else None
+        reason = "experts='dequantize'" if dense_experts and matrix.is_expert else None
         if group is not None and reason is None:
             reason = excluded.get(matrix.module) or _unfit(group, matrix.shape)
             if reason is not None:
@@ -209,7 +211,7 @@ def _plan(
         name = next(name for name, module in model.named_modules() if module is head)
         if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
             plan.dense.append(name)  # tied, and not in the files: others look for it all the same
-            if match((name,), (), pointed):
+            if match((name,), (), explicit):
                 plan.reasons[name] = "it is tied to another parameter, and has no weight of its own"
     return plan
 
@@ -249,17 +251,6 @@ def _linear(model: PreTrainedModel, keymap: KeyMap, key: str) -> tuple[str | Non
         # A router may hold its matrix itself. Others, who make it a Linear, have to be told that it is dense.
         return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
     return owner.name, owner.module
-
-
-def pointed_targets(config: FP8Config, usual: Sequence[tuple[str, ...]]) -> list[str]:
-    """The targets that ask for the output embedding, or routers: those about nothing else. usual: names of other Linears."""
-    targets = [target for group in config.groups for target in group.targets]
-    return [target for target in targets if not any(match(names, ("Linear",), [target]) for names in usual)]
-
-
-def unmatched(config: FP8Config, called: Sequence[tuple[str, ...]]) -> list[str]:
-    """The entries of `ignore` that match nothing: typing errors, as a rule. called: the names of every Linear."""
-    return [entry for entry in config.ignore if not any(match(names, ("Linear",), [entry]) for names in called)]
 
 
 def is_spared(names: tuple[str, ...], module: nn.Module | None, head: nn.Module | None) -> bool:

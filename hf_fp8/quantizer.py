@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -162,9 +162,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> Layout:
         """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`."""
         self._host_conversions = list(conversions)
+        config = self.quantization_config
         self.planned, self.layout = plan_quantization(
-            model, conversions, checkpoint, self.quantization_config, dtype=dtype, **options
+            model, conversions, checkpoint, config.spec, dtype=dtype, dense_experts=config.experts == "dequantize", **options
         )
+        config.spec = self.planned.spec
         is_news = self.planned.reasons or self.planned.unmatched or self.planned.torn
         (logger.warning if is_news else logger.info)(self.planned.describe())
         return self.layout
@@ -206,9 +208,10 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             layout = self.plan(model, conversions, checkpoint, self._dtype, use_kernels=self._use_kernels)
         else:
             layout = lay_out(
-                model, conversions, checkpoint, config,
+                model, conversions, checkpoint, config.spec,
                 dense_because=because, experts_because=partial(why_dense_experts, config, self.compute_device, self._dtype),
                 use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
+                dequantize=config.dequantize, needs_input_scales=config.backend in ("auto", "scaled_mm"),
                 other_sizes=load_options.current().ignore_mismatched_sizes,
             )  # fmt: skip
         self.layout = layout
@@ -239,7 +242,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense = dense
         if len(merged) < len(layout.scan.host) and not config.dequantize:
             packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
-            self.host = CompressedTensorsHfQuantizer(config.for_host(modules_of_host(layout), compressed=packed))
+            self.host = CompressedTensorsHfQuantizer(
+                CompressedTensorsConfig(**config.spec.for_host(modules_of_host(layout), compressed=packed))
+            )
             self.host.validate_environment()
             self.host._process_model_before_weight_loading(model)
             check_host_shapes(layout.scan.host, model.state_dict())
@@ -305,7 +310,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if self.host is None:
                 remember(model.config, self.quantization_config)
             else:
-                model.config.quantization_config = self.quantization_config.without_fp8_groups(self._dense)
+                model.config.quantization_config = self.quantization_config.without_fp8(self._dense)
         return model
 
     def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
@@ -315,7 +320,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.requantize_int8()
         # By the files' own names, too: of experts that the model merges, others look for each one.
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
-        self.quantization_config.become_int8([*self._dense, *sorted(merged)])
+        self.quantization_config.spec = self.quantization_config.spec.as_int8([*self._dense, *sorted(merged)])
         model._weight_conversions = self._conversions_of_dense_experts(layout)
         remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8

@@ -11,11 +11,11 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from . import adapters, host_methods, other_savers, parallel, plain_pickle, weight_readers
 from .asked import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
-from .config import METHOD, METHODS, OUR_METHOD, FP8Config, remembered
+from .config import METHODS, OUR_METHOD, FP8Config, remembered
 from .errors import ConfigError
 from .groups import concerns_fp8
-from .options import plain
 from .quantizer import FP8HfQuantizer
+from .spec import METHOD, plain
 
 _host_door = modeling_utils.get_hf_quantizer
 _CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -92,7 +92,7 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
 
 def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, asked: FP8Config) -> CompressedTensorsConfig:
     """What the host is to load a checkpoint with that is not FP8: dense, or of formats that are the host's (`written`)."""
-    if asked.scheme is not None or asked.fp8_groups:
+    if asked.scheme is not None or asked.spec.fp8_groups:
         return _for_quantizing(config, asked)
     if written is None:
         raise ConfigError(
@@ -159,7 +159,7 @@ def merge(written: dict[str, Any], passed: Any) -> FP8Config:
     asked = asked_for(passed)
     found = FP8Config(**asked.get_loading_attributes(), checkpoint=written)
     if asked.checkpoint is not None:
-        refuse_other_groups(asked, found)
+        refuse_other_groups(asked.spec, found.spec)
     elif asked.scheme is not None:
         raise ConfigError(
             f"scheme={asked.scheme!r} quantizes dense checkpoints, and this one is FP8 already: leave the scheme out"

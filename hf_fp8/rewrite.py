@@ -23,6 +23,7 @@ from .parts import Part
 from .plan import Plan, plan_quantization
 from .shards import ShardWriter, check_place, nbytes, whole_folder, write_index
 from .source import Source
+from .spec import QuantizationSpec
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from .transforms import Layout
 
@@ -46,17 +47,17 @@ class Written:
 
 
 def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
-    """The plan of quantizing a dense checkpoint; `config` then says what the new one says of itself.
-
-    Raises CheckpointError for one that is quantized already.
-    """
+    """The plan of quantizing a dense checkpoint as `config` asks. Raises CheckpointError for one that is quantized already."""
     if (stored := how_stored(source)) is not None:
         way = ", or dequantize it first (`hf-fp8 dequantize`)" if stored.reader == HF_FP8 else ""
         raise CheckpointError(
             f"{source.folder} is quantized already ({stored.method}): take the checkpoint that it was made of{way}"
         )
     model, checkpoint = source.structure(), source.checkpoint()
-    plan, _ = plan_quantization(model, source.conversions(model), checkpoint, config, dtype=source.dtype, cast=False)
+    plan, _ = plan_quantization(
+        model, source.conversions(model), checkpoint, config.spec,
+        dense_experts=config.experts == "dequantize", dtype=source.dtype, cast=False,
+    )  # fmt: skip
     return checkpoint, plan
 
 
@@ -110,7 +111,7 @@ def quantize_checkpoint(
                 assert input_scales is not None
                 yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(scale.dtype)
 
-    _write(source, destination, checkpoint, plan.written, make, config.to_dict(), overwrite, tick)
+    _write(source, destination, checkpoint, plan.written, make, plan.spec.to_json(), overwrite, tick)
     return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), plan.reasons, plan.unmatched)
 
 
@@ -119,7 +120,7 @@ class Reading:
     """A quantized checkpoint, held against its config and its model."""
 
     checkpoint: Checkpoint
-    config: FP8Config
+    spec: QuantizationSpec
     model: PreTrainedModel
     layout: Layout
 
@@ -131,13 +132,13 @@ def read_quantized(source: Source) -> Reading:
         raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
     if stored.reader != HF_FP8:
         raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
-    config = FP8Config(dequantize=True, checkpoint=source.quantization)
+    spec = QuantizationSpec.read(source.quantization or {})
     model, checkpoint = source.structure(), source.checkpoint()
     layout = lay_out(
-        model, source.conversions(model), checkpoint, config, dense_because="dequantize=True",
-        experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
+        model, source.conversions(model), checkpoint, spec, dense_because="dequantize=True", dequantize=True,
+        needs_input_scales=False, experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
     )  # fmt: skip
-    return Reading(checkpoint, config, model, layout)
+    return Reading(checkpoint, spec, model, layout)
 
 
 def dequantize_checkpoint(

@@ -39,7 +39,7 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Ite
     restored = {name.removesuffix(f".{WEIGHT}") for p in layout.dense.values() for name in (p.name, *p.others)}
     for name, module in model.named_modules():
         classes = [cls.__name__ for cls in type(module).__mro__]
-        group = config.group_of((name,), classes) if isinstance(module, nn.Linear) else None
+        group = config.spec.group_of((name,), classes) if isinstance(module, nn.Linear) else None
         quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
         if group is not None and not quantized and name not in dense:
             dense.append(name)
@@ -47,9 +47,9 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Ite
     for weight in [*layout.scan.weights, *layout.scan.host]:
         if weight.module not in dense if weight.target else weight.keys[weight.primary] in carried:
             found.add(weight.group.name)
-    gone = {group.name for group in config.groups if group.parsed.weights is not None} - found
+    gone = {group.name for group in config.spec.groups if group.parsed.weights is not None} - found
     if dense or gone:
-        config.leave_out(dense, gone)
+        config.spec = config.spec.ignoring(dense, without=gone)
 
 
 def _resized(model: nn.Module, layout: Layout) -> list[str]:
@@ -89,7 +89,7 @@ def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
         )
     targets = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
     weights = [weight for weight in layout.scan.weights if weight.target in targets]
-    config.leave_out([*gone, *sorted({any_number(weight.name) for weight in weights})], ())
+    config.spec = config.spec.ignoring([*gone, *sorted({any_number(weight.name) for weight in weights})])
     layout.experts.clear()
     layout.scan.weights = [weight for weight in layout.scan.weights if weight.target not in targets]
     return True
@@ -146,7 +146,7 @@ def _warn_of_torn(model: nn.Module, config: FP8Config) -> None:
     schemes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            group = config.group_of((name,), [cls.__name__ for cls in type(module).__mro__])
+            group = config.spec.group_of((name,), [cls.__name__ for cls in type(module).__mro__])
             scheme = None if group is None else group.scheme
             schemes[name] = None if group is None else group.name if scheme is None else scheme.describe()
     if found := torn(schemes):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .checkpoint import DENSE_DTYPES, Checkpoint
-from .config import FP8Config
 from .errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
 from .groups import Group, fits, groups_of, match, weight_name
+from .spec import QuantizationSpec
 from .stored import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
 # `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
@@ -45,7 +45,7 @@ class Owner:
     module: nn.Module | None
 
 
-def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner], params: set[str], prefix: str) -> Scan:
+def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owner: Callable[[str], Owner], params: set[str], prefix: str) -> Scan:
     """Sort out every tensor of the files.
 
     owner: a weight's key in the file -> its module. params: keys that the model takes as they are.
@@ -61,10 +61,10 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
         if name is not None:
             place = owner(key)
             names = names_of(name, place.name, prefix)
-            group = _group_of(config, name, names, place, key, checkpoint)
+            group = _group_of(spec, name, names, place, key, checkpoint)
             candidates.append((name, key, names, group, place.module))
             classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
-    _check_groups(config, [(names, classes[name], group) for name, _, names, group, _ in candidates])
+    _check_groups(spec, [(names, classes[name], group) for name, _, names, group, _ in candidates])
     for name, key, names, group, module in candidates:
         if group is not None and group.scheme is None:
             _check_host(key, names, group, module, checkpoint)
@@ -76,7 +76,7 @@ def scan(checkpoint: Checkpoint, config: FP8Config, owner: Callable[[str], Owner
         if key.endswith("weight_packed"):
             continue
         keys = companions(name, key, checkpoint)
-        if _is_fp8(key, keys, checkpoint, config, group, names, module):
+        if _is_fp8(key, keys, checkpoint, spec, group, names, module):
             assert group is not None
             found.weights.append(stored(name, keys, checkpoint, group))
             used.update(keys.values())
@@ -130,7 +130,7 @@ def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = Tr
 
 
 def _group_of(
-    config: FP8Config, name: str, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint
+    spec: QuantizationSpec, name: str, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint
 ) -> Group | None:
     """The group of the weight `key` of the module `name`. Targets may speak of it by the file's name, by the model's, or by
     class.
@@ -139,14 +139,14 @@ def _group_of(
     such codes, and, if there are still several, with such scales.
     """
     classes = () if place.module is None else tuple(cls.__name__ for cls in type(place.module).__mro__)
-    if match(names, classes, config.ignore):
+    if match(names, classes, spec.ignore):
         return None
     dtype = checkpoint.tensors[key].dtype
-    groups = groups_of(config.groups, names, classes)
+    groups = groups_of(spec.groups, names, classes)
     if dtype not in DENSE_DTYPES and not isinstance(place.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
         # Experts and routers were Linears when they were quantized, and may be parts of another module
         # in the model; a module that this class of model lacks has no class here. The file decides.
-        groups += groups_of(config.groups, names, ("Linear",))
+        groups += groups_of(spec.groups, names, ("Linear",))
     with_weights = [group for group in groups if group.parsed.weights is not None]
     if dtype in DENSE_DTYPES:
         return next(iter(with_weights or groups), None)
@@ -178,7 +178,7 @@ def _is_fp8(
     key: str,
     keys: dict[str, str],
     checkpoint: Checkpoint,
-    config: FP8Config,
+    spec: QuantizationSpec,
     group: Group | None,
     names: tuple[str, ...],
     module: nn.Module | None,
@@ -188,7 +188,7 @@ def _is_fp8(
     scale = keys.get(WEIGHT_SCALE)
     if info.dtype == "F8_E4M3":
         if group is None:
-            ignored = " (it is in `ignore`)" if match(names, (), config.ignore) else ""
+            ignored = " (it is in `ignore`)" if match(names, (), spec.ignore) else ""
             raise MismatchError(
                 f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}{ignored}: its E4M3 codes would be "
                 "taken for values. Mend `targets` or `ignore` in config.json"
@@ -200,7 +200,7 @@ def _is_fp8(
                 f"{key} is stored dense ({info}), yet {scale} is beside it: the weight has been dequantized already and "
                 "its scale was left in, or the file holds unquantized weights. Multiplying again would be wrong."
             )
-        if group is not None and len(info.shape) == 2 and not (_excused(names, config) or _may_be_dense(names, module)):
+        if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, module)):
             raise MismatchError(
                 f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
                 "add it to `ignore` in config.json if it is meant to be dense, else quantize it again"
@@ -240,9 +240,9 @@ def _check_host(key: str, names: tuple[str, ...], group: Group, module: nn.Modul
         )
 
 
-def _excused(names: tuple[str, ...], config: FP8Config) -> bool:
+def _excused(names: tuple[str, ...], spec: QuantizationSpec) -> bool:
     """Whether `ignore` speaks of a dense module by a shorter or longer path than the file and the model do."""
-    for entry in config.ignore:
+    for entry in spec.ignore:
         if entry.startswith("re:"):
             if any(fits(entry.removeprefix("re:"), name, anywhere=True) for name in names):
                 return True
@@ -251,11 +251,11 @@ def _excused(names: tuple[str, ...], config: FP8Config) -> bool:
     return False
 
 
-def _check_groups(config: FP8Config, weights: list[tuple[tuple[str, ...], set[str], Group | None]]) -> None:
+def _check_groups(spec: QuantizationSpec, weights: list[tuple[tuple[str, ...], set[str], Group | None]]) -> None:
     """Raise for a group that speaks of nothing. One whose weights all belong to groups that speak of them more
     precisely is legitimate."""
     owners = {group.name for *_, group in weights if group is not None}
-    for group in (group for group in config.groups if group.parsed.weights is not None):
+    for group in (group for group in spec.groups if group.parsed.weights is not None):
         if group.name in owners or any(
             other is not None and match(names, classes, group.targets) for names, classes, other in weights
         ):

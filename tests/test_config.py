@@ -70,7 +70,7 @@ def test_what_is_said_is_all_of_it(name: str, tmp_path: Path) -> None:
         assert again == config, way
         assert again.to_dict() == config.to_dict(), way
         assert [(g.targets, g.scheme) for g in again.groups] == [(g.targets, g.scheme) for g in config.groups], way
-        assert (again.scheme, again.ignore, again.spares) == (config.scheme, config.ignore, config.spares), way
+        assert (again.scheme, again.spec) == (config.scheme, config.spec), way
         assert type(again.scheme) is type(config.scheme), way
     for other_name, other in CONFIGS.items():
         assert (other == config) == (name == other_name) and (other.to_dict() == config.to_dict()) == (name == other_name)
@@ -124,7 +124,7 @@ def test_options_that_are_set_later() -> None:
     config.scheme, config.ignore = "FP8_WEIGHT_ONLY", []
     config.targets = "re:.*mlp.*"
     assert config == FP8Config("FP8_WEIGHT_ONLY", targets=["re:.*mlp.*"], ignore=[])
-    assert config.groups[0].scheme == SCHEMES["FP8_WEIGHT_ONLY"] and not config.spares
+    assert config.groups[0].scheme == SCHEMES["FP8_WEIGHT_ONLY"] and not config.spec.dense_by_default
     assert config.update(backend="weight_only", modules_to_not_convert=["x"]) == {"modules_to_not_convert": ["x"]}
     assert config.backend == "weight_only" and config.scheme == "FP8_WEIGHT_ONLY"
     for name, value in {"backend": "int4", "experts": None, "dequantize": True, "scheme": "FP9", "ignore": 3}.items():

@@ -128,7 +128,7 @@ def test_experts_are_saved_dense_and_left_out(tmp_path: Path, caplog: pytest.Log
     config = FP8Config(checkpoint=json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"])
     for name in plain:
         if name.endswith("_proj.weight") or "experts" in name:
-            group = config.group_of([name.removesuffix(".weight")], ["Linear"])
+            group = config.spec.group_of([name.removesuffix(".weight")], ["Linear"])
             assert (group is not None) == (state[name].dtype == INT8) == (f"{name}_scale" in state), name
 
 
