@@ -18,12 +18,12 @@ from .config import FP8Config
 from .convert import swap_experts
 from .dtype_plan import DtypePlan, dtype_of
 from .errors import ScaleError, UnsupportedError
-from .expert_conversion import quantize_stack
 from .expert_names import PlainMerge
-from .expert_plan import ExpertsPlan, Stack
+from .expert_ops import quantize_stack
 from .experts import FP8Experts
 from .groups import Group
 from .keymap import KeyMap
+from .layout import ExpertsPlan, Stack
 from .parts import Part
 from .quantized_module import QuantizedModule
 from .quantizer import FP8HfQuantizer
@@ -105,8 +105,7 @@ def adopt(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     if quantizer.layout is not None:
-        conversions = quantizer.layout.conversions
-        model._weight_conversions = [c for c in conversions if not isinstance(c, PlainMerge) or c.was_used()]
+        model._weight_conversions = [c for c in quantizer.conversions if not isinstance(c, PlainMerge) or c.was_used()]
     quantizer.postprocess_model(model)
 
 

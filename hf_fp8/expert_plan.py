@@ -3,63 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
 
 from .checkpoint import TORCH_DTYPES
-from .conversion import Parameter
 from .errors import MismatchError, MissingTensorError
 from .expert_names import PlainMerge
 from .experts import ExpertsLayout, Projection
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One projection and the weights that fill it: for each part one of every expert, or one stack of them all.
-
-    transposed: the stack in the files is (E, K, N).
-    """
-
-    target: str
-    projection: Projection
-    sources: tuple[tuple[StoredWeight, ...], ...]
-    transposed: bool = False
-
-    @property
-    def is_stacked(self) -> bool:
-        return len(self.sources[0][0].shape) == 3
-
-    @property
-    def weights(self) -> list[StoredWeight]:
-        return [weight for part in self.sources for weight in part]
-
-    @property
-    def roles(self) -> list[str]:
-        """What the files have for it: of static input scales, those of some experts may be missing."""
-        return [role for role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE) if any(role in weight.keys for weight in self.weights)]
-
-    def name_of(self, role: str) -> str:
-        """The parameter of the model for a role of the weights."""
-        return self.target + {WEIGHT: "", WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"}[role]
-
-
-@dataclass
-class ExpertsPlan:
-    """An experts module that stays in FP8."""
-
-    name: str
-    first: Stack
-    second: Stack
-    interleaved: bool
-    scale_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-
-    @property
-    def stacks(self) -> tuple[Stack, Stack]:
-        return self.first, self.second
+from .layout import ExpertsPlan, Parameter, Stack
+from .stored import DenseTensor, StoredWeight
 
 
 class _Unfit(Exception):

@@ -16,11 +16,11 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform, app
 from transformers.utils import logging
 
 from .checkpoint import Checkpoint
-from .conversion import Reshape
-from .converters import KeyRenaming, RoutedConverter
+from .conversions import KeyRenaming, RoutedConverter
 from .coverage import is_of_class
 from .errors import FP8Error
 from .keymap import KeyMap
+from .ops import Reshape
 from .scan import Scan
 
 logger = logging.get_logger(__name__)

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
 from .checkpoint import Checkpoint
-from .expert_names import EXPERT, hub_name
+from .expert_names import EXPERT, converters, hub_name
 from .experts import ExpertsLayout
 from .keymap import KeyMap
-from .layout import map_experts, module_of
+from .matching import map_experts, module_of
 from .parts import Part
 
 
@@ -20,8 +20,9 @@ def host_form(
 ) -> tuple[dict[str, Part], dict[str, tuple[int, ...]]]:
     """(key -> where its values go in a dense checkpoint, name of a stack of experts -> its shape), for keys that the host
     would not find a place for: to other names (Mixtral), or into stacks (gpt-oss, Llama-4)."""
-    extra = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    sources = {pattern: converter.source_patterns for converter in extra for pattern in converter.source_patterns}
+    unmapped = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
+    merges = converters(*unmapped) if unmapped is not None else []
+    sources = {pattern: converter.source_patterns for converter in merges for pattern in converter.source_patterns}
     homes: dict[str, Part] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for key in checkpoint.tensors:

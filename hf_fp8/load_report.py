@@ -9,7 +9,7 @@ from .config import FP8Config
 from .explain import by_reason
 from .extra_tensors import some
 from .kernels import why_not_kept
-from .transforms import Layout
+from .layout import Layout
 
 logger = logging.get_logger(__name__)
 KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 anywhere, in half their memory; on CPUs it is slower."

@@ -21,7 +21,8 @@ from .experts import ExpertsLayout
 from .explain import by_reason
 from .groups import Group, match
 from .keymap import KeyMap
-from .layout import lay_out, map_experts, module_of, owner_of
+from .layout import Layout
+from .matching import map_experts, match_checkpoint, module_of, owner_of
 from .numerics import scale_dtype_of
 from .parts import Part
 from .scan import ROUTER, module_named, names_of
@@ -29,7 +30,6 @@ from .scheme import scale_shape
 from .serving import describe, torn
 from .spec import QuantizationSpec
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
-from .transforms import Layout
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def plan_quantization(
             _check_use(model, spec, plan, [group for group in spec.groups if group.name not in used])
             plan.unmatched = spec.unmatched_ignore(plan.names)
         plan.spec = spec.restricted_to(used, plan.dense)
-        layout = lay_out(
+        layout = match_checkpoint(
             model, conversions, plan.written, plan.spec, dense_because=None, experts_because=lambda scheme: None,
             use_kernels=use_kernels, dtype=dtype, parts=plan.parts,
         )  # fmt: skip

@@ -16,16 +16,17 @@ from transformers.utils import logging
 from . import load_options
 from .checkpoint import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from .config import FP8Config, remember
-from .conversion import AsItIs
+from .conversions import KeyRenaming, RoutedConverter, build_conversions, for_saving
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie, untie_what_differs
-from .converters import KeyRenaming, RoutedConverter
 from .dtype_plan import dtype_of
 from .errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from .explain import NOTES
 from .extra_tensors import Unplaced, belong_to, by_pattern, keep_names
-from .layout import lay_out
+from .layout import Layout
 from .linear import FP8Linear
 from .load_report import report, report_planned
+from .matching import match_checkpoint
+from .ops import AsItIs
 from .placement import compute_device, why_dense, why_dense_experts
 from .plan import Plan, plan_quantization
 from .quantized_module import QuantizedModule
@@ -44,7 +45,6 @@ from .saving import (
 )
 from .scheme import FP8
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
-from .transforms import Layout, for_saving
 from .weight_files import find_weight_files
 
 logger = logging.get_logger(__name__)
@@ -73,6 +73,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dense_because: str | None = None
         self._dense: list[str] = []
         self._host_conversions: list[WeightTransform] = []
+        self.conversions: list[WeightTransform] = []  # what loads by `layout`, and saves
         self.planned: Plan | None = None  # of quantizing while loading
         self._read_values = True
 
@@ -137,9 +138,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._lay_out(model, weight_conversions, checkpoint)
         assert self.layout is not None
         if self.host is None:
-            return list(self.layout.conversions)
-        ours = [c for c in self.layout.conversions if isinstance(c, RoutedConverter)]
-        rest = [c for c in self.layout.conversions if not isinstance(c, RoutedConverter)]
+            return list(self.conversions)
+        ours = [c for c in self.conversions if isinstance(c, RoutedConverter)]
+        rest = [c for c in self.conversions if not isinstance(c, RoutedConverter)]
         return [*ours, *self.host.update_weight_conversions(rest, model)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -167,6 +168,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             model, conversions, checkpoint, config.spec, dtype=dtype, dense_experts=config.experts == "dequantize", **options
         )
         config.spec = self.planned.spec
+        self.conversions = build_conversions(self.layout, conversions)
         is_news = self.planned.reasons or self.planned.unmatched or self.planned.torn
         (logger.warning if is_news else logger.info)(self.planned.describe())
         return self.layout
@@ -207,13 +209,14 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.scheme is not None:
             layout = self.plan(model, conversions, checkpoint, self._dtype, use_kernels=self._use_kernels)
         else:
-            layout = lay_out(
+            layout = match_checkpoint(
                 model, conversions, checkpoint, config.spec,
                 dense_because=because, experts_because=partial(why_dense_experts, config, self.compute_device, self._dtype),
                 use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
                 dequantize=config.dequantize, needs_input_scales=config.backend in ("auto", "scaled_mm"),
                 other_sizes=load_options.current().ignore_mismatched_sizes,
             )  # fmt: skip
+            self.conversions = build_conversions(layout, conversions)
         self.layout = layout
         if layout.saves_fp8(because):
             because = None
@@ -321,7 +324,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         # By the files' own names, too: of experts that the model merges, others look for each one.
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
         self.quantization_config.spec = self.quantization_config.spec.as_int8([*self._dense, *sorted(merged)])
-        model._weight_conversions = self._conversions_of_dense_experts(layout)
+        model._weight_conversions = self._conversions_of_dense_experts()
         remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8
         layout.scales.clear()
@@ -335,9 +338,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         return [c for c in self._host_conversions if isinstance(c, WeightConverter) or c.was_used()]
 
-    def _conversions_of_dense_experts(self, layout: Layout) -> list[WeightTransform]:
+    def _conversions_of_dense_experts(self) -> list[WeightTransform]:
         """The host's own for a model whose Linears are quantized, and nothing else."""
-        return [*self._native_conversions(), *(c for c in layout.conversions if isinstance(c, KeyRenaming))]
+        return [*self._native_conversions(), *(c for c in self.conversions if isinstance(c, KeyRenaming))]
 
     # -- saving and converting back --
 
@@ -348,7 +351,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.dequantize(model)
                 return None, {}
             if leave_experts(model, self.quantization_config, self.layout):
-                model._weight_conversions = self._conversions_of_dense_experts(self.layout)
+                model._weight_conversions = self._conversions_of_dense_experts()
             carried = self.unplaced.keys.values() if self.unplaced is not None else ()
             fit_config(model, self.quantization_config, self.layout, carried)
         if self._dense_because is None and not self.quantization_config.dequantize:

@@ -14,18 +14,18 @@ from transformers import PreTrainedModel
 
 from .checkpoint import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from .config import FP8Config
-from .conversion import quantize_named, weight_from
 from .errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
 from .host_form import host_form
-from .layout import lay_out
+from .layout import Layout
+from .matching import match_checkpoint
 from .methods import HF_FP8, how_stored
+from .ops import quantize_named, weight_from
 from .parts import Part
 from .plan import Plan, plan_quantization
 from .shards import ShardWriter, check_place, nbytes, whole_folder, write_index
 from .source import Source
 from .spec import QuantizationSpec
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
-from .transforms import Layout
 
 # Called with the bytes of the source that have been dealt with since the last call.
 Tick = Callable[[int], Any]
@@ -134,7 +134,7 @@ def read_quantized(source: Source) -> Reading:
         raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
     spec = QuantizationSpec.read(source.quantization or {})
     model, checkpoint = source.structure(), source.checkpoint()
-    layout = lay_out(
+    layout = match_checkpoint(
         model, source.conversions(model), checkpoint, spec, dense_because="dequantize=True", dequantize=True,
         needs_input_scales=False, experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
     )  # fmt: skip

@@ -15,14 +15,14 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from .config import FP8Config
-from .conversion import as_read, is_widened
 from .errors import CalibrationError, UnsupportedError
+from .layout import Layout
 from .linear import FP8Linear
+from .ops import as_read, is_widened
 from .pointwise import FP8PointwiseConv
 from .quantized_module import QuantizedModule
 from .serving import describe, torn
 from .stored import WEIGHT
-from .transforms import Layout
 
 logger = logging.get_logger(__name__)
 _HALVES = (torch.bfloat16, torch.float16)

@@ -160,6 +160,13 @@ class StoredWeight:
         return [(experts, *grid)]
 
 
+def companion(pattern: str, role: str) -> str:
+    """The name of the tensor `role` that goes with a weight named, or matched by, `pattern`."""
+    if pattern == WEIGHT or pattern.endswith(f".{WEIGHT}"):
+        return pattern.removesuffix(WEIGHT) + role
+    return f"{pattern}.{role}"
+
+
 def name_beside(target: str, renamed: str, prefix: str) -> str:
     """`renamed`, a key of the files after the host's renamings, with or without the base model's `prefix`, as the parameter
     `target` of the model has it: the host adds or removes the prefix while loading, and does not undo that when it saves."""

@@ -41,7 +41,7 @@ LAYERS = [
     {"options"},
     {"headers", "bin_files", "weight_files"},
     {"candidates", "convert", "explain", "config", "checkpoint"},
-    {"converters", "dtype_plan", "expert_names", "keymap", "calibration"},
+    {"dtype_plan", "expert_names", "keymap", "calibration"},
     {"asked", "fidelity.run", "fidelity.rows", "shards", "merging", "placement"},
     {"adapters.records", "adapters.patches"},
     {"adapters.weights", "adapters.forwards", "adapters.preparing"},
@@ -52,11 +52,13 @@ LAYERS = [
     {"fidelity.compare"},
     {"fidelity", "portable"},
     {"stored"},
-    {"conversion", "scan"},
-    {"coverage", "expert_plan", "undeclared"},
-    {"expert_conversion", "extra_tensors"},
-    {"transforms"},
-    {"layout", "saving", "load_report"},
+    {"scan"},
+    {"coverage", "layout", "undeclared"},
+    {"expert_plan", "ops"},
+    {"expert_ops"},
+    {"conversions"},
+    {"extra_tensors"},
+    {"matching", "saving", "load_report"},
     {"plan"},
     {"quantizer", "host_form"},
     {"adopt", "host_methods"},
@@ -70,8 +72,8 @@ LAYERS = [
 ]
 # The rest serves any PyTorch model.
 MAY_IMPORT_TRANSFORMERS = {
-    "config", "experts", "low_rank", "expert_names", "expert_plan", "keymap", "conversion", "converters", "transforms",
-    "dtype_plan", "layout", "quantizer", "asked", "registration", "plan", "adopt", "choice", "source", "calibration_data",
+    "config", "experts", "low_rank", "expert_names", "expert_plan", "keymap", "conversions", "ops",
+    "dtype_plan", "matching", "quantizer", "asked", "registration", "plan", "adopt", "choice", "source", "calibration_data",
     "cli", "host_form", "rewrite", "extra_tensors", "load_report", "saving", "methods", "coverage", "undeclared",
     "host_methods",
 }  # fmt: skip

@@ -39,7 +39,7 @@ from transformers import (
 
 import hf_fp8
 from hf_fp8 import FP8Config, numerics
-from hf_fp8.conversion import as_read
+from hf_fp8.ops import as_read
 from hf_fp8.scheme import ROW
 
 EXPERTS = FP8Config(backend="weight_only", experts="fp8")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .conversion import SharedOp, only, quantize_or_note
 from .errors import UnsupportedError
-from .expert_plan import Stack
+from .layout import Stack
+from .ops import SharedOp, only, quantize_or_note
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 
 ROLES = (WEIGHT, WEIGHT_SCALE, INPUT_SCALE)
@@ -58,7 +58,7 @@ class StackExperts(SharedOp):
 class QuantizeExperts(SharedOp):
     """Fills a stack and its scales from dense experts, each read, quantized and freed before the next one is.
 
-    It is given functions that read a tensor (`conversion.LateConverter`): one for each expert, or one for a whole stack.
+    It is given functions that read a tensor (`conversions.LateConverter`): one for each expert, or one for a whole stack.
     """
 
     def __init__(self, stacks: Mapping[str, Stack], broken: list[str]) -> None:

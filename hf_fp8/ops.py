@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -17,38 +16,11 @@ from . import load_options, numerics
 from .casts import multiply_out
 from .checkpoint import TORCH_DTYPES
 from .errors import ScaleError, UnsupportedError
+from .layout import Parameter
 from .scheme import Granularity, TensorScheme
-from .stored import DenseTensor, StoredWeight
+from .stored import WEIGHT, DenseTensor, StoredWeight, companion
 
 logger = logging.get_logger(__name__)
-
-WEIGHT = "weight"
-
-
-def companion(pattern: str, role: str) -> str:
-    """The name of the tensor `role` that goes with a weight named, or matched by, `pattern`."""
-    if pattern == WEIGHT or pattern.endswith(f".{WEIGHT}"):
-        return pattern.removesuffix(WEIGHT) + role
-    return f"{pattern}.{role}"
-
-
-@dataclass
-class Parameter:
-    """A dense parameter of the model that is made from quantized weights of the file.
-
-    sources: the tensors that each source pattern of the host's converter collects, in the order in which it collects them.
-    others: parameters that the converter makes of the same tensors (of a fused q, k and v), in its order after this one.
-    """
-
-    name: str
-    dtype: torch.dtype
-    sources: dict[str, list[StoredWeight | DenseTensor]] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
-
-    @property
-    def weights(self) -> list[StoredWeight]:
-        """Those of its sources that are quantized in the files."""
-        return [source for part in self.sources.values() for source in part if isinstance(source, StoredWeight)]
 
 
 class SharedOp(ConversionOps):  # type: ignore[misc]

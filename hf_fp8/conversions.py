@@ -1,85 +1,43 @@
-"""The transforms that carry out a layout: handed to the host's loader, reversed by its saver."""
+"""The transforms that carry out a layout: handed to the host's loader, reversed by its saver.
+
+The host renames keys by regexes. Here the files' headers have been read first, so keys are routed by name instead: exact,
+fast for tens of thousands of experts, and exactly reversible.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
-import torch
-from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
-from .conversion import (
-    AsInBase,
-    Dequantize,
-    Parameter,
-    QuantizeWeights,
-    Requantize,
-    Reshape,
-    companion,
-    plain_pattern,
-)
-from .converters import KeyRenaming, LateConverter, RoutedConverter
-from .expert_conversion import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
-from .expert_plan import ExpertsPlan, Stack
-from .scan import Scan
+from .expert_names import converters
+from .expert_ops import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
+from .layout import Layout, Stack
+from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, plain_pattern
 from .scheme import scale_shape
-from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, companion
 
 
-@dataclass
-class Layout:
-    """kept: module -> weight that stays in FP8. experts: module -> experts that do. dense: parameter -> the weights
-    multiplied out into it.
-
-    reasons: name of a dense weight's module or parameter -> why it is dense. extra: names in the model -> keys in the files,
-    of tensors that no module uses though they belong to its weights or its cache. unplaced: the same of those that this
-    class of model has no place for. scales: name of a dense weight -> what its codes were multiplied by, for writing it
-    back. missing: parameters that nothing in the files goes into. file_dtypes: parameter -> dtype of the dense tensors in
-    the files that it is made of. input_scales: name of a weight -> what is wrong with its static input scale. broken: while
-    loading, what was wrong with weights that were to be quantized.
-    """
-
-    kept: dict[str, StoredWeight] = field(default_factory=dict)
-    experts: dict[str, ExpertsPlan] = field(default_factory=dict)
-    dense: dict[str, Parameter] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    extra: dict[str, str] = field(default_factory=dict)
-    unplaced: dict[str, str] = field(default_factory=dict)
-    conversions: list[WeightTransform] = field(default_factory=list)
-    scan: Scan = field(default_factory=Scan)
-    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    file_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    input_scales: dict[str, str] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-
-    def saves_fp8(self, dense_because: str | None) -> bool:
-        """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""
-        return dense_because is None or bool(self.experts)
-
-
-def transforms(
-    layout: Layout,
-    weights: list[StoredWeight],
-    host: Sequence[WeightTransform],
-    extra: list[WeightConverter],
-    late: KeyRenaming,
-) -> list[WeightTransform]:
+def build_conversions(layout: Layout, host: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """What the host's loader is to do for a layout. host: its own transforms, which were matched against."""
+    weights, extra = layout.weights, converters(*layout.unmapped_experts) if layout.unmapped_experts is not None else []
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
-    converters = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
-    converters += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]
+    found = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
+    found += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]
     for transform in extra:
         # Not used for loading what is stacked in the files; but what is written is one tensor per expert, its bias too.
         transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
     for transform in [*host, *extra]:
         if isinstance(transform, WeightConverter):
             transform = _merged_converter(transform, layout, weights, op, back)
-        converters.append(transform)
+        found.append(transform)
     # Of converters the first match wins: ours stand before the host's (see `for_saving`). Renamings all run: ours is the last.
-    return [*converters, late] if late.names else converters
+    return [*found, KeyRenaming(layout.aliases, layout.prefix)] if layout.aliases else found
 
 
 def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
@@ -195,3 +153,83 @@ def _scale_converters(layout: Layout) -> list[WeightTransform]:
         return []
     reverse = RoutedConverter({n: (n, "hf_fp8_scale") for n in back}, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(back)])
     return [RoutedConverter(routes, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(forth)], reverse=reverse)]
+
+
+class KeyRenaming(WeightRenaming):  # type: ignore[misc]
+    """Renames exactly the given keys; reversed, it gives them back the names of the file.
+
+    prefix: that of the base model, which keys may gain or lose between a loading and a saving.
+    """
+
+    def __init__(self, names: Mapping[str, str], prefix: str = "") -> None:
+        super().__init__("hf_fp8_key", "hf_fp8_key")
+        self.names, self.prefix = dict(names), prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed = self.names.get(source_key)
+        if renamed is None:
+            return source_key, None
+        self._was_used = True
+        return renamed, source_key
+
+    def reverse_transform(self) -> KeyRenaming:
+        dot = f"{self.prefix}." if self.prefix else ""
+        stripped = {new.removeprefix(dot): old.removeprefix(dot) for old, new in self.names.items()}
+        added = {dot + new: dot + old for new, old in stripped.items()}
+        return KeyRenaming({**stripped, **added, **{new: old for old, new in self.names.items()}}, self.prefix)
+
+
+class RoutedConverter(WeightConverter):  # type: ignore[misc]
+    """Routes the given keys, each to a (target, source pattern); other keys as `base` would, if there is one.
+
+    `reverse` is the transform that undoes this one on saving.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, tuple[str, str]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        operations: list[ConversionOps],
+        base: WeightConverter | None = None,
+        reverse: WeightTransform | None = None,
+    ) -> None:
+        super().__init__(source_patterns, target_patterns, operations, force_cpu=bool(base and base.force_cpu))
+        self.routes, self.base, self.reverse = routes, base, reverse
+        if base is not None:
+            self.scope_prefix, self.base_model_prefix = base.scope_prefix, base.base_model_prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        route = self.routes.get(source_key)
+        if route is not None:
+            self._was_used = True
+            return route
+        if self.base is None:
+            return source_key, None
+        renamed, pattern = self.base.rename_source_key(source_key)
+        self._was_used |= pattern is not None
+        return renamed, pattern
+
+    def reverse_transform(self) -> WeightTransform:
+        assert self.reverse is not None
+        return self.reverse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
+        # The loader copies a converter for each parameter it makes; the routes of all keys are shared.
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__):
+            if hasattr(self, slot):
+                object.__setattr__(copy, slot, getattr(self, slot))
+        copy.collected_tensors = defaultdict(list)
+        copy.layer_targets = defaultdict(set)
+        return copy
+
+
+class LateConverter(RoutedConverter):
+    """Hands its op functions that read the tensors, instead of the tensors: the op reads one at a time."""
+
+    def materialize_tensors(self) -> dict[str, list[Any]]:
+        collected = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return collected
