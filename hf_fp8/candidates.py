@@ -45,13 +45,6 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
         yield Candidate(name, module, reasons.get(id(module)))
 
 
-def adapters(model: nn.Module) -> str | None:
-    """The name of a layer of PEFT's in `model`, None if there is none."""
-    layers = (name for name, m in model.named_modules() if any(cls.__name__ == "BaseTunerLayer" for cls in type(m).__mro__))
-    found: str | None = next(layers, None)
-    return found
-
-
 def why_unfit(module: nn.Module, scheme: Scheme) -> str | None:
     """Why the layer cannot be held in `scheme`."""
     granularity = scheme.weight.granularity

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters.records import adapters
 from .adopt import plan_in_place, plan_int8, transformers_models
-from .candidates import Candidate, adapters, candidates, why_unfit
+from .candidates import Candidate, candidates, why_unfit
 from .config import FP8Config
 from .errors import ConfigError, ScaleError, UnsupportedError
 from .groups import Group, all_of, match

@@ -94,7 +94,7 @@ def quantize(
     """Write an FP8 checkpoint of a dense one, tensor by tensor."""
     from .calibration_data import measure
     from .config import FP8Config
-    from .explain import by_reason
+    from .errors import by_reason
     from .rewrite import check_destination, quantize_checkpoint, total_bytes
     from .source import open_source
 

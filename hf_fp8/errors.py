@@ -1,5 +1,7 @@
 """The exception tree. Every error says what was found, what is supported, and what to do."""
 
+from collections.abc import Mapping
+
 
 class FP8Error(Exception):
     """Base of every error that hf_fp8 raises on purpose."""
@@ -55,3 +57,11 @@ class StateDictError(FP8Error, RuntimeError):
 
 class InputError(FP8Error, TypeError):
     """A layer was called with an input whose dtype or shape it cannot take."""
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """For people: how many there are of each reason, with a name. reasons: name -> reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{len(found)} such as {found[0] or 'itself'} ({reason})" for reason, found in names.items())

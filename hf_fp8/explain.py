@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,9 @@ from torch import nn
 
 from .experts import FP8Experts
 from .kernels import Problem, select, select_grouped
+from .layout import NOTES
 from .linear import FP8Linear
 from .scheme import FP8
-
-# Where the loader leaves what it decided: module or parameter name -> (scheme, reason).
-NOTES = "_hf_fp8_notes"
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,6 @@ class Explanation(list[Row]):
         return f"{table}\nwhy: {common}" if common else table
 
     __repr__ = __str__
-
-
-def by_reason(reasons: Mapping[str, str]) -> str:
-    """For people: how many there are of each reason, with a name. reasons: name -> reason."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return "; ".join(f"{len(found)} such as {found[0] or 'itself'} ({reason})" for reason, found in names.items())
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, modeling_utils
 from transformers.utils import logging
 
-from .candidates import adapters as adapters_on
+from .adapters.records import adapters as adapters_on
 from .convert import put, take_over
 from .dtype_plan import dtype_of
 from .errors import MismatchError, UnsupportedError

@@ -14,8 +14,7 @@ from .adopt import adopt, fill_experts
 from .choice import Choice, Filter, choose
 from .config import FP8Config
 from .convert import leave_fused_paths, let_siblings_share, put, take_over
-from .errors import ConfigError, ScaleError
-from .explain import by_reason
+from .errors import ConfigError, ScaleError, by_reason
 from .linear import ORIGINALS, FP8Linear, refuse_torn
 from .other_savers import guard_savers
 from .pointwise import FP8PointwiseConv

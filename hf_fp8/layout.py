@@ -10,6 +10,9 @@ from .experts import ExpertsLayout, Projection
 from .scan import Scan
 from .stored import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
 
+# Where the loader leaves what it decided, on the model: module or parameter name -> (scheme, reason).
+NOTES = "_hf_fp8_notes"
+
 
 @dataclass
 class Parameter:

@@ -6,7 +6,7 @@ import torch
 from transformers.utils import logging
 
 from .config import FP8Config
-from .explain import by_reason
+from .errors import by_reason
 from .extra_tensors import some
 from .kernels import why_not_kept
 from .layout import Layout

@@ -16,9 +16,8 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from .checkpoint import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from .errors import ConfigError, MismatchError
+from .errors import ConfigError, MismatchError, by_reason
 from .experts import ExpertsLayout
-from .explain import by_reason
 from .groups import Group, match
 from .keymap import KeyMap
 from .layout import Layout

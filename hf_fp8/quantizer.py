@@ -20,9 +20,8 @@ from .conversions import KeyRenaming, RoutedConverter, build_conversions, for_sa
 from .convert import let_siblings_share, swap_back, swap_experts, swap_linear, untie, untie_what_differs
 from .dtype_plan import dtype_of
 from .errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
-from .explain import NOTES
 from .extra_tensors import Unplaced, belong_to, by_pattern, keep_names
-from .layout import Layout
+from .layout import NOTES, Layout
 from .linear import FP8Linear
 from .load_report import report, report_planned
 from .matching import match_checkpoint

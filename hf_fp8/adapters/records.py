@@ -50,3 +50,10 @@ def record_of(layer: Any) -> Record | None:
 def has_offload_hook(base: nn.Module) -> bool:
     """Whether accelerate brings the weights only for the length of a call."""
     return bool(getattr(getattr(base, "_hf_hook", None), "offload", False))
+
+
+def adapters(model: nn.Module) -> str | None:
+    """The name of a layer of PEFT's in `model`, None if there is none."""
+    layers = (name for name, m in model.named_modules() if any(cls.__name__ == "BaseTunerLayer" for cls in type(m).__mro__))
+    found: str | None = next(layers, None)
+    return found
