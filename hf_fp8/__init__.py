@@ -4,9 +4,6 @@
 """
 
 from . import kernels
-from .calibration import apply_scales, calibrate
-from .config import FP8Config
-from .convert import dequantize_model
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -22,21 +19,9 @@ from .errors import (
     UnsupportedError,
     UnusedTensorError,
 )
-from .experts import FP8Experts
-from .explain import explain
-from .fidelity import QualityReport, perplexity, quality
-from .functional import scaled_linear
-from .grouped import scaled_grouped_linear
-from .in_place import quantize_model, requantize_model
-from .linear import FP8Linear
-from .merging import MergedLayer, MergeReport, merging
-from .observers import Amax, Mse, Observer, Percentile
-from .pointwise import FP8PointwiseConv
-from .portable import load_quantized, save_quantized
-from .quantizer import FP8HfQuantizer
-from .recipes import FP8GemmOptions, enable_fp8_gemm, quantize_
-from .registration import register, unregister
-from .scheme import (
+from .evaluation import QualityReport, perplexity, quality
+from .evaluation.explain import explain
+from .formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
     FP8_STATIC,
@@ -49,6 +34,21 @@ from .scheme import (
     Scheme,
     TensorScheme,
 )
+from .integrations.config import FP8Config
+from .integrations.peft.merge_policy import MergedLayer, MergeReport, merging
+from .integrations.quantizer import FP8HfQuantizer
+from .integrations.register import register, unregister
+from .nn.conv import FP8PointwiseConv
+from .nn.experts import FP8Experts
+from .nn.functional import scaled_linear
+from .nn.grouped import scaled_grouped_linear
+from .nn.linear import FP8Linear
+from .nn.swap import dequantize_model
+from .quantization.calibration import apply_scales, calibrate
+from .quantization.model import quantize_model, requantize_model
+from .quantization.observers import Amax, Mse, Observer, Percentile
+from .quantization.portable import load_quantized, save_quantized
+from .recipes import FP8GemmOptions, enable_fp8_gemm, quantize_
 from .version import __version__
 
 __all__ = [

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from .errors import ConfigError, FP8Error
-from .scheme import SCHEMES
+from .formats.scheme import SCHEMES
 from .version import __version__
 
 app = typer.Typer(
@@ -92,11 +92,11 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write an FP8 checkpoint of a dense one, tensor by tensor."""
-    from .calibration_data import measure
-    from .config import FP8Config
     from .errors import by_reason
-    from .rewrite import check_destination, quantize_checkpoint, total_bytes
-    from .source import open_source
+    from .integrations.config import FP8Config
+    from .quantization.calibration_text import measure
+    from .quantization.files import check_destination, quantize_checkpoint, total_bytes
+    from .quantization.source import open_source
 
     def config() -> FP8Config:
         return FP8Config(
@@ -141,8 +141,8 @@ def dequantize(
     """Write the dense checkpoint that an FP8 one stands for, tensor by tensor."""
     import torch
 
-    from .rewrite import check_destination, dequantize_checkpoint, total_bytes
-    from .source import open_source
+    from .quantization.files import check_destination, dequantize_checkpoint, total_bytes
+    from .quantization.source import open_source
 
     start = time.perf_counter()
     source = open_source(src, trust_remote_code=trust_remote_code)
@@ -164,8 +164,8 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what a checkpoint holds, and what would run here and why. Reads headers only."""
-    from .inspection import inspect_source
-    from .source import open_source
+    from .evaluation.inspection import inspect_source
+    from .quantization.source import open_source
 
     if device is not None:
         _check_device(device)
@@ -200,9 +200,9 @@ def inspect(
 @app.command()
 def verify(src: Src, trust_remote_code: Trust = False) -> None:
     """Make every check of loading, and look for NaN in the codes, without building the model."""
-    from .inspection import verify_source
-    from .rewrite import total_bytes
-    from .source import open_source
+    from .evaluation.inspection import verify_source
+    from .quantization.files import total_bytes
+    from .quantization.source import open_source
 
     start = time.perf_counter()
     source = open_source(src, trust_remote_code=trust_remote_code)

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .calibration import apply_scales
-from .choice import Filter
 from .errors import ConfigError, UnsupportedError
-from .in_place import quantize_model
-from .linear import FP8Linear
-from .quantized_module import QuantizedModule
-from .scheme import FP8, INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+from .formats.scheme import FP8, INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+from .nn.base import QuantizedModule
+from .nn.linear import FP8Linear
+from .quantization.calibration import apply_scales
+from .quantization.choice import Filter
+from .quantization.model import quantize_model
 
 _ORIGINALS = {"keep": "keep", "cpu_offload": "offload", "discard": "discard"}
 

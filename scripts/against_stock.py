@@ -27,7 +27,7 @@ from provenance import version
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import hf_fp8
-from hf_fp8.scheme import TENSOR, Granularity
+from hf_fp8.formats.scheme import TENSOR, Granularity
 
 IDS = torch.arange(24).reshape(2, 12)
 DEQUANTIZE = CompressedTensorsConfig(dequantize=True)

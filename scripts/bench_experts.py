@@ -15,10 +15,11 @@ from bench_kernels import SCHEMES, Contender, Peak, time_of
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hf_fp8 import FP8Experts, kernels, numerics
-from hf_fp8.experts import Projection
+from hf_fp8 import FP8Experts, kernels
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
-from hf_fp8.scheme import Scheme
+from hf_fp8.nn.experts import Projection
 
 # (hidden size, intermediate size of an expert, experts, experts per token)
 SHAPES = {

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from hf_fp8 import FP8Linear, kernels, numerics
+from hf_fp8 import FP8Linear, kernels
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Problem
-from hf_fp8.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, INT8_DYNAMIC, Scheme
 
 SCHEMES = {"channel": FP8_DYNAMIC, "static": FP8_STATIC, "block": FP8_BLOCK}
 # What is cycled through: more than the last-level cache of a GPU (50 MB of an H100), a good part of a server CPU's.

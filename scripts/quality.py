@@ -20,8 +20,8 @@ from provenance import measured_with
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fp8 import FP8Config
-from hf_fp8.fidelity import QualityReport, quality
-from hf_fp8.fidelity.rows import median, minimum, shown
+from hf_fp8.evaluation import QualityReport, quality
+from hf_fp8.evaluation.rows import median, minimum, shown
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def quantize(folder: str, how: str, scheme: str) -> None:
     from transformers import AutoModelForCausalLM
 
     import hf_fp8
-    from hf_fp8.rewrite import plan_source, quantize_checkpoint, total_bytes
-    from hf_fp8.source import open_source
+    from hf_fp8.quantization.files import plan_source, quantize_checkpoint, total_bytes
+    from hf_fp8.quantization.source import open_source
 
     source = open_source(folder)
     _, plan = plan_source(source, hf_fp8.FP8Config(scheme))

@@ -23,8 +23,8 @@ from loguru import logger as loguru
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import hf_fp8
-from hf_fp8 import numerics
-from hf_fp8.scheme import ROW, TENSOR, Granularity
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
 # What each kind of checkpoint is called here -> compressed-tensors' preset.
 KINDS = {"dynamic": "FP8_DYNAMIC", "static": "FP8", "block": "FP8_BLOCK"}

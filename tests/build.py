@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_fp8
-from hf_fp8 import FP8Config, numerics
-from hf_fp8.scheme import ROW, TENSOR, Granularity
+from hf_fp8 import FP8Config
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
 State = dict[str, torch.Tensor]
 

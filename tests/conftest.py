@@ -16,8 +16,8 @@ FOLDERS = sorted(p.name for p in DATA.iterdir() if p.is_dir())
 
 # Files of kernels, numbers, modules and pages: another transformers changes nothing in what they test.
 HOSTLESS = {
-    "test_adapter_kinds", "test_calibration", "test_casts", "test_codes_replaced", "test_docs", "test_extremes",
-    "test_float64", "test_grouped", "test_int8_inputs", "test_kernels", "test_layers", "test_linear", "test_numerics",
+    "test_adapter_kinds", "test_architecture", "test_calibration", "test_casts", "test_codes_replaced", "test_docs",
+    "test_extremes", "test_float64", "test_grouped", "test_int8_inputs", "test_kernels", "test_linear", "test_numerics",
     "test_pages", "test_parallel", "test_peft_helpers", "test_portable", "test_quality", "test_quantized_weight",
     "test_recipes", "test_scheme", "test_selection", "test_shared_input", "test_triton", "test_trl", "test_uncalibrated",
 }  # fmt: skip

@@ -24,8 +24,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hf_fp8 import FP8Config, numerics
-from hf_fp8.scheme import ROW, TENSOR, Granularity
+from hf_fp8 import FP8Config
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
 IDS = torch.arange(24).reshape(2, 12)
 BASE = {

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import config as lora
 
 from hf_fp8 import FP8Config, FP8Linear, UnsupportedError, dequantize_model, merging, quantize_model
-from hf_fp8.adapters.making import SUPPORTED
+from hf_fp8.integrations.peft.create import SUPPORTED
 
 T = ["q_proj", "down_proj"]
 KINDS: dict[str, Any] = {

@@ -22,7 +22,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear, UnsupportedError, dequantize_model, merging, quantize_model
-from hf_fp8.scheme import FP8
+from hf_fp8.formats.scheme import FP8
 
 Q = LoraConfig(target_modules=["q_proj"], r=4)
 

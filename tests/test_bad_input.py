@@ -25,7 +25,7 @@ from hf_fp8.errors import (
     UnsupportedError,
     UnusedTensorError,
 )
-from hf_fp8.scheme import TENSOR, Granularity
+from hf_fp8.formats.scheme import TENSOR, Granularity
 
 Q = "model.layers.1.self_attn.q_proj"
 Edit = Callable[[State], State]

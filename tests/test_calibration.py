@@ -17,11 +17,13 @@ from test_experts import KEEP, experts_of
 from test_experts import load as load_moe
 from torch import nn
 
-from hf_fp8 import FP8Linear, UnsupportedError, numerics, observers
-from hf_fp8.calibration import apply_scales, calibrate
+from hf_fp8 import FP8Linear, UnsupportedError
 from hf_fp8.errors import CalibrationError, ConfigError
-from hf_fp8.observers import Amax, Mse, Observer, Percentile
-from hf_fp8.scheme import CODE_MAX, FP8, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import CODE_MAX, FP8, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
+from hf_fp8.quantization import observers
+from hf_fp8.quantization.calibration import apply_scales, calibrate
+from hf_fp8.quantization.observers import Amax, Mse, Observer, Percentile
 
 CPU = torch.device("cpu")
 

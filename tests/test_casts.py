@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_fp8.casts import multiply_out
-from hf_fp8.scheme import FP8
+from hf_fp8.formats.cpu_casts import multiply_out
+from hf_fp8.formats.scheme import FP8
 
 ALL = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(FP8).reshape(16, 16)
 FINITE = torch.where(ALL.float().isnan(), torch.zeros(()), ALL.float()).to(FP8)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from test_weight_files import SPECIAL, no_waiting
 
-from hf_fp8.checkpoint import Checkpoint
+from hf_fp8.checkpoint.reader import Checkpoint
 from hf_fp8.errors import CheckpointError, CorruptFileError, FP8Error, UnsupportedError
 
 Header = dict[str, Any]
@@ -149,7 +149,7 @@ def test_files_that_may_not_be_read(tmp_path: Path, name: str, monkeypatch: pyte
 
 def test_dtypes_of_less_than_a_byte(tmp_path: Path) -> None:
     """Are let through, counted and copied, though torch has none of them, or packs them otherwise. So are complex numbers."""
-    from hf_fp8.shards import nbytes
+    from hf_fp8.checkpoint.writer import nbytes
 
     header = {
         "a": {"dtype": "F4", "shape": [3, 2], "data_offsets": [0, 3]},

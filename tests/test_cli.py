@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as host
 
 from hf_fp8 import FP8Config, cli
+from hf_fp8.checkpoint.writer import whole_folder
 from hf_fp8.errors import ConfigError
-from hf_fp8.shards import whole_folder
 
 SCHEMES = ["FP8_DYNAMIC", "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR"]
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import config_of, run, saved
 from test_weight_files import SPECIAL, no_waiting
 
-from hf_fp8 import rewrite
+from hf_fp8.checkpoint.writer import check_place, whole_folder
 from hf_fp8.errors import ConfigError
-from hf_fp8.shards import check_place, whole_folder
-from hf_fp8.source import open_source
+from hf_fp8.quantization import files as rewrite
+from hf_fp8.quantization.source import open_source
 
 Config = dict[str, Any]
 Capture = pytest.CaptureFixture[str]

@@ -15,10 +15,10 @@ from test_cli import config_of, run, saved
 from transformers import AutoModelForCausalLM
 
 from hf_fp8 import FP8Config
-from hf_fp8.calibration_data import texts, windows
+from hf_fp8.checkpoint.writer import whole_folder
 from hf_fp8.errors import CalibrationError, CheckpointError, ConfigError, CorruptFileError, MissingTensorError
-from hf_fp8.shards import whole_folder
-from hf_fp8.source import open_source
+from hf_fp8.quantization.calibration_text import texts, windows
+from hf_fp8.quantization.source import open_source
 
 
 def sharded(tmp_path: Path) -> Path:

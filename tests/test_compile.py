@@ -14,7 +14,7 @@ from build import IDS, STATIC_TENSOR, cached, load, tiny_llama, write
 from transformers import StaticCache
 
 from hf_fp8 import FP8Config
-from hf_fp8.scheme import TENSOR, Granularity
+from hf_fp8.formats.scheme import TENSOR, Granularity
 
 BACKENDS = ["weight_only", "scaled_mm", "int8"]
 SCHEMES: dict[str, dict[str, Any]] = {

@@ -39,15 +39,15 @@ from hf_fp8 import (
     calibrate,
     load_quantized,
     merging,
-    numerics,
     quality,
     quantize_model,
     save_quantized,
 )
-from hf_fp8.observers import Mse
-from hf_fp8.rewrite import quantize_checkpoint
-from hf_fp8.scheme import ROW
-from hf_fp8.source import open_source
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import ROW
+from hf_fp8.quantization.files import quantize_checkpoint
+from hf_fp8.quantization.observers import Mse
+from hf_fp8.quantization.source import open_source
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 THREADS, ROUNDS = 8, 4

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 import hf_fp8
 from hf_fp8 import ConfigError, FP8Config, FP8Linear, Granularity, Scheme, TensorScheme, UnsupportedError
-from hf_fp8.scheme import SCHEMES
+from hf_fp8.formats.scheme import SCHEMES
 
 SMALL = Scheme(TensorScheme(Granularity(40, 24)), TensorScheme(Granularity(1, 24), dynamic=True))
 GROUP: dict[str, Any] = json.loads(preset_name_to_scheme("FP8_DYNAMIC", ["re:.*mlp.*"]).model_dump_json())

@@ -31,9 +31,10 @@ from transformers import (
 )
 from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from hf_fp8 import FP8Config, FP8Experts, numerics
-from hf_fp8.experts import Projection
-from hf_fp8.scheme import FP8, ROW, TENSOR, Granularity
+from hf_fp8 import FP8Config, FP8Experts
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8, ROW, TENSOR, Granularity
+from hf_fp8.nn.experts import Projection
 
 KEEP = FP8Config(experts="fp8", backend="weight_only")
 SCHEMES: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 import hf_fp8
 from hf_fp8 import FP8Config, UnsupportedError, explain
-from hf_fp8.experts import ExpertsLayout
-from hf_fp8.scheme import TENSOR
+from hf_fp8.formats.scheme import TENSOR
+from hf_fp8.nn.experts import ExpertsLayout
 
 
 @pytest.fixture

@@ -13,12 +13,15 @@ from test_grouped import SCHEMES as GROUPED
 from test_kernels import IN_BFLOAT16, SCHEMES, runs
 from torch import nn
 
-from hf_fp8 import FP8Linear, FP8PointwiseConv, kernels, numerics
-from hf_fp8.functional import scaled_linear
-from hf_fp8.grouped import known, route, scaled_grouped_linear
-from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, tiling, triton_support
-from hf_fp8.kernels.kernel import Candidate
-from hf_fp8.scheme import FP8, FP8_DYNAMIC, FP8_STATIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
+from hf_fp8 import FP8Linear, FP8PointwiseConv, kernels
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8, FP8_DYNAMIC, FP8_STATIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
+from hf_fp8.kernels import KERNELS, WEIGHT_ONLY
+from hf_fp8.kernels.base import Candidate
+from hf_fp8.kernels.triton import support as triton_support
+from hf_fp8.kernels.triton import tiling
+from hf_fp8.nn.functional import scaled_linear
+from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
 BY_NAME: dict[str, Candidate] = {kernel.name: kernel for kernel in (*KERNELS, *kernels.GROUPED_KERNELS)}
 LEFT_ALONE = {kernel.name for kernel in WEIGHT_ONLY} | {"grouped_weight_only", "triton_grouped_weight_only"}

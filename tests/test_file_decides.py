@@ -25,9 +25,10 @@ from transformers import (
 )
 
 import hf_fp8
-from hf_fp8 import FP8Config, numerics
+from hf_fp8 import FP8Config
 from hf_fp8.errors import ConfigError, MismatchError, MissingTensorError, ScaleError, UnsupportedError
-from hf_fp8.scheme import ROW, TENSOR, Granularity
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
 SCALED = FP8Config(backend="scaled_mm")
 

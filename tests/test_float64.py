@@ -17,11 +17,13 @@ from test_kernels import SCHEMES as ALL
 from test_kernels import expected, operands
 from torch import nn
 
-from hf_fp8 import FP8Config, FP8Linear, FP8PointwiseConv, kernels, numerics
-from hf_fp8.functional import scaled_linear
-from hf_fp8.grouped import known, route, scaled_grouped_linear
-from hf_fp8.kernels import ExpertWeights, Groups, grouped_mm
-from hf_fp8.scheme import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
+from hf_fp8 import FP8Config, FP8Linear, FP8PointwiseConv, kernels
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
+from hf_fp8.kernels import ExpertWeights, Groups
+from hf_fp8.kernels import torch_grouped as grouped_mm
+from hf_fp8.nn.functional import scaled_linear
+from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
 WIDE = torch.float64
 # Products of codes and scales are rounded to float32; all else is float64.

@@ -23,7 +23,9 @@ from fuzzing.twin import Result, without_quantization
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_fp8 import ConfigError, numerics, registration
+from hf_fp8 import ConfigError
+from hf_fp8.formats import numerics
+from hf_fp8.integrations import register as registration
 
 SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
 

@@ -8,11 +8,12 @@ from test_extremes import ROWS as SIZES
 from test_extremes import WEIGHTS, check, inputs, weights
 from test_kernels import BY_NAME, SCHEMES, THRESHOLD, expected, operands, runs, sqnr
 
-from hf_fp8 import FP8Linear, kernels, numerics, quantize_model, requantize_model
-from hf_fp8.functional import scaled_linear
+from hf_fp8 import FP8Linear, kernels, quantize_model, requantize_model
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity, Scheme, TensorScheme
 from hf_fp8.kernels import WEIGHT_ONLY, Problem, select
 from hf_fp8.kernels.probe import exact_operands
-from hf_fp8.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity, Scheme, TensorScheme
+from hf_fp8.nn.functional import scaled_linear
 
 if not torch.accelerator.is_available():
     pytest.skip("no GPU on this machine", allow_module_level=True)
@@ -54,7 +55,7 @@ def test_near(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("k", [1, 40, 257, 4096, 20000])
 def test_quantization_is_the_references(k: int) -> None:
     """Bit for bit, rounding included; not-finite values too."""
-    from hf_fp8.kernels.quantize import quantize_input
+    from hf_fp8.kernels.inputs import quantize_input
 
     schemes = [
         TensorScheme(ROW, dynamic=True), TensorScheme(TENSOR), TensorScheme(Granularity(1, 128), dynamic=True),

@@ -12,10 +12,10 @@ from test_experts import experts_of, load
 from test_grouped import IDS, SCHEMES, grid
 
 from hf_fp8 import FP8Config, kernels
-from hf_fp8.grouped import route, scaled_grouped_linear
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
 from hf_fp8.kernels.probe import exact_experts
-from hf_fp8.scheme import FP8_BLOCK, FP8_DYNAMIC, Scheme
+from hf_fp8.nn.grouped import route, scaled_grouped_linear
 
 if not torch.accelerator.is_available():
     pytest.skip("no GPU on this machine", allow_module_level=True)

@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from hf_fp8 import FP8Config, FP8Linear, InputError, Scheme, dequantize_model, numerics, scaled_grouped_linear
-from hf_fp8.kernels import torch_mm
-from hf_fp8.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity
+from hf_fp8 import FP8Config, FP8Linear, InputError, Scheme, dequantize_model, scaled_grouped_linear
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity
+from hf_fp8.kernels import torch_fp8 as torch_mm
 
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
 # Gradients rounded to 8 bits per token, dB: E4M3 31.5 to 31.8 and int8 41 to 43.5 were measured on normal values.

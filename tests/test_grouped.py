@@ -13,11 +13,15 @@ import torch
 from build import error
 from test_kernels import SCHEMES as ALL
 
-from hf_fp8 import InputError, KernelError, kernels, numerics
-from hf_fp8.grouped import known, route, scaled_grouped_linear
-from hf_fp8.kernels import ExpertWeights, Groups, Problem, grouped_mm, select_grouped, tiling, triton_support
+from hf_fp8 import InputError, KernelError, kernels
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
+from hf_fp8.kernels import ExpertWeights, Groups, Problem, select_grouped
+from hf_fp8.kernels import torch_grouped as grouped_mm
 from hf_fp8.kernels.probe import exact_experts
-from hf_fp8.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
+from hf_fp8.kernels.triton import support as triton_support
+from hf_fp8.kernels.triton import tiling
+from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
 CPU = torch.device("cpu")
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}

@@ -15,9 +15,10 @@ from moe import mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, kernels, numerics
+from hf_fp8 import FP8Config, FP8Linear, kernels
 from hf_fp8.errors import ConfigError, UnsupportedError
-from hf_fp8.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 
 INT8_CONFIG = FP8Config(backend="int8")
 WEIGHTS = {

@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_kernels import THRESHOLD, operands, sqnr
 
-from hf_fp8 import kernels, numerics
-from hf_fp8.functional import scaled_linear
-from hf_fp8.kernels import KERNELS, Input, Weight, int8_quantize, use
-from hf_fp8.scheme import INT8_DYNAMIC
+from hf_fp8 import kernels
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import INT8_DYNAMIC
+from hf_fp8.kernels import KERNELS, Input, Weight, use
+from hf_fp8.kernels import int8_inputs as int8_quantize
+from hf_fp8.nn.functional import scaled_linear
 
 SIZES = [(1, 64), (3, 200), (40, 576), (70, 1000), (600, 1536)]  # in one go, and in pieces of at most 2**19 elements
 

@@ -6,12 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_fp8 import kernels, numerics
+from hf_fp8 import kernels
 from hf_fp8.errors import KernelError
-from hf_fp8.functional import scaled_linear
-from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Input, Problem, Weight, probe, select
-from hf_fp8.kernels.probe import exact_operands
-from hf_fp8.scheme import (
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import (
     FP8,
     FP8_BLOCK,
     FP8_DYNAMIC,
@@ -24,6 +22,9 @@ from hf_fp8.scheme import (
     Scheme,
     TensorScheme,
 )
+from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Input, Problem, Weight, probe, select
+from hf_fp8.kernels.probe import exact_operands
+from hf_fp8.nn.functional import scaled_linear
 
 CPU = torch.device("cpu")
 SCHEMES = {

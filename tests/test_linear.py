@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fp8 import FP8Linear, InputError, dequantize_model, numerics
-from hf_fp8.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
+from hf_fp8 import FP8Linear, InputError, dequantize_model
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
 
 SCHEMES = [FP8_DYNAMIC, FP8_STATIC, FP8_BLOCK, FP8_WEIGHT_ONLY]
 

@@ -16,7 +16,7 @@ from transformers import (
 
 import hf_fp8
 from hf_fp8 import FP8Config
-from hf_fp8.scheme import FP8
+from hf_fp8.formats.scheme import FP8
 
 
 @pytest.mark.parametrize("family", MOE)

@@ -14,20 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
-from hf_fp8 import (
-    ConfigError,
-    FP8Config,
-    FP8Linear,
-    ScaleError,
-    UnsupportedError,
-    dequantize_model,
-    merging,
-    numerics,
-    quantize_model,
-)
-from hf_fp8.changes import Change
-from hf_fp8.quantized_module import QuantizedModule
-from hf_fp8.scheme import FP8, INT8, ROW, TENSOR, Granularity
+from hf_fp8 import ConfigError, FP8Config, FP8Linear, ScaleError, UnsupportedError, dequantize_model, merging, quantize_model
+from hf_fp8.formats import numerics
+from hf_fp8.formats.changes import Change
+from hf_fp8.formats.scheme import FP8, INT8, ROW, TENSOR, Granularity
+from hf_fp8.nn.base import QuantizedModule
 
 
 def adapted(model: Any, std: float = 0.05, **options: Any) -> Any:

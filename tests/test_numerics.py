@@ -7,8 +7,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_dequantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 
-from hf_fp8 import numerics
-from hf_fp8.scheme import CODE_MAX, FP8, ROW, TENSOR, Granularity
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import CODE_MAX, FP8, ROW, TENSOR, Granularity
 
 GRANULARITIES = [TENSOR, ROW, Granularity(1, 16), Granularity(1, 100), Granularity(32, 48), Granularity(128, 128)]
 

@@ -261,7 +261,7 @@ def test_merging_that_tears_such_parts(fp8: Path, tmp_path: Path, caplog: pytest
 
 
 def test_other_families() -> None:
-    from hf_fp8.serving import torn
+    from hf_fp8.loading.serving import torn
 
     assert torn({"a.q_proj": "x", "a.k_proj": "x", "a.v_proj": "x", "b.q_proj": None, "a.o_proj": None}) == {}
     assert torn({"q_proj": "x", "k_proj": "x"}) == {} and torn({}) == {}

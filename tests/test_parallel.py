@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import hf_fp8
-from hf_fp8.parallel import IGNORED, quantized_names
+from hf_fp8.integrations.ddp import IGNORED, quantized_names
 
 SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "INT8")
 

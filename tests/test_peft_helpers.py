@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear
 from hf_fp8.errors import StateDictError
-from hf_fp8.quantized_weight import QuantizedWeight
+from hf_fp8.formats.quantized_weight.tensor import QuantizedWeight
 
 BACKENDS = ["weight_only", "int8"]
 

@@ -17,11 +17,12 @@ from moe import MOE, is_linear, write_transposed
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_fp8 import FP8Config, FP8Linear, numerics
-from hf_fp8.fidelity import Row, Rows, perplexity, quality
-from hf_fp8.fidelity.plot import depths
-from hf_fp8.pointwise import FP8PointwiseConv
-from hf_fp8.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_TENSOR, FP8_WEIGHT_ONLY, Granularity, Scheme, TensorScheme
+from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8.evaluation import Row, Rows, perplexity, quality
+from hf_fp8.evaluation.plot import depths
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_TENSOR, FP8_WEIGHT_ONLY, Granularity, Scheme, TensorScheme
+from hf_fp8.nn.conv import FP8PointwiseConv
 
 MANY = [FP8_DYNAMIC, FP8_TENSOR, FP8_BLOCK, Scheme(TensorScheme(Granularity(24, 40))), FP8_WEIGHT_ONLY]
 

@@ -21,7 +21,7 @@ from torch import nn
 import hf_fp8
 from hf_fp8 import FP8Linear
 from hf_fp8.errors import UnsupportedError
-from hf_fp8.quantized_weight import QuantizedWeight
+from hf_fp8.formats.quantized_weight.tensor import QuantizedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 READS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -257,7 +257,9 @@ def test_functions_that_take_codes_take_the_parameter() -> None:
     rest = layer.weight_scale, layer.scheme
     assert torch.equal(hf_fp8.scaled_linear(x, layer.weight, *rest), hf_fp8.scaled_linear(x, layer.weight.codes, *rest))
     granularity = layer.scheme.weight.granularity
-    assert torch.equal(hf_fp8.numerics.dequantize(layer.weight, layer.weight_scale, granularity), layer.dequantized_weight())
+    assert torch.equal(
+        hf_fp8.formats.numerics.dequantize(layer.weight, layer.weight_scale, granularity), layer.dequantized_weight()
+    )
 
 
 def test_layers_that_share_a_weight() -> None:

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 import hf_fp8
 from hf_fp8 import FP8Config, FP8Linear
-from hf_fp8.placement import compute_device
-from hf_fp8.scheme import FP8, TENSOR
+from hf_fp8.formats.scheme import FP8, TENSOR
+from hf_fp8.integrations.placement import compute_device
 
 WAYS: dict[str, Any] = {
     "FP8Config": FP8Config(),

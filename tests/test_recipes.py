@@ -16,6 +16,20 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_fp8 import ConfigError, FP8Linear, UnsupportedError, calibrate, dequantize_model, quantize_model, recipes
 from hf_fp8.errors import CalibrationError
+from hf_fp8.formats.scheme import (
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    FP8_STATIC,
+    FP8_TENSOR,
+    FP8_WEIGHT_ONLY,
+    INT8,
+    INT8_DYNAMIC,
+    INT8_WEIGHT_ONLY,
+    TENSOR,
+    Granularity,
+    Scheme,
+    TensorScheme,
+)
 from hf_fp8.recipes import (
     Float8DynamicActivationFloat8Weight,
     Float8StaticActivationFloat8Weight,
@@ -29,20 +43,6 @@ from hf_fp8.recipes import (
     enable_fp8_gemm,
     quantize_,
     recipe,
-)
-from hf_fp8.scheme import (
-    FP8_BLOCK,
-    FP8_DYNAMIC,
-    FP8_STATIC,
-    FP8_TENSOR,
-    FP8_WEIGHT_ONLY,
-    INT8,
-    INT8_DYNAMIC,
-    INT8_WEIGHT_ONLY,
-    TENSOR,
-    Granularity,
-    Scheme,
-    TensorScheme,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_fp8 import FP8Config, FP8Linear
-from hf_fp8.scheme import FP8
+from hf_fp8.formats.scheme import FP8
 
 EXPERTS = ("mixtral-dyn", "mixtral-hub-static", "qwen3moe-dyn")
 

@@ -23,7 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 import hf_fp8
-from hf_fp8 import FP8Config, host_methods
+from hf_fp8 import FP8Config
+from hf_fp8.integrations import pretrained as host_methods
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -204,7 +205,7 @@ class TestHost:
 
 
 def test_microscaling_groups_are_left_to_the_host() -> None:
-    from hf_fp8.groups import concerns_fp8
+    from hf_fp8.checkpoint.config_groups import concerns_fp8
 
     weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "weights": weights}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_fp8.scheme import (
+from hf_fp8.formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
     FP8_STATIC,

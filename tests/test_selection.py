@@ -10,19 +10,7 @@ import torch
 
 from hf_fp8 import FP8Config, kernels
 from hf_fp8.errors import KernelError
-from hf_fp8.kernels import (
-    Choice,
-    Problem,
-    has_fp8_matmul,
-    select,
-    select_grouped,
-    thresholds,
-    triton_support,
-    why_not_kept,
-    why_not_kept_experts,
-)
-from hf_fp8.placement import compute_device, why_dense, why_dense_experts
-from hf_fp8.scheme import (
+from hf_fp8.formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
     FP8_STATIC,
@@ -33,6 +21,18 @@ from hf_fp8.scheme import (
     Scheme,
     TensorScheme,
 )
+from hf_fp8.integrations.placement import compute_device, why_dense, why_dense_experts
+from hf_fp8.kernels import (
+    Choice,
+    Problem,
+    has_fp8_matmul,
+    select,
+    select_grouped,
+    thresholds,
+    why_not_kept,
+    why_not_kept_experts,
+)
+from hf_fp8.kernels.triton import support as triton_support
 
 BF16 = torch.bfloat16
 GPU = torch.device("cuda", 0)

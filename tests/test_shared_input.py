@@ -13,8 +13,9 @@ import torch
 from build import load
 from test_kernels import operands
 
-from hf_fp8 import FP8Config, FP8Linear, kernels, shared_input
-from hf_fp8.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
+from hf_fp8 import FP8Config, FP8Linear, kernels
+from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
+from hf_fp8.nn import shared_input
 
 
 def layer(scheme: Scheme, seed: int, parent: str | None = "attention") -> FP8Linear:
@@ -42,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return quantize_once(wrapped, *rest)
 
     wrappers: dict[str, kernels.Kernel] = {}
-    monkeypatch.setattr("hf_fp8.functional.quantize_once", counting)
+    monkeypatch.setattr("hf_fp8.nn.functional.quantize_once", counting)
     yield count
 
 

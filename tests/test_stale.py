@@ -27,7 +27,7 @@ from hf_fp8 import (
     requantize_model,
     save_quantized,
 )
-from hf_fp8.scheme import FP8
+from hf_fp8.formats.scheme import FP8
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 ORIGINALS = ["keep", "offload"]

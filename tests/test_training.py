@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_fp8 import FP8Config, FP8Experts, FP8Linear, dequantize_model
-from hf_fp8.scheme import Granularity
+from hf_fp8.formats.scheme import Granularity
 
 BACKENDS = ["weight_only", "scaled_mm", "int8"]
 WAYS: dict[str, dict[str, Any]] = {

@@ -13,11 +13,8 @@ import pytest
 import torch
 from test_kernels import SCHEMES, expected, operands, sqnr
 
-from hf_fp8 import numerics
-from hf_fp8.functional import scaled_linear
-from hf_fp8.kernels import tiling, triton_support, use
-from hf_fp8.kernels.probe import exact_operands
-from hf_fp8.scheme import (
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import (
     FP8,
     FP8_BLOCK,
     FP8_STATIC,
@@ -30,6 +27,11 @@ from hf_fp8.scheme import (
     Scheme,
     TensorScheme,
 )
+from hf_fp8.kernels import use
+from hf_fp8.kernels.probe import exact_operands
+from hf_fp8.kernels.triton import support as triton_support
+from hf_fp8.kernels.triton import tiling
+from hf_fp8.nn.functional import scaled_linear
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -66,7 +68,7 @@ INPUTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantization_is_the_references(name: str, k: int, dtype: torch.dtype) -> None:
     """Scales bit for bit on any input; codes where they are exactly representable, which int8's always are here."""
-    from hf_fp8.kernels.triton_quantize import quantize
+    from hf_fp8.kernels.triton.quantize import quantize
 
     scheme = INPUTS[name]
     m = 5
@@ -92,7 +94,7 @@ def test_quantization_is_the_references(name: str, k: int, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("name", ["token", "group 128", "token int8", "static"])
 def test_quantization_of_what_is_not_finite(name: str) -> None:
-    from hf_fp8.kernels.triton_quantize import quantize
+    from hf_fp8.kernels.triton.quantize import quantize
 
     scheme = INPUTS[name]
     x = torch.ones(4, 256)
@@ -110,7 +112,7 @@ def test_quantization_of_what_is_not_finite(name: str) -> None:
 
 
 def test_quantization_of_strided_and_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_fp8.kernels import triton_quantize
+    from hf_fp8.kernels.triton import quantize as triton_quantize
 
     wide = torch.randn(6, 900)
     token, group = INPUTS["token int8"], INPUTS["group 64 int8"]
@@ -127,7 +129,7 @@ def test_quantization_of_strided_and_long_rows(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_group_scales_are_in_the_order_that_block_matmuls_want() -> None:
-    from hf_fp8.kernels.triton_quantize import quantize
+    from hf_fp8.kernels.triton.quantize import quantize
 
     _, scale = quantize(torch.randn(7, 384), INPUTS["group 128"], None)
     assert scale.shape == (7, 3) and scale.stride() == (1, 7)
@@ -197,7 +199,7 @@ def test_every_code_is_widened_right() -> None:
     one = torch.ones(1, 1)
     for native in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_fp8.kernels.triton_weight_only.native_e4m3", lambda device, native=native: native)
+            patch.setattr("hf_fp8.kernels.triton.weight_only.native_e4m3", lambda device, native=native: native)
             # One column at a time: NaN times zero would spread. The interpreter's own type has no NaN.
             for code in range(15 if native else 16):
                 with use("triton_weight_only"):
@@ -221,7 +223,7 @@ def test_int8_with_the_fused_epilogue(kernel: str, m: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("one_pass", [16384, 100])
 def test_int8_beside_outliers(one_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as the steps of a CPU without Triton, whatever the number of columns set aside."""
-    from hf_fp8.kernels import triton_quantize
+    from hf_fp8.kernels.triton import quantize as triton_quantize
 
     monkeypatch.setattr(triton_quantize, "ONE_PASS", one_pass)
     for count in (0, 1, 9):

@@ -17,10 +17,11 @@ from test_grouped import INTERPRETED, TRITON, forced
 from torch import nn
 
 from hf_fp8 import CalibrationError, FP8Config, FP8Linear, FP8PointwiseConv, calibrate, kernels, quantize_model, save_quantized
-from hf_fp8.functional import scaled_linear
-from hf_fp8.grouped import scaled_grouped_linear
-from hf_fp8.kernels import KERNELS, Groups, Problem, triton_support
-from hf_fp8.scheme import FP8, FP8_STATIC, ROW, TENSOR, Scheme, TensorScheme
+from hf_fp8.formats.scheme import FP8, FP8_STATIC, ROW, TENSOR, Scheme, TensorScheme
+from hf_fp8.kernels import KERNELS, Groups, Problem
+from hf_fp8.kernels.triton import support as triton_support
+from hf_fp8.nn.functional import scaled_linear
+from hf_fp8.nn.grouped import scaled_grouped_linear
 
 CPU = torch.device("cpu")
 STATIC = [FP8_STATIC, Scheme(TensorScheme(ROW), TensorScheme(TENSOR))]

@@ -17,15 +17,8 @@ from build import tiny_llama
 from safetensors.torch import save_file
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from hf_fp8.errors import (
-    CheckpointError,
-    ConfigError,
-    CorruptFileError,
-    FP8Error,
-    MissingTensorError,
-    UnsupportedError,
-)
-from hf_fp8.weight_files import find_weight_files
+from hf_fp8.checkpoint.weight_files import find_weight_files
+from hf_fp8.errors import CheckpointError, ConfigError, CorruptFileError, FP8Error, MissingTensorError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-0000{}-of-00003.safetensors"

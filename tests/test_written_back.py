@@ -38,9 +38,10 @@ from transformers import (
 )
 
 import hf_fp8
-from hf_fp8 import FP8Config, numerics
-from hf_fp8.ops import as_read
-from hf_fp8.scheme import ROW
+from hf_fp8 import FP8Config
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import ROW
+from hf_fp8.loading.ops import as_read
 
 EXPERTS = FP8Config(backend="weight_only", experts="fp8")
 

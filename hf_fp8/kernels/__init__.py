@@ -13,20 +13,16 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..errors import KernelError
-from ..scheme import (
-    FP8,
-    FP8_BLOCK,
-    FP8_DYNAMIC,
-    FP8_STATIC,
-    FP8_WEIGHT_ONLY,
-    INT8,
-    INT8_DYNAMIC,
-    Scheme,
-)
-from . import grouped_mm, int8_mm, int8_quantize, tiling, torch_mm, triton_support
-from .kernel import Candidate, ExpertWeights, GroupedKernel, Groups, Input, Kernel, Problem, Weight
+from ..formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, INT8, INT8_DYNAMIC, Scheme
+from . import int8_inputs as int8_quantize
+from . import torch_fp8 as torch_mm
+from . import torch_grouped as grouped_mm
+from . import torch_int8 as int8_mm
+from .base import Candidate, ExpertWeights, GroupedKernel, Groups, Input, Kernel, Problem, Weight
 from .probe import probe
 from .thresholds import weight_only_limit
+from .triton import support as triton_support
+from .triton import tiling
 
 __all__ = [
     "BACKENDS", "GROUPED_KERNELS", "KERNELS", "Choice", "ExpertWeights", "GroupedKernel", "Groups", "Input", "Kernel",
@@ -134,7 +130,7 @@ def _late(module: str, function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         nonlocal found
         if found is None:
-            found = getattr(import_module(f".{module}", __name__), function)
+            found = getattr(import_module(f".triton.{module}", __name__), function)
         return found(*args)
 
     return call
@@ -165,7 +161,7 @@ SCALED: tuple[Kernel, ...] = (
     Kernel("int8_mm", int8_mm.int8_scheme, _int32_sums(_int8_device), int8_quantize.quantize, int8_mm.multiply),
     Kernel(
         "triton_scaled_mm", tiling.scaled_mm_scheme, _int32_sums(_triton_device("triton_scaled_mm", FP8_DYNAMIC)),
-        _late("triton_mm", "quantize"), _late("triton_mm", "multiply"),
+        _late("scaled_mm", "quantize"), _late("scaled_mm", "multiply"),
     ),
     Kernel("dequantize", _never, _never, torch_mm.fake_quantize, torch_mm.dequantize),
 )  # fmt: skip
@@ -174,7 +170,7 @@ WEIGHT_ONLY: tuple[Kernel, ...] = (
     Kernel("int8_weight_only", int8_mm.int8_scheme, _int8_weight_only_device, None, int8_mm.weight_only),
     Kernel(
         "triton_weight_only", tiling.weight_only_scheme, _triton_device("triton_weight_only", FP8_WEIGHT_ONLY),
-        None, _late("triton_weight_only", "multiply"),
+        None, _late("weight_only", "multiply"),
     ),
     Kernel("weight_only", _never, _never, None, torch_mm.dequantize),
 )  # fmt: skip
@@ -186,7 +182,7 @@ GROUPED_SCALED: tuple[GroupedKernel, ...] = (
     ),
     GroupedKernel(
         "triton_grouped_scaled_mm", tiling.scaled_mm_scheme, _triton_device("triton_grouped_scaled_mm", FP8_DYNAMIC, FP8_BLOCK),
-        _late("triton_grouped", "multiply"), quantizes=True,
+        _late("grouped", "multiply"), quantizes=True,
     ),
     GroupedKernel("grouped_dequantize", _never, _never, grouped_mm.dequantize, quantizes=True),
 )  # fmt: skip
@@ -194,7 +190,7 @@ GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (
     GroupedKernel(
         "triton_grouped_weight_only", tiling.weight_only_scheme,
         _triton_device("triton_grouped_weight_only", FP8_WEIGHT_ONLY, Scheme(FP8_BLOCK.weight)),
-        _late("triton_grouped", "multiply"), quantizes=False,
+        _late("grouped", "multiply"), quantizes=False,
     ),
     GroupedKernel("grouped_weight_only", _never, _never, grouped_mm.dequantize, quantizes=False),
 )  # fmt: skip

@@ -11,10 +11,10 @@ from functools import cache
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import numerics
-from ..scheme import CODE_MAX, INT8, Scheme
-from .grouped_mm import quantize, sort
-from .kernel import ExpertWeights, GroupedKernel, Groups, Input, Kernel, Weight
+from ..formats import numerics
+from ..formats.scheme import CODE_MAX, INT8, Scheme
+from .base import ExpertWeights, GroupedKernel, Groups, Input, Kernel, Weight
+from .torch_grouped import quantize, sort
 
 # 17 rows at least for torch._int_mm on CUDA; sizes that every kernel takes.
 M, N, K = 32, 256, 384

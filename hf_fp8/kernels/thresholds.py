@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from ..scheme import INT8, Scheme
+from ..formats.scheme import INT8, Scheme
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from moe import deepseek_v3, mixtral, qwen3_moe, write_transposed
 from moe import is_linear as is_moe_linear
 from safetensors.torch import load_file
 
-from hf_fp8.scheme import ROW, TENSOR, Granularity
+from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
 DATA = Path(__file__).parent.parent / "data"
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

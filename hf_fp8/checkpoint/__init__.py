@@ -1,0 +1,1 @@
+"""What the files and config.json say; nothing here knows transformers."""

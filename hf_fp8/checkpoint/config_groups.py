@@ -1,0 +1,375 @@
+"""`config_groups` of a `quantization_config`: which modules, which scheme; read from JSON, and written.
+
+Parsing is compressed-tensors' own (`QuantizationConfig`, pydantic); what is ours is to say
+precisely what is wrong, to know which groups are FP8 and which of those we can run, and to match
+names as compressed-tensors does (utils/match.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import compressed_tensors
+import regex  # type: ignore[import-untyped]
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
+from pydantic import ValidationError
+
+from ..errors import ConfigError, UnsupportedError
+from ..formats.scheme import INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+
+# Formats that store E4M3 codes as they are, under "weight": int-quantized differs from the others in name
+# only (compressors/naive_quantized), and old writers fell back to it.
+FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
+KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
+# Seconds that one pattern of a config may take on one name. Sensible ones take microseconds.
+PATTERN_SECONDS = 0.3
+# What `regex`, which can be stopped, reads otherwise than `re`, by which compressed-tensors matches: POSIX classes, and
+# braces that allow for errors.
+_READ_OTHERWISE = re.compile(r"\[:\^?\w+:\]|\{[^{}]*[A-Za-z][^{}]*\}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it.
+
+    parsed: has no `weights` for a group about attention (its query, keys and values), which holds scales alone.
+    format: compressed-tensors' name of how the group is stored, its own or the whole checkpoint's.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: Scheme | None
+    parsed: QuantizationScheme
+    format: str
+
+
+def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> str | None:
+    """The first of `targets` that matches, in compressed-tensors' order: exact name, ``re:`` regex, class."""
+    return next(matching(names, classes, targets), None)
+
+
+def matching(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> Iterator[str]:
+    """All of `targets` that match, in that order."""
+    ordered = sorted(targets, key=lambda target: ("re:" in target, target))
+    names, classes = tuple(names), set(classes)
+    for target in ordered:
+        if any(fits(target.removeprefix("re:"), name) if target.startswith("re:") else target == name for name in names):
+            yield target
+    yield from (target for target in ordered if target in classes)
+
+
+def groups_of(groups: Iterable[Group], names: Iterable[str], classes: Iterable[str]) -> list[Group]:
+    """The groups whose targets match a module, the one that speaks of it most precisely first."""
+    by_target: dict[str, list[Group]] = {}
+    for group in groups:
+        for target in group.targets:
+            by_target.setdefault(target, []).append(group)
+    found = (group for target in matching(names, classes, by_target) for group in by_target[target])
+    return list({group.name: group for group in found}.values())
+
+
+def weight_name(group: Group) -> str | None:
+    """What files call a weight of a group, after its module's name; None if the group's format does not say."""
+    if group.format not in BaseCompressor.registered_names():
+        return None
+    names = BaseCompressor.get_value_from_registry(group.format).compression_param_names(group.parsed)
+    return "weight_packed" if "weight_packed" in names else "weight"
+
+
+def fits(pattern: str, name: str, *, anywhere: bool = False) -> bool:
+    """Whether a regular expression of a config matches the start of `name`, or a part of it.
+
+    Raises ConfigError if that takes longer than any sensible pattern would (`PATTERN_SECONDS`): some need time that doubles
+    with each letter of a name.
+    """
+    compiled = _compiled(pattern)
+    try:
+        return (compiled.search if anywhere else compiled.match)(name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise ConfigError(
+            f"the regular expression {pattern!r} in quantization_config takes more than {PATTERN_SECONDS} s on the name "
+            f"{name!r}: write it without repetitions inside repetitions"
+        ) from None
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    return regex.compile(pattern)
+
+
+def is_fp8(weights: Any) -> bool:
+    """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
+    if not isinstance(weights, dict) or str(weights.get("type")).lower() != "float" or weights.get("num_bits") not in (8, "8"):
+        return False
+    return "uint8" not in str(weights.get("scale_dtype"))
+
+
+def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors config has an FP8 group, or is broken in a way that may hide one."""
+    groups = with_presets(checkpoint.get("config_groups"))
+    if any(isinstance(g, dict) and is_fp8(g.get("weights")) and _is_plain(g.get("format")) for g in groups.values()):
+        return True
+    if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
+        return False  # the weights are dense
+    if groups and not _is_readable({}, groups):
+        return True  # by nobody: say so in words of ours
+    no_weights = not groups or not all(isinstance(g.get("weights"), dict) for g in groups.values())
+    return checkpoint.get("format") == "float-quantized" and (no_weights or not _is_readable(checkpoint, groups))
+
+
+def _is_plain(fmt: Any) -> bool:
+    return not (isinstance(fmt, str) and fmt.startswith("mx"))
+
+
+def with_presets(groups: Any) -> dict[str, Any]:
+    """`config_groups` with entries like ``"FP8_DYNAMIC": ["Linear"]`` spelled out."""
+    if not isinstance(groups, dict):
+        return {}
+    spelled = {}
+    for name, group in groups.items():
+        if isinstance(group, list):
+            try:
+                group = json.loads(preset_name_to_scheme(name, group).model_dump_json())
+            except KeyError:
+                raise ConfigError(f"quantization_config.config_groups[{name!r}]: no preset has that name") from None
+            except ValueError as error:
+                raise ConfigError(f"quantization_config.config_groups[{name!r}] is no list of targets ({error})") from error
+        spelled[name] = group
+    return spelled
+
+
+def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
+    """compressed-tensors' own reading of a `quantization_config`.
+
+    Raises ConfigError, naming the key, for what it cannot read or would silently ignore.
+    """
+    groups = with_presets(checkpoint.get("config_groups"))
+    if not groups:
+        raise ConfigError(
+            "quantization_config.config_groups is missing or empty, though the format is "
+            f"{checkpoint.get('format')!r}: nothing says how the weights are quantized"
+        )
+    for name, group in groups.items():
+        if not isinstance(group, dict) or not (isinstance(group.get("weights"), dict) or _is_about_attention(group)):
+            raise ConfigError(
+                f"quantization_config.config_groups[{name!r}] has no `weights`: "
+                "hf_fp8 runs groups that say how weights are quantized"
+            )
+        if not group.get("targets"):
+            raise ConfigError(f"quantization_config.config_groups[{name!r}] has no `targets`")
+        _check_patterns(f"config_groups[{name!r}].targets", group["targets"])
+    _check_patterns("ignore", checkpoint.get("ignore") or [])
+    if checkpoint.get("transform_config"):
+        raise UnsupportedError(
+            "quantization_config.transform_config asks for run-time transforms (such as rotations), which "
+            "transformers would leave out: the outputs would be wrong. hf_fp8 runs checkpoints without them."
+        )
+    sparsity = checkpoint.get("sparsity_config") or {}
+    sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if sparse != "dense":
+        raise UnsupportedError(f"quantization_config.sparsity_config is {sparse!r}: hf_fp8 reads dense weights only")
+    only_fp8 = all(is_fp8(group.get("weights")) for group in groups.values())
+    if checkpoint.get("format") not in tuple(FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
+        raise ConfigError(
+            f"quantization_config.format is {checkpoint['format']!r}: FP8 weights come as float-quantized or naive-quantized"
+        )
+    return _validate(checkpoint, groups)
+
+
+def _validate(checkpoint: dict[str, Any], groups: dict[str, Any]) -> QuantizationConfig:
+    try:
+        return QuantizationConfig.model_validate({**checkpoint, "config_groups": groups})
+    except ValidationError as error:
+        first = error.errors()[0]
+        # pydantic puts the validators it went through between the keys
+        where = "".join(f".{part}" for part in first["loc"] if "[" not in str(part))
+        message = first["msg"].split("\n")[0].removeprefix("Value error, ")
+        if where.endswith("strategy"):
+            message += f"; there are: {', '.join(member.value for member in QuantizationStrategy)}"
+        raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
+    except (TypeError, NotImplementedError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # compressed-tensors' own checks stumble over some values.
+        raise ConfigError(f"quantization_config is none that compressed-tensors reads: {error}") from error
+
+
+def _is_readable(checkpoint: dict[str, Any], groups: dict[str, Any]) -> bool:
+    try:
+        _validate(checkpoint, groups)
+    except ConfigError:
+        return False
+    return True
+
+
+def _is_about_attention(group: dict[str, Any]) -> bool:
+    """Whether a group quantizes what goes into attention, and no weights: it names attention modules only."""
+    targets = group.get("targets")
+    return (
+        group.get("weights") is None
+        and isinstance(targets, list)
+        and all(isinstance(t, str) and re.search(r"attn|attention", t.lower()) for t in targets)
+    )
+
+
+def _check_patterns(key: str, targets: Any) -> None:
+    for target in targets if isinstance(targets, list) else [targets]:
+        if not isinstance(target, str):
+            raise ConfigError(f"quantization_config.{key} is {targets!r}: it is a list of names, classes and re: patterns")
+        try:
+            pattern = target.removeprefix("re:") if target.startswith("re:") else ""
+            re.compile(pattern)
+            _compiled(pattern)
+            if found := _READ_OTHERWISE.search(pattern):
+                raise ConfigError(
+                    f"quantization_config.{key}: {target!r} has {found.group()!r}, which regular expressions of other readers "
+                    "mean otherwise: write it in another way"
+                )
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
+
+
+def _value(x: Any) -> Any:
+    """pydantic hands out some enums as members and some as their values."""
+    return getattr(x, "value", x)
+
+
+def read_group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
+    weights = None if parsed.weights is None else json.loads(parsed.weights.model_dump_json())
+    fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
+    fmt = _value(parsed.format) or _value(config.format)
+    return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)
+
+
+def _scheme(name: str, group: QuantizationScheme) -> Scheme:
+    """Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
+    where = f"quantization_config.config_groups[{name!r}]"
+
+    def refuse(key: str, value: Any, supported: str) -> UnsupportedError:
+        return UnsupportedError(f"{where}.{key} is {_value(value)!r}; hf_fp8 supports {supported}")
+
+    fmt = _value(group.format)
+    if fmt not in FP8_FORMATS:
+        raise ConfigError(f"{where}.format is {fmt!r}: FP8 weights come as float-quantized or naive-quantized")
+    weights, inputs = group.weights, group.input_activations
+    if not weights.symmetric:
+        raise refuse("weights.symmetric", False, "symmetric FP8 weights (no zero points)")
+    if weights.dynamic:
+        raise refuse("weights.dynamic", weights.dynamic, "weights quantized ahead of time")
+    if group.output_activations is not None:
+        raise refuse("output_activations", "set", "schemes that quantize weights and inputs only")
+    weight = {
+        "tensor": lambda: TENSOR,
+        "channel": lambda: ROW,
+        "group": lambda: Granularity(1, weights.group_size),
+        "block": lambda: Granularity(*weights.block_structure),
+    }.get(_value(weights.strategy))
+    if weight is None:
+        raise refuse("weights.strategy", weights.strategy, "tensor, channel, group and block")
+    stored = TensorScheme(weight())
+    if inputs is None:
+        return Scheme(stored)
+    if inputs.type != "float" or inputs.num_bits != 8:
+        raise refuse("input_activations", f"{inputs.num_bits}-bit {inputs.type}", "8-bit float inputs, or none")
+    if not inputs.symmetric:
+        raise refuse("input_activations.symmetric", False, "symmetric inputs (no zero points)")
+    kinds = {
+        ("tensor", True): lambda: TENSOR,
+        ("tensor", False): lambda: TENSOR,
+        ("token", True): lambda: ROW,
+        ("group", True): lambda: Granularity(1, inputs.group_size),
+    }
+    kind = kinds.get((_value(inputs.strategy), inputs.dynamic))
+    if kind is None:
+        how = "dynamic" if inputs.dynamic is True else _value(inputs.dynamic) or "static"
+        raise refuse(
+            "input_activations.strategy",
+            f"{_value(inputs.strategy)} ({how})",
+            "tensor (static or dynamic), token and group (dynamic)",
+        )
+    return Scheme(stored, TensorScheme(kind(), dynamic=bool(inputs.dynamic)))
+
+
+def all_of(dtype: torch.dtype, groups: Iterable[Group]) -> bool:
+    """Whether the weights of all groups are codes of `dtype`."""
+    return all(group.scheme is not None and group.scheme.weight.dtype == dtype for group in groups)
+
+
+def asked_groups(
+    scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: Sequence[str]
+) -> tuple[QuantizationConfig, tuple[Group, ...]]:
+    """What a user asks for: one scheme for `targets`, several with the targets of each, or `config_groups` as they are.
+
+    Raises ConfigError for schemes that there are none of.
+    """
+    if not isinstance(scheme, Mapping):
+        scheme = {scheme: targets}
+    written: dict[str, Any] = {}
+    schemes: dict[str, Scheme] = {}
+    for name, value in scheme.items():
+        if isinstance(value, Mapping):
+            written[str(name)] = dict(value)
+            continue
+        found = scheme_named(name)
+        group = f"group_{len(written)}"
+        schemes[group] = found
+        written[group] = write_group(found, [value] if isinstance(value, str) else list(value))
+    parsed = parse({"config_groups": written, "ignore": list(ignore)})
+    groups = (read_group(name, group, parsed) for name, group in parsed.config_groups.items())
+    return parsed, tuple(replace(group, scheme=group.scheme or schemes.get(group.name)) for group in groups)
+
+
+def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
+    """A group of `scheme` as JSON, in compressed-tensors' words: what `read_group` reads back."""
+    if scheme.input is None:
+        fmt = CompressionFormat.naive_quantized  # as llm-compressor says of W8A16
+    else:
+        fmt = CompressionFormat.int_quantized if scheme.weight.dtype == INT8 else CompressionFormat.float_quantized
+    group = QuantizationScheme(
+        targets=list(targets),
+        weights=_arguments(scheme.weight, "channel"),
+        input_activations=None if scheme.input is None else _arguments(scheme.input, "token"),
+        format=fmt.value,
+    )
+    written: dict[str, Any] = json.loads(group.model_dump_json())
+    return written
+
+
+def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
+    granularity = operand.granularity
+    options: dict[str, Any] = {"strategy": {TENSOR: "tensor", ROW: row}.get(granularity, "group")}
+    if granularity.rows > 1:
+        options = {"strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
+    elif options["strategy"] == "group":
+        options["group_size"] = granularity.cols
+    kind = "int" if operand.dtype == INT8 else "float"
+    return QuantizationArgs(num_bits=8, type=kind, symmetric=True, dynamic=operand.dynamic, **options)
+
+
+def written_config(groups: Mapping[str, dict[str, Any]], ignore: Iterable[str]) -> dict[str, Any]:
+    """A whole `quantization_config`, as llm-compressor writes it. ignore: names of the modules that are dense."""
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": compressed_tensors.__version__,
+        "format": formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        "quantization_status": "compressed",
+        "config_groups": dict(groups),
+        "ignore": list(dict.fromkeys(ignore)),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }

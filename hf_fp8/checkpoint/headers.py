@@ -1,0 +1,132 @@
+"""The headers of safetensors files, checked before anything else reads the file.
+
+The format is https://github.com/huggingface/safetensors#format. The library checks much of this too, but only once it has
+mapped the file; says little of what is wrong; and takes the last of two tensors that have the same name.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any, NamedTuple, TypeGuard
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CorruptFileError
+from .files import Stamp, check_names, parse_object, reading, refuse_pointer
+
+# Bytes of a header: safetensors' own limit.
+_MOST = 100_000_000
+# What the library counts values with.
+_MOST_VALUES = 2**64
+# Bits of a value, of every dtype of safetensors 0.8.
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """A tensor of a file, and where its bytes begin and end there."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: str) -> tuple[dict[str, Entry], Stamp]:
+    """The tensors of a safetensors file by name, and the stamp of the file that was read.
+
+    Raises CorruptFileError, naming the file, and the tensor if one is at fault, for anything but a well-formed header whose
+    tensors fill the file. A dtype that is not in `BITS` is let through if the installed safetensors knows it.
+    """
+    with reading(file) as (opened, stamp):
+        start = opened.read(64)
+        refuse_pointer(file, start)
+        length, room = int.from_bytes(start[:8], "little"), stamp[2] - 8
+        if room < 0:
+            raise _corrupt(file, f"it has {stamp[2]} bytes")
+        if length > min(_MOST, room):
+            raise _corrupt(file, f"it has {stamp[2]:,} bytes, and its header would have {length:,}")
+        opened.seek(8)
+        content = opened.read(length)
+    found = _tensors(file, parse_object(content, f"{file}: its header", unique=True), 8 + length)
+    _check_places(file, found, 8 + length, stamp[2])
+    if unknown := [name for name, entry in found.items() if entry.dtype not in BITS]:
+        _ask_library(file, unknown[0], found[unknown[0]].dtype)
+    return found, stamp
+
+
+def _ask_library(file: str, name: str, dtype: str) -> None:
+    """Raise CorruptFileError unless the installed safetensors, which may be newer, knows a dtype."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(
+            f"{file} cannot be read as safetensors: {name} has dtype {reprlib.repr(dtype)}, which the installed version does "
+            "not know. The file is damaged, or was written by a newer one"
+        ) from error
+
+
+def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, Entry]:
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise _corrupt(file, "__metadata__ is no map of strings to strings")
+    check_names(file, header)
+    found = {}
+    for name, entry in header.items():
+        try:
+            found[name] = _entry(entry, base)
+        except ValueError as error:
+            raise _corrupt(file, f"{name} {error}") from error
+    return found
+
+
+def _entry(entry: Any, base: int) -> Entry:
+    """One tensor of a header. Raises ValueError that says what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {reprlib.repr(entry)}, not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise ValueError(f"has dtype {reprlib.repr(dtype)}")
+    if not _are_counts(shape):
+        raise ValueError(f"has shape {reprlib.repr(shape)}")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"has data_offsets {reprlib.repr(offsets)}")
+    begin, end = offsets
+    bits = BITS.get(dtype)
+    if bits is not None and _count(shape) * bits != 8 * (end - begin):
+        raise ValueError(f"is {dtype} {reprlib.repr(shape)}, which does not take the {end - begin:,} bytes that it has")
+    return Entry(dtype, tuple(shape), base + begin, base + end)
+
+
+def _are_counts(found: Any) -> TypeGuard[list[int]]:
+    return isinstance(found, list) and {*map(type, found)} <= {int} and min(found, default=0) >= 0
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+        if count >= _MOST_VALUES:  # here, as a product of millions of extents would take hours
+            raise ValueError(f"has shape {reprlib.repr(shape)}")
+    return count
+
+
+def _check_places(file: str, found: dict[str, Entry], start: int, size: int) -> None:
+    """Raise unless the tensors lie one after the other from `start` to `size`."""
+    position = start
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise _corrupt(file, f"{name} {'overlaps the tensor' if entry.begin < position else 'has a hole'} before it")
+        position = entry.end
+    if position != size:
+        raise _corrupt(file, f"its header speaks of {position:,} bytes, and {size:,} are there")
+
+
+def _corrupt(file: str, why: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"{file} cannot be read as safetensors: {why}. It is truncated or damaged: download or write it again."
+    )

@@ -1,0 +1,178 @@
+"""The tensors of a checkpoint, read without a model: names, dtypes and shapes, and single small tensors.
+
+Nothing here executes code from a checkpoint: safetensors holds none, and pickles are read with
+``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import CheckpointError, CorruptFileError, UnsupportedError
+from .files import Stamp, reading
+from .headers import Entry, read_header
+from .pickles import read_pickled
+
+# safetensors' dtype names; of others, values are copied as they are, but not read
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
+INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8")
+SCALE_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """dtype is safetensors' name of it ("F8_E4M3", "BF16", ...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Checkpoint:
+    """What the files of a checkpoint hold.
+
+    Raises, naming the file: MissingTensorError for one that is not there; CorruptFileError for one that is truncated or no
+    checkpoint; UnsupportedError for one of another kind; CheckpointError for a tensor that two files hold with other values.
+    What reads tensors raises CheckpointError if the file is not the one any more whose header was read.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self._pickled: dict[str, dict[str, torch.Tensor]] = {}
+        self._entries: dict[str, dict[str, Entry]] = {}
+        self._stamps: dict[str, Stamp] = {}
+        for file in dict.fromkeys(files):
+            found = self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file)
+            for name, info in found.items():
+                if self.tensors.setdefault(name, info) is not info:
+                    self._check_same(name, self.tensors[name], info)
+
+    @property
+    def has_fp8(self) -> bool:
+        return any(info.dtype == "F8_E4M3" for info in self.tensors.values())
+
+    def files_with(self, name: str) -> list[str]:
+        """The files that hold a tensor: more than one only if all hold the same values."""
+        return [f for f in self._stamps if name in self._entries.get(f, {}) or name in self._pickled.get(f, {})]
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, on CPU, in memory of their own; each file is opened once."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            with self._opened(file) as opened:
+                found.update({name: self._tensor(opened, name) for name in wanted})
+        return found
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in memory of its own: the file is not mapped, so that nothing stays when it is dropped.
+
+        Raises UnsupportedError for a dtype that is not in `TORCH_DTYPES`.
+        """
+        return self.read([name])[name]
+
+    def pieces(self, name: str, size: int = 2**24) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor, uint8, `size` at a time."""
+        return self._pieces(name, self.tensors[name].file, size)
+
+    def _read_safetensors(self, file: str) -> dict[str, TensorInfo]:
+        with _without_collecting():
+            self._entries[file], self._stamps[file] = read_header(file)
+            entries = sorted(self._entries[file].items())
+            return {name: TensorInfo(entry.dtype, entry.shape, file) for name, entry in entries}
+
+    def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
+        self._pickled[file], self._stamps[file] = read_pickled(file)
+        return {
+            name: TensorInfo(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
+            for name, tensor in self._pickled[file].items()
+        }
+
+    def _check_same(self, name: str, one: TensorInfo, other: TensorInfo) -> None:
+        """Raise CheckpointError unless two files hold the same under a name. A loader takes either, as it happens."""
+        if (one.dtype, one.shape) == (other.dtype, other.shape):
+            pairs = zip(self._pieces(name, one.file), self._pieces(name, other.file), strict=True)
+            if all(torch.equal(a, b) for a, b in pairs):
+                return
+        raise CheckpointError(
+            f"{name} is in {one.file} ({one}) and in {other.file} ({other}), and not the same in both: delete the file that "
+            "does not belong to the checkpoint"
+        )
+
+    def _tensor(self, opened: BinaryIO, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        if info.file in self._pickled:
+            return self._pickled[info.file][name].clone()
+        if info.dtype not in TORCH_DTYPES:
+            raise UnsupportedError(f"{name} in {info.file} is {info}: hf_fp8 reads no values of that dtype")
+        entry = self._entries[info.file][name]
+        opened.seek(entry.begin)
+        return _bytes(opened, entry.end - entry.begin, name).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+    def _pieces(self, name: str, file: str, size: int = 2**24) -> Iterator[torch.Tensor]:
+        with self._opened(file) as opened:
+            if file in self._pickled:
+                data = self._pickled[file][name].contiguous().reshape(-1).view(torch.uint8)
+                yield from (data[start : start + size] for start in range(0, len(data), size))
+                return
+            entry = self._entries[file][name]
+            opened.seek(entry.begin)
+            for position in range(entry.begin, entry.end, size):
+                yield _bytes(opened, min(size, entry.end - position), name)
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[BinaryIO]:
+        with reading(file, self._stamps[file]) as (opened, _):
+            yield opened
+
+
+def _bytes(file: Any, count: int, name: str) -> torch.Tensor:
+    data = torch.empty(count, dtype=torch.uint8)
+    if file.readinto(memoryview(data.numpy())) != count:  # type: ignore[arg-type]
+        raise CorruptFileError(f"{file.name} ends before {name} does: it is truncated")
+    return data
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Without Python's garbage collector: of 100,000 tensors it would look through the lists again and again, for three times
+    as long as all else takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

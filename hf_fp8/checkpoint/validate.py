@@ -1,0 +1,266 @@
+"""Holds the files against the config: every weight that is quantized, and every contradiction, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
+from .config_groups import Group, fits, groups_of, match, weight_name
+from .reader import DENSE_DTYPES, Checkpoint
+from .spec import QuantizationSpec
+from .weights import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
+
+# `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
+CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
+ORPHAN = re.compile(
+    rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)}|(weight|input)_global_scale|weight_g_idx)$"
+)
+# What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
+ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
+# A stack of experts has no ".weight": what its scales are called beside it.
+STACK_SUFFIXES = {
+    WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
+    INPUT_SCALE: ("_input_scale", ".input_scale"),
+}
+
+
+@dataclass
+class Scan:
+    """weights: those of FP8 groups. host: those of other groups. cache: keys of the KV cache's scales."""
+
+    weights: list[StoredWeight] = field(default_factory=list)
+    host: list[StoredWeight] = field(default_factory=list)
+    cache: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The module of the model that a key of the file belongs to: its name there, and itself if there is one."""
+
+    name: str
+    module: nn.Module | None
+
+
+def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owner: Callable[[str], Owner], params: set[str], prefix: str) -> Scan:
+    """Sort out every tensor of the files.
+
+    owner: a weight's key in the file -> its module. params: keys that the model takes as they are.
+    prefix: that of the base model, which names may have or lack.
+
+    Raises the error that fits, naming the tensor or the config key, for the first contradiction.
+    """
+    found, used = Scan(), set[str]()
+    candidates = []
+    classes: dict[str, set[str]] = {}
+    for key, info in checkpoint.tensors.items():
+        name = module_named(key, info.dtype, len(info.shape))
+        if name is not None:
+            place = owner(key)
+            names = names_of(name, place.name, prefix)
+            group = _group_of(spec, name, names, place, key, checkpoint)
+            candidates.append((name, key, names, group, place.module))
+            classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
+    _check_groups(spec, [(names, classes[name], group) for name, _, names, group, _ in candidates])
+    for name, key, names, group, module in candidates:
+        if group is not None and group.scheme is None:
+            _check_host(key, names, group, module, checkpoint)
+            host = {role: f"{name}.{role}" for role in HOST_ROLES if f"{name}.{role}" in checkpoint.tensors}
+            if len(host) > 1:  # a target may be a regex that takes in norms as well
+                found.host.append(stored(name, host, checkpoint, group))
+                used.update(host.values())
+            continue
+        if key.endswith("weight_packed"):
+            continue
+        keys = companions(name, key, checkpoint)
+        if _is_fp8(key, keys, checkpoint, spec, group, names, module):
+            assert group is not None
+            found.weights.append(stored(name, keys, checkpoint, group))
+            used.update(keys.values())
+    for key in checkpoint.tensors:
+        if CACHE_SCALE.search(key):
+            found.cache.append(key)
+        elif (
+            key not in used
+            and key not in params
+            and (ORPHAN.search(key) or (key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors))
+        ):
+            raise UnusedTensorError(
+                f"{key} is a scale in the files, but no weight beside it is quantized by any config group: nobody would "
+                "use it. Either the weight is missing, or `targets` and `ignore` do not say what was quantized."
+            )
+    return found
+
+
+def names_of(name: str, place: str, prefix: str) -> tuple[str, ...]:
+    """What a config may call a module: by the file or by the model, with or without the base model's prefix."""
+    bare = [n.removeprefix(f"{prefix}.") for n in (name, place)]
+    return tuple(dict.fromkeys((name, place, *bare, *(f"{prefix}.{n}" for n in bare))))
+
+
+def module_named(key: str, dtype: str, ndim: int) -> str | None:
+    """The module in the file that `key` is the (possibly packed) weight of; None if it is no weight."""
+    for suffix in (f".{WEIGHT}", ".weight_packed"):
+        if key.endswith(suffix):
+            return key.removesuffix(suffix)
+    if key in (WEIGHT, "weight_packed"):
+        return ""
+    # A stack of experts is a parameter of its own. No scale is stored in FP8 with three dimensions.
+    return key if ndim == 3 and dtype.startswith("F8_") else None
+
+
+def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = True) -> dict[str, str]:
+    """Role -> key, of the weight `key` of the module `name` and of what belongs to it. Raises UnusedTensorError for two
+    spellings of one role, if `strict`."""
+    keys = {WEIGHT: key}
+    dot = f"{name}." if name else ""
+    for role, spellings in SPELLINGS.items():
+        candidates = [dot + spelling for spelling in spellings]
+        if key == name:
+            candidates = [name + suffix for suffix in STACK_SUFFIXES.get(role, ())]
+        present = [candidate for candidate in candidates if candidate in checkpoint.tensors]
+        if strict and len(present) > 1:
+            raise UnusedTensorError(f"{' and '.join(present)} are both in the files: only one can be the {role} of {name}")
+        if present:
+            keys[role] = present[0]
+    return keys
+
+
+def _group_of(
+    spec: QuantizationSpec, name: str, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint
+) -> Group | None:
+    """The group of the weight `key` of the module `name`. Targets may speak of it by the file's name, by the model's, or by
+    class.
+
+    Of several groups it is the one that speaks of it most precisely, among those that store weights as the file does: as
+    such codes, and, if there are still several, with such scales.
+    """
+    classes = () if place.module is None else tuple(cls.__name__ for cls in type(place.module).__mro__)
+    if match(names, classes, spec.ignore):
+        return None
+    dtype = checkpoint.tensors[key].dtype
+    groups = groups_of(spec.groups, names, classes)
+    if dtype not in DENSE_DTYPES and not isinstance(place.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
+        # Experts and routers were Linears when they were quantized, and may be parts of another module
+        # in the model; a module that this class of model lacks has no class here. The file decides.
+        groups += groups_of(spec.groups, names, ("Linear",))
+    with_weights = [group for group in groups if group.parsed.weights is not None]
+    if dtype in DENSE_DTYPES:
+        return next(iter(with_weights or groups), None)
+    alike = [group for group in with_weights if _stores(group, key, dtype)]
+    fitting = [group for group in alike if len(alike) > 1 and _scales_fit(group, name, key, checkpoint)]
+    return next(iter([*fitting, *alike, *with_weights]), None)
+
+
+def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bool:
+    """Whether what is beside a weight in FP8 is what a group that hf_fp8 runs has."""
+    if group.scheme is None:
+        return False
+    try:
+        stored(name, companions(name, key, checkpoint, strict=False), checkpoint, group).check()
+    except FP8Error:
+        return False
+    return True
+
+
+def _stores(group: Group, key: str, dtype: str) -> bool:
+    """Whether a group's weights are in files as this one is: E4M3 codes under ".weight", or something else."""
+    if dtype == "F8_E4M3" and not key.endswith("_packed"):
+        weights = group.parsed.weights  # the host has formats of its own with such codes, which have other scales
+        return group.scheme is not None or (weights.type == "float" and weights.num_bits == 8)
+    return group.scheme is None
+
+
+def _is_fp8(
+    key: str,
+    keys: dict[str, str],
+    checkpoint: Checkpoint,
+    spec: QuantizationSpec,
+    group: Group | None,
+    names: tuple[str, ...],
+    module: nn.Module | None,
+) -> bool:
+    """Whether a weight is stored in FP8, after holding that against what the config says."""
+    info = checkpoint.tensors[key]
+    scale = keys.get(WEIGHT_SCALE)
+    if info.dtype == "F8_E4M3":
+        if group is None:
+            ignored = " (it is in `ignore`)" if match(names, (), spec.ignore) else ""
+            raise MismatchError(
+                f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}{ignored}: its E4M3 codes would be "
+                "taken for values. Mend `targets` or `ignore` in config.json"
+            )
+        return True
+    if info.dtype in DENSE_DTYPES:
+        if scale is not None:
+            raise MismatchError(
+                f"{key} is stored dense ({info}), yet {scale} is beside it: the weight has been dequantized already and "
+                "its scale was left in, or the file holds unquantized weights. Multiplying again would be wrong."
+            )
+        if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, module)):
+            raise MismatchError(
+                f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
+                "add it to `ignore` in config.json if it is meant to be dense, else quantize it again"
+            )
+        return False
+    if group is not None or scale is not None or info.dtype.startswith("F8_"):
+        raise MismatchError(f"{key} is stored as {info}; hf_fp8 reads FP8 weights stored as F8_E4M3 (float8_e4m3fn)")
+    return False
+
+
+def _may_be_dense(names: tuple[str, ...], module: nn.Module | None) -> bool:
+    """Whether a dense weight that a pattern takes in is no contradiction: it is no Linear's (an embedding, a router that
+    the family's code makes a module of its own), it is a router's, or this class of model does not have it."""
+    if isinstance(module, nn.Linear):
+        return any(ROUTER.search(name) for name in names)
+    return module is None or isinstance(getattr(module, WEIGHT, None), nn.Parameter)
+
+
+def _check_host(key: str, names: tuple[str, ...], group: Group, module: nn.Module | None, checkpoint: Checkpoint) -> None:
+    """Raise for a weight that is not stored as the group that the host runs says, and for inputs that are quantized alone."""
+    info = checkpoint.tensors[key]
+    if group.parsed.weights is None:
+        if isinstance(module, nn.Linear) and len(info.shape) == 2:
+            raise UnsupportedError(
+                f"config group {group.name!r} quantizes the inputs of {names[0]}, whose weight is dense ({info}): hf_fp8 reads "
+                "groups without weights that are about attention modules only. Narrow its `targets` in config.json"
+            )
+    elif info.dtype.startswith("F8_") and not key.endswith("_packed") and not _stores(group, key, info.dtype):
+        raise MismatchError(
+            f"{key} is stored in FP8 ({info}), but the only config group that speaks of {names[0]}, {group.name!r}, stores "
+            f"{group.format} weights: its codes would be misread. Mend `targets` or `ignore` in config.json"
+        )
+    elif info.dtype not in DENSE_DTYPES and (name := weight_name(group)) is not None and key.rpartition(".")[2] != name:
+        raise MismatchError(
+            f"{key} is stored as {info}, but config group {group.name!r} has the format {group.format}, which stores {name!r}: "
+            "mend its `format` in config.json"
+        )
+
+
+def _excused(names: tuple[str, ...], spec: QuantizationSpec) -> bool:
+    """Whether `ignore` speaks of a dense module by a shorter or longer path than the file and the model do."""
+    for entry in spec.ignore:
+        if entry.startswith("re:"):
+            if any(fits(entry.removeprefix("re:"), name, anywhere=True) for name in names):
+                return True
+        elif any(name.endswith(f".{entry}") or entry.endswith(f".{name}") for name in names):
+            return True
+    return False
+
+
+def _check_groups(spec: QuantizationSpec, weights: list[tuple[tuple[str, ...], set[str], Group | None]]) -> None:
+    """Raise for a group that speaks of nothing. One whose weights all belong to groups that speak of them more
+    precisely is legitimate."""
+    owners = {group.name for *_, group in weights if group is not None}
+    for group in (group for group in spec.groups if group.parsed.weights is not None):
+        if group.name in owners or any(
+            other is not None and match(names, classes, group.targets) for names, classes, other in weights
+        ):
+            continue
+        raise ConfigError(
+            f"quantization_config.config_groups[{group.name!r}].targets is {list(group.targets)}: "
+            "that matches no weight in the files that is not in `ignore`"
+        )

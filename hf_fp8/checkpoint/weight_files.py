@@ -1,0 +1,173 @@
+"""Which files of a folder are the checkpoint: the ones that transformers reads, if that is beyond doubt."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError, CorruptFileError, MissingTensorError, UnsupportedError
+from .files import Stamp, check_names, is_there, read_json, regular
+
+INDEX = "model.safetensors.index.json"
+# (a file with everything, the index of several), in the host's order of preference
+_SAFETENSORS = ("model.safetensors", INDEX)
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<end>\.[^/]+)")
+# By one of these in a folder the host takes it for a checkpoint of several processes, whatever else is there.
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of a checkpoint, sorted. listed: tensor -> file, by the index, if there is one. stamps: of all of them, as
+    they were before any was opened.
+    """
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    listed: Mapping[str, Path] = field(default_factory=dict)
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+
+
+def find_weight_files(
+    folder: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    explicit: str | None = None,
+) -> WeightFiles | None:
+    """The files that `from_pretrained` reads from `folder`; None if it holds no weights. No file of weights is opened.
+
+    variant, use_safetensors: as `from_pretrained` takes them. explicit: the file, or index, that config.json names
+    (`transformers_weights`). The folder may be one of links, as in the Hub's cache.
+
+    Raises errors that name the files: CheckpointError if there is a single file beside an index of others, or an index that
+    leaves out numbers of a series; CorruptFileError for an index that is none, or names files outside of the folder, and for
+    anything that is no regular file; MissingTensorError for files that the index lists and that are not there; ConfigError
+    for an `explicit` that cannot be meant; UnsupportedError for checkpoints of several processes.
+    """
+    folder = Path(folder)
+    if any(map(_DISTRIBUTED.match, _names(folder))):
+        raise UnsupportedError(f"{folder} holds a distributed checkpoint (shard-*.safetensors), which hf_fp8 does not read")
+    if explicit is not None:
+        return _explicit(folder, explicit)
+    for single, index in _candidates(variant, use_safetensors):
+        one, several = folder / single, folder / index
+        if is_there(one):
+            stamp = regular(one)
+            if is_there(several):
+                _refuse_two(one, several)
+            return WeightFiles((one,), stamps={one: stamp})
+        if is_there(several):
+            return _sharded(folder, several)
+    return None
+
+
+def _candidates(variant: str | None, use_safetensors: bool | None) -> Iterator[tuple[str, str]]:
+    for pair, wanted in ((_SAFETENSORS, use_safetensors is not False), (_PICKLED, not use_safetensors)):
+        if wanted:
+            single, index = (_with_variant(name, variant) for name in pair)
+            yield single, index
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, end = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{end}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from error
+
+
+def _explicit(folder: Path, name: object) -> WeightFiles:
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(name):
+        raise ConfigError(
+            f"{folder}: transformers_weights of config.json is {name!r}; it names a .safetensors file, or the "
+            ".safetensors.index.json of several, in the folder"
+        )
+    path = folder / name
+    return _sharded(folder, path) if name.endswith(".json") else WeightFiles((path,), stamps={path: regular(path)})
+
+
+def _sharded(folder: Path, index: Path) -> WeightFiles:
+    stamp = regular(index)
+    listed = _weight_map(index)
+    names = sorted(set(listed.values()))
+    _check_series(index, names)
+    stamps, missing = {index: stamp}, []
+    for name in names:
+        if is_there(folder / name):
+            stamps[folder / name] = regular(folder / name)
+        else:
+            missing.append(name)
+    if missing:
+        raise MissingTensorError(
+            f"{index} lists {_some(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: download what is missing"
+        )
+    return WeightFiles(
+        tuple(folder / name for name in names), index, {key: folder / name for key, name in listed.items()}, stamps
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as the index has it. Raises CorruptFileError, naming the index, for anything else."""
+    content = read_json(index, unique=True)
+    found = content.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise CorruptFileError(f"{index} has no weight_map from tensors to files")
+    if not found:
+        raise CorruptFileError(f"{index} has an empty weight_map: it lists no file")
+    if not isinstance(content.get("metadata"), dict):
+        raise CorruptFileError(f'{index} has no "metadata" object, without which transformers does not read it: {{}} will do')
+    names = set(found.values())
+    check_names(str(index), [*found, *names])
+    if bad := sorted(name for name in names if not _is_inside(name)):
+        raise CorruptFileError(f"{index} lists {bad[0]!r}, which is no file of its folder")
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it is a path to somewhere below the folder that it starts from, on any system."""
+    return not Path(name).drive and not {"", ".", ".."} & set(re.split(r"[/\\]", name))
+
+
+def _check_series(index: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError unless all of `NAME-00001-of-0000N.EXT` are listed if one is."""
+    series: dict[tuple[str, str, str], dict[int, str]] = {}
+    for name in names:
+        if found := _NUMBERED.fullmatch(name):
+            series.setdefault((found["stem"], found["count"], found["end"]), {})[int(found["number"])] = found["number"]
+    for (stem, count, end), numbers in series.items():
+        first, width = 0 if 0 in numbers else 1, len(min(numbers.values()))
+        absent = (number for number in range(first, first + int(count)) if number not in numbers)
+        if lost := [f"{stem}-{number:0{width}d}-of-{count}{end}" for number in itertools.islice(absent, 4)]:
+            raise CheckpointError(
+                f"{index} lists files that are numbered up to {count}, but not {_some(lost)}: it is incomplete, and what is in "
+                "there would be left out. Download the index again"
+            )
+
+
+def _refuse_two(one: Path, several: Path) -> None:
+    """Raise CheckpointError if the index of several files lists others than the single file beside it."""
+    advice = f"Delete {several.name} if {one.name} is the checkpoint"
+    try:
+        others = sorted(set(_weight_map(several).values()) - {one.name})
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}. {advice}") from error
+    if others:
+        raise CheckpointError(
+            f"{one.parent} holds {one.name}, which transformers would read, and {several.name}, which lists {_some(others)}: "
+            f"only one of them is the checkpoint. {advice} (saving into a folder leaves the index of what was there before), "
+            f"and {one.name} if it is not"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")

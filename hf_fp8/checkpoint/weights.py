@@ -1,0 +1,245 @@
+"""One quantized weight as the files store it, with the scales that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from ..formats.scheme import Scheme, scale_shape
+from .config_groups import Group
+from .reader import SCALE_DTYPES, Checkpoint
+from .slices import Part
+
+WEIGHT, WEIGHT_SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
+ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+
+# Other spellings of the same factors. DeepSeek-style files call the factor that a stored value is
+# multiplied by `weight_scale_inv`; the rest are names that older quantizers wrote.
+SPELLINGS = {
+    WEIGHT_SCALE: ("weight_scale", "weight_scale_inv", "scale_weight"),
+    INPUT_SCALE: ("input_scale", "act_scale", "activation_scale", "input_activation_scale", "scale_input"),
+    **{name: (name,) for name in ZERO_POINTS},
+}
+# What a group that is not FP8 may keep beside a weight (compressed-tensors' compressors).
+HOST_ROLES = (
+    WEIGHT, "weight_packed", WEIGHT_SCALE, "weight_zero_point", "weight_shape", "weight_g_idx",
+    "weight_global_scale", INPUT_SCALE, "input_global_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """A tensor that is dense in the files, where the model merges it with quantized ones.
+
+    saved: as in `StoredWeight`. dtype: safetensors' name of it.
+    """
+
+    saved: str
+    dtype: str
+
+
+@dataclass(eq=False)
+class StoredWeight:
+    """A weight of the file that a config group quantizes.
+
+    name: the module's name in the file. keys: role ("weight", "weight_scale", ...) -> key in the file.
+    renamed: role -> that key after the host's renamings. target: the parameter of the model that it
+    goes into, "" if the model has none. pattern: the source pattern of the host's converter that
+    takes it there, None if it goes there as it is. saved: role -> the name under which it is written back, before the host
+    undoes its renamings. transposed: (in, out) instead of (out, in). part: for a weight that is
+    yet to be quantized, where its values come from, by the renamed key.
+    """
+
+    name: str
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    group: Group
+    renamed: dict[str, str] = field(default_factory=dict)
+    target: str = ""
+    pattern: str | None = None
+    saved: dict[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    part: Part | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        assert self.group.scheme is not None
+        return self.group.scheme
+
+    @property
+    def primary(self) -> str:
+        """The role of the tensor that holds the values: packed formats have no "weight"."""
+        return WEIGHT if WEIGHT in self.keys else "weight_packed"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[WEIGHT]
+
+    @property
+    def module(self) -> str:
+        return self.target.removesuffix(f".{WEIGHT}")
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it goes into a stack of experts, a parameter of its own, and not into the weight of a module."""
+        merged = self.pattern is not None or len(self.shapes.get(WEIGHT, ())) == 3
+        return merged and bool(self.target) and not self.target.endswith(f".{WEIGHT}")
+
+    def stacked_scale(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scale of a stack (E, A, B) of weights in float32, broadcastable to it."""
+        experts, rows, cols = self.shape
+        scale, granularity = scale.float(), self.scheme.weight.granularity
+        if granularity.is_tensor:
+            return scale.reshape(-1, 1, 1)
+        if granularity.is_row:
+            if scale.ndim == 3:
+                return scale
+            return scale.reshape((experts, 1, cols) if self.transposed else (experts, rows, 1))
+        step_rows, step_cols = granularity.rows, granularity.cols
+        if self.transposed:
+            step_rows, step_cols = step_cols, step_rows
+        return scale.repeat_interleave(step_rows, 1)[:, :rows].repeat_interleave(step_cols, 2)[..., :cols]
+
+    def check(self) -> None:
+        """Raises, naming the tensor, for companions that are missing, unused, or of a wrong dtype or shape. A static input
+        scale may be missing: not everything needs it (`wrong_input_scales`)."""
+        if WEIGHT_SCALE not in self.keys:
+            raise MissingTensorError(
+                f"{self.name}.{WEIGHT_SCALE} is not in the files, though {self.keys[WEIGHT]} is stored in FP8 "
+                f"({self.scheme.describe()}). Without it the codes mean nothing: download or export the checkpoint again."
+            )
+        if not self.scheme.has_static_input and INPUT_SCALE in self.keys:
+            raise UnusedTensorError(
+                f"{self.keys[INPUT_SCALE]} is in the files, but config group {self.group.name!r} has no static inputs "
+                f"({self.scheme.describe()}): nobody would use it. Set input_activations.dynamic to false if it should be."
+            )
+        for role in (WEIGHT_SCALE, INPUT_SCALE):
+            if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
+                raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; scales come as {', '.join(SCALE_DTYPES)}")
+        allowed = self._weight_scale_shapes()
+        if self.shapes[WEIGHT_SCALE] not in allowed:
+            raise ScaleError(
+                f"{self.keys[WEIGHT_SCALE]} has shape {list(self.shapes[WEIGHT_SCALE])}; for a weight of shape "
+                f"{list(self.shape)} and {self.scheme.describe()} it must be {' or '.join(str(list(s)) for s in allowed)}"
+            )
+        scalars: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
+        if len(self.shape) == 3:
+            scalars += ((self.shape[0],), (self.shape[0], 1), (self.shape[0], 1, 1))
+        if INPUT_SCALE in self.keys and self.shapes[INPUT_SCALE] not in scalars:
+            raise ScaleError(
+                f"{self.keys[INPUT_SCALE]} has shape {list(self.shapes[INPUT_SCALE])}; a static input has one scale per tensor"
+            )
+
+    def _weight_scale_shapes(self) -> list[tuple[int, ...]]:
+        granularity = self.scheme.weight.granularity
+        if len(self.shape) == 2:
+            rows, cols = self.shape
+            shapes = [scale_shape(granularity, rows, cols)]
+            if granularity.is_tensor:
+                shapes += [(), (1, 1)]
+            elif granularity.is_row:
+                shapes += [(rows,)]
+            elif granularity.rows == 1:
+                shapes += [(*shapes[0], 1)]  # groups, as broadcast over the weight taken apart
+            return shapes
+        if len(self.shape) != 3:
+            raise UnsupportedError(
+                f"{self.keys[WEIGHT]} has {len(self.shape)} dimensions; hf_fp8 reads FP8 matrices and stacks of them"
+            )
+        experts, rows, cols = self.shape
+        if granularity.is_tensor:
+            return [(), (1,), (experts,), (experts, 1), (experts, 1, 1)]
+        if granularity.is_row:
+            out = cols if self.transposed else rows
+            return [(experts, 1, cols) if self.transposed else (experts, rows, 1), (experts, out)]
+        grid = granularity.grid(cols, rows)[::-1] if self.transposed else granularity.grid(rows, cols)
+        return [(experts, *grid)]
+
+
+def companion(pattern: str, role: str) -> str:
+    """The name of the tensor `role` that goes with a weight named, or matched by, `pattern`."""
+    if pattern == WEIGHT or pattern.endswith(f".{WEIGHT}"):
+        return pattern.removesuffix(WEIGHT) + role
+    return f"{pattern}.{role}"
+
+
+def name_beside(target: str, renamed: str, prefix: str) -> str:
+    """`renamed`, a key of the files after the host's renamings, with or without the base model's `prefix`, as the parameter
+    `target` of the model has it: the host adds or removes the prefix while loading, and does not undo that when it saves."""
+    dot = f"{prefix}."
+    if not prefix or target.startswith(dot) == renamed.startswith(dot):
+        return renamed
+    return dot + renamed if target.startswith(dot) else renamed.removeprefix(dot)
+
+
+def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Key -> scale (or zero point) of all the weights, on CPU: they are small beside what they scale.
+
+    Raises ScaleError for the first scale of a weight that is not finite and positive, UnsupportedError for zero points. Those
+    of inputs are `wrong_input_scales`' matter.
+    """
+    names = [w.keys[role] for w in weights for role in (WEIGHT_SCALE, INPUT_SCALE, *ZERO_POINTS) if role in w.keys]
+    found = checkpoint.read(names)
+    for name, scale in found.items():
+        if "zero_point" in name and scale.float().count_nonzero():
+            raise UnsupportedError(f"{name} is not zero: hf_fp8 runs symmetric FP8, without zero points")
+    for key in (weight.keys[WEIGHT_SCALE] for weight in weights if WEIGHT_SCALE in weight.keys):
+        if (wrong := _wrong_values(found[key])) is not None:
+            raise ScaleError(
+                f"{key} {wrong}: weights multiplied by it would be wrong. The checkpoint was damaged or badly calibrated."
+            )
+    return found
+
+
+def wrong_input_scales(weights: list[StoredWeight], scales: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Name of a weight with static inputs -> what is wrong with its input scale: it is missing, or holds what is no scale."""
+    found = {}
+    for weight in weights:
+        key = weight.keys.get(INPUT_SCALE)
+        if weight.part is not None or not weight.scheme.has_static_input:
+            continue
+        if key is None:
+            found[weight.name] = f"{weight.name}.{INPUT_SCALE} is not in the files"
+        elif (wrong := _wrong_values(scales[key])) is not None:
+            found[weight.name] = f"{key} {wrong}"
+    return found
+
+
+def _wrong_values(scale: torch.Tensor) -> str | None:
+    scale = scale.float()
+    bad = ~(scale.isfinite() & (scale > 0))
+    if not bad.any():
+        return None
+    return f"holds {scale[bad][0].item()} ({int(bad.sum())} of {scale.numel()} values are not finite and positive)"
+
+
+def check_host_shapes(weights: list[StoredWeight], held: Mapping[str, torch.Tensor]) -> None:
+    """Raises MismatchError for weights of the host's formats whose tensors have other shapes than its modules.
+
+    held: the model's own tensors by name, once the host has made its modules.
+    """
+    for weight in weights:
+        for role, name in weight.saved.items():
+            if weight.pattern is None and name in held and tuple(held[name].shape) != weight.shapes[role]:
+                raise MismatchError(
+                    f"{weight.keys[role]} has shape {list(weight.shapes[role])} in the files; for config group "
+                    f"{weight.group.name!r} ({weight.group.format}) it must be {list(held[name].shape)}"
+                )
+
+
+def stored(name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group) -> StoredWeight:
+    """The record of one weight, from its keys by role."""
+    infos = {role: checkpoint.tensors[key] for role, key in keys.items()}
+    if WEIGHT not in keys and group.scheme is not None:
+        raise CheckpointError(f"{name} has no weight")
+    return StoredWeight(
+        name,
+        dict(keys),
+        {role: info.shape for role, info in infos.items()},
+        {role: info.dtype for role, info in infos.items()},
+        group,
+    )

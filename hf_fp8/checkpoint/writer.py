@@ -1,0 +1,235 @@
+"""Safetensors files written tensor by tensor, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import ConfigError, UnsupportedError
+from .headers import BITS
+from .reader import TORCH_DTYPES, TensorInfo
+from .weight_files import INDEX
+
+# What holds weights, in whatever format.
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json", ".ckpt")
+
+
+def nbytes(info: TensorInfo) -> int:
+    """Bytes of a tensor's values. Raises UnsupportedError for a dtype that safetensors does not have."""
+    if info.dtype not in BITS:
+        raise UnsupportedError(f"a tensor in {info.file} is {info}: safetensors has no such dtype")
+    return math.prod(info.shape) * BITS[info.dtype] // 8
+
+
+class ShardWriter:
+    """Writes one safetensors file whose header is known beforehand: `write` puts each tensor where it belongs, in any order.
+
+    The format is https://github.com/huggingface/safetensors#format: the length of the header as a little-endian uint64, the
+    header as JSON, padded with spaces to a multiple of 8, and the values without gaps. Larger dtypes come first, as the
+    library writes them, so that every tensor is aligned.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+        self._missing = set(tensors)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._starts: dict[str, int] = {}
+        position = 0
+        for name in sorted(tensors, key=lambda name: (-BITS[tensors[name].dtype], name)):
+            info = tensors[name]
+            end = position + nbytes(info)
+            header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+            self._starts[name], position = position, end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._base + position)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After the block, see to it that all is there, on the disk; after an exception, only let go."""
+        with self._file:
+            if kind is None:
+                assert not self._missing, f"{sorted(self._missing)[:3]} were never written"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor."""
+        info = self.tensors[name]
+        assert tensor.shape == info.shape and tensor.dtype == TORCH_DTYPES[info.dtype], (name, tensor.shape, tensor.dtype, info)
+        self._file.seek(self._base + self._starts[name])
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
+        self._missing.discard(name)
+
+    def copy(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Write one tensor from its bytes, uint8, piece by piece."""
+        self._file.seek(self._base + self._starts[name])
+        count = 0
+        for piece in pieces:
+            count += self._file.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
+        assert count == nbytes(self.tensors[name]), (name, count)
+        self._missing.discard(name)
+
+
+def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """The index that the host reads, if there is more than one file. files: name of a file -> its tensors."""
+    if len(files) < 2:
+        return
+    weights = {name: file for file, tensors in files.items() for name in tensors}
+    total = sum(nbytes(info) for tensors in files.values() for info in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+# Folders that this process is filling.
+_BEGUN: set[Path] = set()
+_TURN = threading.Lock()
+
+
+def check_place(path: Path, replaces: str | None) -> None:
+    """Raise ConfigError unless a folder can be written to `path`: nothing is there, or an empty folder, or one to replace.
+
+    path: with links followed. replaces: the name of a file by which a folder that may be replaced is known. One with other
+    folders in it that hold weights is not replaced; nor is a mount point, or what holds one, as a folder cannot be renamed into
+    its place.
+    """
+    if mounted := _mount_in(path):
+        raise ConfigError(f"{mounted} is a mount point, which cannot be replaced by a new folder: choose one inside of it")
+    _check_parent(path)
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link that leads to itself, or to another link without an end")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file, not a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if replaces is None:
+        raise ConfigError(f"{path} is there already: choose another place, or pass --overwrite (overwrite=True)")
+    if not (path / replaces).exists():
+        raise ConfigError(f"{path} is there already, and has no {replaces}: it is something else, and is not overwritten")
+    inside = (file for file in path.rglob("*") if file.parent != path and file.name.endswith(WEIGHT_FILES))
+    if (found := next(inside, None)) is not None:
+        raise ConfigError(f"{path} is not overwritten, since {found} is in it, too")
+
+
+def _mount_in(path: Path) -> Path | None:
+    """`path` if it is a mount point, or one that is in it; None if there is none."""
+    if os.path.ismount(path):
+        return path
+    try:  # on Linux, where the function above does not see a folder of the same file system that is bound to it
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    points = [Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4])) for line in lines]
+    return next((point for point in points if path in (point, *point.parents)), None)
+
+
+def _check_parent(path: Path) -> None:
+    """Raise ConfigError if nothing can be made beside `path`."""
+    place = path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{path} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path} cannot be written: no permission to write to {place}")
+    if len(os.fsencode(_beside(path, "part").name)) > 255:
+        raise ConfigError(f"{path} cannot be written: its name is too long, as one with more to it is needed meanwhile")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
+
+    What is at `path` stays until then. A process that is killed leaves a hidden folder beside it, which the next one that
+    writes there removes. Raises ConfigError as `check_place` does, before the block and again after it.
+    """
+    path = Path(os.path.realpath(path))
+    _clear_up(path)
+    check_place(path, replaces)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, old = _beside(path, "part"), _beside(path, "old")
+    with _TURN:
+        if part in _BEGUN:
+            raise ConfigError(f"another thread of this process is writing {path}")
+        _BEGUN.add(part)
+    try:
+        part.mkdir()
+        yield part
+        for file in [part, *part.rglob("*")]:
+            _sync(file)
+        check_place(path, replaces)  # somebody else may have been here meanwhile
+        if path.exists() and any(path.iterdir()):
+            path.rename(old)
+        part.rename(path)  # over an empty folder, too
+        _sync(path.parent)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    finally:
+        _BEGUN.discard(part)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what killed processes of this machine left; and put back what one of them had moved away when it was killed."""
+    if not path.parent.exists():
+        return
+    for kind in ("old", "part"):
+        start = f".{path.name}.{kind}-{socket.gethostname()}-"
+        for left in [file for file in path.parent.iterdir() if file.name.startswith(start)]:
+            if left in _BEGUN or not _has_ended(left.name.removeprefix(start)):
+                continue
+            if kind == "old" and not path.exists():
+                left.rename(path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _has_ended(process: str) -> bool:
+    """Whether a process that had this number has. False for what is no number of a process: such a folder is not ours."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", process):
+        return False
+    if int(process) == os.getpid():
+        return True  # an earlier one had the same number
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _sync(path: Path) -> None:
+    """See to it that a file, or the names in a folder, survive a crash of the machine."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

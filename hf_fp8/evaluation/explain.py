@@ -1,0 +1,120 @@
+"""`explain(model)`: what runs where, and why, module by module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..formats.scheme import FP8
+from ..kernels import Problem, select, select_grouped
+from ..loading.layout import NOTES
+from ..nn.experts import FP8Experts
+from ..nn.linear import FP8Linear
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module (or merged parameter). bytes: what it holds in memory, scales and bias included."""
+
+    name: str
+    scheme: str
+    kernel: str
+    reason: str
+    bytes: int
+
+
+class Explanation(list[Row]):
+    """The rows of `explain`, as a list; printed, a table with equal layers of a model folded into one line."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no FP8 modules"
+        folded: dict[tuple[str, str, str, str], list[Row]] = {}
+        for row in self:
+            pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+            folded.setdefault((pattern, row.scheme, row.kernel, row.reason), []).append(row)
+        reasons = {row.reason for row in self}
+        common = reasons.pop() if len(reasons) == 1 else None
+        lines = [("module", "count", "scheme", "kernel", "bytes", "reason" if common is None else "")]
+        for (pattern, scheme, kernel, reason), rows in folded.items():
+            size = f"{sum(row.bytes for row in rows):,}"
+            lines.append((pattern, str(len(rows)), scheme, kernel, size, reason if common is None else ""))
+        lines.append(("total", str(len(self)), "", "", f"{sum(row.bytes for row in self):,}", ""))
+        widths = [max(len(line[column]) for line in lines) for column in range(6)]
+        table = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        return f"{table}\nwhy: {common}" if common else table
+
+    __repr__ = __str__
+
+
+def _bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Explanation:
+    """Per FP8 module of `model`: its scheme, the kernel chosen for it on its device, why, and its bytes.
+
+    dtype: that of the inputs; by default the first one found among the model's dense parameters. device: as if it were there.
+    Weights that were multiplied out while loading are listed too, with the reason.
+    """
+    if dtype is None:
+        dense = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32))
+        dtype = next(dense, torch.bfloat16)
+    rows = Explanation()
+    for name, module in model.named_modules():
+        if isinstance(module, FP8Linear):
+            place = _execution_device(module, device)
+            choice = select(Problem(place, module.scheme, module.out_features, module.in_features, dtype), module.backend)
+            size = _bytes(*module.parameters(recurse=False))
+            rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
+        elif isinstance(module, FP8Experts):
+            rows += _experts(name, module, dtype, _execution_device(module, device))
+    # In whatever the model was wrapped by, and without what is not there any more.
+    notes = [(part, vars(part)[NOTES]) for part in model.modules() if NOTES in vars(part)]
+    for part, name, scheme, reason in ((part, name, *note) for part, found in notes for name, note in found.items()):
+        held = _held(part, name)
+        if held is None:
+            continue
+        if isinstance(held, FP8Linear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
+            continue  # listed above, or made dense by the user since
+        tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
+        rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
+    return rows
+
+
+def _held(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
+    """The module or parameter of a name, None if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        try:
+            return model.get_parameter(name)
+        except AttributeError:
+            return None
+
+
+def _experts(name: str, module: FP8Experts, dtype: torch.dtype, device: torch.device) -> list[Row]:
+    """A row for each stack."""
+    rows = []
+    for projection in module.projections:
+        _, n, k = projection.shape
+        choice = select_grouped(Problem(device, projection.scheme, n, k, dtype), module.backend)
+        held = [getattr(module, leaf) for leaf in (projection.name, projection.scale, projection.input_scale)]
+        size = _bytes(*held, getattr(module, f"{projection.name}_bias", None))
+        rows.append(Row(f"{name}.{projection.name}", projection.scheme.describe(), str(choice), choice.reason, size))
+    return rows
+
+
+def _execution_device(module: nn.Module, asked: torch.device | str | None) -> torch.device:
+    """Where the module computes: accelerate moves offloaded weights there for the call."""
+    if asked is not None:
+        return torch.device(asked)
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    found = next(module.parameters()).device
+    return torch.device("cpu") if found.type == "meta" else found

@@ -1,0 +1,153 @@
+"""What a checkpoint holds and what would run, by its headers; and every check of loading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.weights import WEIGHT
+from ..checkpoint.writer import nbytes
+from ..errors import CheckpointError, FP8Error, MissingTensorError
+from ..integrations.config import FP8Config
+from ..integrations.quantizer import FP8HfQuantizer
+from ..quantization.files import plan_source, read_quantized, total_bytes
+from ..quantization.methods import HF_FP8, how_stored
+from ..quantization.source import Source, type_of
+from .explain import Explanation, explain
+
+# The code of E4M3 that is NaN, without its sign.
+_NAN = 0x7F
+
+
+@dataclass
+class GroupFound:
+    """A config group and what of the files is in it. bytes: codes and scales."""
+
+    name: str
+    scheme: str
+    targets: list[str]
+    matrices: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Inspection:
+    """dtypes: (name in safetensors, tensors, bytes). explanation: what would run, module by module. error: what loading
+    would raise, if it would.
+    """
+
+    folder: str
+    model: str
+    files: list[str]
+    bytes: int
+    dtypes: list[tuple[str, int, int]]
+    groups: list[GroupFound] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
+    summary: str = ""
+    explanation: Explanation | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain types, for JSON."""
+        found = {key: value for key, value in vars(self).items() if key not in ("groups", "explanation")}
+        rows = [asdict(row) for row in self.explanation or ()]
+        return {**found, "groups": [asdict(group) for group in self.groups], "modules": rows}
+
+
+def inspect_source(source: Source, device: torch.device | str | None = None) -> Inspection:
+    """device: say what would run there; by default on the accelerator of this machine, or on its CPU.
+
+    Raises CheckpointError only for files that cannot be read: what else is wrong is in `Inspection.error`.
+    """
+    if device is not None:
+        device = torch.device(device)
+    checkpoint = source.checkpoint()
+    counts, sizes = Counter[str](), Counter[str]()
+    for info in checkpoint.tensors.values():
+        counts[info.dtype] += 1
+        sizes[info.dtype] += nbytes(info)
+    found = Inspection(
+        folder=str(source.folder),
+        model=type_of(source),
+        files=source.files,
+        bytes=total_bytes(checkpoint),
+        dtypes=[(dtype, count, sizes[dtype]) for dtype, count in counts.most_common()],
+    )
+    try:
+        _look(source, checkpoint, found, device)
+    except FP8Error as error:
+        found.error = str(error)
+    return found
+
+
+def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: torch.device | str | None) -> None:
+    stored = how_stored(source)
+    if stored is None:
+        _, plan = plan_source(source, FP8Config("FP8_DYNAMIC"))
+        found.ignore = plan.dense
+        found.summary = (
+            f"not quantized: FP8_DYNAMIC would make {len(plan.groups):,} matrices FP8, "
+            f"{found.bytes / 1e9:.2f} GB -> {total_bytes(plan.written) / 1e9:.2f} GB"
+        )
+        return
+    if stored.reader != HF_FP8:
+        found.summary = str(stored)
+        return
+    config = FP8Config(checkpoint=source.quantization)
+    groups = {group.name: GroupFound(group.name, _describe(group), list(group.targets)) for group in config.groups}
+    found.groups, found.ignore = list(groups.values()), list(config.ignore)
+    model = source.structure()
+    quantizer = FP8HfQuantizer(config)
+    layout = quantizer.look_at(model, source.conversions(model), checkpoint, source.dtype, device)
+    for weight in [*layout.scan.weights, *layout.scan.host]:
+        group = groups[weight.group.name]
+        group.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1
+        group.bytes += sum(nbytes(checkpoint.tensors[key]) for key in weight.keys.values())
+    found.explanation = explain(model, source.dtype, quantizer.compute_device)
+    found.summary = f"FP8 in the compressed-tensors format; from_pretrained on {quantizer.compute_device.type} would run:"
+
+
+def _describe(group: Any) -> str:
+    return group.scheme.describe() if group.scheme is not None else str(group.format)
+
+
+def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: None) -> list[str]:
+    """Every check of loading (names, dtypes, shapes, scales, config, experts, coverage), and that no code is NaN.
+
+    tick: called with the bytes that have been dealt with. Returns what was found to be right; raises CheckpointError of the
+    fitting kind for the first thing that is not.
+    """
+    reading = read_quantized(source)
+    checkpoint, layout = reading.checkpoint, reading.layout
+    weights = layout.scan.weights
+    if layout.missing:
+        raise MissingTensorError(
+            f"no tensor in the files goes into {layout.missing[0]} ({len(layout.missing)} parameters of {type_of(source)} in "
+            "all): they would be random"
+        )
+    homeless = [weight.name for weight in [*weights, *layout.scan.host] if not weight.target]
+    codes = {weight.keys[WEIGHT] for weight in weights}
+    for key, info in checkpoint.tensors.items():
+        if key in codes and bool(((checkpoint.load(key).view(torch.uint8) & _NAN) == _NAN).any()):
+            raise CheckpointError(
+                f"{key} has codes that are NaN: the weight was not finite when it was quantized, or is damaged"
+            )
+        tick(nbytes(info))
+    source.check_unchanged()
+    checks = [
+        f"{len(source.files)} file(s), {len(checkpoint.tensors):,} tensors, {total_bytes(checkpoint) / 1e9:.2f} GB",
+        f"{len(reading.spec.groups)} config group(s), {len(weights):,} FP8 weights; scales have right shapes, dtypes, values",
+        "no scale without its weight, no weight in FP8 that no group speaks of, no dense one that a group does",
+        f"every parameter of {type_of(source)} is filled",
+        "no NaN among the codes",
+    ]
+    if layout.scan.host:
+        checks.insert(2, f"{len(layout.scan.host):,} weights of other formats, for transformers to run")
+    if homeless:
+        checks.append(f"{len(homeless)} weights such as {homeless[0]} that the model does not have, and will not load")
+    return checks

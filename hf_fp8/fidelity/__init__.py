@@ -1,8 +1,0 @@
-"""What quantizing cost: layers, outputs and perplexity of a quantized model against those of the float one."""
-
-from .compare import quality
-from .report import QualityReport
-from .rows import Row, Rows
-from .run import perplexity
-
-__all__ = ["QualityReport", "Row", "Rows", "perplexity", "quality"]

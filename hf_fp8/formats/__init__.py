@@ -1,0 +1,1 @@
+"""What stored numbers mean: schemes, scales, codes and the reference arithmetic."""

@@ -1,0 +1,339 @@
+"""Reference maths in plain torch, on any device: the definition that every kernel is held against.
+
+Rounding is that of compressed-tensors (quantization/lifecycle/forward.py and
+quantization/utils/helpers.py): ``scale = amax / 448``, ``q = e4m3(clamp(x / scale, -448, 448))``.
+int8 is the same with 127 and rounding to the nearest integer, ties to even. Everything is computed in
+float32 (float64 for inputs in float64) and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import CalibrationError, ScaleError
+from .cpu_casts import multiply_out
+from .quantized_weight.tensor import codes_of
+from .scheme import CODE_MAX, FP8, ROW, Granularity, TensorScheme, scale_shape
+
+# The scale where amax / 448 is 0: a normal number, which no device takes for 0 in x / scale.
+MIN_SCALE = torch.finfo(torch.float32).tiny
+# Rows that `outlier_columns` looks at, as columns that stand out do so in nearly every row; how many times the mean of all
+# columns one must have; and how many times the loudest, for any to be worth a product of their own. SmolLM2, 512 rows, KL
+# divergence in 1e-3: the 16 largest columns by all rows 2.7, by 64 2.8, by 32 3.0; one in 24 above 2.5 times the mean
+# 2.5, only if one is above 5 times 2.6, 8 times 2.7 (the input of most o_proj is left alone), 12 times 3.5.
+SAMPLE_ROWS = 64
+OUTLYING, WORTHWHILE = 2.5, 5.0
+# Elements that `dequantize` works on at a time on a CPU, so that temporaries stay in the cache. Measured for
+# 5632x2048 to float32 on two cores, ms: 35 at 2**16, 28 at 2**17, 27 at 2**18, 22 at 2**19, 23 at 2**20; torch's own
+# cast and product 65 to 75. To bfloat16 26, 22, 17, 16, 15; torch 52 to 89.
+CPU_CHUNK = 2**19
+# On other devices, where weights are multiplied out in pieces to hold little beside them: 64 MB of float32.
+GPU_CHUNK = 2**24
+
+
+def _blocks(x: torch.Tensor, granularity: Granularity) -> tuple[int, int]:
+    rows, cols = x.shape
+    return (
+        rows if granularity.rows == -1 else granularity.rows,
+        cols if granularity.cols == -1 else granularity.cols,
+    )
+
+
+def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """Scales (`granularity.grid`) that map the largest magnitude of each block to the largest code of `dtype`.
+
+    x: (rows, cols), any float dtype; scales are in its `wide` one. A zero block gives the smallest normal float32, so its
+    values quantize to zero; a block with NaN or inf gives a NaN or inf scale, so that it stays visible.
+    """
+    if x.numel() == 0:
+        return torch.full(granularity.grid(*x.shape), MIN_SCALE, dtype=wide(x.dtype), device=x.device)
+    return scale_of(amax_of(x, granularity), dtype)
+
+
+def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+    """The largest magnitude of each block of x (rows, cols), which is not empty: `granularity.grid`, in the dtype of x."""
+    rows, cols = x.shape
+    grid_rows, grid_cols = granularity.grid(rows, cols)
+    magnitude = x.abs()
+    if granularity.is_row:
+        return magnitude.amax(dim=1, keepdim=True)
+    if granularity.is_tensor:
+        return magnitude.amax().reshape(1, 1)
+    block_rows, block_cols = _blocks(x, granularity)
+    pad = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
+    tiles = torch.nn.functional.pad(magnitude, pad).view(grid_rows, block_rows, grid_cols, block_cols)
+    return tiles.amax(dim=(1, 3))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What values of a float dtype are computed in: float32, and float64 for float64, whose values float32 cannot hold."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """The scale, in the `wide` dtype, that maps a magnitude to the largest code of `dtype`."""
+    return torch.threshold_(amax.to(wide(amax.dtype)) / CODE_MAX[dtype], 0.0, MIN_SCALE)  # NaN stays
+
+
+def expand_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
+    """`scale`, in any shape that holds `granularity.grid` elements, in the `wide` dtype, broadcastable to (rows, cols)."""
+    return _broadcast(scale.to(wide(scale.dtype)), granularity, rows, cols)
+
+
+def _broadcast(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
+    scale = scale.reshape(granularity.grid(rows, cols))
+    if granularity.cols > 1:
+        scale = scale.repeat_interleave(granularity.cols, dim=1)[:, :cols]
+    if granularity.rows > 1:
+        scale = scale.repeat_interleave(granularity.rows, dim=0)[:rows]
+    return scale
+
+
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype = FP8,
+    chance: torch.Generator | None = None,
+) -> torch.Tensor:
+    """x (rows, cols) in float -> codes of `dtype` of the same shape, contiguous.
+
+    Finite values saturate at the largest code. NaN and infinite values become NaN in E4M3: with a static
+    scale an overflow upstream would otherwise come out as a plausible finite number. int8 has no NaN: they
+    become 0, and it is the NaN or infinite scale of their block that keeps them visible. chance: round up or down at random
+    (`round_by_chance`).
+    """
+    scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
+    if chance is not None:
+        scaled = round_by_chance(scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype]), dtype, chance)
+    # Clamp before the cast: eager casts did not saturate before torch 2.12.
+    clamped = scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype])
+    if dtype == FP8:
+        return torch.where(x.isinf(), torch.nan, clamped).to(dtype)
+    return clamped.round_().nan_to_num_(0.0).to(dtype)
+
+
+def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the scale of a weight of `dtype` is made: its own, as in compressed-tensors; float32 of float64."""
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """The scale of weights whose largest magnitude is `amax` (`amax_of`), computed and rounded in its dtype.
+
+    That is compressed-tensors' arithmetic (quantization/utils/helpers.py, calculate_qparams) to the bit: a block of zeros
+    gets the dtype's eps. Only where amax / 448 underflows, which there is taken for zero, it is the smallest positive
+    number instead, so that the block is kept.
+    """
+    info = torch.finfo(amax.dtype)
+    return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least_scale(amax.dtype)))
+
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest positive number of `dtype` that scales may have: in float16 a subnormal, as its normal ones end early."""
+    info = torch.finfo(dtype)
+    return float(info.tiny * info.eps if dtype == torch.float16 else info.tiny)
+
+
+def quantize_weight(
+    weight: torch.Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype = FP8,
+    held: torch.Tensor | None = None,
+    chance: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
+
+    Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
+    (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
+    held beside weight and codes is of a fixed size.
+
+    held: the scale that the weight had before somebody changed it a little. Blocks for which it still does keep it, as
+    their values lie on its codes; others get one of its dtype.
+    chance: round up or down at random (`round_by_chance`) instead of to the nearest code.
+
+    Raises ScaleError for weights with NaN or infinity.
+    """
+    rows, cols = weight.shape
+    compute = scale_dtype_of(weight.dtype)
+    codes = torch.empty((rows, cols), dtype=dtype, device=weight.device)
+    shape = scale_shape(granularity, rows, cols)
+    scale = torch.zeros(granularity.grid(rows, cols), dtype=compute, device=weight.device)
+    elements = chunk(weight.device)
+    for piece, part, _ in pieces(weight, scale, granularity, elements):
+        if piece.numel():
+            torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
+    if not bool(scale.isfinite().all()):
+        raise ScaleError(f"a weight of shape {(rows, cols)} has values that are NaN or infinite: it cannot be quantized")
+    scale.copy_(weight_scale_of(scale, dtype))
+    if held is not None:
+        fresh = scale.to(held.dtype)
+        # Among the smallest numbers of a dtype the next lower one may be far below: the largest weight would be cut.
+        low = fresh.to(compute) < scale * (1 - 2**-7)
+        fresh = torch.where(low, fresh + least_scale(held.dtype), fresh).to(compute)
+        before = held.reshape(scale.shape).to(compute)
+        # Not smaller than needed, and not so large that int8 would lose more than one bit.
+        scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
+    largest = CODE_MAX[dtype]
+    for piece, part, start in pieces(weight, scale, granularity, elements):
+        scaled = (piece.to(compute) / _broadcast(part, granularity, *piece.shape)).clamp_(-largest, largest)
+        if chance is not None:
+            scaled = round_by_chance(scaled.float(), dtype, chance).clamp_(-largest, largest)
+        codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
+    return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
+
+
+def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -> torch.Tensor:
+    """Each of x (float32) as one of the two codes of `dtype` around it: the nearer it is to one, the likelier that one.
+
+    So the mean of many is kept, which rounding to the nearest does not do: values that lie on codes and are moved by less
+    than half a step would all go back. Stochastic rounding, as in Croci et al., doi.org/10.1098/rsos.211631.
+    """
+    step = torch.ones_like(x)
+    if dtype == FP8:
+        # Three bits behind the leading one, down to the step of subnormals, 2**-9.
+        exponent = torch.frexp(x).exponent.clamp_(min=-5) - 4
+        step = torch.ldexp(step, exponent)
+    x = x / step  # exact: a power of two
+    low = torch.floor(x)
+    return low.add_(torch.rand(x.shape, generator=chance, dtype=torch.float32, device=x.device) < x - low).mul_(step)
+
+
+def dequantize(
+    q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """q (rows, cols) in E4M3 or int8 times its scales, multiplied in their `wide` dtype and rounded once to `dtype`."""
+    q, computed = codes_of(q), wide(scale.dtype)
+    if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
+        return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
+        multiply_out(piece, expand_scale(part, granularity, *piece.shape), out[start : start + len(piece)])
+    return out
+
+
+def dequantize_rows(
+    q: torch.Tensor, scale: torch.Tensor, rows: slice, dtype: torch.dtype, *, granularity: Granularity
+) -> torch.Tensor:
+    """Rows (start, stop) of ``dequantize(q, scale, granularity, dtype)``, without the others but for those of their blocks."""
+    count, cols = q.shape
+    if rows.start == 0 and rows.stop == count:
+        return dequantize(q, scale, granularity, dtype)
+    height = count if granularity.rows == -1 else granularity.rows
+    grid = scale.reshape(granularity.grid(count, cols))
+    first = rows.start // max(height, 1) * height
+    part = grid if granularity.rows == -1 else grid[first // height : -(-rows.stop // height)]
+    if granularity.rows == -1:
+        first = rows.start
+    return dequantize(codes_of(q)[first : rows.stop], part, granularity, dtype)[rows.start - first :]
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """quantize to codes of `dtype`, then dequantize to the dtype of x."""
+    return dequantize_input(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
+
+
+def dequantize_input(q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
+    """`dequantize`; but the largest number of `dtype` for what was rounded up beyond it."""
+    largest = torch.finfo(dtype).max
+    return dequantize(q, scale, granularity, dtype).clamp_(-largest, largest)
+
+
+def require_static(scheme: TensorScheme, static: torch.Tensor | None) -> None:
+    """Raise CalibrationError if inputs are to be quantized with a static scale, and there is none."""
+    if static is None and not scheme.dynamic:
+        raise CalibrationError(
+            "this layer quantizes its inputs with a static scale, and has no input scale yet: it was not measured, or the "
+            "checkpoint has none. Run some data through the model under `with hf_fp8.calibrate(model):`, leave inputs as they "
+            "are with backend='weight_only', or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+        )
+
+
+def input_scale_for(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> torch.Tensor:
+    """The scale of an input x (M, K): `static`, in float32, if the scheme is static, else from x itself.
+
+    Raises CalibrationError for a static scheme without a scale.
+    """
+    require_static(scheme, static)
+    return compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
+
+
+def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of an input x (M, K); the scale has the shape of its granularity's grid. Raises as `input_scale_for`."""
+    scale = input_scale_for(x, scheme, static)
+    return quantize(x, scale, scheme.granularity, scheme.dtype), scale
+
+
+def outlier_columns(x: torch.Tensor, most: int) -> torch.Tensor:
+    """Numbers of the columns of x (M, K) that are loudest, each value taken relative to the mean magnitude of its row.
+
+    By a sample of rows, evenly spread; rows of zeros or with NaN or inf have no say. At most `most`: on a CPU only those
+    that are `OUTLYING` times as loud as all columns on average, and none where not one is `WORTHWHILE` times as loud;
+    elsewhere, where to ask how many these are would be to wait for the device, always `most`.
+    """
+    rows = x[:: -(-x.shape[0] // SAMPLE_ROWS)].abs()
+    # The mean of numbers up to 1: that of a row of huge ones would overflow.
+    rows = rows.to(wide(x.dtype)).div_(rows.amax(1, keepdim=True))
+    rows = rows.div_(rows.mean(1, keepdim=True)).nan_to_num_(nan=0.0)
+    sums = rows.sum(0, dtype=torch.float32)
+    largest, columns = sums.topk(most)
+    if x.device.type != "cpu":
+        return columns
+    mean, loudness = sums.mean().item(), largest.tolist()
+    if loudness[0] <= WORTHWHILE * mean:
+        return columns[:0]
+    return columns[: sum(value > OUTLYING * mean for value in loudness)]
+
+
+def requantize(
+    q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (N, K) times its scales, quantized anew: (codes of `dtype`, float32 scales (N, 1) per row).
+
+    In pieces: a float32 copy of the whole is never held.
+    """
+    q = codes_of(q)
+    rows, cols = q.shape
+    codes = torch.empty((rows, cols), dtype=dtype, device=q.device)
+    scales = torch.empty((rows, 1), dtype=torch.float32, device=q.device)
+    for piece, part, start in pieces(q, scale, granularity, chunk(q.device)):
+        dense = dequantize(piece, part, granularity)
+        end = start + len(piece)
+        scales[start:end] = compute_scale(dense, ROW, dtype)
+        codes[start:end] = quantize(dense, scales[start:end], ROW, dtype)
+    return codes, scales
+
+
+def chunk(device: torch.device) -> int:
+    """Elements of a weight that are worked on at a time."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
+def pieces(
+    q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(codes, their scales, first row): q in pieces of whole blocks of rows, of about `elements` each."""
+    q = codes_of(q)
+    rows, cols = q.shape
+    scale = scale.reshape(granularity.grid(rows, cols))
+    height = max(granularity.rows, 1)
+    step = max(elements // max(cols, 1) // height, 1) * height
+    for start in range(0, rows, step):
+        part = scale if granularity.rows == -1 else scale[start // height : -(-(start + step) // height)]
+        yield q[start : start + step], part, start
+
+
+def pieces_of_columns(
+    q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(codes, their scales, first column): views of q in pieces of whole blocks of columns, of about `elements` each."""
+    q = codes_of(q)
+    rows, cols = q.shape
+    scale = scale.reshape(granularity.grid(rows, cols))
+    width = granularity.cols if granularity.cols > 1 else 64  # what matmuls like
+    step = max(elements // max(rows, 1) // width, 1) * width
+    for start in range(0, cols, step):
+        part = scale if granularity.cols == -1 else scale[:, start // width : -(-(start + step) // width)]
+        yield q[:, start : start + step], part, start

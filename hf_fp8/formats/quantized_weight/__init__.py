@@ -1,0 +1,1 @@
+"""QuantizedWeight: a parameter of codes that computes as the weight that it stands for."""

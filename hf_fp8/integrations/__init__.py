@@ -1,0 +1,1 @@
+"""What transformers, PEFT, DDP and other libraries call."""

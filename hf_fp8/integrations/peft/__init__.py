@@ -1,0 +1,1 @@
+"""What PEFT is taught about layers that hold codes."""

@@ -1,0 +1,197 @@
+"""Adapters are made on a float copy of one layer at a time; kinds that would take codes for weights are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UnsupportedError
+from ...nn.base import QuantizedModule
+from ...nn.conv import FP8PointwiseConv
+from ...nn.experts import FP8Experts
+from ...nn.linear import FP8Linear
+from .merge import cover
+from .merge_policy import close, reporting
+from .state import RECORD, Record, has_offload_hook, innermost, record_of
+
+# Kinds of adapters that call the layer, and leave its weight alone or come through here for it.
+# Measured: outputs and gradients are those of the dequantized model, bit for bit (tests/test_adapter_kinds.py). HRA, FROD and
+# PEANUT gave other outputs without a word, HIRA, SHIRA, GLORA and SUPERTUNING torch's error.
+SUPPORTED = frozenset(
+    {
+        "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GRALORA", "IA3", "LILY", "LOHA", "LOKR",
+        "MISS", "OFT", "OSF", "PSOFT", "PVERA", "RANDLORA", "ROAD", "TINYLORA", "VBLORA", "VERA", "WAVEFT",
+    }
+)  # fmt: skip
+# Those that take a 1x1 convolution in FP8 for one; the others ask for a kernel size.
+ON_CONVOLUTIONS = frozenset({"LORA", "OFT", "IA3"})
+# Ways to start LoRA that leave the weight alone.
+STARTS_BESIDE = (True, False, "gaussian", "orthogonal", "eva")
+# Ways to start LoRA from an analysis of the model's weights, made before adapters are.
+STARTS_FROM_CODES = ("corda", "lora_ga")
+
+
+def inject_adapter(host: Any) -> Any:
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+            return host(self, model, adapter_name, *args, **kwargs)
+        create = self._create_and_replace
+
+        def on_a_float_copy(config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
+            _create(create, config, adapter, target, name, parent, *rest, **more)
+
+        self._create_and_replace = on_a_float_copy
+        try:
+            with reporting():
+                return host(self, model, adapter_name, *args, **kwargs)
+        finally:
+            del self._create_and_replace
+
+    return inject_adapter
+
+
+def _create(create: Any, config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
+    """PEFT's `_create_and_replace`, for a target that is a quantized layer or has adapters on one."""
+    holder = innermost(target)
+    base: Any = target if holder is None else holder.base_layer
+    key = more.get("current_key") or (rest[0] if rest else name)
+    if not isinstance(base, QuantizedModule):
+        if holder is not None and not _starts_beside(config):
+            _refuse_while_merged(holder, key)  # into a layer that has become dense by it
+        create(config, adapter, target, name, parent, *rest, **more)
+        return
+    parameter = more.get("parameter_name")
+    key = key if parameter is None else key.removesuffix(f".{parameter}")
+    _refuse(config, base, key, parameter)
+    # PEFT may be making all that is new on the meta device (low_cpu_mem_usage): not the copy.
+    here = import_module("peft.utils.integrations").skip_init_on_device
+    stand_in = here(_copy_to_read)(base)
+    try:
+        if holder is not None:
+            holder.base_layer = stand_in
+        create(config, adapter, stand_in if holder is None else target, name, parent, *rest, **more)
+        layer = getattr(parent, name)
+        if not hasattr(layer, "base_layer"):
+            layer = target  # a wrapper of experts that has got another adapter: `parent` is the innermost then
+        new: nn.Module = base
+        if not _is_untouched(config, base, stand_in):
+            if holder is not None:
+                _refuse_while_merged(holder, key)
+            new = here(close)(key, base, stand_in, nearest=True)
+    except BaseException:
+        if holder is None:
+            setattr(parent, name, target)
+        else:
+            holder.base_layer = base
+        raise
+    holder = innermost(layer)
+    holder.base_layer = new
+    record = vars(holder).setdefault(RECORD, Record(key))
+    while hasattr(layer, "base_layer"):
+        if not any(layer is known for known in record.layers):
+            record.layers.append(layer)
+            cover(type(layer))  # it may have been defined since `install`
+        layer = layer.base_layer
+
+
+def _copy_to_read(base: QuantizedModule) -> nn.Module:
+    """What PEFT takes for the layer while it makes an adapter. Of experts it reads shapes alone."""
+    dtype = base.made_of or torch.bfloat16
+    with _onloaded(base):
+        copied = base.outline(dtype) if isinstance(base, FP8Experts) else base.to_dense(dtype)
+    return copied.requires_grad_(False)
+
+
+@contextmanager
+def _onloaded(base: QuantizedModule) -> Iterator[None]:
+    if not has_offload_hook(base):
+        yield
+        return
+    hook: Any = base._hf_hook
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        hook.post_forward(base, torch.empty(0))
+
+
+def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
+    """Whether making the adapter left the weight as it was: some (PiSSA, OLoRA) take out of it what they start with.
+
+    Raises UnsupportedError if one did so to an offloaded layer.
+    """
+    if not isinstance(base, FP8Linear) or _starts_beside(config):
+        return True
+    with _onloaded(base):
+        untouched = torch.equal(stand_in.weight.flatten(1), base.restored_weight(stand_in.weight.dtype))
+    if not untouched and has_offload_hook(base):
+        raise UnsupportedError(
+            "this kind of start changes the weights, which are offloaded, and would have to be written back: load the model "
+            "without offloading, or start with init_lora_weights=True"
+        )
+    return untouched
+
+
+def _starts_beside(config: Any) -> bool:
+    return config.peft_type == "LORA" and config.init_lora_weights in STARTS_BESIDE
+
+
+def _refuse_while_merged(holder: Any, name: str) -> None:
+    """Raise UnsupportedError if adapters are merged into the layer: unmerging would bring the weight back as it was."""
+    record = record_of(holder)
+    if record is not None and record.unmerged is not None:
+        raise UnsupportedError(
+            f"this kind of start changes the weight of {name}, into which other adapters are merged: unmerge them first"
+        )
+
+
+def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None) -> None:
+    """Raise UnsupportedError for adapters that would take codes for weights."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in SUPPORTED:
+        raise UnsupportedError(
+            f"{kind} adapters compute with the weights of {name} themselves, which are codes in a {type(base).__name__}. "
+            f"{', '.join(sorted(SUPPORTED))} work; for others load with FP8Config(dequantize=True)"
+        )
+    reads = None
+    if getattr(config, "kasa_config", None) is not None:
+        reads = "kasa_config truncates the weight, if need be in the first forward"
+    elif kind == "MISS" and config.init_weights not in (True, False):
+        reads = f"init_weights={config.init_weights!r} computes with the weight"
+    elif isinstance(base, FP8PointwiseConv) and (kind not in ON_CONVOLUTIONS or getattr(config, "use_dora", False)):
+        reads = f"only {', '.join(sorted(ON_CONVOLUTIONS))} (no DoRA) go on convolutions in FP8"
+    elif getattr(config, "use_dora", False) and has_offload_hook(base):
+        reads = "DoRA reads the weight in each forward, and it is offloaded"
+    if reads is not None:
+        raise UnsupportedError(f"{name} is a {type(base).__name__}: {reads}. Load with FP8Config(dequantize=True) for that")
+    start = getattr(config, "init_lora_weights", True)
+    if start in STARTS_FROM_CODES:
+        raise UnsupportedError(
+            f"init_lora_weights={start!r} looks at the model's weights before the adapters are made, and would take the codes "
+            f"of {name} for weights: choose another, or load with FP8Config(dequantize=True)"
+        )
+    if parameter is not None and isinstance(base, FP8Linear):
+        leaf = name.removesuffix(f".{parameter}").rpartition(".")[2]
+        raise UnsupportedError(
+            f"target_parameters names {name}, the weight of a Linear: PEFT would add to its codes. "
+            f"target_modules=[{leaf!r}] is the same adapter, and works"
+        )
+
+
+def refuse_all(why: str) -> Any:
+    def refuse_all(host: Any) -> Any:
+        def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(module, QuantizedModule) for module in model.modules()):
+                raise UnsupportedError(
+                    f"{why}. Its adapters could take codes for weights: load with FP8Config(dequantize=True)"
+                )
+            return host(self, model, *args, **kwargs)
+
+        return inject_adapter
+
+    return refuse_all

@@ -1,0 +1,165 @@
+"""Merging and unmerging: on a float copy of the layer as it was before, whatever was merged since."""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UnsupportedError
+from ...loading.serving import describe, torn
+from ...nn.base import QuantizedModule
+from ...nn.linear import FP8Linear
+from .merge_policy import close, forget, reporting
+from .patches import patch
+from .state import Record, has_offload_hook, innermost, record_of
+
+logger = logging.getLogger(__name__)
+# While all adapters of a model are unmerged: ids of those that are.
+_all: ContextVar[set[int] | None] = ContextVar("hf_fp8_unmerge_all", default=None)
+
+
+def cover(kind: type) -> None:
+    """See to it that merging adapters of a class of PEFT's comes through here; forwards may unmerge, too."""
+    for cls in kind.__mro__:
+        for method, wrapper in (("merge", merge), ("unmerge", unmerge)):
+            if method in vars(cls):
+                patch(cls, method, wrapper)
+
+
+def merge(host: Any) -> Any:
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        record = record_of(self)
+        if record is None:
+            host(self, safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        names = import_module("peft.tuners.tuners_utils").check_adapters_to_merge(self, adapter_names)
+        if names:
+            _rebuild(record, {**_merged(record), id(self): [*self.merged_adapters, *names]}, safe_merge)
+
+    return merge
+
+
+def unmerge(host: Any) -> Any:
+    def unmerge(self: Any) -> None:
+        record = record_of(self)
+        done = _all.get()
+        if record is None or (not self.merged and id(self) not in (done or ())):
+            host(self)
+        elif self.merged:
+            _rebuild(record, {**_merged(record), id(self): []} if done is None else {}, False)
+            if done is not None:
+                done.update(map(id, record.layers))
+
+    return unmerge
+
+
+def unmerge_all(host: Any) -> Any:
+    def unmerge_adapter(self: Any) -> Any:
+        token = _all.set(set())  # adapters that wrap each other need not be unmerged one by one
+        try:
+            return host(self)
+        finally:
+            _all.reset(token)
+
+    return unmerge_adapter
+
+
+def _merged(record: Record) -> dict[int, list[str]]:
+    return {id(layer): list(layer.merged_adapters) for layer in record.layers}
+
+
+@torch.inference_mode(False)  # what is made here may be trained over later
+@torch.no_grad()
+def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> None:
+    """Merge the adapters `wanted` (id of a layer -> names) into the layer as it was before any, and no others.
+
+    Always from there: what was rounded is not rounded again, and without adapters it is the very layer that it was. If
+    merging raises, all is as before.
+    """
+    holder = innermost(record.layers[0])
+    now, merged_now, unmerged_now = holder.base_layer, _merged(record), record.unmerged
+    base = record.unmerged or now
+    if has_offload_hook(base):
+        raise UnsupportedError(
+            f"{record.name} is offloaded, and merging would have to write its file: load the model without offloading "
+            "(device_map='cpu'; merging needs no GPU), merge there and save"
+        )
+    record.open, record.unmerged = True, base
+    try:
+        if any(wanted.values()):
+            holder.base_layer = base.to_dense(torch.float32).requires_grad_(False)
+        for layer in record.layers:
+            layer.merged_adapters = []
+            if wanted.get(id(layer)):
+                layer.merge(safe_merge=safe_merge, adapter_names=wanted[id(layer)])
+        if any(layer.merged_adapters for layer in record.layers):
+            holder.base_layer = record.merged = close(record.name, base, holder.base_layer)
+        else:
+            holder.base_layer = _as_it_was(base, now, now is record.merged or now is base)
+            record.unmerged = record.merged = None
+            forget(record.name)
+    except BaseException:
+        holder.base_layer, record.unmerged = now, unmerged_now
+        for layer in record.layers:
+            layer.merged_adapters = merged_now[id(layer)]
+        raise
+    finally:
+        record.open = False
+
+
+def _as_it_was(base: QuantizedModule, now: nn.Module, ours: bool) -> nn.Module:
+    """`base` where the layer that stands in its place has got to: its device, its dtype.
+
+    ours: nobody has replaced that one since; else by a dense layer, and it stays dense.
+    """
+    like = next(now.parameters())
+    base = base.to(like.device)
+    bias, other = getattr(base, "bias", None), getattr(now, "bias", None)
+    if bias is not None and other is not None:
+        bias.data = bias.data.to(other.dtype)
+    if not base.is_offloaded and base.has_static_input:
+        base.see_calibration()  # it shares the scales, which may have been measured meanwhile
+    kept = base if ours or isinstance(now, QuantizedModule) else base.to_dense(like.dtype).requires_grad_(False)
+    return kept.train(now.training)
+
+
+def unload_stack(host: Any) -> Any:
+    def unload_and_optionally_merge_module(self: Any, merge: bool, safe_merge: bool, adapter_names: Any) -> Any:
+        """PEFT's looks at the base layer before it merges, which here puts another in its place."""
+        if record_of(self) is None:
+            return host(self, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+        layer = self
+        while merge and hasattr(layer, "base_layer"):
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return self.get_base_layer()
+
+    return unload_and_optionally_merge_module
+
+
+def reported(host: Any) -> Any:
+    def reported(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _schemes(self.model)
+        with reporting():
+            found = host(self, *args, **kwargs)
+        known = torn(before)
+        if news := {name: parts for name, parts in torn(_schemes(self.model)).items() if known.get(name) != parts}:
+            logger.warning(f"hf_fp8: {describe(news)}")
+        return found
+
+    return reported
+
+
+def _schemes(model: nn.Module) -> dict[str, str | None]:
+    """Name of a Linear, without adapters -> how it is quantized, None if it is not."""
+    found: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            scheme = module.scheme.describe() if isinstance(module, FP8Linear) else None
+            found[name.removesuffix(".base_layer")] = scheme
+    return found

@@ -1,0 +1,84 @@
+"""What PEFT does with base weights outside of adapters: copies of modules to train, casts, analyses, heads that are saved."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...formats.quantized_weight.tensor import QuantizedWeight, values
+from ...nn.base import QuantizedModule
+from ...nn.linear import FP8Linear
+from ...nn.swap import swap_back
+
+
+def update_copy(host: Any) -> Any:
+    def update(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """`modules_to_save` trains a copy of a module: of a quantized one a float copy."""
+        module = self.original_module
+        if adapter_name in self.modules_to_save or not any(isinstance(part, QuantizedModule) for part in module.modules()):
+            return host(self, adapter_name, *args, **kwargs)
+        self.original_module = swap_back(copy.deepcopy(module))
+        try:
+            return host(self, adapter_name, *args, **kwargs)
+        finally:
+            self.original_module = module.requires_grad_(False)
+
+    return update
+
+
+def reduce_intruders(host: Any) -> Any:
+    def reduce_intruder_dimension(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's, which compares adapters with the weights below: with float copies, one at a time."""
+        layers = [module for module in peft_model.modules() if isinstance(getattr(module, "base_layer", None), FP8Linear)]
+        for layer in layers:
+            layer.get_base_layer = partial(_float_copy, layer.base_layer)
+        try:
+            return host(peft_model, *args, **kwargs)
+        finally:
+            for layer in layers:
+                del layer.get_base_layer
+
+    return reduce_intruder_dimension
+
+
+def _float_copy(base: FP8Linear) -> nn.Module:
+    return base.to_dense(base.made_of or torch.bfloat16)
+
+
+def with_float_heads(host: Any) -> Any:
+    def get_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
+        """PEFT's, which can take embeddings along (`save_embedding_layers`): a file of adapters has no word for codes."""
+        found = host(*args, **kwargs)
+        for name, tensor in list(found.items()):
+            if type(tensor) is QuantizedWeight:
+                found[name] = values(tensor)
+                for scale in (f"{name}_scale", f"{name.rpartition('.')[0]}.input_scale"):
+                    found.pop(scale, None)
+        return found
+
+    return get_peft_model_state_dict
+
+
+def prepare(host: Any) -> Any:
+    def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's, which knows quantized models by such an attribute; scales stay in their dtype."""
+        layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+        if not layers or getattr(model, "is_loaded_in_8bit", False):
+            return host(model, *args, **kwargs)
+        held = [getattr(layer, name) for layer in layers for name in layer.quantized]
+        dtypes = [(parameter, parameter.dtype) for parameter in held if parameter is not None]
+        model.is_loaded_in_8bit = True
+        try:
+            return host(model, *args, **kwargs)
+        finally:
+            del model.is_loaded_in_8bit
+            for parameter, dtype in dtypes:
+                parameter.data = parameter.data.to(dtype)
+            for layer in layers:
+                layer.made_of = torch.float32  # as all that is not in 8 bits is now
+
+    return prepare_model_for_kbit_training

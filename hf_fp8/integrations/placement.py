@@ -1,0 +1,48 @@
+"""Where a model will compute, by the `device_map` it is loaded with; and why its weights are dense there, if they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..formats.scheme import Scheme
+from ..kernels import why_not_kept, why_not_kept_experts
+from .config import FP8Config
+
+_PLACED_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def compute_device(device_map: Any) -> torch.device:
+    """Where the model will compute. Offloaded parts compute on the accelerator; without a map the model
+    is loaded on CPU, from where users move it to the accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device_map is None or device_map in _PLACED_BY_SIZE:
+        return torch.device("cpu") if accelerator is None else accelerator
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    for device in devices:
+        if device not in ("cpu", "disk", torch.device("cpu")):
+            return torch.device(accelerator.type, device) if isinstance(device, int) and accelerator else torch.device(device)
+    return torch.device("cpu")
+
+
+def why_dense(config: FP8Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why every FP8 weight is multiplied out while loading, None if they stay in FP8."""
+    if config.dequantize:
+        return "dequantize=True"
+    if config.backend != "auto" or config.scheme is not None:
+        return None
+    reason = why_not_kept(device, dtype)
+    return None if reason is None else f"backend='auto' on {device.type}: {reason}"
+
+
+def why_dense_experts(config: FP8Config, device: torch.device, dtype: torch.dtype, scheme: Scheme) -> str | None:
+    """The same of merged experts of a scheme, for which `experts` has the last word."""
+    because = why_dense(config, device, dtype)
+    if config.dequantize or config.experts == "fp8":
+        return because if config.dequantize else None
+    if config.experts == "dequantize" or config.backend == "int8":
+        return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
+    reason = why_not_kept_experts(device, dtype, scheme)
+    where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
+    return because or (None if reason is None else f"{where}: {reason}")

@@ -1,0 +1,157 @@
+"""Methods of the host's models that do more with hf_fp8: loading, saving and resizing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, modeling_utils
+from transformers.utils import logging
+
+from ..checkpoint.weight_files import INDEX
+from ..errors import MismatchError, UnsupportedError
+from ..loading.dtypes import dtype_of
+from ..loading.options import current, loading
+from ..loading.undeclared import refuse_undeclared
+from ..nn.base import QuantizedModule
+from ..nn.linear import FP8Linear
+from ..nn.swap import put, take_over
+from .locks import one_at_a_time, while_changing
+from .peft.state import adapters as adapters_on
+from .quantizer import FP8HfQuantizer
+from .saving import FILE_DTYPES, restore_dtypes
+
+logger = logging.get_logger(__name__)
+_host_load: Callable[..., Any] = PreTrainedModel.__dict__["from_pretrained"].__func__
+_host_load_files: Callable[..., Any] = PreTrainedModel.__dict__["_load_pretrained_model"].__func__
+_host_save = PreTrainedModel.save_pretrained
+_host_resize = PreTrainedModel.resize_token_embeddings
+_host_dtype = modeling_utils.local_torch_dtype
+
+
+def install() -> None:
+    """Wrap the host's methods. Harmless when repeated."""
+    host: Any = PreTrainedModel
+    host.from_pretrained = classmethod(from_pretrained)
+    host._load_pretrained_model = staticmethod(load_files)
+    host.save_pretrained = save_pretrained
+    host.resize_token_embeddings = resize_token_embeddings
+    modeling_utils.local_torch_dtype = local_torch_dtype
+
+
+def uninstall() -> None:
+    """Give the host its methods back."""
+    host: Any = PreTrainedModel
+    host.from_pretrained = classmethod(_host_load)
+    host._load_pretrained_model = staticmethod(_host_load_files)
+    host.save_pretrained = _host_save
+    host.resize_token_embeddings = _host_resize
+    modeling_utils.local_torch_dtype = _host_dtype
+
+
+@wraps(_host_load)
+def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, one model at a time in a process; what it does not tell its parts is in `load_options`."""
+    with one_at_a_time(), loading(name, kwargs):
+        try:
+            return _host_load(cls, name, *args, **kwargs)
+        except RuntimeError as error:
+            if broken := current().broken:
+                raise MismatchError("; ".join(broken)) from error
+            raise
+
+
+@contextmanager
+def local_torch_dtype(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """The host's block with another default dtype, in which models are built, by `from_config` and others, too."""
+    with while_changing(), _host_dtype(*args, **kwargs):
+        yield
+
+
+@wraps(_host_load_files)
+def load_files(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, but not for codes whose scales nothing would load."""
+    quantizer = load_config.hf_quantizer
+    if checkpoint_files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
+        method = None if quantizer is None else quantizer.quantization_config.quant_method
+        refuse_undeclared(model, checkpoint_files, load_config.weight_mapping or [], getattr(method, "value", method))
+    return _host_load_files(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
+@wraps(_host_save)
+def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's method, but not for a model of which a part was quantized by itself, as nothing would say what its codes
+    are; nor for one with adapters on it, whose layers go by other names then. Raises UnsupportedError.
+
+    Of a model that has become dense, tensors that the host holds wider than the rest are written as they were read.
+    """
+    _refuse_unsavable(self, kwargs)
+    dtypes = vars(self).get(FILE_DTYPES)
+    if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
+        kwargs["state_dict"] = self.state_dict()
+        restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=dtype_of(self))
+    saved = _host_save(self, save_directory, *args, **kwargs)
+    _drop_stale_index(Path(save_directory))
+    return saved
+
+
+def _refuse_unsavable(model: Any, options: dict[str, Any]) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None and any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise UnsupportedError(
+            f"{type(model).__name__} holds FP8 layers that it does not know of (a part of it was quantized by itself, or "
+            "loaded by load_quantized): saved, their codes would be taken for values. Quantize the whole model, with targets "
+            "or a filter_fn that choose the part; or call hf_fp8.dequantize_model first"
+        )
+    adapter = adapters_on(model)
+    if adapter is not None and quantizer is not None and not getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedError(
+            f"{adapter} has an adapter on it, which a checkpoint of the model has no place for: save the adapters "
+            "(PeftModel.save_pretrained), or save what merge_and_unload() returns"
+        )
+    if options.get("save_original_format", True) is False and isinstance(quantizer, FP8HfQuantizer):
+        layout = quantizer.layout
+        if layout is not None and (layout.dense or layout.experts or quantizer.unplaced):
+            raise UnsupportedError(
+                "save_original_format=False leaves out the conversions that write weights back in FP8, which this model needs: "
+                "leave it at True, or call model.dequantize() first to save a dense model"
+            )
+
+
+def _drop_stale_index(folder: Path) -> None:
+    """Remove an index that an earlier, sharded save left beside the single file that the host has just written: its shards
+    are gone, and readers could not tell which of the two is the checkpoint."""
+    index = folder / INDEX
+    if not (folder / "model.safetensors").exists() or not index.exists():
+        return
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if not any((folder / str(file)).exists() for file in files):
+        index.unlink()
+
+
+@wraps(_host_resize)
+def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """The host's method; an output embedding that holds codes becomes dense first, as new rows have no scale in them."""
+    embedding = self.get_input_embeddings()
+    resized = new_num_tokens is not None and new_num_tokens != getattr(embedding, "num_embeddings", None)
+    if resized or args or kwargs.get("pad_to_multiple_of") is not None:
+        _make_head_dense(self)
+    return _host_resize(self, new_num_tokens, *args, **kwargs)
+
+
+def _make_head_dense(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, FP8Linear):
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    new = head.to_linear(dtype := dtype_of(model))
+    take_over(head, new)
+    put(model, name, new)
+    logger.warning(f"hf_fp8: {name} is made dense ({dtype}) to give it another size; it is saved dense, and named in `ignore`")

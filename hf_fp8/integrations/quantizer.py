@@ -1,0 +1,407 @@
+"""FP8HfQuantizer: the door through which `from_pretrained` and `save_pretrained` reach all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import logging
+
+from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
+from ..checkpoint.weight_files import find_weight_files
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
+from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
+from ..formats.quantized_weight.tensor import codes_of
+from ..formats.scheme import FP8
+from ..loading import options as load_options
+from ..loading.conversions import KeyRenaming, RoutedConverter, build_conversions, for_saving
+from ..loading.dtypes import dtype_of
+from ..loading.extra_tensors import Unplaced, belong_to, by_pattern, keep_names
+from ..loading.layout import NOTES, Layout
+from ..loading.matching import match_checkpoint
+from ..loading.ops import AsItIs
+from ..loading.quantization_plan import Plan, plan_quantization
+from ..nn.base import QuantizedModule
+from ..nn.linear import FP8Linear
+from ..nn.swap import let_siblings_share, swap_back, swap_experts, swap_linear, untie, untie_what_differs
+from .config import FP8Config, remember
+from .placement import compute_device, why_dense, why_dense_experts
+from .report import report, report_planned
+from .saving import (
+    FILE_DTYPES,
+    any_number,
+    fit_config,
+    is_dense_now,
+    leave_experts,
+    modules_of_host,
+    recompress,
+    refuse_unwritable,
+    restore_dtypes,
+    warn_of_readers,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads compressed-tensors FP8 checkpoints: FP8 groups here, other groups through the host's quantizer.
+
+    The model is changed in `update_weight_conversions`, not in `preprocess_model`: only there are all
+    of the loader's renamings known, the user's `key_mapping` among them, and so which tensor goes where.
+    """
+
+    quantization_config: FP8Config
+
+    def __init__(self, quantization_config: FP8Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.layout: Layout | None = None
+        self.host: CompressedTensorsHfQuantizer | None = None
+        self.extra: dict[str, torch.Tensor] = {}
+        self.unplaced: Unplaced | None = None
+        self._host_scales: dict[str, torch.Tensor] = {}
+        self._files: list[str] = []
+        self._device_map: Any = None
+        self._use_kernels = False
+        self._dtype = torch.bfloat16
+        self._dense_because: str | None = None
+        self._dense: list[str] = []
+        self._host_conversions: list[WeightTransform] = []
+        self.conversions: list[WeightTransform] = []  # what loads by `layout`, and saves
+        self.planned: Plan | None = None  # of quantizing while loading
+        self._read_values = True
+
+    # -- what the host asks before and after loading --
+
+    def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
+        if not weights_only:
+            raise UnsupportedError("weights_only=False lets a pickled checkpoint execute code; leave it at True")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Nothing of attention: the last hook before the host resolves which files it reads. See whether that is clear."""
+        options = load_options.current()
+        if options.folder is not None:
+            explicit = getattr(config, "transformers_weights", None)
+            found = find_weight_files(
+                options.folder, variant=options.variant, use_safetensors=options.use_safetensors, explicit=explicit
+            )
+            if found is None:
+                raise MissingTensorError(
+                    f"{options.folder} holds no weights: no model.safetensors, no index, no pytorch_model.bin"
+                )
+        return super().update_attn_implementation(config)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Without a dtype in config.json the host takes that of the first tensor in the files, which may be codes."""
+        return dtype if dtype.itemsize > 1 else torch.bfloat16
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise UnsupportedError(
+                "hf_fp8 reads FP8 checkpoints from files, to hold them against their config before anything is loaded; "
+                "save the state dict with its config and load the folder"
+            )
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedError(
+                "hf_fp8 does not shard FP8 weights over processes yet (distributed_config, tp_plan): load with a device_map, "
+                "or load with FP8Config(dequantize=True), save, and shard the dense checkpoint"
+            )
+        self._files, self._device_map = list(files), kwargs.get("device_map")
+        self._use_kernels = bool(kwargs.get("use_kernels"))
+        self._dtype = dtype or torch.get_default_dtype()
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Not the host's swap of Llama-4's experts for a list of Linears: experts are merged like any other family's."""
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        if self.layout is None:
+            self._host_conversions = list(weight_conversions)
+            checkpoint = Checkpoint(self._files)
+            if self.quantization_config.of_another_load and not checkpoint.has_fp8:
+                if any(tensor.dtype == "I8" for tensor in checkpoint.tensors.values()):
+                    raise ConfigError(
+                        "the `config` that was passed is of a model loaded from FP8, but the files hold int8 codes, which it "
+                        "says nothing of: leave `config` out"
+                    )
+                self.quantization_config.dequantize = True  # a plain checkpoint after all
+                return list(weight_conversions)
+            self._lay_out(model, weight_conversions, checkpoint)
+        assert self.layout is not None
+        if self.host is None:
+            return list(self.conversions)
+        ours = [c for c in self.conversions if isinstance(c, RoutedConverter)]
+        rest = [c for c in self.conversions if not isinstance(c, RoutedConverter)]
+        return [*ours, *self.host.update_weight_conversions(rest, model)]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """FP8 weights and scales arrive as they are stored; what is multiplied out is cast by its op."""
+        if isinstance(converter, RoutedConverter):
+            return None
+        target = converter.target_patterns[0]
+        module, _, role = target.rpartition(".")
+        if self.layout is not None and module in self.layout.kept and role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE):
+            return None
+        return dtype  # also of integers, as the host without a quantizer does
+
+    def plan(
+        self,
+        model: PreTrainedModel,
+        conversions: Sequence[WeightTransform],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> Layout:
+        """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`."""
+        self._host_conversions = list(conversions)
+        config = self.quantization_config
+        self.planned, self.layout = plan_quantization(
+            model, conversions, checkpoint, config.spec, dtype=dtype, dense_experts=config.experts == "dequantize", **options
+        )
+        config.spec = self.planned.spec
+        self.conversions = build_conversions(self.layout, conversions)
+        is_news = self.planned.reasons or self.planned.unmatched or self.planned.torn
+        (logger.warning if is_news else logger.info)(self.planned.describe())
+        return self.layout
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is quantized while it is loaded: it arrives in the model's dtype."""
+        if self.planned is None or self.layout is None:
+            return False
+        targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
+        return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
+
+    def get_quantize_ops(self) -> AsItIs:
+        return AsItIs()
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the model will compute."""
+        return compute_device(self._device_map)
+
+    def look_at(
+        self,
+        model: PreTrainedModel,
+        conversions: Sequence[WeightTransform],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device_map: Any = None,
+    ) -> Layout:
+        """Change `model`, on the meta device, as loading `checkpoint` would, by its headers alone; nothing is read."""
+        self._host_conversions, self._dtype, self._read_values = list(conversions), dtype, False
+        self._device_map = device_map
+        self._lay_out(model, conversions, checkpoint)
+        assert self.layout is not None
+        return self.layout
+
+    def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
+        config = self.quantization_config
+        because = why_dense(config, self.compute_device, self._dtype)
+        if config.scheme is not None:
+            layout = self.plan(model, conversions, checkpoint, self._dtype, use_kernels=self._use_kernels)
+        else:
+            layout = match_checkpoint(
+                model, conversions, checkpoint, config.spec,
+                dense_because=because, experts_because=partial(why_dense_experts, config, self.compute_device, self._dtype),
+                use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
+                dequantize=config.dequantize, needs_input_scales=config.backend in ("auto", "scaled_mm"),
+                other_sizes=load_options.current().ignore_mismatched_sizes,
+            )  # fmt: skip
+            self.conversions = build_conversions(layout, conversions)
+        self.layout = layout
+        if layout.saves_fp8(because):
+            because = None
+        self._dense_because = because
+        for name, weight in layout.kept.items():
+            dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
+            layer = swap_linear(
+                model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE),
+                backend=config.backend,
+            )  # fmt: skip
+            if weight.name in layout.input_scales and INPUT_SCALE not in weight.keys:
+                layer.register_parameter(INPUT_SCALE, None)  # nothing that runs here uses it
+            untie(model, weight.target)
+        for plan in layout.experts.values():
+            swap_experts(
+                model, plan.name, plan.first.projection, plan.second.projection,
+                interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=config.backend,
+            )  # fmt: skip
+            for stack in plan.stacks:
+                if stack.projection.scheme.has_static_input and INPUT_SCALE not in stack.roles and self.planned is None:
+                    model.get_submodule(plan.name).register_parameter(stack.projection.input_scale, None)
+        in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
+        dense = [w.module for w in layout.scan.weights if w.target and w.module not in {*layout.kept, *in_experts}]
+        merged = [w for w in layout.scan.host if w.pattern is not None]
+        dense += [name for w in merged for name in (w.name, w.renamed[w.primary].rpartition(".")[0])]
+        self._dense = dense
+        if len(merged) < len(layout.scan.host) and not config.dequantize:
+            packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
+            self.host = CompressedTensorsHfQuantizer(
+                CompressedTensorsConfig(**config.spec.for_host(modules_of_host(layout), compressed=packed))
+            )
+            self.host.validate_environment()
+            self.host._process_model_before_weight_loading(model)
+            check_host_shapes(layout.scan.host, model.state_dict())
+        carried = because is None and config.backend != "int8" and belong_to(model, self._files)
+        if (because is None or self.host is not None) and self._read_values:
+            self._carry(checkpoint, layout, layout.unplaced if carried else {})
+        elif not config.dequantize:
+            config.dequantize = True  # all of it: what is saved is a plain dense model
+        # Tensors that are known to be carried are no news in the loading report.
+        if silent := by_pattern([*layout.extra, *(layout.unplaced if carried else ())]):
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *silent}
+        self.update_parallel_plan(model, model.tp_plan)
+        self.update_parallel_plan(model, model.ep_plan)
+        notes = {w.module: (w.scheme.describe(), layout.reasons.get(w.module, "")) for w in layout.scan.weights if w.target}
+        setattr(model, NOTES, notes)
+        if self.planned is not None:
+            report_planned(config, self.compute_device, self._dtype)
+        else:
+            report(config, layout, self._dtype, because, carried)
+
+    def _carry(self, checkpoint: Checkpoint, layout: Layout, unplaced: dict[str, str]) -> None:
+        """Take along the tensors that no module holds, and those that the host's modules would hold in another dtype."""
+        self.unplaced = Unplaced(checkpoint, unplaced)
+        tensors = checkpoint.read(list(layout.extra.values()))
+        self.extra = {name: tensors[key] for name, key in layout.extra.items()}
+        if self._dense_because is not None:
+            return  # what is left is a checkpoint of the host's, written as it does
+        cast = {
+            weight.renamed[role]: weight.keys[role]
+            for weight in layout.scan.host
+            for role, dtype in weight.dtypes.items()
+            if dtype in DENSE_DTYPES and TORCH_DTYPES[dtype] != self._dtype and weight.pattern is None
+        }
+        tensors = checkpoint.read(list(cast.values()))
+        self._host_scales = {name: tensors[key] for name, key in cast.items()}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.layout is not None and self.layout.broken:
+            raise ScaleError("; ".join(self.layout.broken))
+        for module in model.modules():
+            if isinstance(module, QuantizedModule):
+                module.freeze()
+                module.awaits_calibration = self.planned is not None and module.has_static_input
+                module.made_of = module.made_of or self._dtype
+                if isinstance(module, FP8Linear):
+                    module.backward = self.quantization_config.backward
+            elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
+                raise UnsupportedError(
+                    f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "
+                    "be wrong. Load with FP8Config(dequantize=True), and please report the model"
+                )
+        if self.quantization_config.backend == "int8" and self.layout is not None:
+            self._to_int8(model, self.layout)
+        let_siblings_share(model)
+        untie_what_differs(model)
+        if self._dense_because is None and self.layout is not None:
+            model._weight_conversions = for_saving(model._weight_conversions)
+        else:
+            # Also of a checkpoint that turned out to be dense; the host has dropped them with its config (from 5.24 on).
+            model._weight_conversions = self._native_conversions()
+        if self._dense_because is not None and self.layout is not None:
+            setattr(model, FILE_DTYPES, self.layout.file_dtypes)
+            if self.host is None:
+                remember(model.config, self.quantization_config)
+            else:
+                model.config.quantization_config = self.quantization_config.without_fp8(self._dense)
+        return model
+
+    def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
+        """Re-quantize what stayed in FP8, and see to it that what is saved says so: int8 Linears, all else dense."""
+        for module in model.modules():
+            if isinstance(module, FP8Linear):
+                module.requantize_int8()
+        # By the files' own names, too: of experts that the model merges, others look for each one.
+        merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
+        self.quantization_config.spec = self.quantization_config.spec.as_int8([*self._dense, *sorted(merged)])
+        model._weight_conversions = self._conversions_of_dense_experts()
+        remember(model.config, self.quantization_config)
+        layout.dense.clear()  # nothing is written back in FP8
+        layout.scales.clear()
+        gone = tuple(f".{role}" for role in ZERO_POINTS)
+        self.extra = {name: tensor for name, tensor in self.extra.items() if not name.endswith(gone)}
+
+    def _native_conversions(self) -> list[WeightTransform]:
+        """The host's own transforms, for a model that has become dense: what a plain checkpoint of it looks like.
+
+        Renamings only if the files used them, as in the host: what was not renamed is not renamed back.
+        """
+        return [c for c in self._host_conversions if isinstance(c, WeightConverter) or c.was_used()]
+
+    def _conversions_of_dense_experts(self) -> list[WeightTransform]:
+        """The host's own for a model whose Linears are quantized, and nothing else."""
+        return [*self._native_conversions(), *(c for c in self.conversions if isinstance(c, KeyRenaming))]
+
+    # -- saving and converting back --
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        refuse_unwritable(model)
+        if self._dense_because is None and self.layout is not None:
+            if self.host is None and is_dense_now(model, self.layout):
+                self.dequantize(model)
+                return None, {}
+            if leave_experts(model, self.quantization_config, self.layout):
+                model._weight_conversions = self._conversions_of_dense_experts()
+            carried = self.unplaced.keys.values() if self.unplaced is not None else ()
+            fit_config(model, self.quantization_config, self.layout, carried)
+        if self._dense_because is None and not self.quantization_config.dequantize:
+            warn_of_readers(model, self.quantization_config)
+        state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
+        if self.layout is None:
+            return state, {}
+        if self.host is not None:
+            recompress(model, state)
+            state.update({name: scale for name, scale in self._host_scales.items() if name in state})
+        restore_dtypes(model, state, self.layout.file_dtypes, beyond=dtype_of(model) if self.planned is not None else None)
+        extra = {**self.extra, **(self.unplaced.read() if self.unplaced is not None else {})}
+        keep_names(model, extra, self._file_names(self.layout))
+        return {**state, **extra}, {}
+
+    def _file_names(self, layout: Layout) -> dict[str, str]:
+        """Name under which a tensor is handed to the saver -> key of the files, of all but dense ones."""
+        weights = [w for w in [*layout.scan.weights, *layout.scan.host] if w.target and w.part is None]
+        named = {w.saved[role]: key for w in weights for role, key in w.keys.items()}
+        return named | layout.extra | (self.unplaced.keys if self.unplaced is not None else {})
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get those back as they are."""
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        model._weight_conversions = self._native_conversions()  # the host may have dropped them with the config
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if self.host is not None:
+            raise UnsupportedError(
+                "model.dequantize(): some of the model's layers are of other formats, which transformers runs; "
+                "load it with FP8Config(dequantize=True) instead"
+            )
+        swap_back(model, dtype, default=dtype_of(model))
+        setattr(model, NOTES, {})
+        if self.layout is not None:
+            setattr(model, FILE_DTYPES, self.layout.file_dtypes)
+        remember(model.config, self.quantization_config)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    # A weight's companions, for the host's tensor-parallel plans.
+    serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}

@@ -1,0 +1,171 @@
+"""Puts hf_fp8 in the host's place for compressed-tensors checkpoints with FP8 groups, and takes it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from ..checkpoint.config_groups import concerns_fp8
+from ..checkpoint.spec import METHOD, plain
+from ..errors import ConfigError
+from ..formats import plain_pickle
+from . import ddp as parallel
+from . import other_savers, weight_readers
+from . import pretrained as host_methods
+from .config import METHODS, OUR_METHOD, FP8Config, remembered
+from .peft import install as adapters
+from .quantizer import FP8HfQuantizer
+from .requests import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
+
+_host_door = modeling_utils.get_hf_quantizer
+_CONFIG_KEYS = ("quantization_config", "compression_config")
+
+
+def register() -> None:
+    """Take over checkpoints with FP8 groups in `from_pretrained`. Called on import; harmless when repeated."""
+    # register_quantizer refuses a method that the host has, so its entry is replaced.
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_for
+    auto.AUTO_QUANTIZER_MAPPING[OUR_METHOD] = quantizer_for
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OUR_METHOD] = FP8Config
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
+    host_methods.install()
+    adapters.install()
+    parallel.install()
+    plain_pickle.install()
+
+
+def unregister() -> None:
+    """Give the host its own behaviour back. (Plain pickles of FP8 tensors stay readable.)"""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = CompressedTensorsHfQuantizer
+    auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
+    modeling_utils.get_hf_quantizer = _host_door
+    host_methods.uninstall()
+    adapters.uninstall()
+    parallel.uninstall()
+    other_savers.uninstall()
+    weight_readers.uninstall()
+
+
+def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+    """Ours for a config with FP8 groups, the host's for any other."""
+    if not isinstance(quantization_config, FP8Config):
+        written = quantization_config.to_dict()
+        if not concerns_fp8(written):
+            return CompressedTensorsHfQuantizer(quantization_config, **kwargs)
+        quantization_config = merge(written, quantization_config)
+    return FP8HfQuantizer(quantization_config, **kwargs)
+
+
+def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's function, with the checkpoint's config and the user's merged by us where FP8 is concerned.
+
+    The host's own merge demands that both are of one class, and so refuses an FP8Config, or a dict,
+    for a checkpoint whose config it reads as its own class.
+    """
+    if is_request(found := getattr(config, "quantization_config", None)):
+        quantization_config = found if quantization_config is None else quantization_config
+        config.quantization_config = None  # so that `_dropped_config` looks for what config.json has
+    written = checkpoint_config(config) or _dropped_config(config)
+    note = remembered(config)
+    if note is not None and (written is None or not concerns_fp8(written)):
+        # The config of a model that was loaded from FP8 and made dense, or int8: the files will tell which they are.
+        if asks_to_quantize(quantization_config):
+            raise ConfigError(
+                "the `config` that was passed is of a model loaded from an FP8 checkpoint, and quantization_config says how to "
+                "quantize a dense one: leave `config` out, or the scheme (config_groups)"
+            )
+        config.quantization_config = merge(note, quantization_config)
+        config.quantization_config.of_another_load = True
+        return _host_door(config, None, *args, **kwargs)
+    if written is not None and concerns_fp8(written):
+        config.quantization_config = merge(written, quantization_config)
+        for part in (config, config.get_text_config(decoder=True)):
+            for key in _CONFIG_KEYS:
+                if hasattr(part, key) and not (part is config and key == "quantization_config"):
+                    delattr(part, key)  # else a model saved dense would still say that it is quantized
+        return _host_door(config, None, *args, **kwargs)
+    if is_for_us(quantization_config) and not (written is not None and is_stock(quantization_config)):
+        quantization_config = _for_another_kind(config, written, asked_for(quantization_config))
+    return _host_door(config, quantization_config, *args, **kwargs)
+
+
+def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, asked: FP8Config) -> CompressedTensorsConfig:
+    """What the host is to load a checkpoint with that is not FP8: dense, or of formats that are the host's (`written`)."""
+    if asked.scheme is not None or asked.spec.fp8_groups:
+        return _for_quantizing(config, asked)
+    if written is None:
+        raise ConfigError(
+            "FP8Config was passed, but the checkpoint's config.json has no compressed-tensors `quantization_config`. Pass "
+            "FP8Config(scheme='FP8_DYNAMIC'), or another scheme, to quantize it while loading; or load it without FP8Config"
+        )
+    if asked.backend != "auto":
+        raise ConfigError(
+            f"FP8Config(backend={asked.backend!r}) was passed, but no config group of the checkpoint is FP8 "
+            f"({', '.join(written.get('config_groups') or ['none'])}): there is nothing for that backend to run. "
+            "Checkpoints that hold int8 or int4 already are run by transformers itself: load them without a backend"
+        )
+    return CompressedTensorsConfig(dequantize=asked.dequantize)
+
+
+def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
+    """A config of its own for this load, which a plan fills. Raises ConfigError for checkpoints that are quantized already."""
+    new = for_quantizing(asked)
+    for part in (config, config.get_text_config(decoder=True)):
+        found = next((found for key in _CONFIG_KEYS if (found := getattr(part, key, None)) is not None), None)
+        if found is not None:
+            written = found if isinstance(found, dict) else found.to_dict()
+            method = plain(written.get("quant_method", METHOD))
+            raise ConfigError(
+                f"scheme={new.scheme!r} quantizes dense checkpoints, and this one is quantized already ({method}): leave the "
+                "scheme out to load it as it is"
+            )
+    return new
+
+
+def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The compressed-tensors config of a model, as JSON; None if it has none, or one of another method.
+
+    Looks where the host does, and under `compression_config`, the key that writers used in 2024.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in _CONFIG_KEYS:
+            found = getattr(part, key, None)
+            if found is None:
+                continue
+            written: dict[str, Any] = plain(found if isinstance(found, dict) else found.to_dict())
+            method = written.get("quant_method", METHOD if key == "compression_config" or "config_groups" in written else None)
+            return written if method in METHODS else None
+    return None
+
+
+def _dropped_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The checkpoint's own config, where ``quantization_config=None`` made the host's Auto classes overwrite it.
+
+    They take the argument for a setting of the model's config; the codes would be loaded as values.
+    """
+    if vars(config).get("quantization_config", ...) is not None or not config.name_or_path:
+        return None
+    try:
+        on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)
+    except OSError:  # not in the default cache: nothing to hold against
+        return None
+    return checkpoint_config(PreTrainedConfig(**{key: on_disk.get(key) for key in _CONFIG_KEYS}))
+
+
+def merge(written: dict[str, Any], passed: Any) -> FP8Config:
+    """The checkpoint's config with the user's loading options. The rest of what the user passed has no say, so what it says of
+    the weights has to agree. Raises ConfigError where it does not, and for what cannot be understood."""
+    asked = asked_for(passed)
+    found = FP8Config(**asked.get_loading_attributes(), checkpoint=written)
+    if asked.checkpoint is not None:
+        refuse_other_groups(asked.spec, found.spec)
+    elif asked.scheme is not None:
+        raise ConfigError(
+            f"scheme={asked.scheme!r} quantizes dense checkpoints, and this one is FP8 already: leave the scheme out"
+        )
+    return found

@@ -1,0 +1,69 @@
+"""What is said in the log about a checkpoint that was loaded, or quantized while loading."""
+
+from __future__ import annotations
+
+import torch
+from transformers.utils import logging
+
+from ..errors import by_reason
+from ..kernels import why_not_kept
+from ..loading.extra_tensors import some
+from ..loading.layout import Layout
+from .config import FP8Config
+
+logger = logging.get_logger(__name__)
+KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 anywhere, in half their memory; on CPUs it is slower."
+
+
+def report_planned(config: FP8Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Of a dense checkpoint that is quantized while it is loaded."""
+    slow = why_not_kept(device, dtype)
+    if slow and config.backend == "auto":
+        logger.warning(
+            f"hf_fp8: what was just quantized stays in FP8, inputs rounded, on {device.type} too, which is slow ({slow}). "
+            "Saved and loaded again it runs as suits the device; backend='weight_only' is faster"
+        )
+
+
+def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str | None, carried: bool) -> None:
+    """Of an FP8 checkpoint. because: why its Linears are dense, None if they are not. carried: whether the tensors that the
+    model has no place for will be written back."""
+    merged = any(weight.is_expert for weight in layout.scan.weights)
+    if because is not None and layout.dense and because != "dequantize=True":
+        logger.warning(
+            f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {dtype} "
+            f"while loading ({because}), and the model saves as a plain dense one. "
+            "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8; backend='int8' is the fast one on CPUs."
+            + (f" {KEEP_EXPERTS}" if merged else "")
+        )
+    elif because is None and layout.reasons:
+        saved = "saved dense" if config.backend == "int8" else "written back in FP8"
+        hint = f" {KEEP_EXPERTS}" if any("experts='auto'" in reason for reason in layout.reasons.values()) else ""
+        logger.warning(f"hf_fp8: parameters held in {dtype} and {saved}: {by_reason(layout.reasons)}.{hint}")
+    if config.experts == "fp8" and not merged:
+        logger.warning("hf_fp8: experts='fp8' was asked for, but the checkpoint has no experts that the model holds merged.")
+    if layout.scan.cache and because is None:
+        logger.warning(
+            "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: the cache stays in the dtype "
+            "of the model."
+        )
+    if layout.input_scales:
+        said = [f"{wrong}" for wrong in layout.input_scales.values()]
+        lacking = [weight.name for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights]
+        routed = config.backend in ("auto", "scaled_mm") and any(name in layout.input_scales for name in lacking)
+        logger.warning(
+            f"hf_fp8: {len(said)} static input scales are no scales ({'; '.join(said[:8])}{'; ...' if len(said) > 8 else ''}). "
+            + ("Tokens that are routed to those experts give NaN" if routed else "Nothing that runs here uses them")
+        )
+    _report_unplaced(layout, carried)
+
+
+def _report_unplaced(layout: Layout, carried: bool) -> None:
+    if not layout.unplaced:
+        return
+    keys = layout.unplaced.values()
+    said = f"hf_fp8: the model has no place for {len(keys)} tensors of the files ({some(keys)})"
+    if carried:
+        logger.info(f"{said}: they are read again when it is saved, and written back as they are")
+    else:
+        logger.warning(f"{said}: they are dropped, and will not be in what is saved")

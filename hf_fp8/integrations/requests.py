@@ -1,0 +1,146 @@
+"""What users pass as `quantization_config`, in whatever words, as an FP8Config; and whether a checkpoint agrees with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationConfig
+from transformers import CompressedTensorsConfig
+from transformers.utils import logging
+
+from ..checkpoint.config_groups import Group, concerns_fp8, with_presets
+from ..checkpoint.spec import QuantizationSpec, plain
+from ..errors import ConfigError, UnsupportedError
+from .config import METHODS, OUR_METHOD, FP8Config, dequantize_of
+from .options import DEFAULTS, LOADING
+
+logger = logging.get_logger(__name__)
+
+# What the `quantization_config` of a checkpoint may hold: files have more than the library reads.
+_OF_CHECKPOINTS = {*QuantizationConfig.model_fields, "version", "sparsity_config", "transform_config"}
+
+
+def is_for_us(passed: Any) -> bool:
+    """Whether `passed` means an FP8Config: it is one, or a dict of our options, or it has FP8 groups in stock's words."""
+    if isinstance(passed, Mapping):
+        return _are_options(passed) or (plain(passed.get("quant_method")) in (None, *METHODS) and concerns_fp8(plain(passed)))
+    if isinstance(passed, FP8Config):
+        return True
+    return is_stock(passed) and concerns_fp8(plain(passed.to_dict()))
+
+
+def is_stock(passed: Any) -> bool:
+    """Whether it is stock's own class."""
+    return isinstance(passed, CompressedTensorsConfig) and not isinstance(passed, FP8Config)
+
+
+def is_request(found: Any) -> bool:
+    """Whether a model's `quantization_config` says nothing of a checkpoint, but what a user would like of it.
+
+    ``AutoConfig.from_pretrained(name, quantization_config=...)`` puts that in the place of what config.json has.
+    """
+    if isinstance(found, Mapping):
+        return bool(found) and _are_options(found)
+    if isinstance(found, FP8Config):
+        return found.checkpoint is None
+    return is_stock(found) and found.quantization_config is None
+
+
+def _are_options(passed: Mapping[str, Any]) -> bool:
+    return plain(passed.get("quant_method")) == OUR_METHOD or "scheme" in passed or set(passed) <= set(DEFAULTS)
+
+
+def asked_for(passed: Any) -> FP8Config:
+    """`passed` as an FP8Config, with a `checkpoint` if it has `config_groups` in stock's words. None asks for nothing.
+
+    Raises ConfigError for configs of other methods, and unknown options.
+    """
+    if passed is None:
+        return FP8Config()
+    if isinstance(passed, FP8Config):
+        return passed
+    if isinstance(passed, CompressedTensorsConfig):
+        dequantize = dequantize_of({"dequantize": passed.dequantize, "use_optimized_inference": passed.use_optimized_inference})
+        said = None if passed.quantization_config is None else plain(passed.to_dict())
+        if said is not None and not said["config_groups"]:
+            raise ConfigError("the quantization_config that was passed has no config_groups: hf_fp8 quantizes by them alone")
+        return FP8Config(dequantize=dequantize, checkpoint=said)
+    if isinstance(passed, Mapping):
+        found: FP8Config = FP8Config.from_dict(passed)
+        unknown = set() if found.checkpoint is None else set(found.checkpoint) - _OF_CHECKPOINTS
+        if unknown:
+            raise ConfigError(
+                f"quantization_config has no option {', '.join(map(repr, sorted(unknown)))}; beside config_groups a dict may "
+                f"set {', '.join(LOADING)}"
+            )
+        return found
+    raise ConfigError(
+        f"a {type(passed).__name__} was passed as quantization_config: for compressed-tensors FP8 pass FP8Config, "
+        "CompressedTensorsConfig, a dict, or nothing"
+    )
+
+
+def asks_to_quantize(passed: Any) -> bool:
+    """Whether `passed` says how to quantize a dense checkpoint: it has a scheme, or groups that no loaded model has."""
+    if isinstance(passed, FP8Config):
+        return passed.scheme is not None and passed.checkpoint is None
+    asked = asked_for(passed)
+    return asked.scheme is not None or bool(asked.spec.fp8_groups)
+
+
+def for_quantizing(asked: FP8Config) -> FP8Config:
+    """A config of its own that quantizes a dense checkpoint as `asked` says: by its scheme, or by the groups that it has in
+    stock's words. What those do not ignore is quantized, the output embedding and routers, too.
+
+    Raises ConfigError for groups that are not FP8, UnsupportedError for what is no group.
+    """
+    if asked.scheme is not None or asked.checkpoint is None:
+        return asked.afresh()
+    if asked.checkpoint.get("kv_cache_scheme"):
+        raise UnsupportedError("kv_cache_scheme: hf_fp8 quantizes weights and their inputs, not KV caches; leave it out")
+    groups = with_presets(asked.checkpoint["config_groups"])
+    new = FP8Config(groups, ignore=list(asked.ignore), **asked.get_loading_attributes())
+    new.spec = replace(new.spec, dense_by_default=False)
+    return new
+
+
+def refuse_other_groups(asked: QuantizationSpec, found: QuantizationSpec) -> None:
+    """Hold the groups that a user has passed against those of the checkpoint, whose files are what they are.
+
+    Raises ConfigError for other groups: what would be run is not what was asked for. Names to ignore may be other spellings
+    of the same, so they are but warned of.
+    """
+    said = asked.origin or asked
+    for group in said.groups:
+        if _meaning(group) not in map(_meaning, found.groups):
+            raise ConfigError(
+                f"the quantization_config that was passed has {_describe(group)}, but the checkpoint is FP8 already, with "
+                f"{'; '.join(map(_describe, found.groups))}: leave config_groups out to load it as it is, or quantize the "
+                "dense checkpoint that it was made of"
+            )
+    if said.kv_cache_scheme is not None and found.kv_cache_scheme is None:
+        raise ConfigError(
+            "the quantization_config that was passed has a kv_cache_scheme, but the checkpoint has none: leave it out"
+        )
+    if other := [name for name in said.ignore if name not in found.ignore]:
+        logger.warning(
+            f"hf_fp8: {', '.join(other)}: in the `ignore` that was passed, not in the checkpoint's, which is what counts"
+        )
+
+
+def _meaning(group: Group) -> tuple[Any, ...]:
+    """What two groups have in common that say the same, whatever their names and observers."""
+    if group.scheme is not None:
+        return frozenset(group.targets), group.scheme
+    parts = (group.parsed.weights, group.parsed.input_activations, group.parsed.output_activations)
+    return frozenset(group.targets), *(
+        None if part is None else part.model_dump_json(exclude={"observer", "observer_kwargs"}) for part in parts
+    )
+
+
+def _describe(group: Group) -> str:
+    weights = group.parsed.weights
+    what = "no weights" if weights is None else f"{weights.num_bits}-bit {weights.type} weights"
+    return f"{group.name!r} ({group.scheme.describe() if group.scheme is not None else what}) for {', '.join(group.targets)}"

@@ -1,0 +1,204 @@
+"""What has to be seen to before a model is saved: what the config says of it, and what others would misread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from torch import nn
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.utils import logging
+
+from ..checkpoint.weights import WEIGHT
+from ..errors import CalibrationError, UnsupportedError
+from ..loading.layout import Layout
+from ..loading.ops import as_read, is_widened
+from ..loading.serving import describe, torn
+from ..nn.base import QuantizedModule
+from ..nn.conv import FP8PointwiseConv
+from ..nn.linear import FP8Linear
+from .config import FP8Config
+
+logger = logging.get_logger(__name__)
+_HALVES = (torch.bfloat16, torch.float16)
+# Where a model that has become dense keeps the dtypes of the files: parameter -> dtype.
+FILE_DTYPES = "_hf_fp8_file_dtypes"
+
+
+def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Iterable[str] = ()) -> None:
+    """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one.
+
+    carried: keys of the files that are written back though the model has no place for them.
+    """
+    found, dense = set[str](), _resized(model, layout)
+    restored = {name.removesuffix(f".{WEIGHT}") for p in layout.dense.values() for name in (p.name, *p.others)}
+    for name, module in model.named_modules():
+        classes = [cls.__name__ for cls in type(module).__mro__]
+        group = config.spec.group_of((name,), classes) if isinstance(module, nn.Linear) else None
+        quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
+        if group is not None and not quantized and name not in dense:
+            dense.append(name)
+    carried = set(carried)
+    for weight in [*layout.scan.weights, *layout.scan.host]:
+        if weight.module not in dense if weight.target else weight.keys[weight.primary] in carried:
+            found.add(weight.group.name)
+    gone = {group.name for group in config.spec.groups if group.parsed.weights is not None} - found
+    if dense or gone:
+        config.spec = config.spec.ignoring(dense, without=gone)
+
+
+def _resized(model: nn.Module, layout: Layout) -> list[str]:
+    """The modules whose weight, multiplied out of FP8, has got another shape since (new tokens): they are dense for good."""
+    found = []
+    for name, parameter in list(layout.dense.items()):
+        weight = parameter.weights[0] if parameter.weights else None
+        held = model.get_parameter(name)
+        if weight is not None and weight.pattern is None and weight.shapes.get(WEIGHT, held.shape) != held.shape:
+            del layout.dense[name]
+            found.append(weight.module)
+    return found
+
+
+def modules_of_host(layout: Layout) -> dict[str, list[str]]:
+    """Group that the host runs -> names of the modules whose weights the files hold in its form: its patterns may take in
+    others, and take for ever."""
+    found: dict[str, list[str]] = {}
+    for weight in layout.scan.host:
+        if weight.target and weight.pattern is None:
+            found.setdefault(weight.group.name, []).append(weight.module)
+    return found
+
+
+def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
+    """Whether experts that were in FP8 are dense now (adapters were merged into them so); then the config says it.
+
+    Raises UnsupportedError if only some of them are: a family's files are of one form.
+    """
+    gone = [name for name in layout.experts if not _holds_codes(model.get_submodule(name))]
+    if not gone:
+        return False
+    if len(gone) < len(layout.experts) or layout.dense:
+        raise UnsupportedError(
+            f"{gone[0]} is dense now, and other experts are in FP8, which cannot be saved beside it: merge adapters into all "
+            "of them in one way (hf_fp8.merging), or call model.dequantize() first to save a dense model"
+        )
+    targets = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
+    weights = [weight for weight in layout.scan.weights if weight.target in targets]
+    config.spec = config.spec.ignoring([*gone, *sorted({any_number(weight.name) for weight in weights})])
+    layout.experts.clear()
+    layout.scan.weights = [weight for weight in layout.scan.weights if weight.target not in targets]
+    return True
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return any(isinstance(part, QuantizedModule) for part in module.modules())
+
+
+def is_dense_now(model: nn.Module, layout: Layout) -> bool:
+    """Whether nothing is left to be written in FP8 of a model that held some: all layers have been replaced."""
+    return not layout.dense and not _holds_codes(model)
+
+
+def refuse_unwritable(model: nn.Module) -> None:
+    """Raise for layers that others would misread: CalibrationError for scales that have yet to be measured, which are NaN,
+    UnsupportedError for convolutions, which no config group can speak of, StaleError for codes of a weight that was changed."""
+    for name, module in model.named_modules():
+        if isinstance(module, FP8Linear):
+            module.refuse_stale(name)
+        if isinstance(module, FP8PointwiseConv):
+            raise UnsupportedError(
+                f"{name} is a convolution in FP8, which the compressed-tensors format has no word for: save with "
+                "hf_fp8.save_quantized, or quantize without conv1x1"
+            )
+    waiting = [name for name, module in model.named_modules() if getattr(module, "awaits_calibration", False)]
+    if waiting:
+        raise CalibrationError(
+            f"{len(waiting)} layers (such as {waiting[0]}) have no input scale yet, and cannot be saved: run some data through "
+            "the model under `with hf_fp8.calibrate(model):` first"
+        )
+
+
+def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
+    """Say so if transformers cannot load what is about to be saved, or serving engines cannot."""
+    if config.backend == "int8":
+        _warn_of_dense_experts(getattr(model, "_weight_conversions", None) or ())
+    _warn_of_torn(model, config)
+
+
+def _warn_of_dense_experts(conversions: Iterable[Any]) -> None:
+    """Up to 5.24 transformers takes the experts that a class stacks for quantized as soon as anything is, whatever `ignore`
+    says."""
+    if any(isinstance(c, WeightConverter) and any("*" in s for s in c.source_patterns) for c in conversions):
+        logger.warning(
+            "hf_fp8: the Linears of this mixture are saved in int8 and its experts dense. transformers (at least up to 5.24) "
+            "cannot load that, as it looks for int8 experts. To load it there, save it in FP8 (another backend), or dense "
+            "(FP8Config(dequantize=True))."
+        )
+
+
+def _warn_of_torn(model: nn.Module, config: FP8Config) -> None:
+    """Parts of what serving engines run as one layer may be stored in different ways (`serving.torn`)."""
+    schemes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            group = config.spec.group_of((name,), [cls.__name__ for cls in type(module).__mro__])
+            scheme = None if group is None else group.scheme
+            schemes[name] = None if group is None else group.name if scheme is None else scheme.describe()
+    if found := torn(schemes):
+        logger.warning(f"hf_fp8: {describe(found)}")
+
+
+def any_number(name: str) -> str:
+    """A target of a config that matches `name` with any layer and expert."""
+    return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
+
+
+def restore_dtypes(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    beyond: torch.dtype | None = None,
+) -> None:
+    """Give tensors of `state` that the model holds wider than they were read their dtype back, where nothing is lost by it.
+
+    dtypes: name -> dtype in the files. beyond: only what is wider than this one, that of a model which is new, or was asked
+    for in it. Names that share a tensor (tied weights) get one. What is offloaded is read back.
+    """
+    names = [name for name, dtype in dtypes.items() if name in state and is_widened(state[name].dtype, dtype, beyond)]
+    if not names:
+        return
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    sharing: dict[int, list[str]] = {}
+    for name in state.keys() & held.keys():
+        sharing.setdefault(id(held[name]), []).append(name)
+    for name in names:
+        tensor = load_offloaded_parameter(model, name) if state[name].is_meta else state[name]
+        restored = as_read(tensor, dtypes[name])
+        if restored is not tensor:
+            state.update(dict.fromkeys(sharing.get(id(held.get(name)), [name]), restored))
+
+
+def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give the host's modules, which it decompresses at the first forward, their stored form back in `state`."""
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
+            continue
+        own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        # In float32: a quotient rounded to 16 bits may come out beside the code that it was.
+        wide = {key: tensor.float() if tensor.dtype in _HALVES else tensor for key, tensor in own.items()}
+        compressed = compressor.compress(wide, scheme)
+        back = compressor.decompress(dict(compressed), scheme)[WEIGHT].to(own[WEIGHT])
+        compressed |= {key: tensor for key, tensor in own.items() if key in compressed and key != WEIGHT}
+        if not torch.equal(back, own[WEIGHT]):
+            raise UnsupportedError(
+                f"{name}.weight was changed since loading, and does not fit the {scheme.format} codes and scales that it came "
+                "with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+            )
+        state.update({f"{name}.{key}": value for key, value in compressed.items()})

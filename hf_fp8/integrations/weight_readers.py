@@ -1,0 +1,83 @@
+"""Methods of a model's classes that read weights without being part of its forward (diffusers' `fuse_projections`) are given
+float copies of the layers that they read: they make dense layers of them, of their dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..loading.model_code import read_by_methods
+from ..nn.base import QuantizedModule
+
+_wrapped: dict[tuple[type, str], Any] = {}  # (class, name) -> the method that it was
+
+
+def guard_readers(model: nn.Module) -> None:
+    """See to it that such methods of `model` and its parts, if they read a quantized layer, get float copies."""
+    for module in model.modules():
+        for (cls, name), paths in read_by_methods(type(module)).items():  # type: ignore[arg-type]  # as in `reads`
+            if (cls, name) not in _wrapped and any(_quantized(module, path) is not None for path in paths):
+                _wrapped[cls, name] = vars(cls)[name]
+                setattr(cls, name, _on_float_copies(vars(cls)[name], paths))
+
+
+def uninstall() -> None:
+    """Give the classes their methods back."""
+    while _wrapped:
+        (cls, name), method = _wrapped.popitem()
+        setattr(cls, name, method)
+
+
+def _on_float_copies(method: Any, paths: frozenset[str]) -> Any:
+    @wraps(method)
+    def reader(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _float_copies(self, paths):
+            return method(self, *args, **kwargs)
+
+    return reader
+
+
+@contextmanager
+def _float_copies(model: nn.Module, paths: frozenset[str]) -> Iterator[None]:
+    """Put float copies in the places of the quantized layers at `paths` for a while.
+
+    Raises UnsupportedError if one was changed: the layer itself was not.
+    """
+    copies: dict[str, tuple[QuantizedModule, nn.Module, dict[str, torch.Tensor]]] = {}
+    for path in paths:
+        if (layer := _quantized(model, path)) is not None:
+            copy = layer.to_dense(layer.made_of or torch.bfloat16)
+            copies[path] = layer, copy, {name: tensor.detach().clone() for name, tensor in copy.named_parameters()}
+            model.set_submodule(path, copy)
+    try:
+        yield
+    finally:
+        for path, (layer, copy, _) in copies.items():
+            if _at(model, path) is copy:
+                model.set_submodule(path, layer)
+    for path, (layer, copy, before) in copies.items():
+        if not all(torch.equal(tensor, before[name]) for name, tensor in copy.named_parameters()):
+            raise UnsupportedError(
+                f"{layer.called()} ({path} of a {type(model).__name__}) was changed by a method that computes with its weight, "
+                "and holds codes: the change is not kept. hf_fp8.dequantize_model(model) first"
+            )
+
+
+def _quantized(model: nn.Module, path: str) -> QuantizedModule | None:
+    found = _at(model, path)
+    return found if isinstance(found, QuantizedModule) and isinstance(getattr(found, "weight", None), torch.Tensor) else None
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(model, nn.Module) or name not in model._modules:
+            return None
+        model = model._modules[name]  # type: ignore[assignment]
+    return model

@@ -1,0 +1,150 @@
+"""int8 weights with one scale per row, int8 inputs with one per token: `torch._int_mm` on CPUs and CUDA.
+
+Products of int8 codes add up exactly in int32, so all the error is that of rounding weights and inputs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ..formats.scheme import INT8, ROW, Scheme
+from ..formats.scratch import rows_at_once, scratch
+from .base import Input, Problem, Weight, add_bias
+from .triton import support as triton_support
+
+# The vector loop of the CPU kernel behind `_weight_int8pack_mm` reads 16 to 64 columns at a time without a
+# remainder: with K = 24 it gives wrong numbers, with K = 5 it crashes (torch 2.13.0, AVX-512).
+PACK_COLUMNS = 64
+# Elements of a weight up to which it is the faster one for few rows: it has fewer and simpler steps around it, but
+# streams weights at 10 GB/s where `_int_mm` does 14. SmolLM2's linears (up to 0.9 M), M = 1: 13.2 ms against 15.5;
+# TinyLlama's (up to 11.5 M) 61 against 48.
+PACK_ELEMENTS = 2**21
+# Below it, a weight's scale times a sum of products of codes, or of inputs below `LARGE` with codes, is in float32's range.
+LARGE = 2.0**90
+# Above it, inputs keep their bits in bfloat16.
+SMALL = 2.0**-100
+# cuBLAS refuses fewer rows of input than 17; 32 is the next tile.
+LEAST_ROWS = 32
+
+
+def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Codes (M, K) times codes (N, K) in int32, then outliers, both scales and the bias in float32; rounded once to `dtype`."""
+    assert x.scale is not None
+    # (R, N): the weights of the outliers. Rows of the transposed view are gathered three times as fast as columns.
+    beside = None if x.columns is None else w.codes.t().index_select(0, x.columns).float()
+    if x.x.device.type == "cpu" and triton_support.why_not(x.x.device) is not None:
+        return _weight_first(x, w, beside, dtype) if x.x.shape[0] <= _weight_first_up_to() else _on_cpu(x, w, beside, dtype)
+    m = x.x.shape[0]
+    padded = x.x if m >= LEAST_ROWS else torch.nn.functional.pad(x.x, (0, 0, 0, LEAST_ROWS - m))
+    sums = torch._int_mm(padded, w.codes.t())[:m]
+    if triton_support.why_not(x.x.device) is None:
+        from .triton.int8_epilogue import scale_sums
+
+        return scale_sums(sums, x, w, beside, dtype)
+    return _scaled(sums.float(), x, w, beside).to(dtype)
+
+
+def _scaled(total: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None) -> torch.Tensor:
+    """`total` (M, N), sums in float32, with scales, outliers and bias; in place."""
+    assert x.scale is not None
+    w_scale = w.scale.float().reshape(1, -1)
+    if w_scale.device.type != "cpu" or float(w_scale.amax()) < LARGE:
+        total.mul_(w_scale).mul_(x.scale)  # in this order: a large x_scale alone could overflow
+    else:
+        total.mul_(torch.minimum(w_scale, x.scale)).mul_(torch.maximum(w_scale, x.scale))
+    if beside is not None:
+        assert x.outliers is not None
+        total.addmm_(x.outliers, beside * w_scale)
+    return add_bias(total, w.bias)
+
+
+def _weight_first(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    total = torch._int_mm(w.codes, x.x.t()).float().t()
+    return _scaled(total, x, w, beside).to(dtype).contiguous()
+
+
+def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    m, n = x.x.shape[0], w.codes.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=x.x.device)
+    in_place = dtype == torch.float32
+    step = m if in_place else rows_at_once(n)
+    for start in range(0, m, step):
+        part = x.rows(start, start + step)
+        sums = out.view(torch.int32) if in_place else scratch("sums", (part.x.shape[0], n), torch.int32)
+        torch._int_mm(part.x, w.codes.t(), out=sums)
+        # int32 to float32 in its own place: the first touch of new memory costs more than the cast.
+        total = _scaled(sums.view(torch.float32).copy_(sums), part, w, beside)
+        if not in_place:
+            out[start : start + step] = total
+    return out
+
+
+@cache
+def _weight_first_up_to() -> int:
+    """Rows of input up to which the product is taken as weight times input.
+
+    oneDNN repacks the second operand at each call, so that had better be the small one. Measured with cold weights,
+    both ways, ms for a model's linears: Xeon with AMX, 826 MB of TinyLlama's shapes M=1 48 / 64, 4 54 / 66,
+    16 64 / 83; 110 MB of SmolLM2's M=1 15.5 / 18.4, 16 20.4 / 23.9. Without AMX (oneDNN held to VNNI) M=1 44 / 44,
+    2 92 / 76.
+    """
+    return 16 if torch.cpu._is_amx_tile_supported() else 1
+
+
+def weight_only(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Codes times x in bfloat16: for CPUs, few rows and small weights.
+
+    The sums are float32, but x and the product are rounded to bfloat16 (8 bits), also for a float32 x. That is less
+    than int8 codes of x lose.
+    """
+    least, most = (end.item() for end in torch.aminmax(x.x))
+    if SMALL < max(-least, most) < LARGE:
+        return add_bias(torch.mul(_packed(x.x, w.codes), w.scale.float().reshape(1, -1)), w.bias).to(dtype)
+    # Rows brought to the size of 1, where sums with codes do not overflow.
+    amax = x.x.abs().amax(1, keepdim=True).float()
+    power = torch.ldexp(torch.ones_like(amax), torch.frexp(amax).exponent.clamp_(-100, 120))
+    return _scaled(_packed(x.x / power, w.codes).float(), Input(x.x, power), w, None).to(dtype)
+
+
+def _packed(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return torch._weight_int8pack_mm(x.contiguous().to(torch.bfloat16), codes, _ones(codes.shape[0]))
+
+
+@cache
+def _ones(n: int) -> torch.Tensor:
+    """The scales that the kernel wants in bfloat16: ours are applied in float32."""
+    with torch.inference_mode(False):
+        return torch.ones(n, dtype=torch.bfloat16, device="cpu")
+
+
+def int8_scheme(scheme: Scheme) -> str | None:
+    """Why the int8 kernels cannot take `scheme`; None if they can."""
+    if scheme.weight.dtype != INT8 or scheme.weight.granularity != ROW:
+        return "it takes int8 weights with a scale per row"
+    if scheme.input is None or scheme.input.dtype != INT8 or scheme.input.granularity != ROW or not scheme.input.dynamic:
+        return "it takes inputs quantized to int8 per token"
+    return None
+
+
+def wrong_device(problem: Problem) -> str | None:
+    """Why `multiply` cannot run there; None if it can."""
+    if problem.k < 2:
+        return "torch._int_mm gives wrong numbers for K=1 (torch 2.13.0, CPU)"
+    if problem.device.type == "cuda" and (problem.n % 8 or problem.k % 8):
+        return f"N={problem.n} and K={problem.k} must be multiples of 8 on {problem.device.type}"
+    if problem.device.type not in ("cpu", "cuda"):
+        return f"torch has no int8 matmul on {problem.device.type}"
+    return None
+
+
+def wrong_device_weight_only(problem: Problem) -> str | None:
+    """Why `weight_only` cannot run there; None if it can."""
+    if problem.device.type != "cpu":
+        return f"made for CPUs, not for {problem.device.type}"
+    if problem.k % PACK_COLUMNS:
+        return f"K={problem.k} must be a multiple of {PACK_COLUMNS}"
+    if problem.n * problem.k > PACK_ELEMENTS:
+        return f"slower for weights of more than {PACK_ELEMENTS} elements"
+    return None

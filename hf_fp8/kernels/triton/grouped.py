@@ -1,0 +1,148 @@
+"""Triton: rows times the experts that they were routed to, E4M3 weights, inputs quantized or as they are.
+
+One kernel for prefill and decode. Sorted groups: a program finds its expert from the counts, so that the host needs to
+know none of them. Groups that are not sorted: a program for each row, which spares a few tokens the sorting. Either way
+only the bytes of experts with rows are read, and rows are gathered and put in their places on the way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..base import ExpertWeights, Groups, Input
+from . import scaled_mm as triton_mm
+from . import weight_only as triton_weight_only
+from .scales import power_of, times_scales, widened
+from .support import native_e4m3, on_device
+from .tiling import columns
+
+# Tiles are for so many times the rows that an expert has on average: of groups of 16 drawn at random, two in five have
+# more, and would read their weights twice. Not measured.
+SLACK = 1.5
+
+
+@triton.jit
+def _grouped(
+    x, w, x_scales, w_scales, out, rows, slots, experts, ends, S, N, K, E, grid_m, share, part, part_scales, scale_rows,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_sm, stride_sk, stride_ce, stride_cn, stride_ck,
+    QUANTIZED: tl.constexpr, X_COLS: tl.constexpr, W_COLS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    SORTED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    grid_n = tl.cdiv(N, BLOCK_N)
+    first_m = pid // (GROUP * grid_n) * GROUP
+    height = min(grid_m - first_m, GROUP)
+    tile = first_m + pid % (GROUP * grid_n) % height
+    n = pid % (GROUP * grid_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SORTED:
+        # Expert E is nobody: the rows behind all others. Each has so many tiles of rows; which of them is this?
+        each = tl.arange(0, BLOCK_E)
+        end = tl.where(each < E, tl.load(ends + each, mask=each < E, other=0), S)
+        start = tl.load(ends + each - 1, mask=(each > 0) & (each <= E), other=0)
+        start = tl.where(each <= E, start, S)
+        tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+        upto = tl.cumsum(tiles, 0)
+        expert = tl.sum((upto <= tile).to(tl.int32), 0)
+        mine = each == expert
+        within = tile - tl.sum(tl.where(mine, upto - tiles, 0), 0)
+        m = tl.sum(tl.where(mine, start, 0), 0) + within * BLOCK_M + tl.arange(0, BLOCK_M)
+        here = m < tl.sum(tl.where(mine, end, 0), 0)  # none for a tile behind the last
+    else:
+        expert = tl.load(experts + tile).to(tl.int32)
+        m = tile + tl.arange(0, BLOCK_M)
+        here = tl.arange(0, BLOCK_M) < 1
+    taken = (expert >= 0) & (expert < E)
+    k_tiles = tl.where(taken, tl.cdiv(K, BLOCK_K), 0)
+    e = tl.where(taken, expert, 0).to(tl.int64)
+    r = tl.load(rows + m, mask=here, other=0) if HAS_ROWS else m
+    r = tl.where(here, r // share, 0).to(tl.int64)
+    x_rows = x + r[:, None] * stride_xm
+    w_rows = w + e * stride_we + n[:, None].to(tl.int64) * stride_wn
+    of_n = n // part * part_scales + n % part // scale_rows
+    w_scale_rows = w_scales + e * stride_ce + of_n * stride_cn
+    x_scale_rows = x_scales + r * stride_sm
+    w_scale = tl.load(w_scale_rows, mask=n < N, other=0.0).to(tl.float32)
+    if QUANTIZED:
+        x_scale = tl.load(x_scale_rows, mask=here, other=0.0).to(tl.float32)
+    else:
+        power, rest = power_of(w_scale, DTYPE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, k_tiles):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        xt = tl.load(x_rows + k[None, :] * stride_xk, mask=here[:, None] & (k[None, :] < K), other=0.0)
+        wt = tl.load(w_rows + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+        if QUANTIZED:
+            if X_COLS == 0 and W_COLS == 0:
+                acc = tl.dot(xt, tl.trans(wt), acc)
+            else:
+                product = tl.dot(xt, tl.trans(wt)).to(tl.float32)
+                if W_COLS > 0:
+                    at = step * BLOCK_K // W_COLS * stride_ck
+                    w_scale = tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)
+                product *= w_scale[None, :]  # first, as in triton_mm
+                if X_COLS > 0:
+                    at = step * BLOCK_K // X_COLS * stride_sk
+                    x_scale = tl.load(x_scale_rows + at, mask=here, other=0.0).to(tl.float32)
+                    product *= x_scale[:, None]
+                acc += product
+        elif W_COLS > 0:
+            at = step * BLOCK_K // W_COLS * stride_ck
+            power, rest = power_of(tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32), DTYPE)
+            wide = tl.trans(widened(wt, power, DTYPE, BITS))
+            acc += tl.dot(xt.to(DTYPE), wide, input_precision="ieee") * rest[None, :]
+        else:
+            acc = tl.dot(xt.to(DTYPE), tl.trans(widened(wt, power, DTYPE, BITS)), acc, input_precision="ieee")
+    if QUANTIZED:
+        if X_COLS == 0 and W_COLS == 0:
+            acc = times_scales(acc, x_scale[:, None], w_scale[None, :])
+        elif X_COLS == 0:
+            acc *= x_scale[:, None]
+    elif W_COLS == 0:
+        acc *= rest[None, :]
+    acc = tl.where(taken, acc, 0.0)  # a row that nobody takes may hold anything, and so may its scale
+    at_m = tl.load(slots + m, mask=here, other=0) if HAS_SLOTS else m
+    at = at_m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=here[:, None] & (n[None, :] < N))
+
+
+def multiply(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+    """x (R, K), codes with scales (R, 1) or (R, groups) or values, times E4M3 weights (E, N, K); (S, N) in `dtype`."""
+    values, codes = x.x, w.codes
+    s, k = groups.experts.shape[0], values.shape[1]
+    n_experts, n, _ = codes.shape
+    quantized, is_sorted = x.scale is not None, groups.ends is not None
+    of_w = w.scheme.weight.granularity
+    of_x = w.scheme.input.granularity if quantized and w.scheme.input is not None else None
+    x_cols = 0 if of_x is None else max(of_x.cols, 0)
+    each = math.ceil(groups.rows_each(n_experts) * SLACK) if is_sorted else 1
+    tile = triton_mm.tile(each) if quantized else triton_weight_only.tile(each, values.dtype)
+    _, block_m, block_n, block_k, warps, stages = tile
+    block_k = columns(of_w, block_k if of_x is None else columns(of_x, block_k))
+    # Each expert with rows, and those without one, may have a last tile that is not full.
+    grid_m = s // block_m + min(n_experts + 1, s) if is_sorted else s
+    bits = not quantized and not native_e4m3(values.device)
+    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    # The interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
+    kind = tl.float32 if quantized or values.device.type == "cpu" else kinds[values.dtype]
+    part = n // w.parts
+    scales = w.scale.reshape(n_experts, w.parts * of_w.grid(part, k)[0], -1)
+    out = torch.empty((s, n), dtype=dtype, device=values.device)
+    x_scale = scales if x.scale is None else x.scale
+    with on_device(values):
+        _grouped[(grid_m * triton.cdiv(n, block_n),)](
+            values, codes.view(torch.int8) if bits else codes, x_scale, scales, out,
+            *(groups.experts if t is None else t for t in (groups.rows, groups.slots, groups.experts, groups.ends)),
+            s, n, k, n_experts, grid_m, groups.share,
+            part, scales.shape[1] // w.parts, part if of_w.rows == -1 else of_w.rows,
+            *values.stride(), *codes.stride()[:2], *x_scale.stride()[-2:], *scales.stride(),
+            QUANTIZED=quantized, X_COLS=x_cols, W_COLS=max(of_w.cols, 0), BITS=bits, DTYPE=kind,
+            SORTED=is_sorted, HAS_ROWS=groups.rows is not None, HAS_SLOTS=groups.slots is not None,
+            GROUP=triton_mm.GROUP_M, BLOCK_E=triton.next_power_of_2(n_experts + 1),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out

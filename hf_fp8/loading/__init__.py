@@ -1,0 +1,1 @@
+"""Which tensor goes where in a model, and how."""

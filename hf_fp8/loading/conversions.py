@@ -1,0 +1,235 @@
+"""The transforms that carry out a layout: handed to the host's loader, reversed by its saver.
+
+The host renames keys by regexes. Here the files' headers have been read first, so keys are routed by name instead: exact,
+fast for tens of thousands of experts, and exactly reversible.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+from zlib import crc32
+
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, companion
+from ..formats.scheme import scale_shape
+from .expert_names import converters
+from .expert_ops import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
+from .layout import Layout, Stack
+from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, plain_pattern
+
+
+def build_conversions(layout: Layout, host: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """What the host's loader is to do for a layout. host: its own transforms, which were matched against."""
+    weights, extra = layout.weights, converters(*layout.unmapped_experts) if layout.unmapped_experts is not None else []
+    op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
+    stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
+    found = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
+    found += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]
+    for transform in extra:
+        # Not used for loading what is stacked in the files; but what is written is one tensor per expert, its bias too.
+        transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
+    for transform in [*host, *extra]:
+        if isinstance(transform, WeightConverter):
+            transform = _merged_converter(transform, layout, weights, op, back)
+        found.append(transform)
+    # Of converters the first match wins: ours stand before the host's (see `for_saving`). Renamings all run: ours is the last.
+    return [*found, KeyRenaming(layout.aliases, layout.prefix)] if layout.aliases else found
+
+
+def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """The same, such that the host's saver, which goes through them from the end, asks ours first: they know names."""
+    last = [c for c in conversions if isinstance(c, RoutedConverter)]
+    return [*(c for c in conversions if c not in last), *last]
+
+
+def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
+    """For weights that fill one parameter each."""
+    routes, targets, roles = {}, {}, {WEIGHT}
+    for parameter in layout.dense.values():
+        if set(parameter.sources) != {WEIGHT}:
+            continue
+        (weight,) = parameter.weights
+        # The host adds or strips the base model's prefix after this.
+        target = weight.renamed[weight.primary].removesuffix("_packed")
+        for role, key in weight.renamed.items():
+            routes[key] = (target, companion(WEIGHT, role))
+            roles.add(role)
+        targets[parameter.name] = (parameter.name, WEIGHT)
+    if not routes:
+        return []
+    sources = [companion(WEIGHT, role) for role in sorted(roles)]
+    reverse = RoutedConverter(targets, [WEIGHT], [WEIGHT], [back])
+    return [RoutedConverter(routes, sources, [WEIGHT], [op], reverse=reverse)]
+
+
+def _merged_converter(
+    base: WeightConverter, layout: Layout, weights: list[StoredWeight], op: Dequantize, back: Requantize
+) -> WeightConverter:
+    """`base`, dequantizing first, if any FP8 weight passes through it."""
+    through = [w for w in weights if w.pattern in base.source_patterns and w.target in layout.dense]
+    if not through:
+        return base
+    probe = deepcopy(base)
+    routes: dict[str, tuple[str, str]] = {}
+    roles: dict[str, None] = {}
+    for weight in through:
+        assert weight.pattern is not None
+        renamed = probe.rename_source_key(weight.renamed[weight.primary].removesuffix("_packed"))[0]
+        for role, key in weight.renamed.items():
+            if role != WEIGHT:
+                routes[key] = (renamed, companion(weight.pattern, role))
+                roles[companion(weight.pattern, role)] = None
+    reverse = _taken_apart(base, layout, back)
+    operations = [op, *(AsInBase(operation, list(base.source_patterns)) for operation in base.operations)]
+    sources = [*base.source_patterns, *roles]
+    return RoutedConverter(routes, sources, list(base.target_patterns), operations, base=base, reverse=reverse)
+
+
+def _taken_apart(base: WeightConverter, layout: Layout, back: Requantize) -> RoutedConverter:
+    """The reverse of `base`: its operations undone, last to first, for the parameters that are made through it, by their
+    names. The patterns of `base` are regular expressions, and no names."""
+    sources = [plain_pattern(p) for p in base.source_patterns]
+    # The host finds a converter by its pattern: two that make parameters of the same name, in two parts of a model, differ.
+    of_this = f"of_{crc32(repr(base.source_patterns).encode()):08x}"
+    targets = [f"{plain_pattern(p)}.{of_this}" for p in base.target_patterns]
+    assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets), base
+    through = [p for p in layout.dense.values() if not p.sources.keys().isdisjoint(base.source_patterns)]
+    routes = {
+        name: (parameter.name, target)
+        for parameter in through
+        for name, target in zip((parameter.name, *parameter.others), targets, strict=True)
+    }
+    operations = [operation.reverse_op for operation in reversed(base.operations)]
+    return RoutedConverter(routes, targets, sources, [*operations, back])
+
+
+def _fresh_converters(layout: Layout) -> list[WeightTransform]:
+    """For Linears that are quantized while they are loaded. A converter, not a renaming: what the host offloads to disk
+    would else stay what it is in the files."""
+    fresh = {f"{name}.{WEIGHT}": weight for name, weight in layout.kept.items() if weight.part is not None}
+    if not fresh:
+        return []
+    routes = {weight.part.key: (weight.part.key, WEIGHT) for weight in fresh.values() if weight.part is not None}
+    nothing = RoutedConverter({}, [WEIGHT], [WEIGHT], [Reshape({})])  # saved under the names that they have
+    return [RoutedConverter(routes, [WEIGHT], [WEIGHT], [QuantizeWeights(fresh, layout.broken)], reverse=nothing)]
+
+
+def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[WeightTransform]:
+    """For experts that stay in FP8."""
+    if not stacks:
+        return []
+    routes, back = {}, {}
+    fresh = any(weight.part for stack in stacks.values() for weight in stack.weights)
+    for target, stack in stacks.items():
+        for part, weights in enumerate(stack.sources):
+            for weight in weights:
+                if weight.part is not None:
+                    routes[weight.part.key] = (target, pattern(0 if weight.part.expert is not None else part, WEIGHT))
+                    continue
+                routes |= {weight.renamed[role]: (target, pattern(part, role)) for role in ROLES if role in weight.keys}
+        back.update({stack.name_of(role): (target, pattern(0, role)) for role in stack.roles})
+    patterns = [pattern(0, role) for role in ROLES]
+    reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks)])
+    if fresh:
+        return [LateConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks, layout.broken)], reverse=reverse)]
+    return [RoutedConverter(routes, PATTERNS, ["hf_fp8_experts"], [StackExperts(stacks)], reverse=reverse)]
+
+
+def _scale_converters(layout: Layout) -> list[WeightTransform]:
+    """For scales that the file holds in another shape than the module does."""
+    forth, back, routes = {}, {}, {}
+    for module, weight in layout.kept.items():
+        shapes = {WEIGHT_SCALE: scale_shape(weight.scheme.weight.granularity, *weight.shape), INPUT_SCALE: (1,)}
+        for role, shape in shapes.items():
+            if role in weight.keys and weight.shapes[role] != shape:
+                name = f"{module}.{role}"
+                forth[name], back[name] = shape, weight.shapes[role]
+                routes[weight.renamed[role]] = (weight.renamed[role], "hf_fp8_scale")
+    if not routes:
+        return []
+    reverse = RoutedConverter({n: (n, "hf_fp8_scale") for n in back}, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(back)])
+    return [RoutedConverter(routes, ["hf_fp8_scale"], ["hf_fp8_scale"], [Reshape(forth)], reverse=reverse)]
+
+
+class KeyRenaming(WeightRenaming):  # type: ignore[misc]
+    """Renames exactly the given keys; reversed, it gives them back the names of the file.
+
+    prefix: that of the base model, which keys may gain or lose between a loading and a saving.
+    """
+
+    def __init__(self, names: Mapping[str, str], prefix: str = "") -> None:
+        super().__init__("hf_fp8_key", "hf_fp8_key")
+        self.names, self.prefix = dict(names), prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed = self.names.get(source_key)
+        if renamed is None:
+            return source_key, None
+        self._was_used = True
+        return renamed, source_key
+
+    def reverse_transform(self) -> KeyRenaming:
+        dot = f"{self.prefix}." if self.prefix else ""
+        stripped = {new.removeprefix(dot): old.removeprefix(dot) for old, new in self.names.items()}
+        added = {dot + new: dot + old for new, old in stripped.items()}
+        return KeyRenaming({**stripped, **added, **{new: old for old, new in self.names.items()}}, self.prefix)
+
+
+class RoutedConverter(WeightConverter):  # type: ignore[misc]
+    """Routes the given keys, each to a (target, source pattern); other keys as `base` would, if there is one.
+
+    `reverse` is the transform that undoes this one on saving.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, tuple[str, str]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        operations: list[ConversionOps],
+        base: WeightConverter | None = None,
+        reverse: WeightTransform | None = None,
+    ) -> None:
+        super().__init__(source_patterns, target_patterns, operations, force_cpu=bool(base and base.force_cpu))
+        self.routes, self.base, self.reverse = routes, base, reverse
+        if base is not None:
+            self.scope_prefix, self.base_model_prefix = base.scope_prefix, base.base_model_prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        route = self.routes.get(source_key)
+        if route is not None:
+            self._was_used = True
+            return route
+        if self.base is None:
+            return source_key, None
+        renamed, pattern = self.base.rename_source_key(source_key)
+        self._was_used |= pattern is not None
+        return renamed, pattern
+
+    def reverse_transform(self) -> WeightTransform:
+        assert self.reverse is not None
+        return self.reverse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
+        # The loader copies a converter for each parameter it makes; the routes of all keys are shared.
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__):
+            if hasattr(self, slot):
+                object.__setattr__(copy, slot, getattr(self, slot))
+        copy.collected_tensors = defaultdict(list)
+        copy.layer_targets = defaultdict(set)
+        return copy
+
+
+class LateConverter(RoutedConverter):
+    """Hands its op functions that read the tensors, instead of the tensors: the op reads one at a time."""
+
+    def materialize_tensors(self) -> dict[str, list[Any]]:
+        collected = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return collected

@@ -1,0 +1,156 @@
+"""Which experts modules of a model can stay in FP8, from which tensors of the files; and if not, why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
+
+from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.weights import DenseTensor, StoredWeight
+from ..errors import MismatchError, MissingTensorError
+from ..nn.experts import ExpertsLayout, Projection
+from .expert_names import PlainMerge
+from .layout import ExpertsPlan, Parameter, Stack
+
+
+class _Unfit(Exception):
+    """The reason why a module's experts cannot stay in FP8."""
+
+
+def plan_experts(
+    name: str,
+    module: nn.Module | None,
+    parameters: dict[str, Parameter],
+    converters: Sequence[WeightTransform],
+) -> ExpertsPlan | str:
+    """The plan for the experts module `name` of a model, or the reason why it must be dense.
+
+    parameters: what the files have for its parameters, by name. converters: those that would merge them.
+    """
+    layout = ExpertsLayout.of(module)
+    if layout is None:
+        kind = "a module that the model lacks" if module is None else type(module).__name__
+        return f"{kind} does not have the host's interface for experts, so what it computes is not known here"
+    assert module is not None
+    merges = {pattern: c for c in converters if isinstance(c, WeightConverter) for pattern in c.source_patterns}
+    try:
+        first = _stack(name, layout.first, module, layout, parameters, merges)
+        second = _stack(name, "down_proj", module, layout, parameters, merges)
+    except _Unfit as reason:
+        return str(reason)
+    dtypes = {}
+    for stack in (first, second):
+        for role in stack.roles[1:]:
+            held = next(weight.dtypes[role] for weight in stack.weights if role in weight.dtypes)
+            dtypes[stack.name_of(role).rpartition(".")[2]] = TORCH_DTYPES[held]
+    return ExpertsPlan(name, first, second, interleaved=first.is_stacked and not layout.is_concatenated, scale_dtypes=dtypes)
+
+
+def check_experts(module: nn.Module | None, parameters: dict[str, Parameter]) -> None:
+    """Raise, naming the tensor, for experts of the files that are not just those of the module, or of another shape.
+
+    MissingTensorError, MismatchError. What is known of a module is what the host says of it: of others nothing is checked.
+    """
+    layout = ExpertsLayout.of(module)
+    for target, parameter in parameters.items():
+        leaf = target.rpartition(".")[2]
+        if layout is None or leaf not in (layout.first, "down_proj"):
+            continue
+        held = tuple(getattr(module, leaf).shape)
+        n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
+        for pattern, weights in parameter.sources.items():
+            if "*" in pattern and not parameter.others:
+                _check_one_by_one(target, weights, n_experts, (n // len(parameter.sources), k))
+
+
+def _check_one_by_one(target: str, weights: list[StoredWeight | DenseTensor], n_experts: int, shape: tuple[int, int]) -> None:
+    known = {place: weight for place, weight in enumerate(weights) if isinstance(weight, StoredWeight)}
+    for place, weight in known.items():
+        key = weight.keys[weight.primary]
+        # As the loader will know it: a `key_mapping` may have made the name.
+        number = next(int(part) for part in reversed(weight.renamed[weight.primary].split(".")) if part.isdigit())
+        if number >= n_experts:
+            raise MismatchError(f"{key} is in the files, but the model's {target} has {n_experts} experts, from 0 on")
+        if number != place:
+            raise MissingTensorError(
+                f"{key} is in the files, but one of the experts before it is not: the checkpoint is incomplete (a shard may be "
+                "missing)"
+            )
+        if weight.group.scheme is not None and weight.shape != shape:
+            raise MismatchError(
+                f"{key} has shape {list(weight.shape)} in the files, an expert of the model's {target} has {list(shape)}: "
+                "the config of the model is not that of the checkpoint"
+            )
+    if len(weights) != n_experts:
+        some = next(iter(known.values()), None)
+        sample = "" if some is None else f" (such as {some.keys[some.primary]})"
+        raise MissingTensorError(
+            f"{len(weights)} experts of {target} are in the files{sample}, of {n_experts} that the model has: the checkpoint "
+            "is incomplete (a shard may be missing)"
+        )
+
+
+def _stack(
+    module_name: str,
+    leaf: str,
+    module: nn.Module,
+    layout: ExpertsLayout,
+    parameters: dict[str, Parameter],
+    merges: dict[str, WeightConverter],
+) -> Stack:
+    target = f"{module_name}.{leaf}"
+    parameter = parameters.get(target)
+    if parameter is None or not parameter.sources:
+        raise _Unfit(f"the files hold no FP8 weights for {leaf}")
+    patterns = list(parameter.sources)
+    weights = parameter.weights
+    _check_alike(leaf, weights, sum(map(len, parameter.sources.values())))
+    held = tuple(getattr(module, leaf).shape)
+    n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
+    first = weights[0]
+    if len(first.shape) == 3:
+        if first.pattern is not None or first.shape != held:
+            raise _Unfit(f"the stack of {leaf} in the files has another layout than the model's")
+        projection = Projection(leaf, (n_experts, n, k), first.scheme)
+        return Stack(target, projection, ((first,),), transposed=layout.is_transposed)
+    parts = 2 if leaf == layout.first and layout.has_gate else 1
+    merge = merges.get(patterns[0])
+    if merge is None or len(patterns) != parts or not _is_plain_merge(merge, layout):
+        raise _Unfit(f"the host makes {leaf} in a way that is not a plain merge of experts")
+    order = sorted(patterns, key=merge.source_patterns.index)
+    sources = tuple(tuple(w for w in parameter.sources[pattern] if isinstance(w, StoredWeight)) for pattern in order)
+    return Stack(target, Projection(leaf, (n_experts, n, k), first.scheme, parts), sources)
+
+
+def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None:
+    """Raise unless all weights, `count` of them, are FP8, of one scheme and with scales of one dtype."""
+    if len(weights) < count:
+        raise _Unfit(f"some experts of {leaf} are dense in the files")
+    if any(weight.group.scheme is None for weight in weights):
+        raise _Unfit("not an FP8 group")
+    first, *rest = weights
+    for weight in rest:
+        if weight.scheme != first.scheme:
+            raise _Unfit(f"experts of {leaf} are of two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
+        if any(weight.dtypes[role] != first.dtypes[role] for role in weight.dtypes.keys() & first.dtypes.keys()):
+            raise _Unfit(f"experts of {leaf} differ in the dtypes of their scales")
+
+
+def _is_plain_merge(merge: WeightConverter, layout: ExpertsLayout) -> bool:
+    """Whether a converter stacks experts and lays gate over up, and no more but what the family's layout asks for."""
+    if len(merge.target_patterns) != 1:
+        return False
+    if isinstance(merge, PlainMerge):
+        return True
+    kinds = [(type(op), getattr(op, "dim", None)) for op in merge.operations]
+    return (
+        not layout.is_transposed
+        and layout.is_concatenated
+        and kinds
+        in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
+        )
+    )

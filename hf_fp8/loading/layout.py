@@ -1,0 +1,117 @@
+"""Layout: which tensor of a checkpoint goes where in a model, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..checkpoint.validate import Scan
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
+from ..nn.experts import ExpertsLayout, Projection
+
+# Where the loader leaves what it decided, on the model: module or parameter name -> (scheme, reason).
+NOTES = "_hf_fp8_notes"
+
+
+@dataclass
+class Parameter:
+    """A dense parameter of the model that is made from quantized weights of the file.
+
+    sources: the tensors that each source pattern of the host's converter collects, in the order in which it collects them.
+    others: parameters that the converter makes of the same tensors (of a fused q, k and v), in its order after this one.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sources: dict[str, list[StoredWeight | DenseTensor]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> list[StoredWeight]:
+        """Those of its sources that are quantized in the files."""
+        return [source for part in self.sources.values() for source in part if isinstance(source, StoredWeight)]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One projection and the weights that fill it: for each part one of every expert, or one stack of them all.
+
+    transposed: the stack in the files is (E, K, N).
+    """
+
+    target: str
+    projection: Projection
+    sources: tuple[tuple[StoredWeight, ...], ...]
+    transposed: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        return len(self.sources[0][0].shape) == 3
+
+    @property
+    def weights(self) -> list[StoredWeight]:
+        return [weight for part in self.sources for weight in part]
+
+    @property
+    def roles(self) -> list[str]:
+        """What the files have for it: of static input scales, those of some experts may be missing."""
+        return [role for role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE) if any(role in weight.keys for weight in self.weights)]
+
+    def name_of(self, role: str) -> str:
+        """The parameter of the model for a role of the weights."""
+        return self.target + {WEIGHT: "", WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"}[role]
+
+
+@dataclass
+class ExpertsPlan:
+    """An experts module that stays in FP8."""
+
+    name: str
+    first: Stack
+    second: Stack
+    interleaved: bool
+    scale_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[Stack, Stack]:
+        return self.first, self.second
+
+
+@dataclass
+class Layout:
+    """Which tensor of the files goes where, and what becomes of it: data, from which `conversions` makes what carries it out.
+
+    kept: module -> weight that stays in FP8. experts: module -> experts that do. dense: parameter -> the weights
+    multiplied out into it. weights: those of all three.
+
+    reasons: name of a dense weight's module or parameter -> why it is dense. extra: names in the model -> keys in the files,
+    of tensors that no module uses though they belong to its weights or its cache. unplaced: the same of those that this
+    class of model has no place for. scales: name of a dense weight -> what its codes were multiplied by, for writing it
+    back. missing: parameters that nothing in the files goes into. file_dtypes: parameter -> dtype of the dense tensors in
+    the files that it is made of. input_scales: name of a weight -> what is wrong with its static input scale. broken: while
+    loading, what was wrong with weights that were to be quantized. aliases: keys after the host's renamings -> what they are
+    to be called instead. prefix: that of the base model, which keys may have or lack. unmapped_experts: layout and end of the
+    path of experts modules whose names in the files the host does not map.
+    """
+
+    kept: dict[str, StoredWeight] = field(default_factory=dict)
+    experts: dict[str, ExpertsPlan] = field(default_factory=dict)
+    dense: dict[str, Parameter] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
+    unplaced: dict[str, str] = field(default_factory=dict)
+    scan: Scan = field(default_factory=Scan)
+    weights: list[StoredWeight] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    unmapped_experts: tuple[ExpertsLayout, str] | None = None
+    scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    file_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    input_scales: dict[str, str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    def saves_fp8(self, dense_because: str | None) -> bool:
+        """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""
+        return dense_because is None or bool(self.experts)

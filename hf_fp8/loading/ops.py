@@ -1,0 +1,324 @@
+"""Weight-conversion ops for `transformers`' loader and saver: dequantize, quantize, reshape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from zlib import crc32
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from transformers.core_model_loading import ConversionOps
+from transformers.utils import logging
+
+from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.weights import WEIGHT, DenseTensor, StoredWeight, companion
+from ..errors import ScaleError, UnsupportedError
+from ..formats import numerics
+from ..formats.cpu_casts import multiply_out
+from ..formats.scheme import Granularity, TensorScheme
+from . import options as load_options
+from .layout import Parameter
+
+logger = logging.get_logger(__name__)
+
+
+class SharedOp(ConversionOps):  # type: ignore[misc]
+    """An op whose state is planned once and never changes with the tensor at hand."""
+
+    supports_many_to_many = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedOp:
+        return self
+
+
+def is_widened(held: torch.dtype, read: torch.dtype, beyond: torch.dtype | None = None) -> bool:
+    """Whether a tensor that was read in one dtype is held in a wider one: floats in more bits than that (and than `beyond`), or
+    integers, such as a count of batches, as floats."""
+    if not held.is_floating_point:
+        return False
+    least = 0 if beyond is None else beyond.itemsize
+    return not read.is_floating_point or held.itemsize > max(read.itemsize, least)
+
+
+def as_read(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`, that of the file it was read from, if it was only widened since. Else as it is: nothing is lost."""
+    if not is_widened(tensor.dtype, dtype):
+        return tensor
+    if not dtype.is_floating_point and (tensor.abs() >= 1 / torch.finfo(tensor.dtype).eps).any():
+        return tensor  # beyond this, not every integer is a float
+    narrow = tensor.to(dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return narrow if torch.equal(narrow.to(tensor.dtype).view(bits), tensor.contiguous().view(bits)) else tensor
+
+
+def only(value: Any) -> torch.Tensor:
+    tensor: torch.Tensor = value[0] if isinstance(value, list) else value
+    return tensor
+
+
+class Reshape(SharedOp):
+    """Gives each scale the shape planned for it: the module's on loading, the file's on saving. Others stay as they are."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = dict(shapes)
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        scale = only(next(iter(input_dict.values())))
+        return {full_layer_name: scale.reshape(self.shapes.get(full_layer_name, scale.shape))}
+
+
+class Dequantize(SharedOp):
+    """Multiplies quantized weights out to the dtype of the parameter they go into.
+
+    Per-expert weights are written one by one into one stacked tensor, which the host's merge passes
+    through: no expert is held twice.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
+        self.parameters = parameters
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        parameter = self.parameters[full_layer_name]
+        converted: dict[str, Any] = {}
+        for pattern, stored in parameter.sources.items():
+            roles = {role for weight in stored if isinstance(weight, StoredWeight) for role in weight.keys}
+            # The host's pattern may match a bias as well, and end in no ".weight".
+            tensors = {role: input_dict.pop(companion(pattern, role), []) for role in roles - {WEIGHT}}
+            tensors[WEIGHT] = input_dict.pop(pattern, [])
+            first = stored[0]
+            arrived = len(tensors[first.primary if isinstance(first, StoredWeight) else WEIGHT])
+            if arrived != len(stored):
+                raise RuntimeError(
+                    f"{full_layer_name}: {arrived} tensors arrived for {pattern}, {len(stored)} are in the files"
+                )
+            converted[pattern] = self._stack(stored, tensors, parameter.dtype, apart=bool(parameter.others))
+        if set(converted) == {WEIGHT}:
+            return {full_layer_name: only(converted[WEIGHT])}
+        return converted
+
+    def _stack(
+        self,
+        stored: list[StoredWeight | DenseTensor],
+        tensors: dict[str, list[torch.Tensor]],
+        dtype: torch.dtype,
+        *,
+        apart: bool,
+    ) -> list[torch.Tensor] | torch.Tensor:
+        """apart: whether they may have several shapes, as they go into several parameters; then they come as a list."""
+        found: list[torch.Tensor] = []
+        out: torch.Tensor | None = None
+        taken = dict.fromkeys(tensors, 0)
+        for index, weight in enumerate(stored):
+            parts: dict[str, torch.Tensor] = {}
+            for role in weight.keys if isinstance(weight, StoredWeight) else (WEIGHT,):
+                parts[role] = tensors[role][taken[role]]
+                tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
+                taken[role] += 1
+            dense = _unpacked(weight, parts, dtype) if isinstance(weight, StoredWeight) else parts[WEIGHT].to(dtype)
+            if apart or len(stored) == 1:
+                found.append(dense)
+                continue
+            if out is None:
+                out = torch.empty((len(stored), *dense.shape), dtype=dtype, device=dense.device)
+            out[index].copy_(dense)
+        return found if out is None else out
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise AssertionError("RoutedConverter.reverse says how to save")
+
+
+class AsInBase(SharedOp):
+    """An operation of the host's converter, which is told of that converter's patterns alone, not of those of scales."""
+
+    def __init__(self, operation: ConversionOps, source_patterns: list[str]) -> None:
+        self.operation, self.source_patterns = operation, source_patterns
+
+    def convert(self, input_dict: dict[str, Any], source_patterns: list[str], **kwargs: Any) -> Any:
+        return self.operation.convert(input_dict, source_patterns=self.source_patterns, **kwargs)
+
+
+def plain_pattern(pattern: str) -> str:
+    """What the reverse of a converter calls a pattern of its converter: without escapes and groups, which the host would
+    read as a regular expression again."""
+    return "hf_fp8." + re.sub(r"[^\w.*]", "", pattern).lstrip(".")
+
+
+class Requantize(SharedOp):
+    """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
+
+    A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
+    scales of the same granularity where the old ones do not do, is rounded by chance, and is named in `changed`.
+
+    What was merged arrives taken apart, under its `plain_pattern` with a number in the place of the asterisk. Names are those
+    that are known of each tensor (`StoredWeight.saved`), never put together from patterns.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], scales: Mapping[str, dict[str, torch.Tensor]]) -> None:
+        self.parameters, self.scales = parameters, scales
+        self.changed: list[str] = []
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        parameter = self.parameters.get(full_layer_name)
+        if parameter is None:  # dense for good since it was loaded
+            return {full_layer_name: only(next(iter(input_dict.values())))}
+        out: dict[str, torch.Tensor] = {}
+        start = len(self.changed)
+        for pattern, sources in parameter.sources.items():
+            for index, source in enumerate(sources):
+                key = WEIGHT if pattern == WEIGHT else plain_pattern(pattern).replace("*", str(index))
+                dense = only(input_dict.pop(key))
+                if isinstance(source, DenseTensor):
+                    out[source.saved] = as_read(dense, TORCH_DTYPES[source.dtype])
+                else:
+                    lies = source.shapes.get(WEIGHT, ())
+                    if len(lies) == 3 and dense.shape != lies:  # the host turns only what does not fit the model
+                        dense = dense.transpose(1, 2)
+                    out.update(self._codes(dense, source, parameter.dtype))
+        self._tell(start)
+        return out
+
+    def _tell(self, start: int) -> None:
+        if names := self.changed[start:]:
+            logger.warning(
+                f"hf_fp8: {', '.join(names)}: changed since loading, rounded to FP8 codes anew; scales that do not fit any "
+                "more are new, too"
+            )
+
+    def _codes(self, dense: torch.Tensor, weight: StoredWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        scales = self.scales[weight.name]
+        if weight.group.scheme is None:
+            parts = compressor(weight).compress({WEIGHT: dense, **scales}, weight.group.parsed)
+            parts = {**scales, **{role: parts[role] for role in weight.keys if role in parts and role not in scales}}
+        else:
+            parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
+        # Through the dtype it was loaded in, in case the model has been cast since.
+        back = weight_from(weight, parts, dtype).to(dense)
+        same = torch.equal(back, dense)
+        if not same and weight.group.scheme is None:
+            raise UnsupportedError(
+                f"{weight.name} was changed since loading, and does not fit the {weight.group.format} codes and scales that it "
+                "came with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+            )
+        if not same:
+            self.changed.append(weight.name)
+            scale = fresh_scale(weight, dense, old := scales["weight_scale"])
+            if dense.ndim == 3 and old.shape[:1] == dense.shape[:1]:  # experts of a stack that are as they were stay so
+                kept = (back == dense).flatten(1).all(1).to(old.device)
+                scale = torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, scale)
+            parts["weight_scale"] = scale
+            # To the nearest code, most of what was trained or merged since would be rounded away (see `merging`).
+            parts[WEIGHT] = codes_from(weight, dense, parts, _generator(weight.name, dense))
+        return {name: parts[role] for role, name in weight.saved.items()}
+
+
+def _generator(name: str, dense: torch.Tensor) -> torch.Generator:
+    """The same draws whenever these values are saved, so that files are the same; others for other values, or the errors of
+    training that saves and loads would add up."""
+    content = int(dense.contiguous().view(torch.uint8).sum(dtype=torch.int64))
+    return torch.Generator(dense.device).manual_seed(crc32(name.encode(), content & 0xFFFFFFFF))
+
+
+class QuantizeWeights(SharedOp):
+    """Quantizes the weights of Linears as they arrive: codes, scale, and a place for an input scale yet to be measured.
+
+    weights: name of a parameter -> the weight that fills it. broken: where it says what was wrong with one.
+    """
+
+    def __init__(self, weights: Mapping[str, StoredWeight], broken: list[str]) -> None:
+        self.weights, self.broken = weights, broken
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        stored = self.weights[full_layer_name]
+        codes, scale = quantize_or_note(stored.name, only(input_dict.pop(WEIGHT)), stored.scheme.weight, self.broken)
+        found = {full_layer_name: codes, companion(full_layer_name, "weight_scale"): scale}
+        if stored.scheme.has_static_input:
+            unknown = torch.full((1,), torch.nan, dtype=scale.dtype, device=scale.device)
+            found[companion(full_layer_name, "input_scale")] = unknown
+        return found
+
+
+class AsItIs(SharedOp):
+    """What the host runs after the converters while quantizing: nothing, they have done it."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+def quantize_or_note(
+    name: str, weight: torch.Tensor, scheme: TensorScheme, broken: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_named`; but an error is noted in `broken`, as the host would make a general one of it, and zeros returned."""
+    try:
+        return quantize_named(name, weight, scheme)
+    except ScaleError as error:
+        broken.append(str(error))
+        return numerics.quantize_weight(torch.zeros_like(weight), scheme.granularity, scheme.dtype)
+
+
+def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """`numerics.quantize_weight`, whose error says which weight it was."""
+    try:
+        return numerics.quantize_weight(weight, scheme.granularity, scheme.dtype)
+    except ScaleError as error:
+        raise ScaleError(f"{name}: {error}. Leave it out with `ignore`, or mend the checkpoint") from None
+
+
+def compressor(weight: StoredWeight) -> Any:
+    """compressed-tensors' compressor of a weight that is not FP8."""
+    return BaseCompressor.get_value_from_registry(weight.group.format)
+
+
+def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight, multiplied out in float32 and rounded once to `dtype`."""
+    if weight.group.scheme is None:
+        dense: torch.Tensor = compressor(weight).decompress(dict(parts), weight.group.parsed)[WEIGHT]
+        return dense.to(dtype)
+    q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)
+    if len(weight.shape) == 3:
+        wide = weight.stacked_scale(scale)
+        if q.device.type != "cpu":
+            return (q.float() * wide).to(dtype)
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        for codes, expert_scale, dense in zip(q, wide.expand(len(q), -1, -1), out, strict=True):
+            multiply_out(codes, expert_scale, dense)
+        return out
+    return numerics.dequantize(q, scale, weight.scheme.weight.granularity, dtype)
+
+
+def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """`weight_from`; what compressed-tensors raises for a weight whose parts do not fit is noted, as the host drops it."""
+    try:
+        return weight_from(weight, parts, dtype)
+    except Exception as error:
+        load_options.current().broken.append(f"{weight.name} cannot be unpacked as {weight.group.format}: {error}")
+        raise
+
+
+def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A scale for `dense`, of the shape and dtype of the one that the weight came with, on its device."""
+    granularity = weight.scheme.weight.granularity
+    matrices = dense.float().unsqueeze(0) if dense.ndim == 2 else dense.float()
+    grids = [numerics.compute_scale(m.t() if weight.transposed else m, granularity) for m in matrices]
+    stacked = torch.stack([grid.t() if weight.transposed else grid for grid in grids])
+    if old.numel() == 1:
+        stacked = stacked.amax()
+    fresh = stacked.to(old.dtype).clamp(min=torch.finfo(old.dtype).tiny).reshape(old.shape).to(old.device)
+    return torch.where((fresh <= old) & (fresh >= old / 2), old, fresh)  # as in `numerics.quantize_weight`
+
+
+def codes_from(
+    weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], chance: torch.Generator | None = None
+) -> torch.Tensor:
+    """The E4M3 codes of a dense weight under the scale in `parts`. chance: see `numerics.quantize`."""
+    scale = parts["weight_scale"].to(dense.device)
+    if len(weight.shape) == 3:
+        wide = weight.stacked_scale(scale).expand(dense.shape).reshape(-1, dense.shape[-1])
+        flat = dense.reshape(-1, dense.shape[-1])
+        return numerics.quantize(flat, wide, Granularity(1, 1), chance=chance).view(dense.shape)
+    return numerics.quantize(dense, scale, weight.scheme.weight.granularity, chance=chance)

@@ -1,0 +1,60 @@
+"""Quantized weights that a config says nothing of: others would load their codes as values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+
+from ..checkpoint.reader import TORCH_DTYPES, Checkpoint
+from ..checkpoint.validate import companions, module_named
+from ..checkpoint.weights import WEIGHT, WEIGHT_SCALE
+from ..errors import FP8Error, MismatchError
+from .keys import KeyMap
+
+
+def refuse_undeclared(
+    model: PreTrainedModel, files: Sequence[str], conversions: Sequence[WeightTransform], method: str | None
+) -> None:
+    """Raise MismatchError for files with FP8 or int8 weights whose scales would not be loaded into `model`.
+
+    conversions: those of the loader. method: the `quant_method` by which the host loads, None without one. What cannot be
+    read is left to the host to speak of.
+    """
+    try:
+        checkpoint = Checkpoint(files)
+    except FP8Error:
+        return
+    scales: dict[str, str] = {}
+    for key, info in checkpoint.tensors.items():
+        is_code = info.dtype == "I8" or info.dtype.startswith("F8_")
+        name = module_named(key, info.dtype, len(info.shape)) if is_code else None
+        scale = None if name is None else companions(name, key, checkpoint, strict=False).get(WEIGHT_SCALE)
+        if scale is not None:
+            scales[key] = scale
+    if not scales:
+        return
+    keymap = KeyMap(model, conversions)
+    modules = {name for name, _ in model.named_modules()}
+    lost = {}
+    for key, scale in scales.items():
+        (target, pattern), (place, by) = keymap.resolve(key), keymap.resolve(scale)
+        held = keymap.params.get(target)
+        if held is None and target.removesuffix(f".{WEIGHT}") not in modules:
+            continue  # a layer that this class of model does not have
+        has_place = by is not None or place in keymap.params
+        # There may be a place for the scale, and none for such codes beside it.
+        is_code = pattern is not None or (held is not None and held.dtype == TORCH_DTYPES[checkpoint.tensors[key].dtype])
+        if not (has_place and is_code):
+            lost[key] = scale
+    if lost:
+        key, scale = next(iter(lost.items()))
+        kind = "int8" if checkpoint.tensors[key].dtype == "I8" else "FP8"
+        said = "no `quantization_config` in config.json says so" if method is None else f"they are loaded as {method!r}"
+        raise MismatchError(
+            f"{len(lost)} weights of the files, such as {key}, are {kind} codes with scales ({scale}), but {said}: the scales "
+            f"would be dropped or misread, and {type(model).__name__} would take codes for values. hf_fp8 reads FP8 that "
+            "config.json describes as compressed-tensors (docs/formats.md): take a checkpoint made by llm-compressor or "
+            "`hf-fp8 quantize`, or write such a `quantization_config` if you know how this one was made"
+        )

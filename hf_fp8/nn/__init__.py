@@ -1,0 +1,1 @@
+"""Modules that hold codes and scales, and their ops."""

@@ -1,0 +1,107 @@
+"""What a linear gives back to its input: the gradient of its output times the weight, (M, N) @ (N, K), as one custom op.
+
+The op is opaque to `torch.compile`, so that no graph can come to hold a multiplied-out weight; and it is its own
+derivative with the weight transposed, so that gradients of gradients are right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..formats import numerics
+from ..formats.scheme import FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
+from ..kernels import Input, Weight, kernel_for
+from ..kernels import torch_fp8 as torch_mm
+
+# How a gradient is multiplied: as it is, with the dequantized weight; or rounded to 8 bits, with the codes.
+BACKWARDS = ("exact", "quantized")
+
+_LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "times_weight(Tensor x, Tensor weight, Tensor weight_scale, str scheme, bool transposed, str how) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str
+) -> torch.Tensor:
+    """x (M, N) @ (N, K), or x (M, K) @ (K, N) if `transposed`, in the dtype of x."""
+    parsed = Scheme.parse(scheme)
+    if transposed:
+        return torch_mm.dequantize(Input(x), Weight(weight, weight_scale, None, parsed), x.dtype)
+    if x.shape[0] and how == "quantized" and (turned := _turned(parsed)) is not None:
+        return _quantized(x, weight, weight_scale, parsed, turned)
+    return _exact(x, weight, weight_scale, parsed)
+
+
+def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """In pieces of columns, of which each gives columns of the result: the same sums, and no float copy of the whole."""
+    elements = torch_mm.elements_at_once(weight.device)
+    granularity = scheme.weight.granularity
+    if weight.numel() <= elements:
+        return x @ numerics.dequantize(weight, weight_scale, granularity, x.dtype)
+    out = x.new_empty((x.shape[0], weight.shape[1]))
+    for codes, scale, start in numerics.pieces_of_columns(weight, weight_scale, granularity, elements):
+        out[:, start : start + codes.shape[1]] = x @ numerics.dequantize(codes, scale, granularity, x.dtype)
+    return out
+
+
+def _turned(scheme: Scheme) -> Scheme | None:
+    """The scheme of the transposed weight, inputs rounded per token or group; None if its scales cannot be turned.
+
+    Scales per row of W would be scales per column of its transpose: those go into the gradient instead, before it is rounded.
+    """
+    granularity = scheme.weight.granularity
+    if granularity == ROW:
+        return INT8_DYNAMIC if scheme.weight.dtype == INT8 else FP8_DYNAMIC
+    if scheme.weight.dtype == INT8 or granularity.rows == 1:
+        return None
+    if granularity.is_tensor:
+        return Scheme(scheme.weight, FP8_DYNAMIC.input)
+    rows, cols = granularity.rows, granularity.cols
+    return Scheme(TensorScheme(Granularity(cols, rows)), TensorScheme(Granularity(1, rows), dynamic=True))
+
+
+def _quantized(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme, turned: Scheme
+) -> torch.Tensor:
+    """A forward with the transposed weight, where the device has a kernel for that; else as exact."""
+    backend = "int8" if turned == INT8_DYNAMIC else "scaled_mm"
+    kernel = kernel_for(x, weight.t(), turned.text, backend)
+    # Without a `quantize`: for few rows, where reading the weight is what takes the time.
+    if kernel.quantize is None or kernel.quantize is torch_mm.fake_quantize:
+        return _exact(x, weight, weight_scale, scheme)
+    # Kernels want its rows contiguous, but for the CPU's int8 one.
+    codes = weight.t() if turned == INT8_DYNAMIC and weight.device.type == "cpu" else weight.t().contiguous()
+    if scheme.weight.granularity == ROW:
+        given = x.float() * weight_scale.float().reshape(1, -1)  # in float32: a product of two small numbers
+        scale = weight_scale.new_ones((codes.shape[0], 1), dtype=torch.float32)
+    else:
+        given, scale = x, weight_scale.t().contiguous() if weight_scale.ndim == 2 else weight_scale
+    return kernel.multiply(kernel.quantize(given, None, turned), Weight(codes, scale, None, turned), x.dtype)
+
+
+_LIBRARY.impl("times_weight", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_fp8::times_weight", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0 if transposed else 1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, weight_scale, ctx.scheme, ctx.transposed, _ = inputs
+    ctx.save_for_backward(weight, weight_scale)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return times_weight(grad, *ctx.saved_tensors, ctx.scheme, not ctx.transposed, "exact"), *[None] * 5
+
+
+torch.library.register_autograd("hf_fp8::times_weight", _backward, setup_context=_setup_context, lib=_LIBRARY)
+times_weight = torch.ops.hf_fp8.times_weight.default

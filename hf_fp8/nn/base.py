@@ -1,0 +1,369 @@
+"""What every module that holds codes and scales has in common: casts leave them alone, state dicts are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import StateDictError, UnsupportedError
+from ..formats.changes import Change
+from ..formats.quantized_weight.casts import codes_for_certain, is_certain, refuse_own_values, refuse_values
+from ..formats.quantized_weight.source import Decoder
+from ..formats.quantized_weight.tensor import QuantizedWeight, codes_of, export, is_cast_of, is_whole
+from .parameters import held_by, let_gather, plain_scale, scale_held
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it.
+OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
+# What a layer is made of, and what PyTorch, transformers or accelerate put on it; anything else is of someone's own.
+OF_A_LAYER = frozenset(
+    {*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta")), *OF_AN_INSTANCE, "_is_hf_initialized"}
+)
+
+
+def foreign_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Names of what somebody has set on a float layer, or on the one that this one stands for."""
+    if isinstance(module, QuantizedModule):
+        return module.foreign
+    return tuple(name for name in vars(module) if name not in OF_A_LAYER)
+
+
+class QuantizedModule(nn.Module):
+    """A module whose parameters `holds` names: codes -> the scales that belong to them.
+
+    `.to(dtype)`, `.half()` and the like leave codes and scales as they are, since a cast would change or lose the
+    values; a state dict with other codes, or with codes and without their scale, is refused.
+    """
+
+    # name of a parameter with codes -> names of its scales, the weight's own first; any may be None
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of all codes and scales."""
+        return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
+
+    # Names of the scales of its inputs that have yet to be measured, and are NaN. Kernels are given none instead.
+    unmeasured: tuple[str, ...] = ()
+    # The dtype of the float weights that it was made of, or of the model that it was loaded into; None: not known.
+    made_of: torch.dtype | None = None
+
+    # Names of what somebody had set on the layer that it stands for, and is set on it, too (`convert.take_over`).
+    foreign: tuple[str, ...] = ()
+    # Its name in the model that it was loaded or quantized in, for errors.
+    name_in_model: str = ""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's, to which assigning a parameter leads: codes become a QuantizedWeight that belongs to this layer."""
+        if param is not None and name in self.holds and not is_certain():
+            self._bring_scale(name, param)
+        super().register_parameter(name, self._as_held(name, param))
+
+    def _bring_scale(self, name: str, param: Any) -> None:
+        """Of codes that another layer holds take its scales, too; so that layers share both, or a copy has both.
+
+        Raises UnsupportedError if they do not fit, and for values that were cast to the dtype of codes.
+        """
+        before: Any = self._parameters.get(name)
+        if type(param) is not QuantizedWeight:
+            if type(before) is QuantizedWeight and self.made_of is not None and before.dtype == param.dtype:
+                refuse_own_values(param.detach(), before.codes, before._part, before._source)
+            return
+        owner = param._source.owner(param._part.whole)
+        if (owner is not None and owner[0] is self) or (owner is None and param._source.kept is None):
+            return
+        if not is_whole(param):
+            raise UnsupportedError(
+                f"{self.called(name)} is given codes of a part of a weight, or in another order, whose scales cannot come "
+                "along: hf_fp8.dequantize_model(model) gives weights that can be changed"
+            )
+        leaf = self.holds[name][0]
+        if owner is not None and owner[0]._parameters[owner[1]] is param:
+            other = owner[0]._parameters[owner[0].holds[owner[1]][0]]
+            if other.numel() == self.scale_count(name):
+                self._parameters[leaf] = other  # one parameter, one scale
+                return
+        self.take_scale(name, param._source.decoder(param._part.whole).scale)
+
+    def take_scale(self, name: str, scale: torch.Tensor) -> None:
+        """Hold the scales of codes that came from elsewhere. Raises UnsupportedError if this scheme has others."""
+        leaf = self.holds[name][0]
+        held = self._parameters[leaf]
+        assert held is not None
+        if scale.shape != held.shape:
+            raise UnsupportedError(
+                f"{self.called(name)} is given codes with scales of shape {[*scale.shape]}, and its scheme has {[*held.shape]}"
+            )
+        if scale.dtype == held.dtype and not held.is_meta:
+            with torch.no_grad():
+                held.copy_(scale)
+        else:
+            self.register_parameter(leaf, nn.Parameter(scale.detach().clone(), requires_grad=False))
+
+    def _as_held(self, name: str, param: Any) -> Any:
+        if param is None or name not in self.quantized:
+            return param
+        if name in self.holds:
+            return held_by(self, name, param)
+        return scale_held(param)
+
+    def _hold(self) -> None:
+        """See to it that codes and scales, which may have been put into `_parameters` by themselves, belong to this layer."""
+        for name in self.quantized:
+            if name in self._parameters:
+                self._parameters[name] = self._as_held(name, self._parameters[name])
+
+    def decoder(self, name: str) -> Decoder:
+        """What the codes called `name` mean, for whoever reads them as values."""
+        raise NotImplementedError
+
+    def called(self, name: str = "") -> str:
+        """What errors call this module, or its parameter `name`."""
+        module = self.name_in_model or f"a {type(self).__name__}"
+        if not name:
+            return module
+        return f"{module}.{name}" if self.name_in_model else f"{name} of {module}"
+
+    def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and shape that the scheme gives the codes called `name`."""
+        raise NotImplementedError
+
+    def scale_count(self, name: str) -> int:
+        """How many scales the scheme gives the codes called `name`."""
+        raise NotImplementedError
+
+    def held_scale(self, name: str) -> torch.Tensor:
+        """The scales of the codes called `name`, for kernels.
+
+        Raises UnsupportedError if they are not as many as the scheme says, or in another dtype than scales have.
+        """
+        leaf = self.holds[name][0]
+        found: Any = self._parameters.get(leaf)
+        if found is None or found.numel() != self.scale_count(name) or found.dtype not in SCALES:
+            held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
+            raise UnsupportedError(
+                f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} in bfloat16, float16 or "
+                "float32: it was replaced after the layer was quantized"
+            )
+        scale: torch.Tensor = plain_scale(found)
+        return scale
+
+    def held_codes(self, name: str) -> torch.Tensor:
+        """The codes called `name` as a plain tensor, for kernels.
+
+        Raises UnsupportedError if somebody has put something else in their place.
+        """
+        found: Any = self._parameters.get(name)
+        codes: torch.Tensor = found.codes if type(found) is QuantizedWeight else found
+        if codes is None or (codes.dtype, codes.shape) != self.form_of(name):
+            self._refuse_replaced(name, codes)
+        return codes
+
+    def refuse_replaced(self) -> None:
+        """Raise UnsupportedError if codes or scales are not of the dtype and shape that the scheme gives them."""
+        self.refuse_parametrized()
+        for name in self.holds:
+            self.held_codes(name)
+            self.held_scale(name)
+
+    def _refuse_replaced(self, name: str, found: torch.Tensor | None) -> None:
+        dtype, shape = self.form_of(name)
+        held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
+        raise UnsupportedError(
+            f"{self.called(name)} is {held}, where its scheme has {[*shape]} codes in {dtype}: it was replaced or cast after "
+            "the layer was quantized. model.to(dtype) leaves codes as they are; hf_fp8.dequantize_model(model), before that, "
+            "gives weights that can be changed"
+        )
+
+    @property
+    def has_static_input(self) -> bool:
+        """Whether it holds scales of its inputs."""
+        return bool(self._input_scales())
+
+    def _input_scales(self) -> dict[str, torch.Tensor]:
+        names = (name for scales in self.holds.values() for name in scales[1:])
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether scales of its inputs have yet to be measured (`hf_fp8.calibrate`): kernels that need them raise till then."""
+        return bool(self.unmeasured)
+
+    @awaits_calibration.setter
+    def awaits_calibration(self, awaits: bool) -> None:
+        self.unmeasured = tuple(self._input_scales()) if awaits else ()
+
+    def see_calibration(self) -> None:
+        """Note which scales of its inputs have yet to be measured: those that are NaN, of experts for all of a stack.
+
+        Where some experts have one, those without are experts that nothing was routed to: their rows come out as NaN.
+        """
+        here = {name: scale for name, scale in self._input_scales().items() if not scale.is_meta}
+        self.unmeasured = tuple(name for name, scale in here.items() if not bool(scale.isfinite().any()))
+
+    def await_scale(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> None:
+        """Hold a scale of inputs that has yet to be measured, in the dtype of `like` and on its device."""
+        # NaN, so that it cannot be taken for a scale wherever it gets to.
+        self.register_parameter(name, nn.Parameter(like.new_full(shape, torch.nan), requires_grad=False))
+        if not like.is_meta:
+            self.unmeasured = (*self.unmeasured, name)
+
+    def freeze(self) -> None:
+        """Codes and scales have no gradient: the loader may have asked for one."""
+        for name in self.quantized:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the codes are somewhere else, such as on disk, until the module is called."""
+        return any(tensor.is_meta for name in self.holds if (tensor := getattr(self, name)) is not None)
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """The module that this one stands for, with its weights multiplied out, on the same device."""
+        raise NotImplementedError
+
+    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
+        """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
+        rounding them makes of the change. chance: as in `numerics.quantize_weight`.
+
+        Scheme, dtypes of the scales and scales of inputs are this one's. Raises ScaleError for NaN or infinite weights.
+        """
+        raise NotImplementedError
+
+    def _twin(self) -> Self:
+        """A module that shares all it has with this one, so far; hooks too, but for those bound to it."""
+        new = self.__new__(type(self))
+        new.__dict__.update({name: value for name, value in vars(self).items() if name not in OF_AN_INSTANCE})
+        for name in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[name] = dict(vars(self)[name])
+        new._hold()
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hold()
+
+    def refuse_parametrized(self) -> None:
+        """Raise UnsupportedError if somebody computes codes anew at each call (`torch.nn.utils.parametrize`)."""
+        parametrized: Any = self._modules.get("parametrizations")
+        if parametrized is not None and any(name in parametrized for name in self.quantized):
+            raise UnsupportedError(
+                f"this {type(self).__name__} is parametrized (torch.nn.utils.parametrize), which would be done to its codes, "
+                "not to its weights. Adapters of PEFT work: import hf_fp8 before they are added; else load with "
+                "FP8Config(dequantize=True)"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            is_quantized = any(tensor is getattr(self, name) for name in self.quantized)
+            return moved_as_it_is(codes_of(tensor), fn) if is_quantized else fn(tensor)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        if self.made_of is not None:
+            self.made_of = fn(torch.empty(0, dtype=self.made_of)).dtype
+        with codes_for_certain():
+            super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
+        self._hold()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.refuse_replaced()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in self.holds:
+                if prefix + name in destination:
+                    export(destination[prefix + name], self.decoder(name))
+                    let_gather(self, name, destination[prefix + name])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: list[str],
+    ) -> None:
+        for name, scales in self.holds.items():
+            codes, held_as = state_dict.get(prefix + name), self.form_of(name)[0]
+            if codes is not None and (own := self._parameters.get(name)) is not None and is_cast_of(own, codes):
+                # As adapters are saved with the head, or what casts a whole state dict gives: nothing changes, scales neither.
+                held, scale = self._parameters[scales[0]], state_dict.get(prefix + scales[0])
+                assert held is not None
+                if scale is not None and not _same_scale(held, scale):
+                    raise StateDictError(
+                        f"{prefix}{name} is the weight of this layer, and {prefix}{scales[0]} is not its scale: take both from "
+                        "one state dict, or compute with hf_fp8.dequantize_model(model)"
+                    )
+                state_dict = {**state_dict, prefix + name: own, **({} if scale is None else {prefix + scales[0]: held})}
+                continue
+            if codes is not None and codes.dtype != held_as:
+                raise StateDictError(
+                    f"{prefix}{name} is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it. "
+                    "hf_fp8.dequantize_model(model) first, load, and hf_fp8.quantize_model(model) again"
+                )
+            if codes is not None and prefix + scales[0] not in state_dict:
+                raise StateDictError(f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of codes has both")
+            if type(codes) is QuantizedWeight and not self._fits(codes, state_dict[prefix + scales[0]]):
+                raise StateDictError(
+                    f"{prefix}{name} is of another weight than {prefix}{scales[0]}, a part of one, or in another order: take "
+                    "both from one state dict, or compute with hf_fp8.dequantize_model(model)"
+                )
+            if type(codes) is torch.Tensor:  # of a file, or somebody's own
+                refuse_values(
+                    codes, self.held_codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]])
+                )
+            for scale_name in scales:
+                scale, held = state_dict.get(prefix + scale_name), getattr(self, scale_name)
+                if scale is not None and held is not None and scale.dtype != held.dtype:
+                    # Copied as it is, not rounded to what was held before.
+                    self.register_parameter(scale_name, nn.Parameter(held.detach().to(scale.dtype), requires_grad=False))
+        with codes_for_certain():
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        static = (prefix + name for scales in self.holds.values() for name in scales[1:])
+        if any(name in state_dict and not state_dict[name].is_meta for name in static):
+            self.see_calibration()
+
+    def _fits(self, codes: QuantizedWeight, scale: torch.Tensor) -> bool:
+        """Whether an entry of a state dict comes with its own scale."""
+        kept = codes._source.kept
+        if kept is None or scale.is_meta or kept.scale.is_meta:
+            return is_whole(codes)
+        return is_whole(codes) and _same_scale(kept.scale, scale)
+
+    def _ratio(self, name: str, new: torch.Tensor) -> float:
+        """By how much scales are larger than those that they are to replace."""
+        held = getattr(self, name)
+        if held.is_meta or new.is_meta:
+            return 1.0
+        before = held.detach().float().abs().mean()
+        return float(new.detach().to(before).abs().mean() / before)
+
+
+def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether two scales are one, but for a cast of the first to the dtype of the second."""
+    if held.is_meta or given.is_meta:
+        return held.shape == given.shape
+    mine = held.detach().to(given.dtype)
+    return mine.shape == given.shape and torch.equal(mine, given.detach().to(mine.device))
+
+
+def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What `fn`, a `.to()` or the like, would make of `tensor`, but for its dtype."""
+    # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
+    device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
+    if device == tensor.device:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)

@@ -1,0 +1,153 @@
+"""A mixture's experts (FP8Experts) from codes to the family's own layout and back, one expert at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ScaleError, UnsupportedError
+from ..formats import numerics
+from ..formats.changes import Change
+from ..kernels import ExpertWeights
+from ..kernels import torch_grouped as grouped_mm
+
+
+def weights_of(experts: Any, projection: Any) -> ExpertWeights:
+    """A stack as kernels take it."""
+    scale = getattr(experts, projection.scale)
+    return ExpertWeights(experts.held_codes(projection.name), scale, projection.scheme, projection.parts)
+
+
+def takes_turns(experts: Any, projection: Any) -> bool:
+    """Whether the family's rows of gate and up take turns where this module's lie over each other."""
+    return projection is experts.first and not experts.layout.is_concatenated and not experts.interleaved
+
+
+def rebuilt(experts: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
+    """The family's own module, in its own layout, on the same device. empty: its weights take no memory and say nothing."""
+    dense: nn.Module = experts.family.__new__(experts.family)
+    nn.Module.__init__(dense)
+    vars(dense).update({name: getattr(experts, name) for name in experts.attributes})
+    for name, child in experts.named_children():
+        dense.add_module(name, child)
+    for name, buffer in experts.named_buffers(recurse=False):
+        dense.register_buffer(name, buffer, persistent=name not in experts._non_persistent_buffers_set)
+    for name in experts._parameters:
+        projection = next((p for p in experts.projections if p.name == name), None)
+        if projection is not None:
+            values = _empty(experts, projection, dtype) if empty else _dense(experts, projection, dtype)
+            dense.register_parameter(name, nn.Parameter(values))
+        elif name not in experts.quantized:
+            dense.register_parameter(name, nn.Parameter(getattr(experts, name).detach().to(dtype, copy=True)))
+    dense.train(experts.training)
+    return dense
+
+
+def decode(
+    family: type,
+    layout: Any,
+    projection: Any,
+    turns: bool,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    rows: slice,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Some experts of a stack multiplied out, (E, N, K), for whoever reads it as values.
+
+    Raises UnsupportedError for families that hold their stacks otherwise: what their code computes with it would be wrong.
+    """
+    if layout.is_transposed or turns:
+        how = "transposed" if layout.is_transposed else "rows of gate and up taking turns"
+        raise UnsupportedError(
+            f"{projection.name} is read as values, and {family.__name__} would hold it {how}, unlike its codes "
+            f"({[*codes.shape]} in {codes.dtype}): experts.to_dense(dtype) gives the family's own module, and "
+            "FP8Config(experts='dequantize') loads it so"
+        )
+    w = ExpertWeights(codes[rows], scale[rows], projection.scheme, projection.parts)
+    out = torch.empty(w.codes.shape, dtype=dtype, device=codes.device)
+    for expert in range(len(out)):
+        for piece, first, last in grouped_mm.pieces(w, expert, dtype):
+            out[expert, first:last] = piece
+    return out
+
+
+def _shape(experts: Any, projection: Any) -> tuple[int, int, int]:
+    n_experts, n, k = projection.shape
+    return (n_experts, k, n) if experts.layout.is_transposed else (n_experts, n, k)
+
+
+def _empty(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
+    device = getattr(experts, projection.name).device
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(_shape(experts, projection))
+
+
+def _dense(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A stack as the family holds it."""
+    w = weights_of(experts, projection)
+    out = torch.empty(_shape(experts, projection), dtype=dtype, device=w.codes.device)
+    for expert, rows in enumerate(_rows(experts, out)):
+        if takes_turns(experts, projection):
+            whole = torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, dtype)])
+            rows[::2], rows[1::2] = whole.chunk(2)
+        else:
+            for piece, first, last in grouped_mm.pieces(w, expert, dtype):
+                rows[first:last] = piece
+    return out
+
+
+def _rows(experts: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views (N, K) of each expert of a stack in the family's layout."""
+    yield from values.transpose(1, 2) if experts.layout.is_transposed else values
+
+
+def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
+    """Whether a stack is what `rebuilt` gave: no adapter is on it."""
+    w = weights_of(experts, projection)
+    for expert, rows in enumerate(_rows(experts, values)):
+        if takes_turns(experts, projection):
+            rows = torch.cat([rows[::2], rows[1::2]])
+        if not all(torch.equal(rows[a:b], piece) for piece, a, b in grouped_mm.pieces(w, expert, values.dtype)):
+            return False
+    return True
+
+
+@torch.no_grad()
+def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) -> tuple[dict[str, nn.Parameter], Change]:
+    """Parameters of `experts` made of those of `dense`, the family's module, and what rounding makes of the change."""
+    found: dict[str, nn.Parameter] = {}
+    change = Change()
+    for projection in experts.projections:
+        held = weights_of(experts, projection)
+        values: Any = getattr(dense, projection.name).detach()
+        if _is_unchanged(experts, projection, values):
+            continue
+        codes, scales = torch.empty_like(held.codes), torch.empty_like(held.scale)
+        new = ExpertWeights(codes, scales, projection.scheme, projection.parts)
+        for expert, rows in enumerate(_rows(experts, values)):
+            if takes_turns(experts, projection):
+                rows = torch.cat([rows[::2], rows[1::2]])
+            for part, wanted in enumerate(rows.chunk(projection.parts)):
+                place, was = (w.part(part) if projection.parts > 1 else w for w in (new, held))
+                try:
+                    made = numerics.quantize_weight(
+                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, was.scale[expert], chance
+                    )
+                except ScaleError as error:
+                    raise ScaleError(f"{projection.name} of expert {expert}: {error}") from None
+                place.codes[expert], place.scale[expert] = made[0], made[1].reshape(place.scale[expert].shape)
+            before = grouped_mm.pieces(held, expert, torch.float32)
+            after = grouped_mm.pieces(new, expert, torch.float32)
+            for (old, first, last), (made_of, _, _) in zip(before, after, strict=True):
+                change.add(old, rows[first:last].float(), made_of)
+        for name, tensor in ((projection.name, codes), (projection.scale, scales)):
+            found[name] = nn.Parameter(tensor, requires_grad=False)
+    for name in experts._parameters:
+        if name not in experts.quantized:
+            parameter = getattr(experts, name)
+            moved = getattr(dense, name).detach().to(parameter.dtype, copy=True)
+            found[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    return found, change

@@ -1,0 +1,347 @@
+"""FP8Experts: a mixture's experts in FP8, in the place of the host's module that holds them dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ExpertsInterface
+
+from ..errors import UnsupportedError
+from ..formats.changes import Change
+from ..formats.quantized_weight.source import Decoder
+from ..formats.scheme import Scheme
+from ..kernels import Groups
+from . import expert_weights as stacks
+from .base import OF_AN_INSTANCE, QuantizedModule
+from .grouped import known, route, scale_shape_of_experts, scaled_grouped_linear
+from .low_rank import LowRank, product
+from .parameters import plain_scale
+
+# A few tokens are not sorted by expert: sorting is five launches, and what it saves is reading an expert twice that two
+# tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
+# eighth of them. Not measured.
+UNSORTED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One stack of an experts module: its parameter's name, (E, N, K), and how it is stored.
+
+    parts: how many matrices lie over each other along N, each with scales of its own (`kernels.ExpertWeights`).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    scheme: Scheme
+    parts: int = 1
+
+    @property
+    def scale(self) -> str:
+        return f"{self.name}_scale"
+
+    @property
+    def input_scale(self) -> str:
+        return f"{self.name}_input_scale"
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """tensor (E, parts), channel (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols))."""
+        return scale_shape_of_experts(self.scheme, *self.shape, self.parts)
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How a family's module holds its parameters, in the words of the host's `use_experts_implementation`."""
+
+    is_transposed: bool
+    is_concatenated: bool
+    has_bias: bool
+    has_gate: bool = True
+    has_post_expert_norm: bool = False
+    is_prerouted: bool = False
+
+    @staticmethod
+    def of(module: nn.Module | None) -> ExpertsLayout | None:
+        """The layout of a merged experts module; None if `module` is none, or none that the host has described."""
+        if module is None or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            return None
+        if type(module).__name__ == "Llama4TextExperts":
+            # The one family without the decorator: (E, H, 2I), [gate; up]; it is given a copy of all tokens for each
+            # expert, multiplied by the router's scores.
+            return ExpertsLayout(is_transposed=True, is_concatenated=True, has_bias=False, is_prerouted=True)
+        names = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
+        flags = [getattr(module, name, None) for name in names]
+        if any(flag is None for flag in flags):
+            return None
+        layout = ExpertsLayout(*map(bool, flags))
+        return layout if isinstance(getattr(module, layout.first, None), nn.Parameter) else None
+
+    @property
+    def first(self) -> str:
+        """The name of the first stack."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+
+class FP8Experts(QuantizedModule):
+    """Experts whose stacked weights stay in E4M3: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
+
+    Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts), NaN for
+    experts that were not measured: kernels that quantize inputs with it give NaN for their rows.
+    Whatever the family, rows are outputs and gate lies over up; only a file that stacks them interleaved is held so
+    (`interleaved`). Biases, activation, gating and norms are the family's own. Loading makes these modules (docs/formats.md,
+    "Experts"); nobody else need.
+
+    Args:
+        experts: the host's module, whose attributes, biases and submodules this one takes over.
+        first, second: its two stacks.
+        interleaved: rows of gate and up take turns, instead of lying over each other.
+        scale_dtypes: name of a scale -> dtype in which it is held.
+        backend: "auto", "scaled_mm" or "weight_only"; see `kernels.select_grouped`.
+
+    Attributes that are no arguments:
+        observer: called with a projection, its input and the groups that say which expert reads which row of it, while the
+            layer is being calibrated; inputs are not quantized then.
+        low_rank: what adapters add to a stack, by its name (`adapted`).
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        first: Projection,
+        second: Projection,
+        *,
+        interleaved: bool = False,
+        scale_dtypes: dict[str, torch.dtype] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layout = ExpertsLayout.of(experts)
+        assert layout is not None
+        own = {*vars(self), *OF_AN_INSTANCE}
+        self.attributes = tuple(name for name in vars(experts) if name not in own)
+        vars(self).update({name: getattr(experts, name) for name in self.attributes})
+        self.train(experts.training)
+        self.family, self.layout = type(experts), layout
+        self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
+        self.observer: Callable[[Projection, torch.Tensor, Groups], Any] | None = None
+        self.low_rank: dict[str, tuple[LowRank, ...]] = {}
+        dtypes = scale_dtypes or {}
+        for projection in (first, second):
+            shapes = {projection.name: projection.shape, projection.scale: projection.scale_shape}
+            if projection.scheme.has_static_input:
+                shapes[projection.input_scale] = (projection.shape[0], projection.parts)
+            for name, shape in shapes.items():
+                dtype = projection.scheme.weight.dtype if name == projection.name else dtypes.get(name, torch.float32)
+                data = torch.empty(shape, dtype=dtype, device=device)
+                self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+            if not projection.scheme.has_static_input:
+                self.register_parameter(projection.input_scale, None)
+        for name, parameter in experts.named_parameters(recurse=False):
+            if name not in self._parameters:
+                self.register_parameter(name, parameter)
+        for name, child in experts.named_children():
+            self.add_module(name, child)
+        for name, buffer in experts.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in experts._non_persistent_buffers_set)
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        """Both stacks, in the order in which they are used."""
+        return self.first, self.second
+
+    @property
+    def holds(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        return {p.name: (p.scale, p.input_scale) for p in self.projections}
+
+    def _projection(self, name: str) -> Projection:
+        return self.first if name == self.first.name else self.second
+
+    def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        projection = self._projection(name)
+        return projection.scheme.weight.dtype, projection.shape
+
+    def scale_count(self, name: str) -> int:
+        return prod(self._projection(name).scale_shape)
+
+    def decoder(self, name: str) -> Decoder:
+        projection = self._projection(name)
+        decode = partial(stacks.decode, self.family, self.layout, projection, stacks.takes_turns(self, projection))
+        return Decoder(decode, getattr(self, projection.scale), self.made_of or torch.bfloat16, self.called(name))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) to (T, H); an index of E or more is nobody.
+
+        Families that route beforehand (Llama-4) give (E * T, H) alone and get the same back. Raises UnsupportedError
+        for parametrized stacks (`refuse_parametrized`); CalibrationError if a kernel that runs quantizes inputs with static
+        scales of which a stack has none that was measured. If only some experts have none, what they make of a token is NaN.
+        """
+        self.refuse_parametrized()
+        dtype = hidden_states.dtype
+        if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+        if self.layout.is_prerouted:
+            return self._prerouted(hidden_states).to(dtype)
+        assert top_k_index is not None and top_k_weights is not None
+        name = getattr(getattr(self, "config", None), "_experts_implementation", None) or "eager"
+        if name not in FORWARDS:
+            raise UnsupportedError(
+                f"experts_implementation={name!r} does not run FP8 experts; {', '.join(map(repr, FORWARDS))} do, "
+                "or load with FP8Config(experts='dequantize')"
+            )
+        found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
+        return found.to(dtype)
+
+    def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """(T, H) of tokens x (T, H), weighted by (T, k)."""
+        ids, found = known(ids, self.first.shape[0])
+        out = self._each(x, ids)  # (T, k, H)
+        weights = torch.where(found, weights, 0.0)
+        # A sum over k in a fixed order: the same bits on every run.
+        total: torch.Tensor = (out * weights.unsqueeze(-1)).sum(1)
+        return total.to(x.dtype)
+
+    def _prerouted(self, x: torch.Tensor) -> torch.Tensor:
+        """A token that the router left out is a row of zeros, and comes out as one: no expert need look at it."""
+        n_experts = self.first.shape[0]
+        x = x.reshape(-1, self.first.shape[2])
+        expert = torch.arange(n_experts, device=x.device).repeat_interleave(x.shape[0] // n_experts)
+        ids = torch.where((x != 0).any(1), expert, n_experts)
+        return self._each(x, ids.unsqueeze(1)).squeeze(1)
+
+    def _each(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """(T, k, H): what each chosen expert makes of each token."""
+        n_experts = self.first.shape[0]
+        count, k = ids.shape
+        expected = None
+        if self.layout.is_prerouted:
+            expected = count // n_experts  # one expert a token, as in all of Llama-4
+        elif getattr(self, "_is_expert_parallel", False):
+            expected = count * k
+        sort = x.device.type == "cpu" or (count - 1) * k > n_experts * UNSORTED
+        to_first, to_second = route(ids, n_experts, sort=sort, expected=expected)
+        y = self._multiply(self.first, x, to_first)
+        if not self.layout.is_concatenated and not self.interleaved:
+            y = torch.stack(y.chunk(2, -1), -1).flatten(-2)  # as the family's gate wants it
+        y = self._gate(self._with_bias(y, self.first, to_first.experts))
+        y = self._multiply(self.second, y, to_second)
+        y = self._with_bias(y, self.second, ids.reshape(-1))
+        if self.layout.has_post_expert_norm:
+            norm: Any = self.post_expert_norm
+            y = norm(y)
+        each: torch.Tensor = y.view(count, k, y.shape[-1])
+        return each
+
+    def _multiply(self, projection: Projection, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        if self.observer is not None:
+            self.observer(projection, x, groups)
+        y = scaled_grouped_linear(
+            x,
+            self.held_codes(projection.name),
+            self.held_scale(projection.name),
+            projection.scheme,
+            groups,
+            input_scale=None
+            if projection.input_scale in self.unmeasured
+            else plain_scale(getattr(self, projection.input_scale)),
+            parts=projection.parts,
+            backend=self.backend if self.observer is None else "weight_only",
+        )
+        for factors in self.low_rank.get(projection.name, ()):
+            y = y + product(x, factors, groups)
+        return y
+
+    def _plain(self, name: str) -> Any:
+        return plain_scale(getattr(self, name))
+
+    def _with_bias(self, y: torch.Tensor, projection: Projection, expert: torch.Tensor) -> torch.Tensor:
+        if not self.layout.has_bias:
+            return y
+        bias = getattr(self, f"{projection.name}_bias")
+        with_bias: torch.Tensor = y + bias[expert.clamp(0, bias.shape[0] - 1)].to(y.dtype)
+        return with_bias
+
+    def _gate(self, y: torch.Tensor) -> torch.Tensor:
+        family: Any = self.family
+        if self.layout.has_gate and not self.layout.is_prerouted:
+            gated: torch.Tensor = family._apply_gate(self, y)
+            return gated
+        act: Any = self.act_fn
+        if not self.layout.has_gate:
+            activated: torch.Tensor = act(y)
+            return activated
+        gate, up = y.chunk(2, -1)
+        product: torch.Tensor = up * act(gate)
+        return product
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """The family's own module, in its own layout, with dense weights on the same device.
+
+        Raises UnsupportedError for offloaded experts, which are not here to be read.
+        """
+        if self.is_offloaded:
+            raise UnsupportedError(
+                "offloaded FP8Experts cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
+            )
+        return stacks.rebuilt(self, dtype, empty=False)
+
+    def outline(self, dtype: torch.dtype) -> nn.Module:
+        """The same with weights that take no memory, and are NaN."""
+        return stacks.rebuilt(self, dtype, empty=True)
+
+    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[FP8Experts, Change]:
+        """As in `QuantizedModule`; dense: the family's module."""
+        found, change = stacks.requantized(self, dense, chance)
+        new = self._twin()
+        for name, parameter in found.items():
+            setattr(new, name, parameter)
+        new.low_rank = {}
+        return new, change
+
+    @contextmanager
+    def adapted(self, name: str, factors: Sequence[LowRank]) -> Iterator[None]:
+        """Add ``scaling * b @ a`` to the stack called `name` for a while; rows of b in the family's order."""
+        projection = next((p for p in self.projections if p.name == name), None)
+        if projection is None:
+            raise UnsupportedError(f"{name} of {self.family.__name__} is no stack of weights: adapters go on {_stacks(self)}")
+        if stacks.takes_turns(self, projection):
+            factors = [f._replace(b=torch.cat([f.b[:, ::2], f.b[:, 1::2]], 1)) for f in factors]
+        self.low_rank[name] = tuple(factors)
+        try:
+            yield
+        finally:
+            del self.low_rank[name]
+
+    def extra_repr(self) -> str:
+        stacks = ", ".join(f"{p.name}={tuple(p.shape)} {p.scheme.describe()}" for p in self.projections)
+        return f"{self.family.__name__}, {stacks}, backend={self.backend}"
+
+
+def _stacks(experts: FP8Experts) -> str:
+    return " and ".join(projection.name for projection in experts.projections)
+
+
+class FP8ExpertsInterface(ExpertsInterface):  # type: ignore[misc]
+    """The forwards that FP8Experts has for `config._experts_implementation`, by the host's names.
+
+    The host has one for prefill and one for decode, between which `generate` switches; here all are one, which takes what
+    fits the number of tokens.
+    """
+
+    _global_mapping: ClassVar[dict[str, Any]] = dict.fromkeys(("grouped_mm", "batched_mm", "eager"), FP8Experts.routed)
+
+
+FORWARDS = FP8ExpertsInterface()

@@ -1,0 +1,170 @@
+"""`scaled_linear`: quantize the input as the scheme says, multiply, add the bias; one custom op.
+
+One opaque op keeps kernel selection out of the traced graph: `torch.compile(fullgraph=True)` sees
+a single node, and the choice of kernel is made from the real device and M at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from ..errors import InputError
+from ..formats.quantized_weight.tensor import codes_of
+from ..formats.scheme import Scheme
+from ..kernels import Input, Weight, kernel_for
+from .backward import times_weight
+from .originals import refuse_changed
+from .shared_input import quantize_once
+
+# What inputs may be.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LIBRARY: Any = torch.library.Library("hf_fp8", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "scaled_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
+    "str scheme, str backend, str backward, Tensor? original=None, Tensor? made_of=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    backend: str,
+    backward: str,
+    original: torch.Tensor | None = None,
+    made_of: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if original is not None:
+        refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
+    if x.shape[0] == 0:
+        return x.new_zeros((0, weight.shape[0]))
+    kernel = kernel_for(x, weight, scheme, backend)
+    return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)))
+
+
+_LIBRARY.impl("scaled_linear", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_fp8::scaled_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    backend: str,
+    backward: str,
+    *_: Any,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward, *_ = inputs
+    ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) or (M, K) is made
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise InputError(
+            "FP8 weights and their scales have no gradient. Train adapters (LoRA) on top of them, or load with "
+            "FP8Config(dequantize=True) to train the weights themselves."
+        )
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = times_weight(grad, weight, weight_scale, ctx.scheme, False, ctx.backward)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, *[None] * 5
+
+
+torch.library.register_autograd("hf_fp8::scaled_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_scaled_linear = torch.ops.hf_fp8.scaled_linear.default
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scheme: Scheme,
+    *,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+    backward: str = "exact",
+    layer: Any = None,
+    kept: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> torch.Tensor:
+    """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
+
+    x: (..., K) in bf16, fp16, float32 or float64, any strides, M = 0 allowed; a per-token scale is one per
+    row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements of bf16,
+    fp16 or float32. input_scale: one element, for static schemes; None if it is not known. bias: (N,). Returns (..., N) in
+    the dtype of x. Gradients flow to x, through the dequantized weight, and bias. backward: "exact", or "quantized" to
+    round the gradient to 8 bits and multiply it with the codes. layer: the FP8Linear that asks, if it has siblings to share
+    the quantized input with (`shared_input`). kept: the float weight beside the codes and what they were made of
+    (`originals`), to be compared when compiled code runs.
+
+    Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
+    that cannot run; CalibrationError if the kernel quantizes x and the scheme is static, without an input scale; StaleError
+    if what is `kept` was changed.
+    """
+    weight = codes_of(weight)
+    if x.dtype not in FLOATS:
+        hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
+        raise InputError(
+            f"an FP8 linear takes inputs in bfloat16, float16, float32 or float64, got {x.dtype}.{hint} "
+            "Load with FP8Config(dequantize=True) if the model cannot be changed."
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(x)
+    # Reshaped outside of the op: a view that it returned could not be changed in place under autograd.
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] and nobody_watches(x, weight, weight_scale, bias):
+        kernel = kernel_for(rows, weight, scheme.text, backend)
+        given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
+        out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
+    else:
+        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def refuse_forward_mode(x: torch.Tensor) -> None:
+    """Raise InputError for an x with a tangent, which the op would drop."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise InputError(
+            "forward-mode gradients (torch.func.jvp, dual numbers) do not pass through quantized layers: use backward(), or "
+            "load with FP8Config(dequantize=True)"
+        )
+
+
+def nobody_watches(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a plain function does what the op would: nothing is traced or differentiated, no dispatch mode listens.
+
+    The op's way through the dispatcher and back into Python takes 15 us, more than some of the kernels, and a small
+    model calls 200 of them for each token.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.is_meta or weight.is_meta:
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or any(other is not None and other.requires_grad for other in others)
+    ):
+        return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._get_tracing_state() is None
+    )

@@ -1,0 +1,217 @@
+"""`scaled_grouped_linear`: rows times the experts that they were routed to, as one custom op; and the routing itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from ..errors import InputError
+from ..formats.quantized_weight.tensor import codes_of
+from ..formats.scheme import Scheme
+from ..kernels import ExpertWeights, Groups, Input, Problem, select_grouped
+from ..kernels import torch_grouped as grouped_mm
+from .functional import FLOATS, nobody_watches, refuse_forward_mode
+
+_LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
+    "Tensor? rows, Tensor? ends, Tensor? slots, SymInt? expected, int share, int parts, str scheme, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None = None) -> tuple[Groups, Groups]:
+    """The groups of a first and a second linear of experts, from what a router chose.
+
+    ids: (T, k) int64, E for nobody (see `known`). The first linear takes the T tokens, its S = T * k outputs, in
+    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. expected: see
+    `Groups`.
+    """
+    k, flat = ids.shape[1], ids.reshape(-1)
+    if not sort:
+        return Groups(flat, expected=expected, share=k), Groups(flat, expected=expected)
+    expert, order = torch.sort(flat, stable=True)
+    ends = grouped_mm.ends_of(expert, n_experts)
+    return Groups(expert, order, ends, None, expected, k), Groups(expert, None, ends, order, expected)
+
+
+def known(ids: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 ids with E for whatever is not in 0..E-1, where they are in it)."""
+    ids = ids.long()
+    found = (ids >= 0) & (ids < n_experts)
+    return torch.where(found, ids, n_experts), found
+
+
+def scale_shape_of_experts(scheme: Scheme, n_experts: int, n: int, k: int, parts: int) -> tuple[int, ...]:
+    """The shape of the scales of (E, N, K) weights: tensor (E, parts), channel (E, N, 1), else a grid for each part."""
+    if scheme.weight.granularity.is_tensor:
+        return (n_experts, parts)
+    rows, cols = scheme.weight.granularity.grid(n // parts, k)
+    return (n_experts, parts * rows, cols)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    experts: torch.Tensor,
+    rows: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    expected: int | None,
+    share: int,
+    parts: int,
+    scheme: str,
+    backend: str,
+) -> torch.Tensor:
+    held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, expected, share), backend)
+
+
+def _multiply(
+    x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, groups: Groups, backend: str
+) -> torch.Tensor:
+    n_experts, n, k = w.codes.shape
+    s = groups.experts.shape[0]
+    if s == 0:
+        return x.new_zeros((0, n))
+    choice = select_grouped(Problem(x.device, w.scheme, n, k, x.dtype), backend)
+    kernel = choice.at(groups.rows_each(n_experts))
+    if not kernel.quantizes or w.scheme.input is None:
+        return kernel.multiply(Input(x), w, groups, x.dtype)
+    if input_scale is not None and w.parts > 1:
+        # The matrices of one expert may have been calibrated each for itself.
+        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], groups, backend) for i in range(w.parts)]
+        return torch.cat(each, 1)
+    given, groups = grouped_mm.quantize(x, groups, w.scheme.input, input_scale, n_experts)
+    return kernel.multiply(given, w, groups, x.dtype)
+
+
+_LIBRARY.impl("scaled_grouped_linear", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_fp8::scaled_grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, input_scale: Any, experts: torch.Tensor, *_: Any
+) -> Any:
+    return x.new_empty((experts.shape[0], weight.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, weight_scale, _, experts, rows, ends, slots, _, share, parts, scheme, _ = inputs
+    ctx.save_for_backward(weight, weight_scale, experts, rows, ends, slots)  # references: nothing of a weight's size is made
+    ctx.rest = (share, parts, scheme, x.shape[0])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if any(ctx.needs_input_grad[1:4]):
+        raise InputError(
+            "FP8 experts and their scales have no gradient. Train adapters on the other layers, or load with "
+            "FP8Config(experts='dequantize') to train the experts themselves."
+        )
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.hf_fp8.scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
+    return grad_x, *[None] * 12
+
+
+def _grad_x(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    experts: torch.Tensor,
+    rows: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    share: int,
+    parts: int,
+    scheme: str,
+    n_rows: int,
+) -> torch.Tensor:
+    """The gradient of x (R, K), through the dequantized weights."""
+    w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+    groups = Groups(experts, rows, ends, slots, share=share)
+    groups = groups if groups.ends is not None else grouped_mm.sort(groups, weight.shape[0])
+    found = grouped_mm.times_weights(grad if groups.slots is None else grad[groups.slots], w, groups)
+    of_rows = groups.row_numbers()
+    if of_rows is None:
+        return found.to(grad.dtype)
+    return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, of_rows, found).to(grad.dtype)
+
+
+# An op of its own, so that a traced backward need not know how many rows each expert has.
+_LIBRARY.define(
+    "scaled_grouped_linear_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor experts, Tensor? rows, Tensor? ends, "
+    "Tensor? slots, int share, int parts, str scheme, SymInt n_rows) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("scaled_grouped_linear_grad", _grad_x, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_fp8::scaled_grouped_linear_grad", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return grad.new_empty((rest[-1], weight.shape[2]))
+
+
+def _no_second(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
+    raise InputError("gradients of gradients do not pass through FP8 experts: load with FP8Config(experts='dequantize')")
+
+
+torch.library.register_autograd("hf_fp8::scaled_grouped_linear_grad", _no_second, lib=_LIBRARY)
+torch.library.register_autograd("hf_fp8::scaled_grouped_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_scaled_grouped_linear = torch.ops.hf_fp8.scaled_grouped_linear.default
+
+
+def scaled_grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scheme: Scheme,
+    groups: Groups | torch.Tensor,
+    *,
+    input_scale: torch.Tensor | None = None,
+    parts: int = 1,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Rows of x, each times the weight of the expert that it was routed to, quantized as `scheme` says.
+
+    x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: per tensor (E, parts), per channel
+    (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)), where `parts` matrices lie over each other along N,
+    each with a grid of scales of its own (gate over up: 2). input_scale: (E, parts), for static schemes. groups: (R,)
+    integers, the expert of each row (another number than 0..E-1: nobody); or `hf_fp8.kernels.Groups`, which says how rows
+    are gathered, sorted and put back. Returns (R, N), or (S, N) for S outputs of `Groups`, in the dtype of x, 0 where there
+    is no expert. Gradients flow to x, through the dequantized weights.
+
+    Raises InputError for operands whose dtype or shape do not fit, KernelError for a forced kernel that cannot run.
+    """
+    weight = codes_of(weight)
+    if isinstance(groups, torch.Tensor):
+        if groups.ndim != 1 or groups.shape[0] != x.shape[0]:
+            raise InputError(f"{tuple(groups.shape)} experts were given for {x.shape[0]} rows; it is one for each")
+        first, second = route(known(groups, weight.shape[0])[0].unsqueeze(1), weight.shape[0], sort=True)
+        groups = first._replace(slots=second.slots)
+    n_experts, n, k = weight.shape
+    expected = scale_shape_of_experts(scheme, n_experts, n, k, parts)
+    if weight_scale.shape != expected:
+        raise InputError(
+            f"weight_scale has shape {tuple(weight_scale.shape)}; for experts of shape {tuple(weight.shape)}, {parts} part(s) "
+            f"and {scheme.describe()} it is {expected}"
+        )
+    if x.dtype not in FLOATS:
+        raise InputError(f"FP8 experts take inputs in bfloat16, float16, float32 or float64, got {x.dtype}")
+    if x.ndim != 2 or x.shape[1] != weight.shape[2]:
+        raise InputError(
+            f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})"
+        )
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(x)
+    if nobody_watches(x, weight, weight_scale):
+        return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
+    found: torch.Tensor = _scaled_grouped_linear(
+        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.expected,
+        groups.share, parts, scheme.text, backend,
+    )  # fmt: skip
+    return found

@@ -1,0 +1,378 @@
+"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors, or made of a float weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, UnsupportedError
+from ..formats import numerics
+from ..formats.changes import Change
+from ..formats.quantized_weight.source import Decoder
+from ..formats.scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
+from .base import QuantizedModule, moved_as_it_is
+from .functional import scaled_linear
+from .originals import as_it_is, is_changed, kept, refuse_changed
+from .parameters import plain_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What becomes of the float weight that a layer was quantized from.
+ORIGINALS = ("discard", "keep", "offload")
+
+
+class FP8Linear(QuantizedModule, nn.Linear):
+    """Linear layer with `weight` (N, K) in E4M3, `weight_scale` and, for static schemes, `input_scale` (1,).
+
+    With an int8 scheme, `weight` is int8.
+
+    The parameters are the tensors of the file, so `state_dict` and `save_pretrained` need no code.
+    Outputs have the dtype of the input. `.to(dtype)`, `.half()` and the like cast the bias alone.
+
+    Args:
+        in_features, out_features: K and N.
+        scheme: how the weight is stored and the input quantized.
+        bias: whether there is a bias, of dtype `bias_dtype`.
+        scale_dtype, input_scale_dtype: dtypes in which the scales are held (bf16, fp16 or float32).
+        backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
+
+    Attributes that are no arguments:
+        compute_dtype: the dtype to which inputs are cast first; None takes them as they are. cast_output: whether
+            outputs are then cast back to the dtype of the input.
+        backward: "exact", or "quantized" to round gradients to 8 bits, too; see `FP8Config`.
+        original: the float weight that the layer was quantized from, if it was kept, on the layer's device
+            (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it. Once it was
+            changed, running and saving the layer raise StaleError until codes are made anew; see `originals.is_changed`.
+        name_in_model: its name in the model that it was loaded or quantized in, for errors.
+        made_of, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it asked
+            for gradients; what `to_linear` gives has both.
+        observer: called with each input while the layer is being calibrated.
+    """
+
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = False,
+        bias_dtype: torch.dtype = torch.bfloat16,
+        scale_dtype: torch.dtype = torch.float32,
+        input_scale_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would initialise the weight, which E4M3 cannot
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.backend = scheme, backend
+        # The name of what this layer and its siblings are part of, if they may quantize a common input once.
+        self.shares_input: str | None = None
+        self.compute_dtype: torch.dtype | None = None
+        self.cast_output = True
+        self.backward = "exact"
+        self.original: torch.Tensor | None = None
+        self._made_of: torch.Tensor | None = None
+        self.originals = "discard"
+        self.trainable = True
+        self.observer: Callable[[torch.Tensor], Any] | None = None
+
+        def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = frozen((out_features, in_features), scheme.weight.dtype)
+        self.weight_scale = frozen(scale_shape(scheme.weight.granularity, out_features, in_features), scale_dtype)
+        self._scale_count = self.weight_scale.numel()
+        if scheme.has_static_input:
+            self.input_scale = frozen((1,), input_scale_dtype or scale_dtype)
+        else:
+            self.register_parameter("input_scale", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=bias_dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self.scheme.weight.dtype, (self.out_features, self.in_features)
+
+    def scale_count(self, name: str) -> int:
+        return self._scale_count
+
+    def decoder(self, name: str) -> Decoder:
+        decode = partial(numerics.dequantize_rows, granularity=self.scheme.weight.granularity)
+        return Decoder(decode, self.weight_scale, self.made_of or torch.bfloat16, self.called(name))
+
+    @classmethod
+    def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> FP8Linear:
+        """An empty layer on the meta device for what `linear` computes, with its bias as it is."""
+        assert isinstance(linear, nn.Linear)
+        new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
+        new.remember(linear)
+        return new
+
+    def remember(self, layer: nn.Module) -> None:
+        """Take over what of `layer`, which this one stands for, is not its weight."""
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        self.bias = layer.bias  # type: ignore[assignment]
+        self.made_of, self.trainable = weight.dtype, weight.requires_grad
+        self.train(layer.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto", **options: Any) -> FP8Linear:
+        """The layer that `linear`, a plain nn.Linear with a float weight on any device (meta too), is in `scheme`.
+
+        options: those of `quantize_from`. The bias is taken over as it is. Raises ScaleError for NaN or infinite weights.
+        """
+        new = cls.like(linear, scheme, backend=backend)
+        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+        new.quantize_from(weight.flatten(1), **options)
+        return new
+
+    def share_weight(self, other: FP8Linear) -> None:
+        """Hold the weight of `other`: codes, scale and the original, if it was kept. Inputs, and their scale, are its own."""
+        self.weight, self.weight_scale = other.weight, other.weight_scale
+        self.original, self.originals = other.original, other.originals
+        self._made_of = other._made_of
+        if self.input_scale is not None and self.input_scale.is_meta and other.input_scale is not None:
+            self.await_scale("input_scale", (1,), other.input_scale)
+
+    @torch.no_grad()
+    def quantize_from(
+        self, weight: torch.Tensor, *, device: torch.device | str | None = None, originals: str = "discard"
+    ) -> None:
+        """Make codes and scale of a float weight (N, K), and keep it as `originals` says ("discard", "keep", "offload").
+
+        device: where to compute; the results are put where the weight is. An input scale has yet to be measured then.
+        """
+        if originals not in ORIGINALS:
+            raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
+        granularity, home = self.scheme.weight.granularity, weight.device
+        scale_dtype = numerics.scale_dtype_of(weight.dtype)
+        if weight.is_meta:
+            codes = torch.empty(weight.shape, dtype=self.scheme.weight.dtype, device=home)
+            scale = torch.empty(scale_shape(granularity, *weight.shape), dtype=scale_dtype, device=home)
+        else:
+            there = weight.detach().to(device or home)
+            codes, scale = (part.to(home) for part in numerics.quantize_weight(there, granularity, self.scheme.weight.dtype))
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if self.scheme.has_static_input and (self.input_scale is None or self.input_scale.is_meta):
+            self.await_scale("input_scale", (1,), self.weight_scale)
+        self.originals = originals
+        if originals == "discard" or weight.is_meta:
+            self.original = None
+        else:
+            self._keep(weight.detach().to("cpu") if originals == "offload" else weight.detach())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "original":
+            value = None if value is None else kept(value)
+            self._made_of = None  # unless `_keep` says so
+        super().__setattr__(name, value)
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        """Hold a float weight as the one that the codes were made of."""
+        self.original = weight
+        assert self.original is not None
+        self._made_of = as_it_is(self.original)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether `original` was changed or replaced since the codes were made of it."""
+        return self.original is not None and is_changed(self.original, self._made_of)
+
+    def refuse_stale(self, name: str = "") -> None:
+        """Raise StaleError, about the layer called `name`, if `is_stale`."""
+        if self.original is not None:
+            refuse_changed(self.original, self._made_of, name or self.name_in_model or f"this {type(self).__name__}")
+
+    def _to_compare(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What compiled code is to compare when it runs: not an exported program, which has no original, and not one that is on
+        the CPU alone, as that would keep CUDA graphs off."""
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiled and self.original is not None and self.original.device == self.held_codes("weight").device:
+            return self.original, self._made_of
+        return None, None
+
+    def requantize(self) -> None:
+        """Make codes and scale anew of `original`, which may have been changed since; `input_scale` stays.
+
+        Raises UnsupportedError if the original was not kept.
+        """
+        if self.original is None:
+            raise UnsupportedError("the float weight was not kept: quantize with originals='keep' or 'offload'")
+        home, original, originals = self.weight.device, self.original, self.originals
+        self.quantize_from(original.to(home), originals=originals)
+        self._keep(original)
+
+    def reset_parameters(self) -> None:
+        """Nothing: FP8 weights come from a checkpoint or from a float weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., K) in bf16, fp16, float32 or float64. Returns (..., N) in the same dtype (or autocast's).
+
+        Raises CalibrationError if the kernel that runs quantizes inputs with a static scale that has yet to be measured or is
+        missing, which those that leave inputs as they are (`backend="weight_only"`) do not; StaleError if `original` was
+        changed (compiled code looks when it runs; not at originals that are offloaded, nor in a recorded CUDA graph).
+        """
+        if self.original is not None and not torch.compiler.is_compiling():
+            self.refuse_stale()
+        dtype, backend = input.dtype, self.backend
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+            input = input.to(dtype := torch.get_autocast_dtype(input.device.type))
+        if self.observer is not None:
+            self.observer(input)
+            backend = "weight_only"
+        self.refuse_parametrized()
+        if self.compute_dtype is not None:
+            input = input.to(self.compute_dtype)
+        held: Any = self._parameters
+        out = scaled_linear(
+            input,
+            self.held_codes("weight"),
+            self.held_scale("weight"),
+            self.scheme,
+            input_scale=None if self.unmeasured else plain_scale(held["input_scale"]),
+            bias=held["bias"],
+            backend=backend,
+            backward=self.backward,
+            layer=self if self.shares_input is not None else None,
+            kept=self._to_compare(),
+        )
+        return out.to(dtype) if self.cast_output and out.dtype != dtype else out
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
+        return numerics.dequantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, dtype)
+
+    def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
+        """The float weight: the original if it was kept, itself or a copy, else the dequantized one."""
+        if self.original is None:
+            return self.dequantized_weight(dtype)
+        return self.original.to(self.weight.device, dtype, copy=copy)
+
+    @torch.no_grad()
+    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
+        """As in `QuantizedModule`. An original that was kept is now the new weight."""
+        changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
+        granularity = self.scheme.weight.granularity
+        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, chance)
+        new, change = self._twin(), Change()
+        new.weight = nn.Parameter(codes, requires_grad=False)
+        new.weight_scale = nn.Parameter(scale, requires_grad=False)
+        if self.bias is not None:
+            bias: torch.Tensor = dense.bias.detach()  # type: ignore[operator]
+            if not torch.equal(bias.to(self.bias.dtype), self.bias):
+                new.bias = nn.Parameter(bias.to(self.bias.dtype, copy=True), requires_grad=self.bias.requires_grad)
+        if self.original is not None:
+            new._keep(changed.to(self.original))
+        for after, part, start in numerics.pieces(codes, scale, granularity, numerics.chunk(codes.device)):
+            rows = slice(start, start + len(after))
+            change.add(self._rows(rows), changed[rows].float(), numerics.dequantize(after, part, granularity))
+        return new, change
+
+    def _rows(self, rows: slice) -> torch.Tensor:
+        """Rows of the weight in float32, whole blocks of them."""
+        if self.original is not None:
+            return self.original[rows].to(self.weight.device, torch.float32)
+        granularity = self.scheme.weight.granularity
+        return numerics.dequantize_rows(
+            self.held_codes("weight"), self.weight_scale, rows, torch.float32, granularity=granularity
+        )
+
+    @torch.no_grad()
+    def requantize_int8(self) -> None:
+        """Turn the weight into int8 with one float32 scale per row, in place; inputs become int8 per token.
+
+        Codes of E4M3 have 4 significant bits and their own exponent, int8 has 8 bits below the largest of a row. On
+        SmolLM2 int8 weights add 0.15% of perplexity, int8 inputs another 0.1 to 0.4% (docs/accuracy.md). An
+        `input_scale` is dropped. Raises UnsupportedError for an offloaded layer.
+        """
+        if self.scheme.weight.dtype == INT8:
+            return
+        self.refuse_stale()
+        if self.weight.is_meta:
+            raise UnsupportedError(
+                "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
+                "load onto one device, or with backend='weight_only'"
+            )
+        codes, scale = numerics.requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("input_scale", None)
+        self.unmeasured = ()
+        self.scheme, self.backend, self._scale_count = INT8_DYNAMIC, "int8", scale.numel()
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
+        """`to_linear`."""
+        return self.to_linear(dtype)
+
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain `nn.Linear` with a copy of `original`, or else the dequantized weight, on the same device.
+
+        Raises UnsupportedError for an offloaded layer, whose weight is not here to be read.
+        """
+        if self.weight.is_meta:
+            raise UnsupportedError(
+                "an offloaded FP8Linear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
+            )
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(self.restored_weight(dtype, copy=True), requires_grad=self.trainable)
+        if self.bias is not None:
+            bias = self.bias.detach().to(dtype, copy=True)
+            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        if self.original is not None and self.originals == "keep":
+            is_stale, moved = self.is_stale, moved_as_it_is(self.original, fn)
+            if is_stale:
+                self.original = moved
+            else:
+                self._keep(moved)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, by pickling or deepcopy, counts its changes anew.
+        return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._made_of is not None and self.original is not None:
+            self._keep(self.original)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.refuse_stale(prefix.removesuffix("."))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" in state_dict:
+            self.original = None  # of another weight
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"
+
+
+def refuse_torn(layers: Iterable[FP8Linear]) -> None:
+    """Raise UnsupportedError if layers that hold the same codes have float weights that were changed, and not to the same.
+
+    They have one to begin with; `.to()` gives each its own.
+    """
+    changed: dict[int, torch.Tensor] = {}
+    for layer in layers:
+        if layer.original is not None and layer.is_stale:
+            first = changed.setdefault(id(layer.weight), layer.original)
+            if first is not layer.original and not torch.equal(first, layer.original):
+                raise UnsupportedError(
+                    f"{layer.name_in_model or 'a layer'} shares its weight with another layer, and their float weights "
+                    "(`original`) were changed to different values: make them equal"
+                )

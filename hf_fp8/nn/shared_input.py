@@ -1,0 +1,67 @@
+"""Layers that are given the same input (q, k and v; gate and up) quantize it once.
+
+One slot per thread holds the codes of the last input. They are used again only by a sibling (`let_siblings_share`) that
+has not used them yet, for the same tensor object with the same memory, shape and version. So nothing depends on an
+earlier call of the same layer, and the codes go when the input goes. What torch cannot see, and this neither, is an
+input that is overwritten between q and k through `.data`, numpy or a foreign kernel: `layer.shares_input = None`
+switches sharing off for a layer.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..formats.scheme import Scheme
+from ..kernels import Input, Kernel
+
+
+@dataclass
+class _Quantized:
+    x: weakref.ref[torch.Tensor]
+    how: tuple[object, ...]
+    codes: Input
+    users: set[int] = field(default_factory=set)
+
+
+class _Slot(threading.local):
+    held: _Quantized | None = None
+
+
+_slot = _Slot()
+
+
+def quantize_once(
+    kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, layer: Any
+) -> Input:
+    """``kernel.quantize(rows, input_scale, scheme)``, or what it gave another layer for the same x.
+
+    x: the tensor that the layer was called with; rows: x as (M, K). layer: the FP8Linear whom the codes are for; None
+    shares nothing.
+    """
+    assert kernel.quantize is not None
+    if layer is None or x.is_inference():  # inference tensors have no version counter
+        return kernel.quantize(rows, input_scale, scheme)
+    # What a CUDA graph records, and what ran before, are two worlds.
+    recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    static = None if input_scale is None else (id(input_scale), input_scale._version)
+    memory = (x._version, x.data_ptr(), x.shape, x.stride())
+    how = (memory, kernel.quantize, scheme.input, static, layer.shares_input, recording)
+    held = _slot.held
+    if held is not None and held.x() is x and held.how == how and id(layer) not in held.users:
+        held.users.add(id(layer))
+        return held.codes
+    codes = kernel.quantize(rows, input_scale, scheme)
+    slot = _slot.__dict__
+    _slot.held = _Quantized(weakref.ref(x, lambda gone: _forget(slot, gone)), how, codes, {id(layer)})
+    return codes
+
+
+def _forget(slot: dict[str, _Quantized | None], gone: weakref.ref[torch.Tensor]) -> None:
+    held = slot.get("held")
+    if held is not None and held.x is gone:
+        slot["held"] = None

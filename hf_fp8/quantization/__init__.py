@@ -1,0 +1,1 @@
+"""Making FP8 models and checkpoints."""

@@ -1,0 +1,268 @@
+"""Checkpoints rewritten file by file, in memory for one tensor: dense to FP8, and FP8 to dense."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
+from ..checkpoint.slices import Part
+from ..checkpoint.spec import QuantizationSpec
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from ..checkpoint.writer import ShardWriter, check_place, nbytes, whole_folder, write_index
+from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
+from ..integrations.config import FP8Config
+from ..loading.host_names import host_form
+from ..loading.layout import Layout
+from ..loading.matching import match_checkpoint
+from ..loading.ops import quantize_named, weight_from
+from ..loading.quantization_plan import Plan, plan_quantization
+from .methods import HF_FP8, how_stored
+from .source import Source
+
+# Called with the bytes of the source that have been dealt with since the last call.
+Tick = Callable[[int], Any]
+# By which a folder is known for a checkpoint, which `overwrite` may replace.
+_MARK = "config.json"
+
+
+@dataclass
+class Written:
+    """What was, or would be, written. bytes: of all tensors, before and after. reasons: matrix that was to be quantized
+    -> why it is dense. unmatched: entries of `ignore` that match nothing.
+    """
+
+    weights: int
+    before: int
+    after: int
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
+
+
+def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
+    """The plan of quantizing a dense checkpoint as `config` asks. Raises CheckpointError for one that is quantized already."""
+    if (stored := how_stored(source)) is not None:
+        way = ", or dequantize it first (`hf-fp8 dequantize`)" if stored.reader == HF_FP8 else ""
+        raise CheckpointError(
+            f"{source.folder} is quantized already ({stored.method}): take the checkpoint that it was made of{way}"
+        )
+    model, checkpoint = source.structure(), source.checkpoint()
+    plan, _ = plan_quantization(
+        model, source.conversions(model), checkpoint, config.spec,
+        dense_experts=config.experts == "dequantize", dtype=source.dtype, cast=False,
+    )  # fmt: skip
+    return checkpoint, plan
+
+
+def quantize_checkpoint(
+    source: Source,
+    destination: Path,
+    config: FP8Config,
+    *,
+    input_scales: Mapping[str, torch.Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    tick: Tick = lambda count: None,
+) -> Written:
+    """Write the FP8 checkpoint that `config`, with a scheme, makes of a dense one; `destination` appears when it is whole.
+
+    Weights are quantized on `device` as they are in the files. input_scales: key of each static input scale -> its value, by
+    calibration. Files are sharded as the source's are.
+
+    Raises CalibrationError without scales for a static scheme, ScaleError for a weight with NaN or infinity, by its name.
+    """
+    checkpoint, plan = plan_source(source, config)
+    groups = {key: group.scheme for key, group in plan.groups.items() if group.scheme is not None}
+    static = [key for key in plan.written.tensors if key.rpartition(".")[2] == INPUT_SCALE]
+    if lacking := [key for key in static if key not in (input_scales or {})]:
+        raise CalibrationError(
+            f"the scheme has static input scales, and {len(lacking)} such as {lacking[0]} are not known: give data to "
+            "calibrate with (--calibrate), or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+        )
+    by_source: dict[str, list[str]] = {}
+    for key, part in plan.parts.items():
+        by_source.setdefault(part.key, []).append(key)
+
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
+        if by_source[key] == [key] and key not in groups:
+            return None
+        return quantized(key)
+
+    def quantized(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        tensor = checkpoint.load(key)
+        for written in by_source[key]:
+            values = plan.parts[written].take(tensor)
+            scheme = groups.get(written)
+            if scheme is None:
+                yield written, values
+                continue
+            module = written.removesuffix(WEIGHT)
+            codes, scale = quantize_named(module.rstrip("."), values.to(device), scheme.weight)
+            yield written, codes
+            yield module + WEIGHT_SCALE, scale
+            if scheme.has_static_input:
+                assert input_scales is not None
+                yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(scale.dtype)
+
+    _write(source, destination, checkpoint, plan.written, make, plan.spec.to_json(), overwrite, tick)
+    return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), plan.reasons, plan.unmatched)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A quantized checkpoint, held against its config and its model."""
+
+    checkpoint: Checkpoint
+    spec: QuantizationSpec
+    model: PreTrainedModel
+    layout: Layout
+
+
+def read_quantized(source: Source) -> Reading:
+    """The headers and scales of a quantized checkpoint, checked as in loading. Raises what loading raises."""
+    stored = how_stored(source)
+    if stored is None:
+        raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
+    if stored.reader != HF_FP8:
+        raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
+    spec = QuantizationSpec.read(source.quantization or {})
+    model, checkpoint = source.structure(), source.checkpoint()
+    layout = match_checkpoint(
+        model, source.conversions(model), checkpoint, spec, dense_because="dequantize=True", dequantize=True,
+        needs_input_scales=False, experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
+    )  # fmt: skip
+    return Reading(checkpoint, spec, model, layout)
+
+
+def dequantize_checkpoint(
+    source: Source,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    tick: Tick = lambda count: None,
+) -> Written:
+    """Write the dense checkpoint that a quantized one stands for: weights multiplied out in float32 and rounded once.
+
+    dtype: to which (the config's by default). Scales are left out, the rest is written as it is; but experts that
+    llm-compressor took apart are written in the family's own form, as the host would load others as random numbers.
+    """
+    reading = read_quantized(source)
+    checkpoint, layout, of = reading.checkpoint, reading.layout, dtype or source.dtype
+    homes, shapes = host_form(reading.model, source.conversions(reading.model), checkpoint)
+    weights = {weight.keys[weight.primary]: weight for weight in [*layout.scan.weights, *layout.scan.host]}
+    dropped = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary} | set(layout.scan.cache)
+    written, members = Checkpoint([]), dict[str, list[str]]()
+    for key, info in checkpoint.tensors.items():
+        if key in dropped:
+            continue
+        home = homes.get(key, Part(key.removesuffix("_packed") if key in weights else key))
+        members.setdefault(home.key, []).append(key)
+        stored = DTYPE_NAMES[of] if key in weights else info.dtype
+        shape = _dense_shape(weights[key], checkpoint) if key in weights else info.shape
+        written.tensors.setdefault(home.key, TensorInfo(stored, shapes.get(home.key, shape), info.file))
+
+    def values(key: str) -> torch.Tensor:
+        weight = weights.get(key)
+        if weight is None:
+            return checkpoint.load(key)
+        return weight_from(weight, {role: checkpoint.load(name) for role, name in weight.keys.items()}, of)
+
+    def stacked(name: str) -> torch.Tensor:
+        info = written.tensors[name]
+        if len(members[name]) != info.shape[0] * homes[members[name][0]].of:
+            raise MissingTensorError(f"{len(members[name])} tensors of the files go into {name}, which has shape {info.shape}")
+        out = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+        for key in members[name]:
+            homes[key].take(out).copy_(values(key))
+        return out
+
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
+        if key in dropped:
+            return iter(())
+        home = homes.get(key)
+        if home is not None and home.expert is not None:
+            first = members[home.key][0] == key
+            return iter([(home.key, stacked(home.key))] if first else ())
+        if key not in weights and home is None:
+            return None
+        return iter([(home.key if home else key.removesuffix("_packed"), values(key))])
+
+    _write(source, destination, checkpoint, written, make, None, overwrite, tick, of)
+    return Written(len(weights), total_bytes(checkpoint), total_bytes(written))
+
+
+def check_destination(source: Source, destination: Path, overwrite: bool) -> None:
+    """Raise ConfigError if a checkpoint made of `source` cannot, or should not, be written there."""
+    read, write = (Path(os.path.realpath(folder)) for folder in (source.folder, destination))
+    if read in (write, *write.parents) or write in read.parents:
+        raise ConfigError(f"{destination} and {source.folder}, which is read, are in one another: write somewhere else")
+    check_place(write, _MARK if overwrite else None)
+
+
+def total_bytes(checkpoint: Checkpoint) -> int:
+    """Of all tensors, by their headers."""
+    return sum(map(nbytes, checkpoint.tensors.values()))
+
+
+def _dense_shape(weight: StoredWeight, checkpoint: Checkpoint) -> tuple[int, ...]:
+    if weight.primary == WEIGHT:
+        return weight.shape
+    shape = checkpoint.read([weight.keys["weight_shape"]])[weight.keys["weight_shape"]]
+    return tuple(int(extent) for extent in shape)
+
+
+def _write(
+    source: Source,
+    destination: Path,
+    checkpoint: Checkpoint,
+    written: Checkpoint,
+    make: Callable[[str], Iterator[tuple[str, torch.Tensor]] | None],
+    quantization: dict[str, Any] | None,
+    overwrite: bool,
+    tick: Tick,
+    dtype: torch.dtype | None = None,
+) -> None:
+    files = _files(written)
+    total = total_bytes(written)
+    check_destination(source, destination, overwrite)
+    _check_space(destination, total)
+    with whole_folder(destination, replaces=_MARK if overwrite else None) as folder:
+        for file, (name, tensors) in files.items():
+            with ShardWriter(folder / name, tensors) as shard:
+                for key in (key for key, info in checkpoint.tensors.items() if info.file == file):
+                    if (tensors_made := make(key)) is None:
+                        shard.copy(key, checkpoint.pieces(key))  # as it is, and never whole in memory
+                    for made, values in tensors_made or ():
+                        shard.write(made, values)
+                    tick(nbytes(checkpoint.tensors[key]))
+        write_index(folder, dict(files.values()))
+        source.copy_rest(folder)
+        source.write_config(folder, quantization, dtype)
+        source.check_unchanged()
+
+
+def _files(written: Checkpoint) -> dict[str, tuple[str, dict[str, TensorInfo]]]:
+    """File of the source -> (name of the new one, its tensors)."""
+    by_file: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in written.tensors.items():
+        by_file.setdefault(info.file, {})[key] = info
+    count = len(by_file)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    return {file: (name, by_file[file]) for file, name in zip(sorted(by_file), names, strict=True)}
+
+
+def _check_space(destination: Path, total: int) -> None:
+    place = destination.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < total:
+        raise ConfigError(f"{total / 1e9:.2f} GB are to be written to {destination}, where {free / 1e9:.2f} GB are free")

@@ -1,0 +1,166 @@
+"""`quantize_model`: the Linears of any PyTorch model become FP8Linears, one after the other."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.spec import QuantizationSpec
+from ..errors import ConfigError, ScaleError, by_reason
+from ..formats.scheme import Scheme
+from ..integrations.config import FP8Config
+from ..integrations.other_savers import guard_savers
+from ..integrations.weight_readers import guard_readers
+from ..nn.base import QuantizedModule
+from ..nn.conv import FP8PointwiseConv
+from ..nn.linear import ORIGINALS, FP8Linear, refuse_torn
+from ..nn.swap import leave_fused_paths, let_siblings_share, put, take_over
+from .choice import Choice, Filter, choose
+from .transformers_model import adopt, fill_experts
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode(False)  # what is made here may be trained over later
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    scheme: str | Scheme | Mapping[Any, Any] = "FP8_DYNAMIC",
+    *,
+    filter_fn: Filter | None = None,
+    targets: str | Sequence[str] = ("Linear",),
+    ignore: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    inplace: bool = True,
+    originals: str = "discard",
+    conv1x1: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    cast_output: bool = True,
+    backend: str = "auto",
+    experts: str = "auto",
+    backward: str = "exact",
+) -> nn.Module:
+    """Replace the Linears of `model` by FP8 (or int8) ones, and a transformers mixture's experts, layer by layer.
+
+    Args:
+        scheme, targets, ignore: as in `FP8Config`; int8 schemes as well ("INT8", "INT8_WEIGHT_ONLY").
+        filter_fn: of what these choose, only layers for which (name, module) gives True.
+        device: where weights are quantized, one layer at a time; the results go back to where the weight was.
+        inplace: else a copy is changed and returned, and of what is quantized only the result is made.
+        originals: what becomes of the float weights: "discard", "keep" beside the codes, or "offload" to the CPU. With the
+            last two `requantize_model` makes codes anew after an update of `layer.original` (till then running and saving the
+            layer raise StaleError), and `dequantize_model` gives them back to the bit. Experts keep none.
+        conv1x1: also convolutions with a kernel of one point, which targets may call "Linear".
+        compute_dtype: cast inputs to it first (a float32 model on a GPU whose kernels give 16 bits); None leaves them.
+        cast_output: cast outputs back to the dtype that the input had.
+        backend, backward: see `FP8Config`. experts: "dequantize" leaves a mixture's experts dense.
+
+    What the scheme cannot hold, subclasses of Linear, and layers that were changed stay as they are, with a line in the log
+    that says why. Weights that were shared stay shared, and so do layers. On the meta device only the structure changes.
+    A transformers model then saves as a compressed-tensors checkpoint (`save_pretrained`), others with `save_quantized`.
+
+    Returns `model` (or the copy; or the new layer, if `model` is a Linear itself). Raises ConfigError if nothing in it can
+    be quantized and for unknown options, ScaleError for experts that are not finite; nothing is changed then.
+    """
+    if originals not in ORIGINALS:
+        raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
+    if device is not None and torch.device(device).type == "meta":
+        raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
+    config = FP8Config(backend=backend, experts=experts, backward=backward)
+    config.spec = QuantizationSpec.asked(scheme, targets, ignore)
+    choice = choose(model, config, filter_fn, conv1x1)
+    how = {"device": device, "originals": originals, "backend": backend}
+    made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], FP8Linear]()
+    root = model
+    for name, layer_scheme in choice.layers.items():
+        old = model.get_submodule(name)
+        if isinstance(old, QuantizedModule):
+            continue  # it sits in a module that itself sits in two places
+        if id(old) not in made:
+            try:
+                new = _layer(old, layer_scheme, by_weight, how)
+            except ScaleError as error:
+                choice.reasons[name] = str(error)
+                continue
+            new.compute_dtype, new.cast_output, new.backward = compute_dtype, cast_output, backward
+            new.name_in_model = name
+            made[id(old)] = new
+        if inplace:
+            root = put(root, name, made[id(old)])
+        del old  # so that its weight is freed before the next one is quantized
+    if not made and choice.layers:
+        said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
+    if not inplace:
+        root = _copy(model, made)
+        for name in choice.layers:
+            if id(old := model.get_submodule(name)) in made:
+                root = put(root, name, made[id(old)])
+    _finish(root, choice, device)
+    return root
+
+
+@torch.inference_mode(False)
+def requantize_model(model: nn.Module) -> nn.Module:
+    """Make codes and scales anew of the float weights that were kept (`originals="keep"` or "offload"), in place.
+
+    Raises UnsupportedError, before anything is changed, for a layer whose original was not kept, and for layers with one weight
+    whose originals were changed to different values.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    refuse_torn(layers)
+    done: dict[int, FP8Linear] = {}
+    keep: list[torch.Tensor] = []  # so that no id is given twice
+    # Those without one come first, and raise; of layers with the same codes the one whose original was changed.
+    for layer in sorted(layers, key=lambda layer: (layer.original is not None, not layer.is_stale)):
+        before = layer.weight
+        twin = done.setdefault(id(before), layer)
+        if twin is layer:
+            layer.requantize()
+        else:
+            layer.share_weight(twin)
+        keep.append(before)
+    return model
+
+
+def _layer(old: nn.Module, scheme: Scheme, by_weight: dict[tuple[int, Scheme], FP8Linear], how: dict[str, Any]) -> FP8Linear:
+    kind = FP8Linear if isinstance(old, nn.Linear) else FP8PointwiseConv
+    twin = by_weight.get((id(old.weight), scheme))
+    if twin is None:
+        new = by_weight[id(old.weight), scheme] = kind.from_linear(old, scheme, **how)
+    else:
+        new = kind.like(old, scheme, backend=how["backend"])
+        new.share_weight(twin)
+    take_over(old, new)
+    return new
+
+
+def _copy(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of `model` with the layers that were made of some of its own, by id; only what stays as it is is copied."""
+    memo: dict[int, Any] = {}
+    for new in made.values():
+        for held in (new.weight, new.weight_scale):
+            memo[id(held)] = held  # made for the copy: no second one
+    for old, new in made.items():
+        memo[old] = copy.deepcopy(new, memo)  # biases, kept originals
+        made[old] = memo[old]
+    return copy.deepcopy(model, memo)
+
+
+def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) -> None:
+    for path, quantizer in choice.quantizers.items():
+        part: Any = root.get_submodule(path)
+        for plan in quantizer.layout.experts.values() if quantizer.layout is not None else ():
+            fill_experts(part, plan, backend=quantizer.quantization_config.backend, device=device)
+        adopt(part, quantizer)
+    let_siblings_share(root)
+    leave_fused_paths(root)
+    guard_savers(root)
+    guard_readers(root)
+    if choice.reasons:
+        logger.warning(f"hf_fp8: left as they are: {by_reason(choice.reasons)}")

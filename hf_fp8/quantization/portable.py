@@ -1,0 +1,286 @@
+"""`save_quantized`, `load_quantized`: quantized models that are not transformers', as safetensors and `quantization.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, SCALE_DTYPES, Checkpoint, TensorInfo
+from ..checkpoint.writer import ShardWriter, nbytes, whole_folder, write_index
+from ..errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    CorruptFileError,
+    MismatchError,
+    MissingTensorError,
+    ScaleError,
+    UnsupportedError,
+)
+from ..formats.scheme import Scheme
+from ..integrations.other_savers import guard_savers
+from ..integrations.weight_readers import guard_readers
+from ..kernels import BACKENDS
+from ..nn.base import QuantizedModule
+from ..nn.conv import Convolution, FP8PointwiseConv
+from ..nn.linear import FP8Linear
+from ..nn.swap import leave_fused_paths, let_siblings_share, put, take_over
+from ..version import __version__
+
+CONFIG = "quantization.json"
+# Of the file's layout: another number is refused.
+FORMAT = 1
+COMPUTE = ("bfloat16", "float16", "float32", "float64")
+
+
+def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write `model`, quantized by `quantize_model`, to `folder`, which appears, or is replaced, when all is written.
+
+    Files: `model.safetensors` (or several with an index) with the state dict under its own names, tensors that are shared
+    once; `quantization.json` with the scheme of each layer and the names of what is shared. Float weights that were kept
+    beside the codes are not saved. `load_quantized` reads it into the float model's structure.
+
+    Raises ConfigError if `folder` is there and was not written by this function; UnsupportedError for quantized
+    transformers models (`save_pretrained` writes those for everybody), offloaded layers and state that is no tensor;
+    CalibrationError for layers whose input scale has yet to be measured, StaleError for those whose kept float weight was
+    changed since.
+    """
+    layers = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedModule)
+    }
+    for name, module in layers.items():
+        if not isinstance(module, FP8Linear):
+            raise UnsupportedError(f"{name} is a {type(module).__name__} of a transformers model: use its save_pretrained")
+        if module.is_offloaded:
+            raise UnsupportedError(f"{name} is on the meta device, or offloaded: there is nothing to be saved")
+        if module.awaits_calibration:
+            raise CalibrationError(f"{name} has no input scale yet: calibrate the model before it is saved (hf_fp8.calibrate)")
+        module.refuse_stale(name)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedError(f"{type(model).__name__} is a transformers model: use its save_pretrained")
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.dtype not in DTYPE_NAMES:
+            raise UnsupportedError(f"{name} of the state dict cannot be saved as a tensor: {type(value).__name__}")
+    first: dict[Any, str] = {}
+    shared = {}
+    for name, value in state.items():
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        kept = first.setdefault(place, name) if value.numel() else name
+        if kept != name:
+            shared[name] = kept
+    described = {
+        "format": FORMAT,
+        "hf_fp8": __version__,
+        "modules": {name: _describe(module) for name, module in layers.items() if isinstance(module, FP8Linear)},
+        "shared": shared,
+    }
+    with whole_folder(Path(folder), replaces=CONFIG) as part:
+        files = dict(_shards({name: value for name, value in state.items() if name not in shared}, max_shard_bytes))
+        for file, infos in files.items():
+            with ShardWriter(part / file, infos) as shard:
+                for name in infos:
+                    shard.write(name, state[name])
+        write_index(part, files)
+        (part / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+
+
+@torch.inference_mode(False)
+def load_quantized(
+    model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None, strict: bool = True
+) -> nn.Module:
+    """Make `model`, the float model that was quantized and saved, what `save_quantized` wrote, in place.
+
+    Its Linears may be on any device, on meta, too: nothing of their values is used. device: where tensors go; by default
+    where the model's are, and to the CPU from meta. strict: whether buffers and parameters that are not in the files, or
+    more than the model has, are an error.
+
+    Raises CheckpointError of the fitting kind, naming the tensor or the module, before anything is changed. Returns `model`
+    (or the new layer, if `model` is a Linear itself).
+    """
+    folder = Path(folder)
+    described = _read_config(folder)
+    checkpoint = Checkpoint([str(file) for file in sorted(folder.glob("model*.safetensors"))])
+    held = {**checkpoint.tensors}
+    for name, kept in described["shared"].items():
+        if kept not in checkpoint.tensors:
+            raise MissingTensorError(f"{kept}, which {name} shares, is not in the files of {folder}")
+        held[name] = checkpoint.tensors[kept]
+    made: dict[int, FP8Linear] = {}
+    layers = {}
+    for name, entry in described["modules"].items():
+        old = _module(model, name, folder)
+        layers[name] = made.setdefault(id(old), _empty(name, old, entry))
+    _compare(model, layers, held, folder, strict)
+    state = checkpoint.read(list(checkpoint.tensors))
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if module in layers and leaf.endswith("_scale") and not bool((tensor.isfinite() & (tensor > 0)).all()):
+            raise ScaleError(f"{name} in {folder} has values that are not finite and positive: the file is damaged")
+    for name, layer in layers.items():
+        layer.to_empty(device=_place(_module(model, name, folder).weight, device))
+    for name, layer in layers.items():
+        take_over(_module(model, name, folder), layer)
+        model = put(model, name, layer)
+    _assign(model, state, described["shared"], device)
+    let_siblings_share(model)
+    leave_fused_paths(model)
+    guard_savers(model)
+    guard_readers(model)
+    return model
+
+
+def _describe(layer: FP8Linear) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": "linear", "scheme": layer.scheme.text, "backend": layer.backend}
+    if isinstance(layer, FP8PointwiseConv):
+        found.update(kind="conv1x1", stride=list(layer.stride))
+    if layer.compute_dtype is not None:
+        found["compute_dtype"] = str(layer.compute_dtype).removeprefix("torch.")
+    if not layer.cast_output:
+        found["cast_output"] = False
+    return found
+
+
+def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> FP8Linear:
+    kind = FP8PointwiseConv if entry["kind"] == "conv1x1" else FP8Linear
+    fits = isinstance(old, nn.Linear)
+    if isinstance(old, Convolution):
+        fits = kind is FP8PointwiseConv and FP8PointwiseConv.why_not(old) is None and list(old.stride) == entry.get("stride")
+    elif kind is FP8PointwiseConv:
+        fits = False
+    if not fits or isinstance(old, QuantizedModule):
+        raise MismatchError(
+            f"{name} is {old} in the model, and was a {entry['kind']} with {entry} when it was quantized: build the float "
+            "model as it was then"
+        )
+    new = kind.like(old, Scheme.parse(entry["scheme"]), backend=entry["backend"])
+    if new.bias is not None:
+        new.bias = nn.Parameter(new.bias.detach().clone())  # the model's own stays as it is
+    new.compute_dtype = getattr(torch, entry["compute_dtype"]) if "compute_dtype" in entry else None
+    new.cast_output = entry.get("cast_output", True)
+    return new
+
+
+def _compare(model: nn.Module, layers: dict[str, FP8Linear], held: dict[str, TensorInfo], folder: Path, strict: bool) -> None:
+    """Raise unless the files hold what the model will."""
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for name, layer in layers.items():
+        wanted.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in layer.state_dict().items()})
+    quantized = {f"{name}.{leaf}" if name else leaf for name, layer in layers.items() for leaf in layer.quantized}
+    for name, tensor in wanted.items():
+        found = held.get(name)
+        if found is None:
+            if strict or name.rpartition(".")[0] in layers:  # a layer that is made anew has nothing to fall back to
+                raise MissingTensorError(f"{name} is not in the files of {folder}, and the model has it")
+            continue
+        if found.shape != tuple(tensor.shape):
+            raise MismatchError(f"{name} is {found} in {folder}, and the model's has shape {list(tensor.shape)}")
+        if name in quantized and name.endswith("_scale"):
+            fits = found.dtype in SCALE_DTYPES
+        elif name not in quantized and DTYPE_NAMES.get(tensor.dtype) in DENSE_DTYPES:
+            fits = found.dtype in DENSE_DTYPES
+        else:
+            fits = found.dtype == DTYPE_NAMES.get(tensor.dtype)
+        if not fits:
+            raise MismatchError(f"{name} is {found} in {folder}, and the model holds {tensor.dtype} there")
+    if strict and (extra := sorted(set(held) - set(wanted))):
+        raise CheckpointError(f"{extra[0]} is in the files of {folder}, and the model does not have it")
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in held]
+    if lost:
+        raise ConfigError(f"{lost[0]} is a buffer on the meta device that no file holds: build the model on the CPU")
+
+
+def _assign(model: nn.Module, state: dict[str, torch.Tensor], shared: dict[str, str], device: Any) -> None:
+    placed: dict[str, torch.Tensor] = {}
+    for name in [*state, *shared]:
+        path, _, leaf = name.rpartition(".")
+        module = _get(model, path)
+        old = module._parameters.get(leaf, module._buffers.get(leaf)) if module is not None else None
+        if module is None or old is None:
+            continue  # not strict: the model does not have it
+        if name in shared and shared[name] in placed:
+            value = placed[shared[name]]
+        else:
+            value = state[shared.get(name, name)].to(_place(old, device))
+            if leaf in module._parameters:
+                value = nn.Parameter(value, requires_grad=old.requires_grad)
+        placed[name] = value
+        setattr(module, leaf, value)
+    if device is not None:
+        model.to(device)
+
+
+def _place(tensor: Any, device: Any) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    found: torch.device = tensor.device
+    return torch.device("cpu") if found.type == "meta" else found
+
+
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _module(model: nn.Module, name: str, folder: Path) -> Any:
+    found = _get(model, name)
+    if found is None:
+        raise MismatchError(f"{name} was quantized in {folder}, and {type(model).__name__} has no such module")
+    return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        raise ConfigError(
+            f"{folder} has no {CONFIG}: hf_fp8.save_quantized did not write it. Transformers checkpoints are read by "
+            "from_pretrained"
+        )
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptFileError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {found.get('format') if isinstance(found, dict) else '?'}; this is {FORMAT}")
+    modules, shared = found.get("modules"), found.get("shared", {})
+    if not isinstance(modules, dict) or not isinstance(shared, dict) or not all(isinstance(k, str) for k in shared.values()):
+        raise CheckpointError(f"{path} has no `modules`, or a `shared` that is no table of names")
+    for name, entry in modules.items():
+        if (
+            not isinstance(entry, dict)
+            or entry.get("kind") not in ("linear", "conv1x1")
+            or entry.get("backend") not in BACKENDS
+        ):
+            raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}: no layer that hf_fp8 knows")
+        compute = entry.get("compute_dtype")
+        if not isinstance(entry.get("cast_output", True), bool) or compute not in (None, *COMPUTE):
+            raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}: compute_dtype is one of {', '.join(COMPUTE)}")
+        try:
+            Scheme.parse(entry["scheme"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: modules[{name!r}].scheme is {entry.get('scheme')!r}: no scheme") from error
+    return {"modules": modules, "shared": shared}
+
+
+def _shards(state: dict[str, torch.Tensor], most: int) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """(name of a file, its tensors), each of at most `most` bytes or one tensor."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), "")
+        if groups[-1] and size + nbytes(info) > most:
+            groups.append({})
+            size = 0
+        groups[-1][name] = info
+        size += nbytes(info)
+    for number, group in enumerate(groups, 1):
+        several = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        yield (several if len(groups) > 1 else "model.safetensors"), group

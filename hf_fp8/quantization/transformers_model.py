@@ -1,0 +1,149 @@
+"""Transformers models that are quantized in place: planned like the checkpoint they would save, and saved as such."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
+
+from ..checkpoint.config_groups import Group
+from ..checkpoint.reader import DTYPE_NAMES, Checkpoint, TensorInfo
+from ..checkpoint.slices import Part
+from ..errors import ScaleError, UnsupportedError
+from ..integrations.config import FP8Config
+from ..integrations.quantizer import FP8HfQuantizer
+from ..loading.dtypes import DtypePlan, dtype_of
+from ..loading.expert_names import PlainMerge
+from ..loading.expert_ops import quantize_stack
+from ..loading.keys import KeyMap
+from ..loading.layout import ExpertsPlan, Stack
+from ..nn.base import QuantizedModule
+from ..nn.experts import FP8Experts
+from ..nn.swap import swap_experts
+
+
+def plan_in_place(
+    model: PreTrainedModel, config: FP8Config, choose: Callable[[tuple[str, ...], nn.Module | None], Group | None]
+) -> FP8HfQuantizer:
+    """The quantizer that would have loaded `model` as `config` asks, its layout ready to be carried out.
+
+    Raises UnsupportedError for a model that is quantized already.
+    """
+    _refuse_quantized(model)
+    conversions = _conversions(model)
+    quantizer = FP8HfQuantizer(config, pre_quantized=False)
+    dtype = dtype_of(model)
+    layout = quantizer.plan(model, conversions, _headers(model), dtype, cast=False, choose=choose)
+    # Nothing is known of files, but that the host holds some parameters wider than the rest, whatever they were.
+    dtypes = DtypePlan(model, dtype)
+    layout.file_dtypes = {name: dtype for name in layout.file_dtypes if dtypes.wanted(name) not in (None, dtype)}
+    return quantizer
+
+
+def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP8HfQuantizer:
+    """The quantizer that saves `model`, whose Linears called `layers` become int8: they need no conversions.
+
+    Raises UnsupportedError for a model that is quantized already.
+    """
+    _refuse_quantized(model)
+    written = copy.copy(config)
+    keymap = KeyMap(model, _conversions(model))
+    matrices = [key for key, info in _headers(model).tensors.items() if key.endswith(".weight") and len(info.shape) == 2]
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    inside = {f"{name}.weight" for name in layers}
+    dense = [key.removesuffix(".weight") for key in matrices if keymap.resolve(key)[0] not in inside | embeddings]
+    written.spec = config.spec.restricted_to({g.name for g in config.spec.groups}, [*dense, *_head(model, layers)])
+    return FP8HfQuantizer(written, pre_quantized=False)
+
+
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None or any(isinstance(module, QuantizedModule) for module in model.modules()):
+        method = "" if quantizer is None else quantizer.quantization_config.quant_method
+        raise UnsupportedError(
+            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method) or 'FP8 layers in it'}): one call "
+            "says all of how a transformers model is quantized (several groups: scheme={scheme: targets, ...}). Call "
+            "hf_fp8.dequantize_model first, or load the dense checkpoint"
+        )
+
+
+def _head(model: PreTrainedModel, layers: set[str]) -> list[str]:
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head and head is not None and name not in layers]
+
+
+def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> FP8Experts:
+    """Put FP8Experts, made of the dense ones, in their place: one expert at a time goes through `device`."""
+    dense = model.get_submodule(plan.name)
+    new = swap_experts(
+        model, plan.name, plan.first.projection, plan.second.projection,
+        interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=backend,
+    )  # fmt: skip
+    for stack in plan.stacks:
+        values: torch.Tensor = getattr(dense, stack.projection.name).detach()
+        if values.is_meta:
+            continue
+        made_of = quantize_stack(stack, partial(_expert, new, stack, values, device), broken := list[str]())
+        if broken:
+            raise ScaleError("; ".join(broken))
+        for name, made in made_of.items():
+            setattr(new, name.rpartition(".")[2], nn.Parameter(made.to(values.device), requires_grad=False))
+        new.made_of = values.dtype
+        del dense._parameters[stack.projection.name]  # free it before the next one
+    return new
+
+
+def adopt(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
+    """Tell `model`, which has been changed as the quantizer's layout says, what it is now."""
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    if quantizer.layout is not None:
+        model._weight_conversions = [c for c in quantizer.conversions if not isinstance(c, PlainMerge) or c.was_used()]
+    quantizer.postprocess_model(model)
+
+
+def _expert(new: FP8Experts, stack: Stack, values: torch.Tensor, device: Any, part: int, expert: int) -> torch.Tensor:
+    layout = new.layout
+    where = Part("", expert, part, stack.projection.parts, layout.is_transposed, not layout.is_concatenated)
+    return where.take(values).to(device or values.device)
+
+
+def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
+    """Those by which the host would save `model` (`revert_weight_conversion`)."""
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:
+        found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    return list(found)
+
+
+def _headers(model: PreTrainedModel) -> Checkpoint:
+    """The checkpoint that the host would write of `model`, by its headers."""
+    tied = model.all_tied_weights_keys
+    held = model.state_dict()
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in held.items()
+        if not (name in tied and tied[name] in held and held[tied[name]] is not None)
+    }
+    checkpoint = Checkpoint([])
+    for name, tensor in revert_weight_conversion(model, state).items():
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        checkpoint.tensors[name] = TensorInfo(dtype, tuple(tensor.shape), type(model).__name__)
+    return checkpoint
+
+
+def transformers_models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The outermost transformers models in `model`, by name: itself, or parts of a model of another kind."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found.append(name)
+            yield name, module
