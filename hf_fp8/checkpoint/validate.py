@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -39,35 +39,52 @@ class Scan:
 
 @dataclass(frozen=True)
 class Owner:
-    """The module of the model that a key of the file belongs to: its name there, and itself if there is one."""
+    """The module of the model that a weight of the files belongs to.
+
+    name: what the model calls it, or would (an expert that it holds merged). module: its name in the model, None if the model
+    has no such module. cls: its class. has_weight: whether its `weight` is a parameter.
+    """
 
     name: str
-    module: nn.Module | None
+    module: str | None = None
+    cls: type[nn.Module] | None = None
+    has_weight: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of its class and of the classes that this is made of; none if there is no such module."""
+        return () if self.cls is None else tuple(cls.__name__ for cls in self.cls.__mro__)
+
+    def is_a(self, *kinds: type[nn.Module]) -> bool:
+        return self.cls is not None and issubclass(self.cls, kinds)
 
 
-def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owner: Callable[[str], Owner], params: set[str], prefix: str) -> Scan:
+def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Key of each weight in the files -> the name of its module there."""
+    named = ((key, module_named(key, info.dtype, len(info.shape))) for key, info in checkpoint.tensors.items())
+    return {key: name for key, name in named if name is not None}
+
+
+def scan(
+    checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Owner], params: Collection[str], prefix: str
+) -> Scan:
     """Sort out every tensor of the files.
 
-    owner: a weight's key in the file -> its module. params: keys that the model takes as they are.
+    owners: key of each weight in the files (`weights_of`) -> its module. params: keys that the model takes as they are.
     prefix: that of the base model, which names may have or lack.
 
     Raises the error that fits, naming the tensor or the config key, for the first contradiction.
     """
     found, used = Scan(), set[str]()
     candidates = []
-    classes: dict[str, set[str]] = {}
-    for key, info in checkpoint.tensors.items():
-        name = module_named(key, info.dtype, len(info.shape))
-        if name is not None:
-            place = owner(key)
-            names = names_of(name, place.name, prefix)
-            group = _group_of(spec, name, names, place, key, checkpoint)
-            candidates.append((name, key, names, group, place.module))
-            classes[name] = {"Linear"} if place.module is None else {cls.__name__ for cls in type(place.module).__mro__}
-    _check_groups(spec, [(names, classes[name], group) for name, _, names, group, _ in candidates])
-    for name, key, names, group, module in candidates:
+    for key, name in weights_of(checkpoint).items():
+        names = names_of(name, owners[key].name, prefix)
+        candidates.append((name, key, names, _group_of(spec, name, names, owners[key], key, checkpoint)))
+    _check_groups(spec, [(names, owners[key].classes or ("Linear",), group) for _, key, names, group in candidates])
+    for name, key, names, group in candidates:
+        owner = owners[key]
         if group is not None and group.scheme is None:
-            _check_host(key, names, group, module, checkpoint)
+            _check_host(key, names, group, owner, checkpoint)
             host = {role: f"{name}.{role}" for role in HOST_ROLES if f"{name}.{role}" in checkpoint.tensors}
             if len(host) > 1:  # a target may be a regex that takes in norms as well
                 found.host.append(stored(name, host, checkpoint, group))
@@ -76,23 +93,23 @@ def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owner: Callable[[str], 
         if key.endswith("weight_packed"):
             continue
         keys = companions(name, key, checkpoint)
-        if _is_fp8(key, keys, checkpoint, spec, group, names, module):
+        if _is_fp8(key, keys, checkpoint, spec, group, names, owner):
             assert group is not None
             found.weights.append(stored(name, keys, checkpoint, group))
             used.update(keys.values())
+    found.cache = [key for key in checkpoint.tensors if CACHE_SCALE.search(key)]
+    _check_orphans(checkpoint, {*used, *found.cache, *params})
+    return found
+
+
+def _check_orphans(checkpoint: Checkpoint, used: set[str]) -> None:
     for key in checkpoint.tensors:
-        if CACHE_SCALE.search(key):
-            found.cache.append(key)
-        elif (
-            key not in used
-            and key not in params
-            and (ORPHAN.search(key) or (key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors))
-        ):
+        beside = key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors
+        if key not in used and (ORPHAN.search(key) or beside):
             raise UnusedTensorError(
                 f"{key} is a scale in the files, but no weight beside it is quantized by any config group: nobody would "
                 "use it. Either the weight is missing, or `targets` and `ignore` do not say what was quantized."
             )
-    return found
 
 
 def names_of(name: str, place: str, prefix: str) -> tuple[str, ...]:
@@ -130,7 +147,7 @@ def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = Tr
 
 
 def _group_of(
-    spec: QuantizationSpec, name: str, names: tuple[str, ...], place: Owner, key: str, checkpoint: Checkpoint
+    spec: QuantizationSpec, name: str, names: tuple[str, ...], owner: Owner, key: str, checkpoint: Checkpoint
 ) -> Group | None:
     """The group of the weight `key` of the module `name`. Targets may speak of it by the file's name, by the model's, or by
     class.
@@ -138,12 +155,11 @@ def _group_of(
     Of several groups it is the one that speaks of it most precisely, among those that store weights as the file does: as
     such codes, and, if there are still several, with such scales.
     """
-    classes = () if place.module is None else tuple(cls.__name__ for cls in type(place.module).__mro__)
-    if match(names, classes, spec.ignore):
+    if match(names, owner.classes, spec.ignore):
         return None
     dtype = checkpoint.tensors[key].dtype
-    groups = groups_of(spec.groups, names, classes)
-    if dtype not in DENSE_DTYPES and not isinstance(place.module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
+    groups = groups_of(spec.groups, names, owner.classes)
+    if dtype not in DENSE_DTYPES and not owner.is_a(nn.Embedding, nn.Conv1d, nn.Conv2d):
         # Experts and routers were Linears when they were quantized, and may be parts of another module
         # in the model; a module that this class of model lacks has no class here. The file decides.
         groups += groups_of(spec.groups, names, ("Linear",))
@@ -181,7 +197,7 @@ def _is_fp8(
     spec: QuantizationSpec,
     group: Group | None,
     names: tuple[str, ...],
-    module: nn.Module | None,
+    owner: Owner,
 ) -> bool:
     """Whether a weight is stored in FP8, after holding that against what the config says."""
     info = checkpoint.tensors[key]
@@ -200,7 +216,7 @@ def _is_fp8(
                 f"{key} is stored dense ({info}), yet {scale} is beside it: the weight has been dequantized already and "
                 "its scale was left in, or the file holds unquantized weights. Multiplying again would be wrong."
             )
-        if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, module)):
+        if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, owner)):
             raise MismatchError(
                 f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
                 "add it to `ignore` in config.json if it is meant to be dense, else quantize it again"
@@ -211,19 +227,19 @@ def _is_fp8(
     return False
 
 
-def _may_be_dense(names: tuple[str, ...], module: nn.Module | None) -> bool:
+def _may_be_dense(names: tuple[str, ...], owner: Owner) -> bool:
     """Whether a dense weight that a pattern takes in is no contradiction: it is no Linear's (an embedding, a router that
     the family's code makes a module of its own), it is a router's, or this class of model does not have it."""
-    if isinstance(module, nn.Linear):
+    if owner.is_a(nn.Linear):
         return any(ROUTER.search(name) for name in names)
-    return module is None or isinstance(getattr(module, WEIGHT, None), nn.Parameter)
+    return owner.cls is None or owner.has_weight
 
 
-def _check_host(key: str, names: tuple[str, ...], group: Group, module: nn.Module | None, checkpoint: Checkpoint) -> None:
+def _check_host(key: str, names: tuple[str, ...], group: Group, owner: Owner, checkpoint: Checkpoint) -> None:
     """Raise for a weight that is not stored as the group that the host runs says, and for inputs that are quantized alone."""
     info = checkpoint.tensors[key]
     if group.parsed.weights is None:
-        if isinstance(module, nn.Linear) and len(info.shape) == 2:
+        if owner.is_a(nn.Linear) and len(info.shape) == 2:
             raise UnsupportedError(
                 f"config group {group.name!r} quantizes the inputs of {names[0]}, whose weight is dense ({info}): hf_fp8 reads "
                 "groups without weights that are about attention modules only. Narrow its `targets` in config.json"
@@ -251,7 +267,7 @@ def _excused(names: tuple[str, ...], spec: QuantizationSpec) -> bool:
     return False
 
 
-def _check_groups(spec: QuantizationSpec, weights: list[tuple[tuple[str, ...], set[str], Group | None]]) -> None:
+def _check_groups(spec: QuantizationSpec, weights: list[tuple[tuple[str, ...], tuple[str, ...], Group | None]]) -> None:
     """Raise for a group that speaks of nothing. One whose weights all belong to groups that speak of them more
     precisely is legitimate."""
     owners = {group.name for *_, group in weights if group is not None}

@@ -103,7 +103,7 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
     found.groups, found.ignore = list(groups.values()), list(config.ignore)
     model = source.structure()
     quantizer = FP8HfQuantizer(config)
-    layout = quantizer.look_at(model, source.conversions(model), checkpoint, source.dtype, device)
+    layout = quantizer.dry_run(model, source.conversions(model), checkpoint, source.dtype, device)
     for weight in [*layout.scan.weights, *layout.scan.host]:
         group = groups[weight.group.name]
         group.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1

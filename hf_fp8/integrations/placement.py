@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..formats.scheme import Scheme
 from ..kernels import why_not_kept, why_not_kept_experts
+from ..loading import options as load_options
+from ..loading.matching import Policy
 from .config import FP8Config
 
 _PLACED_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -26,8 +29,20 @@ def compute_device(device_map: Any) -> torch.device:
     return torch.device("cpu")
 
 
+def policy_of(config: FP8Config, device: torch.device, dtype: torch.dtype, *, read_values: bool = True) -> Policy:
+    """What `config` wants of a load of an FP8 checkpoint. device: where the model will compute. dtype: the model's."""
+    return Policy(
+        dense_because=why_dense(config, device, dtype),
+        experts_because=partial(why_dense_experts, config, device, dtype),
+        dequantize=config.dequantize,
+        needs_input_scales=config.backend in ("auto", "scaled_mm"),
+        other_sizes=load_options.current().ignore_mismatched_sizes,
+        read_values=read_values,
+    )
+
+
 def why_dense(config: FP8Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why every FP8 weight is multiplied out while loading, None if they stay in FP8."""
+    """The reason why every FP8 weight is dequantized while loading, None if they stay in FP8."""
     if config.dequantize:
         return "dequantize=True"
     if config.backend != "auto" or config.scheme is not None:

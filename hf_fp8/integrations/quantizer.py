@@ -1,9 +1,8 @@
-"""FP8HfQuantizer: the door through which `from_pretrained` and `save_pretrained` reach all the rest."""
+"""FP8HfQuantizer: transformers' HfQuantizer for compressed-tensors checkpoints with FP8 groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,18 +19,21 @@ from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedErr
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import FP8
 from ..loading import options as load_options
+from ..loading.apply import apply_layout
 from ..loading.conversions import KeyRenaming, RoutedConverter, build_conversions, for_saving
 from ..loading.dtypes import dtype_of
 from ..loading.extra_tensors import Unplaced, belong_to, by_pattern, keep_names
+from ..loading.facts import ModelFacts
+from ..loading.keys import KeyMap
 from ..loading.layout import NOTES, Layout
 from ..loading.matching import match_checkpoint
 from ..loading.ops import AsItIs
-from ..loading.quantization_plan import Plan, plan_quantization
+from ..loading.quantization_plan import Choose, Plan, plan_quantization
 from ..nn.base import QuantizedModule
 from ..nn.linear import FP8Linear
-from ..nn.swap import let_siblings_share, swap_back, swap_experts, swap_linear, untie, untie_what_differs
+from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
 from .config import FP8Config, remember
-from .placement import compute_device, why_dense, why_dense_experts
+from .placement import compute_device, policy_of
 from .report import report, report_planned
 from .saving import (
     FILE_DTYPES,
@@ -70,7 +72,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._use_kernels = False
         self._dtype = torch.bfloat16
         self._dense_because: str | None = None
-        self._dense: list[str] = []
         self._host_conversions: list[WeightTransform] = []
         self.conversions: list[WeightTransform] = []  # what loads by `layout`, and saves
         self.planned: Plan | None = None  # of quantizing while loading
@@ -158,14 +159,21 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         conversions: Sequence[WeightTransform],
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        **options: Any,
+        *,
+        cast: bool = True,
+        choose: Choose | None = None,
     ) -> Layout:
-        """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`."""
+        """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`.
+
+        dtype: the model's. cast: whether weights are cast to it before they are quantized.
+        """
         self._host_conversions = list(conversions)
         config = self.quantization_config
+        facts = ModelFacts.of(model, dtype, use_kernels=self._use_kernels)
         self.planned, self.layout = plan_quantization(
-            model, conversions, checkpoint, config.spec, dtype=dtype, dense_experts=config.experts == "dequantize", **options
-        )
+            facts, conversions, checkpoint, config.spec,
+            dense_experts=config.experts == "dequantize", cast_to=dtype if cast else None, choose=choose,
+        )  # fmt: skip
         config.spec = self.planned.spec
         self.conversions = build_conversions(self.layout, conversions)
         is_news = self.planned.reasons or self.planned.unmatched or self.planned.torn
@@ -187,7 +195,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Where the model will compute."""
         return compute_device(self._device_map)
 
-    def look_at(
+    def dry_run(
         self,
         model: PreTrainedModel,
         conversions: Sequence[WeightTransform],
@@ -203,57 +211,23 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.layout
 
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
+        """Match the checkpoint with the model, and make of the model what will hold it."""
         config = self.quantization_config
-        because = why_dense(config, self.compute_device, self._dtype)
+        policy = policy_of(config, self.compute_device, self._dtype, read_values=self._read_values)
         if config.scheme is not None:
-            layout = self.plan(model, conversions, checkpoint, self._dtype, use_kernels=self._use_kernels)
+            layout = self.plan(model, conversions, checkpoint, self._dtype)
         else:
-            layout = match_checkpoint(
-                model, conversions, checkpoint, config.spec,
-                dense_because=because, experts_because=partial(why_dense_experts, config, self.compute_device, self._dtype),
-                use_kernels=self._use_kernels, dtype=self._dtype, read_values=self._read_values,
-                dequantize=config.dequantize, needs_input_scales=config.backend in ("auto", "scaled_mm"),
-                other_sizes=load_options.current().ignore_mismatched_sizes,
-            )  # fmt: skip
+            facts = ModelFacts.of(model, self._dtype, use_kernels=self._use_kernels)
+            keymap = KeyMap.of(facts, conversions, checkpoint.tensors)
+            layout = self.layout = match_checkpoint(facts, keymap, checkpoint, config.spec, policy)
             self.conversions = build_conversions(layout, conversions)
-        self.layout = layout
-        if layout.saves_fp8(because):
-            because = None
-        self._dense_because = because
-        for name, weight in layout.kept.items():
-            dtypes = {role: TORCH_DTYPES[name] for role, name in weight.dtypes.items()}
-            layer = swap_linear(
-                model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE),
-                backend=config.backend,
-            )  # fmt: skip
-            if weight.name in layout.input_scales and INPUT_SCALE not in weight.keys:
-                layer.register_parameter(INPUT_SCALE, None)  # nothing that runs here uses it
-            untie(model, weight.target)
-        for plan in layout.experts.values():
-            swap_experts(
-                model, plan.name, plan.first.projection, plan.second.projection,
-                interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=config.backend,
-            )  # fmt: skip
-            for stack in plan.stacks:
-                if stack.projection.scheme.has_static_input and INPUT_SCALE not in stack.roles and self.planned is None:
-                    model.get_submodule(plan.name).register_parameter(stack.projection.input_scale, None)
-        in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
-        dense = [w.module for w in layout.scan.weights if w.target and w.module not in {*layout.kept, *in_experts}]
-        merged = [w for w in layout.scan.host if w.pattern is not None]
-        dense += [name for w in merged for name in (w.name, w.renamed[w.primary].rpartition(".")[0])]
-        self._dense = dense
-        if len(merged) < len(layout.scan.host) and not config.dequantize:
-            packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
-            self.host = CompressedTensorsHfQuantizer(
-                CompressedTensorsConfig(**config.spec.for_host(modules_of_host(layout), compressed=packed))
-            )
-            self.host.validate_environment()
-            self.host._process_model_before_weight_loading(model)
-            check_host_shapes(layout.scan.host, model.state_dict())
-        carried = because is None and config.backend != "int8" and belong_to(model, self._files)
-        if (because is None or self.host is not None) and self._read_values:
+        self._dense_because = None if layout.saves_fp8(policy.dense_because) else policy.dense_because
+        apply_layout(model, layout, backend=config.backend, needs_input_scales=self.planned is not None)
+        self.host = None if config.dequantize else self._host_quantizer(model, layout)
+        carried = self._dense_because is None and config.backend != "int8" and belong_to(model, self._files)
+        if (self._dense_because is None or self.host is not None) and self._read_values:
             self._carry(checkpoint, layout, layout.unplaced if carried else {})
-        elif not config.dequantize:
+        if self._dense_because is not None and self.host is None:
             config.dequantize = True  # all of it: what is saved is a plain dense model
         # Tensors that are known to be carried are no news in the loading report.
         if silent := by_pattern([*layout.extra, *(layout.unplaced if carried else ())]):
@@ -265,7 +239,21 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.planned is not None:
             report_planned(config, self.compute_device, self._dtype)
         else:
-            report(config, layout, self._dtype, because, carried)
+            report(config, layout, self._dtype, self._dense_because, carried)
+
+    def _host_quantizer(self, model: PreTrainedModel, layout: Layout) -> CompressedTensorsHfQuantizer | None:
+        """The host's own, for the weights of other formats, whose modules it has made; None if there are none."""
+        modules = modules_of_host(layout)
+        if all(weight.pattern is not None for weight in layout.scan.host):
+            return None  # merged with others into one parameter they are dequantized
+        packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
+        host = CompressedTensorsHfQuantizer(
+            CompressedTensorsConfig(**self.quantization_config.spec.for_host(modules, compressed=packed))
+        )
+        host.validate_environment()
+        host._process_model_before_weight_loading(model)
+        check_host_shapes(layout.scan.host, model.state_dict())
+        return host
 
     def _carry(self, checkpoint: Checkpoint, layout: Layout, unplaced: dict[str, str]) -> None:
         """Take along the tensors that no module holds, and those that the host's modules would hold in another dtype."""
@@ -312,7 +300,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if self.host is None:
                 remember(model.config, self.quantization_config)
             else:
-                model.config.quantization_config = self.quantization_config.without_fp8(self._dense)
+                model.config.quantization_config = self.quantization_config.without_fp8(self.layout.dense_modules)
         return model
 
     def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
@@ -322,7 +310,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.requantize_int8()
         # By the files' own names, too: of experts that the model merges, others look for each one.
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
-        self.quantization_config.spec = self.quantization_config.spec.as_int8([*self._dense, *sorted(merged)])
+        self.quantization_config.spec = self.quantization_config.spec.as_int8([*layout.dense_modules, *sorted(merged)])
         model._weight_conversions = self._conversions_of_dense_experts()
         remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.weights import DenseTensor, StoredWeight
 from ..errors import MismatchError, MissingTensorError
 from ..nn.experts import ExpertsLayout, Projection
 from .expert_names import PlainMerge
+from .facts import ModelFacts
+from .keys import KeyMap
 from .layout import ExpertsPlan, Parameter, Stack
 
 
@@ -19,25 +20,18 @@ class _Unfit(Exception):
     """The reason why a module's experts cannot stay in FP8."""
 
 
-def plan_experts(
-    name: str,
-    module: nn.Module | None,
-    parameters: dict[str, Parameter],
-    converters: Sequence[WeightTransform],
-) -> ExpertsPlan | str:
+def plan_experts(name: str, model: ModelFacts, keymap: KeyMap, parameters: dict[str, Parameter]) -> ExpertsPlan | str:
     """The plan for the experts module `name` of a model, or the reason why it must be dense.
 
-    parameters: what the files have for its parameters, by name. converters: those that would merge them.
+    parameters: what the files have for its parameters, by name.
     """
-    layout = ExpertsLayout.of(module)
+    layout = model.experts(name)
     if layout is None:
-        kind = "a module that the model lacks" if module is None else type(module).__name__
+        kind = model.modules[name].cls.__name__ if name in model.modules else "a module that the model lacks"
         return f"{kind} does not have the host's interface for experts, so what it computes is not known here"
-    assert module is not None
-    merges = {pattern: c for c in converters if isinstance(c, WeightConverter) for pattern in c.source_patterns}
     try:
-        first = _stack(name, layout.first, module, layout, parameters, merges)
-        second = _stack(name, "down_proj", module, layout, parameters, merges)
+        first = _stack(f"{name}.{layout.first}", keymap, layout, parameters)
+        second = _stack(f"{name}.down_proj", keymap, layout, parameters)
     except _Unfit as reason:
         return str(reason)
     dtypes = {}
@@ -48,18 +42,19 @@ def plan_experts(
     return ExpertsPlan(name, first, second, interleaved=first.is_stacked and not layout.is_concatenated, scale_dtypes=dtypes)
 
 
-def check_experts(module: nn.Module | None, parameters: dict[str, Parameter]) -> None:
+def check_experts(
+    layout: ExpertsLayout | None, shapes: Mapping[str, tuple[int, ...]], parameters: dict[str, Parameter]
+) -> None:
     """Raise, naming the tensor, for experts of the files that are not just those of the module, or of another shape.
 
-    MissingTensorError, MismatchError. What is known of a module is what the host says of it: of others nothing is checked.
+    MissingTensorError, MismatchError. layout: the module's; what is known of it is what the host says of it, of others nothing
+    is checked. shapes: of the model's parameters.
     """
-    layout = ExpertsLayout.of(module)
     for target, parameter in parameters.items():
         leaf = target.rpartition(".")[2]
         if layout is None or leaf not in (layout.first, "down_proj"):
             continue
-        held = tuple(getattr(module, leaf).shape)
-        n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
+        n_experts, n, k = _sizes(layout, shapes[target])
         for pattern, weights in parameter.sources.items():
             if "*" in pattern and not parameter.others:
                 _check_one_by_one(target, weights, n_experts, (n // len(parameter.sources), k))
@@ -92,36 +87,34 @@ def _check_one_by_one(target: str, weights: list[StoredWeight | DenseTensor], n_
         )
 
 
-def _stack(
-    module_name: str,
-    leaf: str,
-    module: nn.Module,
-    layout: ExpertsLayout,
-    parameters: dict[str, Parameter],
-    merges: dict[str, WeightConverter],
-) -> Stack:
-    target = f"{module_name}.{leaf}"
+def _sizes(layout: ExpertsLayout, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(E, N, K) of a stack that the model holds in this shape."""
+    experts, rows, cols = shape
+    return (experts, cols, rows) if layout.is_transposed else (experts, rows, cols)
+
+
+def _stack(target: str, keymap: KeyMap, layout: ExpertsLayout, parameters: dict[str, Parameter]) -> Stack:
+    leaf = target.rpartition(".")[2]
     parameter = parameters.get(target)
     if parameter is None or not parameter.sources:
         raise _Unfit(f"the files hold no FP8 weights for {leaf}")
     patterns = list(parameter.sources)
     weights = parameter.weights
     _check_alike(leaf, weights, sum(map(len, parameter.sources.values())))
-    held = tuple(getattr(module, leaf).shape)
-    n_experts, n, k = (held[0], held[2], held[1]) if layout.is_transposed else held
+    sizes = _sizes(layout, keymap.shapes[target])
     first = weights[0]
     if len(first.shape) == 3:
-        if first.pattern is not None or first.shape != held:
+        if first.pattern is not None or first.shape != keymap.shapes[target]:
             raise _Unfit(f"the stack of {leaf} in the files has another layout than the model's")
-        projection = Projection(leaf, (n_experts, n, k), first.scheme)
+        projection = Projection(leaf, sizes, first.scheme)
         return Stack(target, projection, ((first,),), transposed=layout.is_transposed)
     parts = 2 if leaf == layout.first and layout.has_gate else 1
-    merge = merges.get(patterns[0])
+    merge = keymap.converter(patterns[0])
     if merge is None or len(patterns) != parts or not _is_plain_merge(merge, layout):
         raise _Unfit(f"the host makes {leaf} in a way that is not a plain merge of experts")
     order = sorted(patterns, key=merge.source_patterns.index)
     sources = tuple(tuple(w for w in parameter.sources[pattern] if isinstance(w, StoredWeight)) for pattern in order)
-    return Stack(target, Projection(leaf, (n_experts, n, k), first.scheme, parts), sources)
+    return Stack(target, Projection(leaf, sizes, first.scheme, parts), sources)
 
 
 def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None:
@@ -148,9 +141,5 @@ def _is_plain_merge(merge: WeightConverter, layout: ExpertsLayout) -> bool:
     return (
         not layout.is_transposed
         and layout.is_concatenated
-        and kinds
-        in (
-            [(MergeModulelist, 0)],
-            [(MergeModulelist, 0), (Concatenate, 1)],
-        )
+        and kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
     )

@@ -19,7 +19,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.validate import Scan
 from ..errors import FP8Error
 from .conversions import KeyRenaming, RoutedConverter
-from .coverage import is_of_class
+from .facts import is_of_class
 from .keys import KeyMap
 from .ops import Reshape
 
@@ -41,7 +41,7 @@ def unplaced(checkpoint: Checkpoint, scanned: Scan, keymap: KeyMap) -> list[str]
     return [
         key
         for key in checkpoint.tensors
-        if key not in placed and key not in cache and (key in left or keymap.resolve(key)[0] not in keymap.params)
+        if key not in placed and key not in cache and (key in left or keymap.resolve(key)[0] not in keymap.shapes)
     ]
 
 

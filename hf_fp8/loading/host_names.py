@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.slices import Part
-from ..nn.experts import ExpertsLayout
 from .expert_names import EXPERT, converters, hub_name
+from .facts import ModelFacts
 from .keys import KeyMap
-from .matching import map_experts, module_of
 
 
 def host_form(
-    model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint
+    model: ModelFacts, conversions: Sequence[WeightTransform], checkpoint: Checkpoint
 ) -> tuple[dict[str, Part], dict[str, tuple[int, ...]]]:
     """(key -> where its values go in a dense checkpoint, name of a stack of experts -> its shape), for keys that the host
     would not find a place for: to other names (Mixtral), or into stacks (gpt-oss, Llama-4)."""
-    unmapped = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    merges = converters(*unmapped) if unmapped is not None else []
+    keymap = KeyMap.of(model, conversions, checkpoint.tensors)
+    merges = converters(*keymap.unmapped_experts) if keymap.unmapped_experts is not None else []
     sources = {pattern: converter.source_patterns for converter in merges for pattern in converter.source_patterns}
     homes: dict[str, Part] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -33,7 +31,7 @@ def host_form(
             continue
         if pattern in sources:
             experts, _, leaf = target.rpartition(".")
-            layout = ExpertsLayout.of(module_of(model, experts))
+            layout = model.experts(experts)
             if layout is None:
                 continue  # of a layer that this class of model does not have: as they are
             patterns, stack = sources[pattern], f"{called['experts']}.{leaf}"
@@ -41,7 +39,7 @@ def host_form(
                 stack, int(called["index"]), patterns.index(pattern), len(patterns),
                 layout.is_transposed, not layout.is_concatenated,
             )  # fmt: skip
-            shapes[stack] = tuple(keymap.params[target].shape)
+            shapes[stack] = keymap.shapes[target]
         elif keymap.plain(plain) in keymap.aliases:
             homes[key] = Part(hub_name(plain) or plain)
     return homes, shapes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 
-from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     MergeModulelist,
     Transpose,
@@ -17,28 +16,66 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ..checkpoint.validate import Owner
+from ..checkpoint.weights import WEIGHT
+from ..nn.experts import ExpertsLayout
+from .expert_names import converters, hub_name
+from .facts import ModelFacts
+
 
 class KeyMap:
     """What the host's loader will call a key of the files: `resolve`, with the same rules in the same order.
 
-    aliases: a key after the host's renamings -> what it is to be called instead. Each key is looked up
-    once: a large mixture of experts has a hundred thousand, and some of the host's renamings are stateful.
+    shapes: of the model's parameters and buffers, by name. prefix: that of its base model. aliases: a key after the host's
+    renamings -> what it is to be called instead. unmapped_experts: layout and end of the path of experts modules whose names
+    in the files the host does not map; `converters` of ours do.
+
+    Each key is looked up once: a large mixture of experts has a hundred thousand, and some of the host's renamings are
+    stateful.
     """
 
-    def __init__(self, model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, conversions: Sequence[WeightTransform]) -> None:
         conversions = deepcopy(list(conversions))  # they note which of them were used
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        self.params = model.state_dict()
-        self.prefix = model.base_model_prefix
+        self.shapes = shapes
+        self.prefix = prefix
         self.aliases: dict[str, str] = {}
+        self.unmapped_experts: tuple[ExpertsLayout, str] | None = None
         self._plain: dict[str, str] = {}
         self._converted: dict[str, tuple[str, str | None]] = {}
 
-    def add(self, converters: Sequence[WeightConverter]) -> None:
-        """Converters that the host does not have, to be tried after its own."""
-        self._converters += converters
-        self._converted.clear()
+    @classmethod
+    def of(cls, model: ModelFacts, conversions: Sequence[WeightTransform], keys: Iterable[str]) -> KeyMap:
+        """That of a checkpoint with these keys, experts included that only llm-compressor calls so (`expert_names`)."""
+        keymap = cls(model.shapes, model.prefix, conversions)
+        for key in keys:
+            keymap._map_expert(key, model)
+        return keymap
+
+    def _map_expert(self, key: str, model: ModelFacts) -> None:
+        """See to the key of an expert that the host's mapping leaves without a home: by an alias, or by converters."""
+        renamed = self.rename(key)
+        other = hub_name(renamed)
+        if other is None:
+            return
+        # A scale goes where its weight does, which it knows by its name.
+        home = renamed if renamed.endswith(".bias") else renamed.rpartition(".")[0] + f".{WEIGHT}"
+        if self.convert(home)[0] in self.shapes:
+            return
+        weight = other.rpartition(".")[0] + f".{WEIGHT}"
+        if self.convert(weight)[0] in self.shapes:
+            self.aliases[renamed] = other
+        elif self.unmapped_experts is None:
+            path = renamed[: renamed.index("experts.") + len("experts")]
+            # The base model's prefix may be in the file, in the model, in both or in none.
+            paths = (path, f"{self.prefix}.{path}", path.removeprefix(f"{self.prefix}."))
+            layout = next(filter(None, map(model.experts, paths)), None)
+            if layout is not None:
+                # With the name of its parent: `experts` alone is also the end of `shared_experts`.
+                self.unmapped_experts = layout, ".".join(path.split(".")[-2:])
+                self._converters += converters(*self.unmapped_experts)
+                self._converted.clear()
 
     def plain(self, key: str) -> str:
         """`key` after the host's renamings, without our aliases."""
@@ -60,9 +97,13 @@ class KeyMap:
             found = self._converted[renamed] = (self._with_prefix(target), pattern)
         return found
 
+    def converter(self, pattern: str | None) -> WeightConverter | None:
+        """The converter with the source `pattern`."""
+        return next((c for c in self._converters if pattern in c.source_patterns), None)
+
     def others(self, renamed: str, pattern: str | None) -> tuple[str, ...]:
         """The parameters, beside the one that `convert` gives, that the converter with the source `pattern` makes with it."""
-        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        used = self.converter(pattern)
         if used is None or len(used.target_patterns) == 1:
             return ()
         found = []
@@ -74,33 +115,48 @@ class KeyMap:
 
     def is_stacking(self, pattern: str) -> bool:
         """Whether the converter with the source `pattern` stacks its tensors, one for each number, into one parameter."""
-        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        used = self.converter(pattern)
         return used is not None and len(used.target_patterns) == 1 and isinstance(used.operations[0], MergeModulelist)
 
     def turns(self, target: str, pattern: str | None, shape: tuple[int, ...]) -> bool:
         """Whether the converter with the source `pattern` swaps the sides of the matrices in a stack of this shape that goes
         into the parameter `target`: always, or only where they lie the other way."""
-        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        used = self.converter(pattern)
         turning = [op for op in used.operations if isinstance(op, Transpose)] if used is not None else []
         if any(op.check_dims for op in turning):
-            return shape != tuple(self.params[target].shape)
+            return shape != self.shapes[target]
         return len(turning) % 2 == 1
 
     def keeps(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of the files goes into its parameter as it is: through no converter, or through one that turns what
         lies the other way, and does nothing more."""
         target, pattern = self.resolve(key)
-        used = next((c for c in self._converters if pattern in c.source_patterns), None)
+        used = self.converter(pattern)
         turns_only = used is None or all(isinstance(op, Transpose) for op in used.operations)
-        return turns_only and target in self.params and not self.turns(target, pattern, shape)
+        return turns_only and target in self.shapes and not self.turns(target, pattern, shape)
 
     def resolve(self, key: str) -> tuple[str, str | None]:
         """(parameter of the model, source pattern or None) of a key of the files."""
         target, pattern = self.convert(self.rename(key))
-        if target not in self.params and key in self.params:
+        if target not in self.shapes and key in self.shapes:
             return self._with_prefix(key), None
         return target, pattern
 
+    def owner(self, key: str, model: ModelFacts) -> Owner:
+        """The module of the model that the weight `key` of the files belongs to."""
+        if key.endswith("weight_packed"):
+            key = key.removesuffix("_packed")
+        target, pattern = self.resolve(key)
+        name = target.removesuffix(f".{WEIGHT}")
+        places = (name, name.rpartition(".")[0]) if target in self.shapes else (name,)
+        place = next((place for place in places if place in model.modules), None)
+        if pattern is not None:
+            name = self.rename(key).removesuffix(f".{WEIGHT}")  # experts are spoken of one by one
+        if place is None:
+            return Owner(name)
+        module = model.modules[place]
+        return Owner(name, place, module.cls, module.has_weight)
+
     def _with_prefix(self, name: str) -> str:
-        completed: str = rename_source_key(name, [], [], self.prefix, self.params)[0]
+        completed: str = rename_source_key(name, [], [], self.prefix, self.shapes)[0]
         return completed

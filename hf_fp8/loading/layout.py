@@ -112,6 +112,15 @@ class Layout:
     input_scales: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
 
+    @property
+    def dense_modules(self) -> list[str]:
+        """Modules whose weights the files hold quantized and the model dense, as a config would have to call them."""
+        held = {*self.kept, *(stack.target for plan in self.experts.values() for stack in plan.stacks)}
+        merged = [weight for weight in self.scan.host if weight.pattern is not None]
+        return [weight.module for weight in self.scan.weights if weight.target and weight.module not in held] + [
+            name for weight in merged for name in (weight.name, weight.renamed[weight.primary].rpartition(".")[0])
+        ]
+
     def saves_fp8(self, dense_because: str | None) -> bool:
         """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""
         return dense_because is None or bool(self.experts)

@@ -1,26 +1,21 @@
-"""Matches a checkpoint with a model: where each quantized weight goes, kept in FP8 or multiplied out.
+"""Matches a checkpoint with a model: where each quantized weight goes, kept in FP8 or dequantized.
 
-The host's own renamings and converters are run over the keys of the files, so that names are
-matched as they will be when loading, whatever the model is called inside.
+Both are data: the facts of the model, and what the host's own renamings and converters make of the keys of the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    WeightTransform,
-    dot_natural_key,
-)
+from transformers.core_model_loading import dot_natural_key
 
 from ..checkpoint.reader import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.slices import Part
 from ..checkpoint.spec import QuantizationSpec
-from ..checkpoint.validate import Owner, scan
+from ..checkpoint.validate import scan, weights_of
 from ..checkpoint.weights import (
     INPUT_SCALE,
     WEIGHT,
@@ -34,128 +29,114 @@ from ..checkpoint.weights import (
 )
 from ..errors import MismatchError, MissingTensorError, ScaleError
 from ..formats.scheme import Scheme
-from ..nn.experts import ExpertsLayout
 from .coverage import check_coverage
-from .dtypes import DtypePlan
-from .expert_names import converters, hub_name
 from .experts import check_experts, plan_experts
 from .extra_tensors import unplaced
+from .facts import ModelFacts
 from .keys import KeyMap
 from .layout import Layout, Parameter
-from .model_code import weights_read_by_kernels, weights_read_directly
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is wanted of a load.
+
+    dense_because: why no Linear can stay in FP8, None if they can. experts_because: the same of merged experts of a scheme.
+    dequantize: whether weights of other formats are dequantized, too. needs_input_scales: whether what stays in FP8 uses static
+    ones. other_sizes: whether Linears of other sizes than in the files are left to the host to make anew. read_values: whether
+    to read the scales, to check them and to write weights back; not, if only the layout is wanted.
+    """
+
+    dense_because: str | None = None
+    experts_because: Callable[[Scheme], str | None] = lambda scheme: None
+    dequantize: bool = False
+    needs_input_scales: bool = True
+    other_sizes: bool = False
+    read_values: bool = True
 
 
 def match_checkpoint(
-    model: PreTrainedModel,
-    conversions: Sequence[WeightTransform],
+    model: ModelFacts,
+    keymap: KeyMap,
     checkpoint: Checkpoint,
     spec: QuantizationSpec,
-    *,
-    dense_because: str | None,
-    experts_because: Callable[[Scheme], str | None],
-    use_kernels: bool,
-    dtype: torch.dtype,
+    policy: Policy,
     parts: Mapping[str, Part] | None = None,
-    read_values: bool = True,
-    dequantize: bool = False,
-    needs_input_scales: bool = True,
-    other_sizes: bool = False,
 ) -> Layout:
-    """The plan of loading `checkpoint` into `model`, which is on the meta device.
+    """Where each tensor of `checkpoint` goes in the model, and what becomes of it.
 
-    conversions: the host's. dense_because: why no Linear can stay in FP8, None if they can; experts_because: the same
-    of merged experts of a scheme. use_kernels: whether kernels from the Hub may replace modules. dtype: the model's.
-    parts: for a checkpoint that is yet to be made of a dense one, key of a weight -> where its values come from.
-    dequantize: whether weights of other formats are multiplied out, too. needs_input_scales: whether what stays in FP8 uses
-    static ones. read_values: whether to read the scales, to check them and to write weights back; not, if only the layout is
-    wanted.
-    other_sizes: whether Linears of other sizes than in the files are left to the host to make anew. Raises
-    CheckpointError of the fitting kind for files, config and model that contradict each other.
+    keymap: of the keys of the checkpoint. parts: for a checkpoint that is yet to be made of a dense one, key of a weight ->
+    where its values come from.
+
+    Raises CheckpointError of the fitting kind for files, config and model that contradict each other.
     """
-    unmapped = map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    scanned = scan(checkpoint, spec, lambda key: owner_of(model, keymap, key), set(keymap.params), keymap.prefix)
-    layout = Layout(scan=scanned, aliases=dict(keymap.aliases), prefix=keymap.prefix, unmapped_experts=unmapped)
-    for weight in scanned.weights:
-        if parts is not None:
-            part = parts[weight.keys[WEIGHT]]
-            weight.part = replace(part, key=keymap.rename(part.key))
+    owners = {key: keymap.owner(key, model) for key in weights_of(checkpoint)}
+    scanned = scan(checkpoint, spec, owners, model.params.keys(), model.prefix)
+    layout = Layout(
+        scan=scanned, aliases=dict(keymap.aliases), prefix=model.prefix, unmapped_experts=keymap.unmapped_experts
+    )  # fmt: skip
     for weight in [*scanned.weights, *scanned.host]:
         _place(weight, keymap, layout.aliases)
         weight.transposed = _is_transposed(model, weight, keymap)
-    # The host runs its own formats module by module; merged into one parameter they are ours to multiply out.
-    weights = layout.weights = scanned.weights + [w for w in scanned.host if dequantize or w.pattern is not None]
+    for weight in scanned.weights if parts is not None else ():
+        part = parts[weight.keys[WEIGHT]]  # type: ignore[index]
+        weight.part = replace(part, key=keymap.rename(part.key))
+    # The host runs its own formats module by module; merged into one parameter they are ours to dequantize.
+    layout.weights = scanned.weights + [w for w in scanned.host if policy.dequantize or w.pattern is not None]
     for weight in scanned.weights:
         if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
             weight.check()
-    scales = check_scale_values(scanned.weights, checkpoint) if parts is None and read_values else {}
+    reads = policy.read_values and parts is None
+    scales = check_scale_values(scanned.weights, checkpoint) if reads else {}
     filled, layout.missing = check_coverage(model, keymap, checkpoint, scanned)
-    dtypes = DtypePlan(model, dtype)
-    # PreTrainedModel.dtype is that of the first parameter, and models cast their inputs to it.
-    first = {id(next(part.parameters(), None)): part for part in model.modules() if isinstance(part, PreTrainedModel)}
-    read = weights_read_by_kernels(model) if use_kernels else {}
-    read |= weights_read_directly(model) if dense_because is None else {}
-    for weight in weights:
+    _sort_out(layout, model, keymap, policy, filled)
+    _collect(layout, model, keymap, checkpoint, policy.other_sizes)
+    _keep_experts(layout, model, keymap, policy)
+    if reads:
+        layout.input_scales = wrong_input_scales([weight for weight in scanned.weights if weight.target], scales)
+        if policy.needs_input_scales:
+            _check_input_scales(layout)
+        if layout.saves_fp8(policy.dense_because):
+            layout.scales = _scales_of_dense(layout, checkpoint, scales)
+    _carry_extra(layout, keymap, checkpoint)
+    return layout
+
+
+def _sort_out(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Policy, filled: set[str]) -> None:
+    """Fill `Layout.kept`, and `dense` with its `reasons`. filled: parameters that the files fill."""
+    for weight in layout.weights:
         if not weight.target:
             continue  # this class of model has no such module: the host reports the key as unexpected
         resized = None
         if weight.group.scheme is not None and weight.pattern is None:
-            resized = _why_resized(weight, tuple(keymap.params[weight.target].shape), other_sizes)
-        module = module_of(model, weight.module)
-        tie = _why_tied(model.all_tied_weights_keys, weight.target, filled)
-        reason = dense_because or resized or tie or _why_not_kept(first, read, module, weight, dtypes)
+            resized = _why_resized(weight, model.params[weight.target].shape, policy.other_sizes)
+        tied = _why_tied(model.tied, weight.target, filled)
+        reason = policy.dense_because or resized or tied or _why_not_kept(model, weight)
         if reason is None:
             layout.kept[weight.module] = weight
             continue
         layout.reasons[weight.module] = reason
         if weight.target not in layout.dense:
             renamed = weight.renamed[weight.primary].removesuffix("_packed")
-            others = keymap.others(renamed, weight.pattern)
-            layout.dense[weight.target] = Parameter(weight.target, dtypes.of(weight.target), others=others)
-    _collect(layout, weights, keymap, checkpoint, dtypes, other_sizes)
-    merges = [*conversions, *(converters(*unmapped) if unmapped is not None else ())]
-    _keep_experts(layout, model, weights, merges, experts_because, dtypes, read)
-    if read_values and parts is None:
-        placed = [weight for weight in scanned.weights if weight.target]
-        layout.input_scales = wrong_input_scales(placed, scales)
-        if needs_input_scales:
-            _check_input_scales(layout)
-    if layout.saves_fp8(dense_because) and read_values and parts is None:
-        in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
-        dense = [weight for weight in weights if weight.module not in layout.kept and weight.target not in in_experts]
-        host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
-        scales |= checkpoint.read(host)
-        layout.scales = {w.name: {r: scales[key] for r, key in w.keys.items() if r != w.primary} for w in dense}
-    layout.extra = {keymap.rename(key): key for key in scanned.cache}
-    layout.unplaced = {keymap.rename(key): key for key in unplaced(checkpoint, scanned, keymap)}
-    for name, weight in layout.kept.items():
-        layout.extra.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
-    for weight in (weight for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights):
-        layout.extra.update({weight.renamed[r]: weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
-    return layout
+            layout.dense[weight.target] = _dense(weight.target, model, keymap.others(renamed, weight.pattern))
 
 
-def _keep_experts(
-    layout: Layout,
-    model: PreTrainedModel,
-    weights: list[StoredWeight],
-    conversions: Sequence[WeightTransform],
-    because: Callable[[Scheme], str | None],
-    dtypes: DtypePlan,
-    read: dict[str, str],
-) -> None:
+def _dense(target: str, model: ModelFacts, others: tuple[str, ...]) -> Parameter:
+    return Parameter(target, model.params[target].dtype, others=others)
+
+
+def _keep_experts(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Policy) -> None:
     """Move the experts modules that can stay in FP8 from the dense parameters to `Layout.experts`; say why others cannot."""
-    names = dict.fromkeys(w.target.rpartition(".")[0] for w in weights if w.is_expert and w.target in layout.dense)
+    names = dict.fromkeys(w.target.rpartition(".")[0] for w in layout.weights if w.is_expert and w.target in layout.dense)
     for name in names:
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
-        module = module_of(model, name)
-        check_experts(module, mine)
+        check_experts(model.experts(name), keymap.shapes, mine)
         schemes = {weight.scheme for parameter in mine.values() for weight in parameter.weights if weight.group.scheme}
-        reasons = (because(scheme) for scheme in schemes)
-        plan = next(filter(None, reasons), None) or plan_experts(name, module, mine, conversions)
-        if not isinstance(plan, str) and any(dtypes.widens(target) for target in mine):
+        plan = next(filter(None, map(policy.experts_because, schemes)), None) or plan_experts(name, model, keymap, mine)
+        if not isinstance(plan, str) and any(model.params[target].keeps_dtype for target in mine):
             plan = "the model keeps this module in float32"
-        if not isinstance(plan, str) and name in read:
-            plan = f"{read[name]} reads its weights instead of calling it"
+        if not isinstance(plan, str) and (reader := model.modules[name].read_by):
+            plan = f"{reader} reads its weights instead of calling it"
         if isinstance(plan, str):
             layout.reasons.update({target: plan for target in mine if target in layout.reasons})
             continue
@@ -163,69 +144,42 @@ def _keep_experts(
         for target in (stack.target for stack in plan.stacks):
             del layout.dense[target]
             layout.reasons.pop(target, None)
-    # What is dense in the files and merged by a converter that now has nothing to multiply out is the host's again.
+    # What is dense in the files and merged by a converter that now has nothing to dequantize is the host's again.
     merging = {pattern for p in layout.dense.values() if p.weights for pattern in p.sources}
     for target in [target for target, p in layout.dense.items() if not merging & set(p.sources)]:
         del layout.dense[target]
 
 
-def map_experts(model: PreTrainedModel, keymap: KeyMap, checkpoint: Checkpoint) -> tuple[ExpertsLayout, str] | None:
-    """See to the keys of experts that the host's mapping leaves without a home: by aliases in `keymap`, or by converters, for
-    which (layout, end of the path) of such modules is returned."""
-    found: tuple[ExpertsLayout, str] | None = None
-    for key in checkpoint.tensors:
-        renamed = keymap.rename(key)
-        other = hub_name(renamed)
-        if other is None:
-            continue
-        # A scale goes where its weight does, which it knows by its name.
-        home = renamed if renamed.endswith(".bias") else renamed.rpartition(".")[0] + f".{WEIGHT}"
-        if keymap.convert(home)[0] in keymap.params:
-            continue
-        weight = other.rpartition(".")[0] + f".{WEIGHT}"
-        if keymap.convert(weight)[0] in keymap.params:
-            keymap.aliases[renamed] = other
-        elif found is None:
-            path = renamed[: renamed.index("experts.") + len("experts")]
-            # The base model's prefix may be in the file, in the model, in both or in none.
-            paths = (path, f"{keymap.prefix}.{path}", path.removeprefix(f"{keymap.prefix}."))
-            layout = next(filter(None, (ExpertsLayout.of(module_of(model, name)) for name in paths)), None)
-            if layout is not None:
-                # With the name of its parent: `experts` alone is also the end of `shared_experts`.
-                found = layout, ".".join(path.split(".")[-2:])
-                keymap.add(converters(*found))
-    return found
+def _scales_of_dense(
+    layout: Layout, checkpoint: Checkpoint, scales: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """`Layout.scales`: what the codes of dense weights were multiplied by. scales: those that have been read."""
+    in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
+    dense = [w for w in layout.weights if w.module not in layout.kept and w.target not in in_experts]
+    host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
+    found = {**scales, **checkpoint.read(host)}
+    return {w.name: {role: found[key] for role, key in w.keys.items() if role != w.primary} for w in dense}
 
 
-def module_of(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def owner_of(model: PreTrainedModel, keymap: KeyMap, key: str) -> Owner:
-    if key.endswith("weight_packed"):
-        key = key.removesuffix("_packed")
-    target, pattern = keymap.resolve(key)
-    name = target.removesuffix(f".{WEIGHT}")
-    module = module_of(model, name)
-    if module is None and target in keymap.params:
-        module = module_of(model, name.rpartition(".")[0])
-    if pattern is not None:
-        name = keymap.rename(key).removesuffix(f".{WEIGHT}")  # experts are spoken of one by one
-    return Owner(name, module)
+def _carry_extra(layout: Layout, keymap: KeyMap, checkpoint: Checkpoint) -> None:
+    """Fill `Layout.extra` and `unplaced`."""
+    layout.extra = {keymap.rename(key): key for key in layout.scan.cache}
+    layout.unplaced = {keymap.rename(key): key for key in unplaced(checkpoint, layout.scan, keymap)}
+    for name, weight in layout.kept.items():
+        layout.extra.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+    for weight in (weight for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights):
+        layout.extra.update({weight.renamed[r]: weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
 
 
 def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
     """Fill in what the host's renamings make of a weight's keys; note those that do not follow their weight."""
     if WEIGHT in weight.keys:
         target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])
-        weight.renamed = _renamed(weight, keymap, late if target in keymap.params else {})
+        weight.renamed = _renamed(weight, keymap, late if target in keymap.shapes else {})
     else:
         weight.renamed = {role: keymap.rename(key) for role, key in weight.keys.items()}
         target, weight.pattern = keymap.convert(weight.renamed[weight.primary].removesuffix("_packed"))
-    weight.target = target if target in keymap.params else ""
+    weight.target = target if target in keymap.shapes else ""
     weight.saved = {role: name_beside(target, name, keymap.prefix) for role, name in weight.renamed.items()}
 
 
@@ -262,10 +216,10 @@ def _check_input_scales(layout: Layout) -> None:
         )
 
 
-def _is_transposed(model: PreTrainedModel, weight: StoredWeight, keymap: KeyMap) -> bool:
+def _is_transposed(model: ModelFacts, weight: StoredWeight, keymap: KeyMap) -> bool:
     """Whether a stack of experts is (experts, in, out) in the files: as it is in the model, or the other way round where
     the host transposes it."""
-    layout = ExpertsLayout.of(module_of(model, weight.target.rpartition(".")[0]))
+    layout = model.experts(weight.target.rpartition(".")[0])
     if layout is None or len(weight.shapes.get(WEIGHT, ())) != 3:
         return False
     return layout.is_transposed is not keymap.turns(weight.target, weight.pattern, weight.shape)
@@ -280,13 +234,10 @@ def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: b
         return None
     if other_sizes:
         return "the model gives it another size than the files (ignore_mismatched_sizes)"
-    raise MismatchError(
-        f"{weight.keys[WEIGHT]} has shape {list(weight.shape)} in the files, the model's {weight.target} has "
-        f"{list(expected)}: the config of the model is not that of the checkpoint"
-    )
+    raise _mismatch(weight.keys[WEIGHT], weight.shape, weight.target, expected)
 
 
-def _why_tied(tied: dict[str, str], target: str, filled: set[str]) -> str | None:
+def _why_tied(tied: Mapping[str, str], target: str, filled: set[str]) -> str | None:
     """A reason for the parameters of a tie to be dense: the host makes them one, and only one of them has a scale.
 
     A target that the files fill beside its source is on its own, and is untied.
@@ -296,63 +247,54 @@ def _why_tied(tied: dict[str, str], target: str, filled: set[str]) -> str | None
     return None
 
 
-def _why_not_kept(
-    first: dict[int, PreTrainedModel],
-    read: dict[str, str],
-    module: nn.Module | None,
-    weight: StoredWeight,
-    dtypes: DtypePlan,
-) -> str | None:
+def _why_not_kept(model: ModelFacts, weight: StoredWeight) -> str | None:
+    module = model.modules.get(weight.module)
     if weight.group.scheme is None:
         return "not an FP8 group"
     if weight.pattern is not None or module is None:
         return "merged with others into one parameter of the model"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not a plain nn.Linear"
-    if dtypes.widens(weight.target):
+    if module.cls is not nn.Linear:
+        return f"{module.cls.__name__} is not a plain nn.Linear"
+    if model.params[weight.target].keeps_dtype:
         return "the model keeps this module in float32"
-    if weight.module in read:
-        return f"{read[weight.module]} reads its weight instead of calling it"
-    if id(module.weight) in first:
-        return f"{type(first[id(module.weight)]).__name__} reads its dtype off this weight"
+    if module.read_by:
+        return f"{module.read_by} reads its weight instead of calling it"
+    if module.gives_dtype_to:
+        return f"{module.gives_dtype_to} reads its dtype off this weight"
     return None
 
 
-def _collect(
-    layout: Layout,
-    weights: list[StoredWeight],
-    keymap: KeyMap,
-    checkpoint: Checkpoint,
-    dtypes: DtypePlan,
-    other_sizes: bool,
-) -> None:
+def _collect(layout: Layout, model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, other_sizes: bool) -> None:
     """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order; and `file_dtypes`."""
-    by_key = {weight.keys[weight.primary]: weight for weight in weights}
-    for stored in weights:
+    by_key = {weight.keys[weight.primary]: weight for weight in layout.weights}
+    for stored in layout.weights:
         if stored.target in layout.dense and stored.pattern is None:
             layout.dense[stored.target].sources = {WEIGHT: [stored]}
-    merging = {weight.pattern for weight in weights if weight.target and weight.pattern is not None}
+    merging = {weight.pattern for weight in layout.weights if weight.target and weight.pattern is not None}
     read: dict[str, set[str]] = {}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        weight = by_key.get(key)
+        weight, info = by_key.get(key), checkpoint.tensors[key]
         target, pattern = keymap.resolve(key) if weight is None else (weight.target, weight.pattern)
-        if target not in keymap.params:
+        if target not in model.params:
             continue
         if pattern in merging:
             # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
             renamed = keymap.rename(key)
             if target not in layout.dense:
-                layout.dense[target] = Parameter(target, dtypes.of(target), others=keymap.others(renamed, pattern))
-            dense = DenseTensor(name_beside(target, renamed, keymap.prefix), checkpoint.tensors[key].dtype)
+                layout.dense[target] = _dense(target, model, keymap.others(renamed, pattern))
+            dense = DenseTensor(name_beside(target, renamed, keymap.prefix), info.dtype)
             layout.dense[target].sources.setdefault(str(pattern), []).append(weight or dense)
         elif weight is None:
             for name in (target, *keymap.others(keymap.rename(key), pattern)):
-                read.setdefault(name, set()).add(checkpoint.tensors[key].dtype)
-            expected = tuple(keymap.params[target].shape)
-            if pattern is None and not other_sizes and checkpoint.tensors[key].shape != expected:
-                raise MismatchError(
-                    f"{key} has shape {list(checkpoint.tensors[key].shape)} in the files, the model's {target} has "
-                    f"{list(expected)}: the config of the model is not that of the checkpoint"
-                )
+                read.setdefault(name, set()).add(info.dtype)
+            if pattern is None and not other_sizes and info.shape != model.params[target].shape:
+                raise _mismatch(key, info.shape, target, model.params[target].shape)
     found = {target: names.pop() for target, names in read.items() if len(names) == 1}
     layout.file_dtypes = {t: TORCH_DTYPES[name] for t, name in found.items() if name in (*DENSE_DTYPES, *INTEGER_DTYPES)}
+
+
+def _mismatch(key: str, shape: tuple[int, ...], target: str, expected: tuple[int, ...]) -> MismatchError:
+    return MismatchError(
+        f"{key} has shape {list(shape)} in the files, the model's {target} has {list(expected)}: the config of the model is "
+        "not that of the checkpoint"
+    )

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
@@ -25,27 +24,32 @@ from ..errors import ConfigError, MismatchError, by_reason
 from ..formats.numerics import scale_dtype_of
 from ..formats.scheme import scale_shape
 from ..nn.experts import ExpertsLayout
+from .facts import ModelFacts
 from .keys import KeyMap
 from .layout import Layout
-from .matching import map_experts, match_checkpoint, module_of, owner_of
+from .matching import Policy, match_checkpoint
 from .serving import describe, torn
+
+# (names of a module, itself or the experts that it is one of: its name in the model, None if the model lacks it) -> the
+# group that is to quantize it
+Choose = Callable[[tuple[str, ...], str | None], Group | None]
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of the checkpoint to be that could be quantized: one of a Linear, or of an expert."""
+    """A matrix of the checkpoint to be that could be quantized: one of a Linear, or of an expert.
+
+    key, module: in the checkpoint. owner: the module of the model, as `Choose` is told. dense_by_default: whether it stays
+    dense unless a target asks for it.
+    """
 
     key: str
     module: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    owner: nn.Module | None
+    owner: str | None
     is_expert: bool
-    spared: bool
-
-
-# (names of a module, itself or the experts that it is one of, if the model has it) -> the group that is to quantize it
-Choice = Callable[[tuple[str, ...], nn.Module | None], Group | None]
+    dense_by_default: bool
 
 
 @dataclass
@@ -85,35 +89,29 @@ class Plan:
 
 
 def plan_quantization(
-    model: PreTrainedModel,
+    model: ModelFacts,
     conversions: Sequence[WeightTransform],
     checkpoint: Checkpoint,
     spec: QuantizationSpec,
     *,
     dense_experts: bool,
-    dtype: torch.dtype,
-    cast: bool = True,
-    use_kernels: bool = False,
-    choose: Choice | None = None,
+    cast_to: torch.dtype | None,
+    choose: Choose | None = None,
 ) -> tuple[Plan, Layout]:
-    """The plan of quantizing `checkpoint`, which is dense, as `spec` asks; and how it is laid out on `model`.
+    """The plan of quantizing `checkpoint`, which is dense, as `spec` asks; and how it is laid out on the model.
 
-    dtype: the model's. cast: whether weights are cast to it before they are quantized. choose: decides instead of the
-    groups' targets, and may leave nothing. dense_experts: whether experts stay dense.
+    conversions: the host's. dense_experts: whether experts stay dense. cast_to: the dtype to which weights are cast before they
+    are quantized, None as they are. choose: decides instead of the groups' targets, and may leave nothing.
 
     What the model could not hold in FP8 (layers whose weight its code reads, tied ones, experts that it merges in its own
     way) is not quantized. Raises ConfigError if nothing is left, MismatchError for a checkpoint that is quantized already.
     """
-    for key, info in checkpoint.tensors.items():
-        if info.dtype.startswith("F8_") or key.endswith((".weight_packed", ".weight_scale", ".weight_scale_inv")):
-            raise MismatchError(
-                f"{key} is stored as {info}: the checkpoint is quantized already, and FP8 made of it would be rounded twice. "
-                "Quantize the dense checkpoint that it was made of, or `hf-fp8 dequantize` it first"
-            )
-    wanted = choose or (lambda names, module: _by_target(spec, names, module))
-    excluded: dict[str, str] = {}
+    _refuse_quantized(checkpoint)
+    keymap = KeyMap.of(model, conversions, checkpoint.tensors)
+    wanted = choose or (lambda names, owner: spec.group_of(names, {"Linear", *_classes(model, owner)}))
+    planner = _Planner(model, keymap, checkpoint, spec, wanted, dense_experts, cast_to)
     while True:
-        plan = _plan(model, conversions, checkpoint, spec, dense_experts, wanted, excluded, dtype if cast else None)
+        plan = planner.plan()
         used = {group.name for group in plan.groups.values()}
         if choose is not None and not used:
             return plan, Layout()
@@ -121,26 +119,33 @@ def plan_quantization(
             _check_use(model, spec, plan, [group for group in spec.groups if group.name not in used])
             plan.unmatched = spec.unmatched_ignore(plan.names)
         plan.spec = spec.restricted_to(used, plan.dense)
-        layout = match_checkpoint(
-            model, conversions, plan.written, plan.spec, dense_because=None, experts_because=lambda scheme: None,
-            use_kernels=use_kernels, dtype=dtype, parts=plan.parts,
-        )  # fmt: skip
+        written = KeyMap.of(model, conversions, plan.written.tensors)
+        layout = match_checkpoint(model, written, plan.written, plan.spec, Policy(), plan.parts)
         unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_unfit(weight, layout))}
         if not unfit:
             return plan, layout
-        excluded |= unfit
+        planner.excluded |= unfit  # each round excludes more, so this ends
 
 
-def _by_target(spec: QuantizationSpec, names: tuple[str, ...], module: nn.Module | None) -> Group | None:
-    return spec.group_of(names, {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    for key, info in checkpoint.tensors.items():
+        if info.dtype.startswith("F8_") or key.endswith((".weight_packed", ".weight_scale", ".weight_scale_inv")):
+            raise MismatchError(
+                f"{key} is stored as {info}: the checkpoint is quantized already, and FP8 made of it would be rounded twice. "
+                "Quantize the dense checkpoint that it was made of, or `hf-fp8 dequantize` it first"
+            )
 
 
-def _check_use(model: PreTrainedModel, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
+def _classes(model: ModelFacts, module: str | None) -> list[str]:
+    return [] if module is None else [cls.__name__ for cls in model.modules[module].cls.__mro__]
+
+
+def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
     for group in unused:
         if said := [f"{name}: {reason}" for name, reason in plan.reasons.items()][:5]:
-            raise ConfigError(f"nothing of {type(model).__name__} can be quantized by targets {list(group.targets)}: {said}")
+            raise ConfigError(f"nothing of {model.cls} can be quantized by targets {list(group.targets)}: {said}")
         raise ConfigError(
-            f"targets {list(group.targets)}, ignore {list(spec.ignore)}: they leave no Linear of {type(model).__name__} to "
+            f"targets {list(group.targets)}, ignore {list(spec.ignore)}: they leave no Linear of {model.cls} to "
             f"be quantized; it has {', '.join(names[0] for names in plan.names[:3]) or 'none'}, ..."
         )
 
@@ -151,33 +156,33 @@ def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:
     return layout.reasons.get(weight.module) or layout.reasons.get(weight.target)
 
 
-def _plan(
-    model: PreTrainedModel,
-    conversions: Sequence[WeightTransform],
-    checkpoint: Checkpoint,
-    spec: QuantizationSpec,
-    dense_experts: bool,
-    choose: Choice,
-    excluded: dict[str, str],
-    dtype: torch.dtype | None,
-) -> Plan:
-    map_experts(model, keymap := KeyMap(model, conversions), checkpoint)
-    head = model.get_output_embeddings()
-    plan = Plan(Checkpoint([]), spec)
-    found: list[_Matrix] = []
-    for key, info in checkpoint.tensors.items():
-        stack = _stack_of(model, keymap, key, info)
-        experts = module_of(model, keymap.resolve(key)[0].rpartition(".")[0]) if stack is not None else None
-        if stack is not None and not (key.endswith(f".{stack[1]}") and keymap.keeps(key, info.shape)):
-            if experts is not None and choose(names_of(key, key, keymap.prefix), experts):
-                plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
-            stack = None
-        taken = list(_experts_of(key, info, stack)) if stack is not None else [(key, Part(key))]
-        dense = dense_experts or not _any_chosen(taken, experts, choose, keymap.prefix, excluded)
-        if stack is not None and dense and type(experts).__name__ not in MODULES_TO_PATCH_FOR_QUANTIZATION:
-            # As it is, since nothing of it is quantized; but the host takes Llama-4's apart wherever it loads codes.
-            taken = [(key, Part(key))]
-            plan.dense.append(key.rpartition(".")[0])
+@dataclass
+class _Planner:
+    """What `plan_quantization` was asked. excluded: modules of the checkpoint that turned out to be unfit -> why."""
+
+    model: ModelFacts
+    keymap: KeyMap
+    checkpoint: Checkpoint
+    spec: QuantizationSpec
+    choose: Choose
+    dense_experts: bool
+    cast_to: torch.dtype | None
+    excluded: dict[str, str] = field(default_factory=dict)
+
+    def plan(self) -> Plan:
+        plan = Plan(Checkpoint([]), self.spec)
+        found = [matrix for key in self.checkpoint.tensors for matrix in self._take(key, plan)]
+        plan.names = [matrix.names for matrix in found]
+        explicit = self.spec.explicit_targets([matrix.names for matrix in found if not matrix.dense_by_default])
+        for matrix in found:
+            self._decide(matrix, explicit, plan)
+        self._note_head(explicit, plan)
+        return plan
+
+    def _take(self, key: str, plan: Plan) -> Iterator[_Matrix]:
+        """Enter a tensor of the dense checkpoint, or each expert's part of it; yield the matrices that could be quantized."""
+        info = self.checkpoint.tensors[key]
+        experts, taken = self._take_apart(key, info, plan)
         for name, part in taken:
             shape = part.shape(info.shape)
             plan.parts[name] = part
@@ -185,34 +190,91 @@ def _plan(
             module = module_named(name, info.dtype, len(shape))
             if module is None or len(shape) != 2 or info.dtype not in DENSE_DTYPES:
                 continue
-            place, owner = (module, experts) if part.expert is not None else _linear(model, keymap, name)
+            place, owner = (module, experts) if part.expert is not None else self._linear(name)
             if place is not None:
                 is_expert = part.expert is not None or "experts." in name
-                names = names_of(module, place, keymap.prefix)
-                found.append(_Matrix(name, module, names, shape, owner, is_expert, is_spared(names, owner, head)))
-    plan.names = [matrix.names for matrix in found]
-    explicit = spec.explicit_targets([matrix.names for matrix in found if not matrix.spared])
-    for matrix in found:
-        info = checkpoint.tensors[plan.parts[matrix.key].key]
-        spared = matrix.spared and spec.dense_by_default and not match(matrix.names, (), explicit)
-        group = None if spared else choose(matrix.names, matrix.owner)
-        reason = "experts='dequantize'" if dense_experts and matrix.is_expert else None
-        if group is not None and reason is None:
-            reason = excluded.get(matrix.module) or _unfit(group, matrix.shape)
-            if reason is not None:
-                plan.reasons[matrix.module] = reason
-        if group is None or reason is not None:
+                names = names_of(module, place, self.keymap.prefix)
+                stays = is_dense_by_default(names, owner in self.model.heads)
+                yield _Matrix(name, module, names, shape, owner, is_expert, stays)
+
+    def _take_apart(self, key: str, info: TensorInfo, plan: Plan) -> tuple[str | None, list[tuple[str, Part]]]:
+        """(experts module of which `key` is a stack or None, (key, part) of each tensor that it becomes)."""
+        whole = [(key, Part(key))]
+        stack = self._stack_of(key, info)
+        if stack is None:
+            return None, whole
+        experts, layout, leaf = stack
+        if not (key.endswith(f".{leaf}") and self.keymap.keeps(key, info.shape)):
+            if self.choose(names_of(key, key, self.keymap.prefix), experts):
+                plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
+            return experts, whole
+        taken = list(_experts_of(key, info, layout, leaf))
+        is_patched = self.model.modules[experts].cls.__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+        if not is_patched and (self.dense_experts or not self._any_chosen(taken, experts)):
+            # As it is, since nothing of it is quantized; but the host takes Llama-4's apart wherever it loads codes.
+            plan.dense.append(key.rpartition(".")[0])
+            return experts, whole
+        return experts, taken
+
+    def _stack_of(self, key: str, info: TensorInfo) -> tuple[str, ExpertsLayout, str] | None:
+        """(module, layout, leaf) of a tensor that holds a projection, or its bias, of all experts; None for any other."""
+        if not 2 <= len(info.shape) <= 3 or info.dtype not in DENSE_DTYPES:
+            return None
+        target = self.keymap.resolve(key)[0]
+        name, _, leaf = target.rpartition(".")
+        layout = self.model.experts(name)
+        if layout is None:
+            return None
+        known = (layout.first, "down_proj") if len(info.shape) == 3 else (f"{layout.first}_bias", "down_proj_bias")
+        return (name, layout, leaf) if leaf in known and target in self.model.params else None
+
+    def _any_chosen(self, taken: list[tuple[str, Part]], experts: str) -> bool:
+        """Whether any expert of a stack is quantized; of the names of a bias, whether its weight is."""
+        modules = (name.rpartition(".")[0] for name, _ in taken)
+        prefix = self.keymap.prefix
+        return any(self.choose(names_of(m, m, prefix), experts) and m not in self.excluded for m in modules)
+
+    def _linear(self, key: str) -> tuple[str | None, str | None]:
+        """(name in the model, module) of a matrix that is one of a Linear: a layer's, an expert's, or one that the model lacks.
+
+        (None, None) for one that is something else.
+        """
+        owner = self.keymap.owner(key, self.model)
+        target, pattern = self.keymap.resolve(key)
+        if pattern is not None:
+            experts = target.rpartition(".")[0]
+            layout = self.model.experts(experts)
+            if layout is None and ("experts." in key or owner.is_a(nn.Linear)):
+                # Merged or taken apart in the family's own way: it will be told so.
+                return owner.name, owner.module if owner.is_a(nn.Linear) else None
+            is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
+            return (owner.name, experts) if is_expert else (None, None)
+        if not (owner.module is None or owner.is_a(nn.Linear)):
+            # A router may hold its matrix itself. Others, who make it a Linear, have to be told that it is dense.
+            return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
+        return owner.name, owner.module
+
+    def _decide(self, matrix: _Matrix, explicit: Sequence[str], plan: Plan) -> None:
+        """Enter a matrix as quantized, or as dense. explicit: targets that may speak of what is dense by default."""
+        stays = matrix.dense_by_default and self.spec.dense_by_default and not match(matrix.names, (), explicit)
+        group = None if stays else self.choose(matrix.names, matrix.owner)
+        if group is None or (self.dense_experts and matrix.is_expert):
             plan.dense.append(matrix.module)
-            continue
-        plan.groups[matrix.key] = group
-        plan.written.tensors |= _quantized(matrix.module, info, matrix.shape, group, dtype)
-    if head is not None:
-        name = next(name for name, module in model.named_modules() if module is head)
-        if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
-            plan.dense.append(name)  # tied, and not in the files: others look for it all the same
-            if match((name,), (), explicit):
-                plan.reasons[name] = "it is tied to another parameter, and has no weight of its own"
-    return plan
+        elif (reason := self.excluded.get(matrix.module) or _unfit(group, matrix.shape)) is not None:
+            plan.reasons[matrix.module] = reason
+            plan.dense.append(matrix.module)
+        else:
+            info = self.checkpoint.tensors[plan.parts[matrix.key].key]
+            plan.groups[matrix.key] = group
+            plan.written.tensors |= _quantized(matrix.module, info, matrix.shape, group, self.cast_to)
+
+    def _note_head(self, explicit: Sequence[str], plan: Plan) -> None:
+        """A head that is tied has no tensor in the files; others look for it in `ignore` all the same."""
+        for name in self.model.heads[:1]:
+            if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
+                plan.dense.append(name)
+                if match((name,), (), explicit):
+                    plan.reasons[name] = "it is tied to another parameter, and has no weight of its own"
 
 
 def _quantized(
@@ -231,30 +293,9 @@ def _quantized(
     return made
 
 
-def _linear(model: PreTrainedModel, keymap: KeyMap, key: str) -> tuple[str | None, nn.Module | None]:
-    """(name in the model, module) of a matrix that is one of a Linear: a layer's, an expert's, or one that the model lacks.
-
-    (None, None) for one that is something else.
-    """
-    owner = owner_of(model, keymap, key)
-    target, pattern = keymap.resolve(key)
-    if pattern is not None:
-        experts = module_of(model, target.rpartition(".")[0])
-        layout = ExpertsLayout.of(experts)
-        if layout is None and ("experts." in key or isinstance(owner.module, nn.Linear)):
-            # Merged or taken apart in the family's own way: it will be told so.
-            return owner.name, owner.module if isinstance(owner.module, nn.Linear) else None
-        is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
-        return (owner.name, experts) if is_expert else (None, None)
-    if isinstance(owner.module, nn.Embedding) or not (owner.module is None or isinstance(owner.module, nn.Linear)):
-        # A router may hold its matrix itself. Others, who make it a Linear, have to be told that it is dense.
-        return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
-    return owner.name, owner.module
-
-
-def is_spared(names: tuple[str, ...], module: nn.Module | None, head: nn.Module | None) -> bool:
-    """Whether it is what stays dense unless a target asks for it: the output embedding, or a router."""
-    return (module is not None and module is head) or any(ROUTER.search(name) for name in names)
+def is_dense_by_default(names: tuple[str, ...], is_head: bool) -> bool:
+    """Whether it stays dense unless a target asks for it: the output embedding, or a router."""
+    return is_head or any(ROUTER.search(name) for name in names)
 
 
 def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
@@ -267,22 +308,8 @@ def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _stack_of(model: PreTrainedModel, keymap: KeyMap, key: str, info: TensorInfo) -> tuple[ExpertsLayout, str] | None:
-    """(layout, leaf) of a tensor that holds a projection, or its bias, of all experts of a module; None for any other."""
-    if not 2 <= len(info.shape) <= 3 or info.dtype not in DENSE_DTYPES:
-        return None
-    target = keymap.resolve(key)[0]
-    name, _, leaf = target.rpartition(".")
-    layout = ExpertsLayout.of(module_of(model, name))
-    if layout is None:
-        return None
-    known = (layout.first, "down_proj") if len(info.shape) == 3 else (f"{layout.first}_bias", "down_proj_bias")
-    return (layout, leaf) if leaf in known and target in keymap.params else None
-
-
-def _experts_of(key: str, info: TensorInfo, stack: tuple[ExpertsLayout, str]) -> Iterator[tuple[str, Part]]:
+def _experts_of(key: str, info: TensorInfo, layout: ExpertsLayout, leaf: str) -> Iterator[tuple[str, Part]]:
     """(key, part) of each expert, under the names that llm-compressor gives them."""
-    layout, leaf = stack
     is_first = leaf.removesuffix("_bias") == layout.first
     projections = ("gate_proj", "up_proj") if is_first and layout.has_gate else ("up_proj",) if is_first else ("down_proj",)
     role = "bias" if leaf.endswith("_bias") else WEIGHT
@@ -291,11 +318,3 @@ def _experts_of(key: str, info: TensorInfo, stack: tuple[ExpertsLayout, str]) ->
         for index, projection in enumerate(projections):
             part = Part(key, expert, index, len(projections), layout.is_transposed, not layout.is_concatenated)
             yield f"{stem}.{expert}.{projection}.{role}", part
-
-
-def _any_chosen(
-    taken: list[tuple[str, Part]], experts: nn.Module | None, choose: Choice, prefix: str, excluded: dict[str, str]
-) -> bool:
-    """Whether any expert of a stack is quantized; of the names of a bias, whether its weight is."""
-    modules = (name.rpartition(".")[0] for name, _ in taken)
-    return any(choose(names_of(module, module, prefix), experts) and module not in excluded for module in modules)

@@ -35,15 +35,16 @@ def refuse_undeclared(
             scales[key] = scale
     if not scales:
         return
-    keymap = KeyMap(model, conversions)
+    state = model.state_dict()
+    keymap = KeyMap({name: tuple(tensor.shape) for name, tensor in state.items()}, model.base_model_prefix, conversions)
     modules = {name for name, _ in model.named_modules()}
     lost = {}
     for key, scale in scales.items():
         (target, pattern), (place, by) = keymap.resolve(key), keymap.resolve(scale)
-        held = keymap.params.get(target)
+        held = state.get(target)
         if held is None and target.removesuffix(f".{WEIGHT}") not in modules:
             continue  # a layer that this class of model does not have
-        has_place = by is not None or place in keymap.params
+        has_place = by is not None or place in state
         # There may be a place for the scale, and none for such codes beside it.
         is_code = pattern is not None or (held is not None and held.dtype == TORCH_DTYPES[checkpoint.tensors[key].dtype])
         if not (has_place and is_code):

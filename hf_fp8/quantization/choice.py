@@ -18,7 +18,7 @@ from ..formats.scheme import FP8, Scheme
 from ..integrations.config import FP8Config
 from ..integrations.peft.state import adapters
 from ..integrations.quantizer import FP8HfQuantizer
-from ..loading.quantization_plan import is_spared
+from ..loading.quantization_plan import is_dense_by_default
 from ..nn.base import QuantizedModule
 from .candidates import Candidate, candidates, why_unfit
 from .transformers_model import plan_in_place, plan_int8, transformers_models
@@ -70,7 +70,7 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     for path, part in parts.items() if is_fp8 else ():
         planned.append(path)
         _plan(path, part, config, accepted, choice)
-    spared = {name for name, candidate in found.items() if config.spec.dense_by_default and _is_spared(candidate, parts)}
+    spared = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
     explicit = config.spec.explicit_targets([(name,) for name in found if name not in spared])
     for name, candidate in found.items():
         if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
@@ -103,10 +103,10 @@ def _plan(
     names = {id(module): dot + name for name, module in part.named_modules()}
     decided: dict[tuple[int, str | None], Group | None] = {}
 
-    def wanted(called: tuple[str, ...], module: nn.Module | None) -> Group | None:
-        if module is None or id(module) not in names:
+    def wanted(called: tuple[str, ...], owner: str | None) -> Group | None:
+        if owner is None:
             return None
-        name = names[id(module)]
+        name = names[id(module := part.get_submodule(owner))]  # of a module with two names it is the first
         group = config.spec.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
         key = (id(module), None if group is None else group.name)
         if key not in decided:
@@ -148,10 +148,10 @@ def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) 
                     )
 
 
-def _is_spared(candidate: Candidate, parts: dict[str, PreTrainedModel]) -> bool:
+def _stays_dense(candidate: Candidate, parts: dict[str, PreTrainedModel]) -> bool:
     """Whether it is the output embedding or a router of a transformers model."""
     inside = [part for path, part in parts.items() if _within(candidate.name, path)]
-    return bool(inside) and is_spared((candidate.name,), candidate.module, inside[0].get_output_embeddings())
+    return bool(inside) and is_dense_by_default((candidate.name,), candidate.module is inside[0].get_output_embeddings())
 
 
 def _within(name: str, path: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.slices import Part
@@ -19,9 +19,11 @@ from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from ..checkpoint.writer import ShardWriter, check_place, nbytes, whole_folder, write_index
 from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
 from ..integrations.config import FP8Config
+from ..loading.facts import ModelFacts
 from ..loading.host_names import host_form
+from ..loading.keys import KeyMap
 from ..loading.layout import Layout
-from ..loading.matching import match_checkpoint
+from ..loading.matching import Policy, match_checkpoint
 from ..loading.ops import quantize_named, weight_from
 from ..loading.quantization_plan import Plan, plan_quantization
 from .methods import HF_FP8, how_stored
@@ -55,8 +57,8 @@ def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
         )
     model, checkpoint = source.structure(), source.checkpoint()
     plan, _ = plan_quantization(
-        model, source.conversions(model), checkpoint, config.spec,
-        dense_experts=config.experts == "dequantize", dtype=source.dtype, cast=False,
+        ModelFacts.of(model, source.dtype), source.conversions(model), checkpoint, config.spec,
+        dense_experts=config.experts == "dequantize", cast_to=None,
     )  # fmt: skip
     return checkpoint, plan
 
@@ -117,11 +119,12 @@ def quantize_checkpoint(
 
 @dataclass(frozen=True)
 class Reading:
-    """A quantized checkpoint, held against its config and its model."""
+    """A quantized checkpoint, held against its config and its model. conversions: the host's."""
 
     checkpoint: Checkpoint
     spec: QuantizationSpec
-    model: PreTrainedModel
+    model: ModelFacts
+    conversions: list[WeightTransform]
     layout: Layout
 
 
@@ -134,11 +137,16 @@ def read_quantized(source: Source) -> Reading:
         raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
     spec = QuantizationSpec.read(source.quantization or {})
     model, checkpoint = source.structure(), source.checkpoint()
-    layout = match_checkpoint(
-        model, source.conversions(model), checkpoint, spec, dense_because="dequantize=True", dequantize=True,
-        needs_input_scales=False, experts_because=lambda scheme: "dequantize=True", use_kernels=False, dtype=source.dtype,
-    )  # fmt: skip
-    return Reading(checkpoint, spec, model, layout)
+    conversions, facts = source.conversions(model), ModelFacts.of(model, source.dtype)
+    keymap = KeyMap.of(facts, conversions, checkpoint.tensors)
+    policy = Policy(
+        dense_because="dequantize=True",
+        experts_because=lambda scheme: "dequantize=True",
+        dequantize=True,
+        needs_input_scales=False,
+    )
+    layout = match_checkpoint(facts, keymap, checkpoint, spec, policy)
+    return Reading(checkpoint, spec, facts, conversions, layout)
 
 
 def dequantize_checkpoint(
@@ -156,7 +164,7 @@ def dequantize_checkpoint(
     """
     reading = read_quantized(source)
     checkpoint, layout, of = reading.checkpoint, reading.layout, dtype or source.dtype
-    homes, shapes = host_form(reading.model, source.conversions(reading.model), checkpoint)
+    homes, shapes = host_form(reading.model, reading.conversions, checkpoint)
     weights = {weight.keys[weight.primary]: weight for weight in [*layout.scan.weights, *layout.scan.host]}
     dropped = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary} | set(layout.scan.cache)
     written, members = Checkpoint([]), dict[str, list[str]]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
-from ..checkpoint.config_groups import Group
 from ..checkpoint.reader import DTYPE_NAMES, Checkpoint, TensorInfo
 from ..checkpoint.slices import Part
 from ..errors import ScaleError, UnsupportedError
@@ -24,14 +23,13 @@ from ..loading.expert_names import PlainMerge
 from ..loading.expert_ops import quantize_stack
 from ..loading.keys import KeyMap
 from ..loading.layout import ExpertsPlan, Stack
+from ..loading.quantization_plan import Choose
 from ..nn.base import QuantizedModule
 from ..nn.experts import FP8Experts
 from ..nn.swap import swap_experts
 
 
-def plan_in_place(
-    model: PreTrainedModel, config: FP8Config, choose: Callable[[tuple[str, ...], nn.Module | None], Group | None]
-) -> FP8HfQuantizer:
+def plan_in_place(model: PreTrainedModel, config: FP8Config, choose: Choose) -> FP8HfQuantizer:
     """The quantizer that would have loaded `model` as `config` asks, its layout ready to be carried out.
 
     Raises UnsupportedError for a model that is quantized already.
@@ -54,7 +52,8 @@ def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP
     """
     _refuse_quantized(model)
     written = copy.copy(config)
-    keymap = KeyMap(model, _conversions(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    keymap = KeyMap(shapes, model.base_model_prefix, _conversions(model))
     matrices = [key for key, info in _headers(model).tensors.items() if key.endswith(".weight") and len(info.shape) == 2]
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside = {f"{name}.weight" for name in layers}

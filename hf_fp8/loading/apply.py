@@ -1,0 +1,39 @@
+"""Changes a model, on the meta device, as a layout says: its Linears and experts become modules that await their tensors."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT_SCALE, StoredWeight
+from ..nn.swap import swap_experts, swap_linear, untie
+from .layout import ExpertsPlan, Layout
+
+
+def apply_layout(model: PreTrainedModel, layout: Layout, *, backend: str, needs_input_scales: bool) -> None:
+    """backend: of the new modules. needs_input_scales: whether static input scales that the files lack will be measured; else
+    nothing that runs here uses them, and there is no parameter for them."""
+    for name, weight in layout.kept.items():
+        _swap_linear(model, name, weight, backend, without_input_scale=weight.name in layout.input_scales)
+        untie(model, weight.target)
+    for plan in layout.experts.values():
+        _swap_experts(model, plan, backend, needs_input_scales)
+
+
+def _swap_linear(model: PreTrainedModel, name: str, weight: StoredWeight, backend: str, without_input_scale: bool) -> None:
+    dtypes = {role: TORCH_DTYPES[dtype] for role, dtype in weight.dtypes.items()}
+    layer = swap_linear(
+        model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE), backend=backend
+    )  # fmt: skip
+    if without_input_scale and INPUT_SCALE not in weight.keys:
+        layer.register_parameter(INPUT_SCALE, None)
+
+
+def _swap_experts(model: PreTrainedModel, plan: ExpertsPlan, backend: str, needs_input_scales: bool) -> None:
+    experts = swap_experts(
+        model, plan.name, plan.first.projection, plan.second.projection,
+        interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=backend,
+    )  # fmt: skip
+    for stack in plan.stacks:
+        if stack.projection.scheme.has_static_input and INPUT_SCALE not in stack.roles and not needs_input_scales:
+            experts.register_parameter(stack.projection.input_scale, None)

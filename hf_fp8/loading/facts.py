@@ -1,0 +1,124 @@
+"""Facts of a model that decide where the tensors of a checkpoint go in it: collected once, plain data from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..nn.experts import ExpertsLayout
+from .dtypes import DtypePlan
+from .model_code import weights_read_by_kernels, weights_read_directly
+
+
+@dataclass(frozen=True)
+class ParameterFacts:
+    """A parameter or a buffer of the model.
+
+    dtype: in which the host will hold it. keeps_dtype: whether that is float32 (or wider) whatever the model's dtype is.
+    is_parameter: whether it is a parameter, and this the first of its names.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    keeps_dtype: bool = False
+    is_parameter: bool = True
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """A module of the model.
+
+    experts: how it holds merged experts, None if it has none. has_weight: whether its `weight` is a parameter. read_by: the
+    class whose code reads its weight instead of calling it. gives_dtype_to: the transformers model that takes its dtype from
+    this module's weight, the first of its parameters. Both are "" if there is none.
+    """
+
+    cls: type[nn.Module]
+    experts: ExpertsLayout | None = None
+    has_weight: bool = False
+    read_by: str = ""
+    gives_dtype_to: str = ""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What matching a checkpoint with a model needs to know of the model.
+
+    cls: the name of its class. params, modules: by name; shared modules under each of their names. tied: name of a parameter
+    -> the one that it is tied to. prefix: that of the base model, which keys of files may have or lack. heads: names of
+    the output embedding. ignore_missing, ignore_unexpected: regular expressions of the class for keys that the files may lack,
+    and may have beyond the model's. is_of_class: whether the files were saved by this very class, as config.json says.
+    """
+
+    cls: str
+    params: Mapping[str, ParameterFacts]
+    modules: Mapping[str, ModuleFacts]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    heads: tuple[str, ...] = ()
+    ignore_missing: tuple[str, ...] = ()
+    ignore_unexpected: tuple[str, ...] = ()
+    is_of_class: bool = True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, dtype: torch.dtype, *, use_kernels: bool = False) -> ModelFacts:
+        """dtype: the model's. use_kernels: whether kernels from the Hub may replace modules, as in `from_pretrained`."""
+        head = model.get_output_embeddings()
+        modules = dict(model.named_modules(remove_duplicate=False))
+        return cls(
+            cls=type(model).__name__,
+            params=_params(model, dtype),
+            modules=_modules(model, modules, use_kernels),
+            tied=dict(model.all_tied_weights_keys),
+            prefix=model.base_model_prefix,
+            heads=tuple(name for name, module in modules.items() if module is head and head is not None),
+            ignore_missing=tuple(model._keys_to_ignore_on_load_missing or ()),
+            ignore_unexpected=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+            is_of_class=is_of_class(model),
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter and buffer."""
+        return {name: parameter.shape for name, parameter in self.params.items()}
+
+    def experts(self, name: str) -> ExpertsLayout | None:
+        """How the module `name` holds merged experts; None if the model has no such module, or no experts in it."""
+        module = self.modules.get(name)
+        return None if module is None else module.experts
+
+
+def is_of_class(model: PreTrainedModel) -> bool:
+    """Whether the checkpoint is one of this very class, by the `architectures` of its config."""
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+
+
+def _params(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, ParameterFacts]:
+    plan = DtypePlan(model, dtype)
+    parameters = {name for name, _ in model.named_parameters()}
+    return {
+        name: ParameterFacts(tuple(tensor.shape), plan.of(name), plan.widens(name), is_parameter=name in parameters)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _modules(model: PreTrainedModel, modules: Mapping[str, nn.Module], use_kernels: bool) -> dict[str, ModuleFacts]:
+    read = (weights_read_by_kernels(model) if use_kernels else {}) | weights_read_directly(model)
+    first = {
+        id(next(part.parameters(), None)): type(part).__name__ for part in modules.values() if isinstance(part, PreTrainedModel)
+    }
+    found = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        found[name] = ModuleFacts(
+            type(module),
+            ExpertsLayout.of(module),
+            has_weight=weight is not None,
+            read_by=read.get(name, ""),
+            gives_dtype_to="" if weight is None else first.get(id(weight), ""),
+        )
+    return found
