@@ -113,11 +113,9 @@ def quantize(
     if calibrate is not None:
         if not any(group.scheme and group.scheme.has_static_input for group in config().groups):
             raise typer.BadParameter(f"--calibrate measures static input scales, which {', '.join(scheme)} does not have")
+        how: dict[str, Any] = {"observer": observer.value, "tokens": tokens, "device_map": device}
         with _bar("calibrating", 0, bytes_=False) as tick:
-            scales = measure(
-                source, config(), calibrate, observer=observer.value, tokens=tokens, device_map=device,
-                tick=lambda done, of: tick(1, of),
-            )  # fmt: skip
+            scales = measure(source, config(), calibrate, **how, tick=lambda done, of: tick(1, of))
     with _bar("quantizing", total_bytes(source.checkpoint())) as tick:
         written = quantize_checkpoint(source, dst, config(), input_scales=scales, device=device, overwrite=overwrite, tick=tick)
     if written.reasons:

@@ -66,17 +66,7 @@ def quality(
         found.append((pair, _weights(pair)))
         if progress is not None:
             progress("weights", done, len(pairs))
-    outputs = None
-    models = [quantized] if reference is None else [reference, quantized]
-    if data is not None:
-        with evaluating(*models):
-            if reference is None:
-                kept = [pair for pair in pairs if _original(pair.layer) is not None]
-                outputs = outputs_against_originals(quantized, kept, data, progress)
-            else:
-                outputs = compare_outputs(reference, quantized, pairs, data, accumulated, progress)
-        if not outputs.batches:
-            raise ValueError("`data` holds no batch (an iterator that was used before?)")
+    outputs = None if data is None else _outputs(reference, quantized, pairs, data, accumulated, progress)
     rows = Rows(row for pair, weights in found for row in _with_outputs(pair, weights, outputs))
     report = QualityReport(rows)
     if outputs is not None:
@@ -86,6 +76,26 @@ def quality(
         before = None if reference is None else perplexity(reference, text, window, progress)
         report.perplexity = (before, perplexity(quantized, text, window, progress))
     return report
+
+
+def _outputs(
+    reference: nn.Module | None,
+    quantized: nn.Module,
+    pairs: list[Pair],
+    data: Any,
+    accumulated: bool,
+    progress: Progress | None,
+) -> Outputs:
+    if reference is None:
+        kept = [pair for pair in pairs if _original(pair.layer) is not None]
+        with evaluating(quantized):
+            outputs = outputs_against_originals(quantized, kept, data, progress)
+    else:
+        with evaluating(reference, quantized):
+            outputs = compare_outputs(reference, quantized, pairs, data, accumulated, progress)
+    if not outputs.batches:
+        raise ValueError("`data` holds no batch (an iterator that was used before?)")
+    return outputs
 
 
 def _pairs(

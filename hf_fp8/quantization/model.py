@@ -75,20 +75,29 @@ def quantize_model(
     config.spec = QuantizationSpec.asked(scheme, targets, ignore)
     choice = choose(model, config, filter_fn, conv1x1)
     how = {"device": device, "originals": originals, "backend": backend}
+    settings = {"compute_dtype": compute_dtype, "cast_output": cast_output, "backward": backward}
+    root = _replace(model, choice, how, settings, inplace)
+    _finish(root, choice, device)
+    return root
+
+
+def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: dict[str, Any], inplace: bool) -> nn.Module:
+    """Put the layers of `choice` in the place of those that they are made of. how: with what they are made. settings: their
+    attributes. Returns `model`, or what `quantize_model` returns instead."""
     made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], FP8Linear]()
     root = model
-    for name, layer_scheme in choice.layers.items():
+    for name, scheme in choice.layers.items():
         old = model.get_submodule(name)
         if isinstance(old, QuantizedModule):
             continue  # it sits in a module that itself sits in two places
         if id(old) not in made:
             try:
-                new = _layer(old, layer_scheme, by_weight, how)
+                new = _layer(old, scheme, by_weight, how)
             except ScaleError as error:
                 choice.reasons[name] = str(error)
                 continue
-            new.compute_dtype, new.cast_output, new.backward = compute_dtype, cast_output, backward
-            new.name_in_model = name
+            for attribute, value in {**settings, "name_in_model": name}.items():
+                setattr(new, attribute, value)
             made[id(old)] = new
         if inplace:
             root = put(root, name, made[id(old)])
@@ -101,7 +110,6 @@ def quantize_model(
         for name in choice.layers:
             if id(old := model.get_submodule(name)) in made:
                 root = put(root, name, made[id(old)])
-    _finish(root, choice, device)
     return root
 
 
