@@ -3,6 +3,8 @@
 ``import hf_fp8``, then plain ``from_pretrained``: checkpoints with FP8 groups load, run and save.
 """
 
+from typing import Any
+
 from . import kernels
 from .errors import (
     CalibrationError,
@@ -34,6 +36,7 @@ from .formats.scheme import (
     Scheme,
     TensorScheme,
 )
+from .integrations import old_names
 from .integrations.config import FP8Config
 from .integrations.peft.merge_policy import MergedLayer, MergeReport, merging
 from .integrations.quantizer import FP8HfQuantizer
@@ -111,3 +114,11 @@ __all__ = [
 ]
 
 register()
+old_names.install()
+
+
+def __getattr__(name: str) -> Any:
+    """Modules by the names of earlier versions."""
+    if (module := old_names.module_named(name)) is not None:
+        return module
+    raise AttributeError(f"module 'hf_fp8' has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""What scripts and pickles of earlier versions call things."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import hf_fp8
+from hf_fp8.integrations import old_names
+
+
+@pytest.mark.parametrize("old", old_names.MODULES)
+def test_modules(old: str) -> None:
+    sys.modules.pop(f"hf_fp8.{old}", None)
+    with pytest.warns(DeprecationWarning, match=rf"hf_fp8\.{old} is hf_fp8\.{old_names.MODULES[old]} now"):
+        found = importlib.import_module(f"hf_fp8.{old}")
+    assert found is importlib.import_module(f"hf_fp8.{old_names.MODULES[old]}")
+    assert found.__spec__ is not None
+    assert found.__spec__.name == found.__name__ == f"hf_fp8.{old_names.MODULES[old]}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from hf_fp8 import numerics; from hf_fp8.scheme import ROW; numerics.quantize, ROW.cols",
+        "import hf_fp8; hf_fp8.numerics.quantize; hf_fp8.linear.FP8Linear",
+        "import hf_fp8.linear; assert hf_fp8.linear.FP8Linear is hf_fp8.FP8Linear",
+        "import hf_fp8; assert callable(hf_fp8.explain); import hf_fp8.kernels; hf_fp8.kernels.select",
+    ],
+)
+def test_scripts(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_never_was_there() -> None:
+    with pytest.raises(AttributeError, match="module 'hf_fp8' has no attribute 'nothing'"):
+        hf_fp8.nothing  # noqa: B018
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("hf_fp8.nothing")
+
+
+def test_a_pickled_layer() -> None:
+    """Pickles name the modules of classes; those written before the packages were there load."""
+    layer = hf_fp8.quantize_model(nn.Linear(32, 16), backend="weight_only")
+    written = pickle.dumps(layer, protocol=0)
+    for old, new in old_names.MODULES.items():
+        written = written.replace(f"chf_fp8.{new}\n".encode(), f"chf_fp8.{old}\n".encode())
+    assert b"chf_fp8.linear\n" in written
+    assert b"chf_fp8.nn.linear\n" not in written
+    loaded = pickle.loads(written)
+    assert type(loaded) is type(layer)
+    x = torch.randn(3, 32)
+    assert torch.equal(loaded(x), layer(x))
