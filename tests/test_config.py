@@ -456,6 +456,19 @@ def test_configs_of_models_that_became_something_else(fp8: Path, tmp_path: Path)
     assert "lm_head" in kept(LlamaForCausalLM.from_pretrained(path, quantization_config=model.config.quantization_config))
 
 
+def test_whole_configs_of_models_that_became_something_else(fp8: Path, tmp_path: Path) -> None:
+    """Passed on with the same checkpoint they load what it is; with another, the files decide, or it is an error."""
+    int8 = load(fp8, FP8Config(backend="int8"))
+    again = LlamaForCausalLM.from_pretrained(fp8, config=int8.config, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(load(fp8)))
+    int8.save_pretrained(tmp_path / "int8")
+    dense = load(fp8, FP8Config(dequantize=True))
+    moved = fp8.rename(tmp_path / "moved")
+    for path, config in ((tmp_path / "int8", int8.config), (moved, dense.config)):
+        with pytest.raises(hf_fp8.FP8Error, match="int8 codes, which it says nothing of|no `quantization_config`"):
+            LlamaForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+
+
 def test_the_config_of_a_model_made_dense_and_a_scheme(fp8: Path, tmp_path: Path) -> None:
     model = load(fp8, FP8Config())
     model.save_pretrained(tmp_path / "dense")

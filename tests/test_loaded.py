@@ -203,7 +203,10 @@ def test_a_config_inside_text_config(backend: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "config.json").read_text().count("config_groups") == (backend != "auto")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert torch.equal(logits(again), logits(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)))
+    wanted = logits(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32))
+    assert torch.equal(logits(again), wanted)
+    passed = AutoModelForImageTextToText.from_pretrained(path, config=model.config, dtype=torch.float32)
+    assert torch.equal(logits(passed), wanted)
 
 
 NAMED: dict[str, dict[str, Any]] = {

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from transformers import CompressedTensorsConfig
 
 from ..checkpoint.config_groups import Group, all_of
@@ -79,7 +78,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         super().__init__(dequantize=options["dequantize"])
         self.backend, self.experts, self.backward = options["backend"], options["experts"], options["backward"]
         self.scheme, self.targets, self._ignore = options["scheme"], options["targets"], options["ignore"]
-        self.of_another_load = False  # whether `checkpoint` was remembered from another load, and may not be this one's
+        self.of_another_load = False  # whether `checkpoint` is of an earlier load: the files tell whether of this one, too
         self.spec = QuantizationSpec()
         if checkpoint is not None:
             self.spec = QuantizationSpec.read(checkpoint)
@@ -238,31 +237,3 @@ def dequantize_of(stock: Mapping[str, Any]) -> bool:
     if config.dequantize:
         config.post_init()
     return bool(config.dequantize)
-
-
-class _Name(str):
-    """The name of a checkpoint, with how it was quantized."""
-
-    quantized: dict[str, Any]
-
-
-# PEFT writes the name into a model card, as YAML, which would keep the class.
-for _dumper in (yaml.Dumper, yaml.SafeDumper):
-    _dumper.add_representer(_Name, lambda dumper, name: dumper.represent_str(str(name)))
-
-
-def remember(config: Any, quantized: FP8Config) -> None:
-    """Leave a note of `quantized` on the config of a model that has become dense, or int8.
-
-    Users pass such a config on: ``from_pretrained(same_checkpoint, config=model.config)``. Nothing in
-    it says FP8 any more, and the host would take the codes for values. The note sits on the name of
-    the checkpoint, which the host copies with the config and sets anew at the next load.
-    """
-    name = _Name(getattr(config, "_name_or_path", "") or "")
-    name.quantized = (quantized.spec.origin or quantized.spec).to_json()
-    config._name_or_path = name
-
-
-def remembered(config: Any) -> dict[str, Any] | None:
-    """The note that `remember` left on a config, None if there is none."""
-    return getattr(getattr(config, "_name_or_path", None), "quantized", None)

@@ -32,7 +32,7 @@ from ..loading.quantization_plan import Choose, Plan, plan_quantization
 from ..nn.base import QuantizedModule
 from ..nn.linear import FP8Linear
 from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
-from .config import FP8Config, remember
+from .config import FP8Config
 from .placement import compute_device, policy_of
 from .report import report, report_planned
 from .saving import (
@@ -297,9 +297,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             model._weight_conversions = self._native_conversions()
         if self._dense_because is not None and self.layout is not None:
             setattr(model, FILE_DTYPES, self.layout.file_dtypes)
-            if self.host is None:
-                remember(model.config, self.quantization_config)
-            else:
+            if self.host is not None:
                 model.config.quantization_config = self.quantization_config.without_fp8(self.layout.dense_modules)
         return model
 
@@ -312,7 +310,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
         self.quantization_config.spec = self.quantization_config.spec.as_int8([*layout.dense_modules, *sorted(merged)])
         model._weight_conversions = self._conversions_of_dense_experts()
-        remember(model.config, self.quantization_config)
         layout.dense.clear()  # nothing is written back in FP8
         layout.scales.clear()
         gone = tuple(f".{role}" for role in ZERO_POINTS)
@@ -377,7 +374,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         setattr(model, NOTES, {})
         if self.layout is not None:
             setattr(model, FILE_DTYPES, self.layout.file_dtypes)
-        remember(model.config, self.quantization_config)
         return model
 
     def is_serializable(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
@@ -16,7 +17,7 @@ from ..formats import plain_pickle
 from . import ddp as parallel
 from . import other_savers, weight_readers
 from . import pretrained as host_methods
-from .config import METHODS, OUR_METHOD, FP8Config, remembered
+from .config import METHODS, OUR_METHOD, FP8Config
 from .peft import install as adapters
 from .quantizer import FP8HfQuantizer
 from .requests import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
@@ -69,25 +70,27 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
     """
     if is_request(found := getattr(config, "quantization_config", None)):
         quantization_config = found if quantization_config is None else quantization_config
-        config.quantization_config = None  # so that `_dropped_config` looks for what config.json has
-    written = checkpoint_config(config) or _dropped_config(config)
-    note = remembered(config)
-    if note is not None and (written is None or not concerns_fp8(written)):
-        # The config of a model that was loaded from FP8 and made dense, or int8: the files will tell which they are.
-        if asks_to_quantize(quantization_config):
-            raise ConfigError(
-                "the `config` that was passed is of a model loaded from an FP8 checkpoint, and quantization_config says how to "
-                "quantize a dense one: leave `config` out, or the scheme (config_groups)"
-            )
-        config.quantization_config = merge(note, quantization_config)
-        config.quantization_config.of_another_load = True
-        return _host_door(config, None, *args, **kwargs)
+        config.quantization_config = None  # so that config.json is looked at
+    written, before = checkpoint_config(config), _earlier_config(config)
+    if vars(config).get("quantization_config", ...) is None:
+        # The host's Auto classes take ``quantization_config=None`` for a setting of the model's config, and overwrite it.
+        written, before = written or before, None
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):
             for key in _CONFIG_KEYS:
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
+        return _host_door(config, None, *args, **kwargs)
+    if before is not None and concerns_fp8(before):
+        # The config of a model that was loaded from FP8 and made dense, or int8: the files will tell which they are.
+        if asks_to_quantize(quantization_config):
+            raise ConfigError(
+                "the `config` that was passed is of a model loaded from an FP8 checkpoint, and quantization_config says how to "
+                "quantize a dense one: leave `config` out, or the scheme (config_groups)"
+            )
+        config.quantization_config = merge(before, quantization_config)
+        config.quantization_config.of_another_load = True
         return _host_door(config, None, *args, **kwargs)
     if is_for_us(quantization_config) and not (written is not None and is_stock(quantization_config)):
         quantization_config = _for_another_kind(config, written, asked_for(quantization_config))
@@ -132,9 +135,13 @@ def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
 
     Looks where the host does, and under `compression_config`, the key that writers used in 2024.
     """
-    for part in (config, config.get_text_config(decoder=True)):
+    return _written(vars(part) for part in (config, config.get_text_config(decoder=True)))
+
+
+def _written(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    for part in parts:
         for key in _CONFIG_KEYS:
-            found = getattr(part, key, None)
+            found = part.get(key)
             if found is None:
                 continue
             written: dict[str, Any] = plain(found if isinstance(found, dict) else found.to_dict())
@@ -143,18 +150,22 @@ def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def _dropped_config(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The checkpoint's own config, where ``quantization_config=None`` made the host's Auto classes overwrite it.
+def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What the checkpoint of `config` says of its quantization where `config` does not say it, or no longer; None if nothing.
 
-    They take the argument for a setting of the model's config; the codes would be loaded as values.
+    Users pass the config of a loaded model on: ``from_pretrained(same_checkpoint, config=model.config)``. That of a model
+    which has become dense says nothing of FP8, and the host would take the codes for values.
     """
-    if vars(config).get("quantization_config", ...) is not None or not config.name_or_path:
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, FP8Config) and found.spec.origin is not None:
+        return found.spec.origin.to_json()  # has become int8
+    if found is not None or not config.name_or_path:
         return None
     try:
         on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)
     except OSError:  # not in the default cache: nothing to hold against
         return None
-    return checkpoint_config(PreTrainedConfig(**{key: on_disk.get(key) for key in _CONFIG_KEYS}))
+    return _written(part for part in (on_disk, on_disk.get("text_config")) if part is not None)
 
 
 def merge(written: dict[str, Any], passed: Any) -> FP8Config:
