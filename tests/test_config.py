@@ -465,7 +465,7 @@ def test_whole_configs_of_models_that_became_something_else(fp8: Path, tmp_path:
     dense = load(fp8, FP8Config(dequantize=True))
     moved = fp8.rename(tmp_path / "moved")
     for path, config in ((tmp_path / "int8", int8.config), (moved, dense.config)):
-        with pytest.raises(hf_fp8.FP8Error, match="int8 codes, which it says nothing of|no `quantization_config`"):
+        with pytest.raises(hf_fp8.FP8Error, match=r"int8 codes, which it says nothing of|no `quantization_config`"):
             LlamaForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
 
 
