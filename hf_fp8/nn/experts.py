@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ExpertsInterface
 
 from ..errors import UnsupportedError
 from ..formats.changes import Change
@@ -28,6 +27,9 @@ from .parameters import plain_scale
 # tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
 # eighth of them. Not measured.
 UNSORTED = 1 / 4
+# Values of `config._experts_implementation` that FP8Experts takes, with one forward for all: the host has one for prefill and
+# one for decode, between which `generate` switches; here the number of tokens decides.
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,12 @@ class FP8Experts(QuantizedModule):
             return self._prerouted(hidden_states).to(dtype)
         assert top_k_index is not None and top_k_weights is not None
         name = getattr(getattr(self, "config", None), "_experts_implementation", None) or "eager"
-        if name not in FORWARDS:
+        if name not in IMPLEMENTATIONS:
             raise UnsupportedError(
-                f"experts_implementation={name!r} does not run FP8 experts; {', '.join(map(repr, FORWARDS))} do, "
+                f"experts_implementation={name!r} does not run FP8 experts; {', '.join(map(repr, IMPLEMENTATIONS))} do, "
                 "or load with FP8Config(experts='dequantize')"
             )
-        found: torch.Tensor = FORWARDS[name](self, hidden_states, top_k_index, top_k_weights)
-        return found.to(dtype)
+        return self.routed(hidden_states, top_k_index, top_k_weights).to(dtype)
 
     def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """(T, H) of tokens x (T, H), weighted by (T, k)."""
@@ -332,16 +333,3 @@ class FP8Experts(QuantizedModule):
 
 def _stacks(experts: FP8Experts) -> str:
     return " and ".join(projection.name for projection in experts.projections)
-
-
-class FP8ExpertsInterface(ExpertsInterface):  # type: ignore[misc]
-    """The forwards that FP8Experts has for `config._experts_implementation`, by the host's names.
-
-    The host has one for prefill and one for decode, between which `generate` switches; here all are one, which takes what
-    fits the number of tokens.
-    """
-
-    _global_mapping: ClassVar[dict[str, Any]] = dict.fromkeys(("grouped_mm", "batched_mm", "eager"), FP8Experts.routed)
-
-
-FORWARDS = FP8ExpertsInterface()
