@@ -11,7 +11,7 @@ from .files import Stamp, changed, check_names, reading, refuse_pointer, regular
 
 
 def read_pickled(file: str) -> tuple[dict[str, torch.Tensor], Stamp]:
-    """The tensors of a file by name, mapped into memory where possible, and the stamp of the file that was read.
+    """The tensors of a file by name, mapped into memory, and the stamp of the file that was read.
 
     Raises UnsupportedError for files of other kinds, and for tensors that are sparse, quantized, or without values, by name;
     CorruptFileError, naming the file, for what torch cannot read, or would read wrongly.
@@ -42,10 +42,7 @@ def read_pickled(file: str) -> tuple[dict[str, torch.Tensor], Stamp]:
 
 def _load(file: str) -> object:
     try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken pickle raises whatever its bytes happen to say
         said = str(error).strip() or type(error).__name__
         raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({said})") from error
