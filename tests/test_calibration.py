@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import weakref
 from pathlib import Path
@@ -17,7 +18,7 @@ from test_experts import KEEP, experts_of
 from test_experts import load as load_moe
 from torch import nn
 
-from hf_fp8 import FP8Linear, UnsupportedError
+from hf_fp8 import FP8Linear, UnsupportedError, cli
 from hf_fp8.errors import CalibrationError, ConfigError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import CODE_MAX, FP8, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
@@ -60,7 +61,7 @@ def test_the_largest_of_all_batches(dtype: torch.dtype, mode: Any, caplog: pytes
     model, data, seen = Attention(dtype), batches(dtype), []
     with pytest.raises(CalibrationError, match="no input scale yet"):
         model(data[0])
-    with calibrate(model) as run, mode():
+    with calibrate(model, "amax") as run, mode():
         handle = model.o.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
         outs = [model(x) for x in data]
         handle.remove()
@@ -86,12 +87,23 @@ def test_the_largest_of_all_batches(dtype: torch.dtype, mode: Any, caplog: pytes
         assert not torch.allclose(model.v(data[0]), unquantized, rtol=1e-5, atol=1e-5)
 
 
+def test_the_observer_by_default_is_the_command_lines() -> None:
+    named, default = Attention(), Attention()
+    default.load_state_dict(named.state_dict())
+    command = inspect.signature(cli.quantize).parameters["observer"].default
+    for model, options in ((named, {"observer": command.value}), (default, {})):
+        with calibrate(model, **options), torch.no_grad():
+            model(batches()[0])
+    found = scales_of(named), scales_of(default)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("q.input_scale", "o.input_scale"))
+
+
 def test_again_replaces_what_was_measured() -> None:
     model, data = Attention(), batches()
-    with calibrate(model), torch.no_grad():
+    with calibrate(model, "amax"), torch.no_grad():
         model(data[1])
     first, parameter, version = scales_of(model), model.q.input_scale, model.q.input_scale._version
-    with calibrate(model) as run, torch.no_grad():
+    with calibrate(model, "amax") as run, torch.no_grad():
         model(data[0])
     assert float(model.q.input_scale) == float(data[0].abs().max() / 448) < float(first["q.input_scale"])
     assert model.q.input_scale is parameter and parameter._version > version
@@ -175,23 +187,6 @@ def test_siblings_by_the_tensors_they_were_given(tie: bool) -> None:
     for name, number in numbers.items():
         amax = torch.tensor(before if name in "qko" else after) * number
         assert float(getattr(model, name).input_scale) == float(amax / 448), name
-
-
-@pytest.mark.parametrize("originals", ["keep", "discard"])
-def test_weights_of_siblings_get_one_scale(originals: str) -> None:
-    model, data = Attention(originals=originals), batches()
-    weights = {name: getattr(model, name).restored_weight(torch.float32) for name in "qkvo"}
-    before = {name: getattr(model, name).weight.codes.clone() for name in "qkvo"}
-    largest = model.v.weight_scale.clone()
-    others = model.o.weight_scale.clone()
-    with calibrate(model, tie_weights=True), torch.no_grad():
-        model(data[0])
-    for name in "qkv":
-        layer = getattr(model, name)
-        assert torch.equal(layer.weight_scale, largest)
-        assert torch.equal(layer.weight.codes, numerics.quantize(weights[name], largest, TENSOR))
-        assert torch.equal(layer.weight.codes, before[name]) == (name == "v")
-    assert torch.equal(model.o.weight_scale, others) and torch.equal(model.o.weight.codes, before["o"])
 
 
 def test_an_exception_changes_nothing() -> None:
@@ -410,7 +405,7 @@ def test_experts_are_measured_each_for_itself(tokens: int, moe: Any, caplog: pyt
     before = module.down_proj_input_scale.clone()
     unquantized = [module(x, ids, torch.ones(ids.shape)) for x, ids in calls]
     module.backend = "scaled_mm"
-    with calibrate(module) as run:
+    with calibrate(module, "amax") as run:
         for (x, ids), wanted in zip(calls, unquantized, strict=True):
             assert torch.equal(module(x, ids, torch.ones(ids.shape)), wanted)
     assert module.observer is None
@@ -465,7 +460,7 @@ def test_tokens_that_were_routed_before(tmp_path: Path) -> None:
     write_transposed("llama4", "split", tmp_path / "fp8", weight=TENSOR, inputs=STATIC_TENSOR)
     module = experts_of(load_moe(llama4(), tmp_path / "fp8"))[0]
     x = torch.randn(4, 6, 64) * torch.tensor([1.0, 5.0, 2.0, 0.0]).view(4, 1, 1)  # the last one has none
-    with calibrate(module):
+    with calibrate(module, "amax"):
         module(x.reshape(24, 64))
     wanted = x.abs().amax((1, 2))
     wanted[3] = wanted.max()
@@ -503,7 +498,7 @@ def process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for observer in OBSERVED:
         model = Attention()
-        with calibrate(model, observer, tie_weights=True) as run, torch.no_grad():
+        with calibrate(model, observer) as run, torch.no_grad():
             for x in of_rank(rank):
                 model(x)
             if rank == 1:
@@ -523,7 +518,7 @@ def test_two_processes_measure_what_one_would(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     for observer in OBSERVED:
         model = Attention()
-        with calibrate(model, observer, tie_weights=True) as run, torch.no_grad():
+        with calibrate(model, observer) as run, torch.no_grad():
             for x in (*of_rank(0), *of_rank(1)):
                 model(x)
             apart(model)

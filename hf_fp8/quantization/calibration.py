@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError, UnsupportedError
-from ..formats import numerics
-from ..formats.scheme import CODE_MAX, TENSOR
+from ..formats.scheme import CODE_MAX
 from ..kernels import Groups
 from ..nn.base import QuantizedModule
 from ..nn.experts import FP8Experts, Projection
@@ -49,9 +48,8 @@ class Calibration:
 @contextmanager
 def calibrate(
     model: nn.Module,
-    observer: str | Observer | Callable[[], Observer] = "amax",
+    observer: str | Observer | Callable[[], Observer] = "mse",
     tie: bool = True,
-    tie_weights: bool = False,
     progress: bool | None = None,
 ) -> Iterator[Calibration]:
     """Measure the input scales of all layers of `model` with a static scheme from what is run through it in the block.
@@ -66,14 +64,10 @@ def calibrate(
     no input stays as it was. Both are logged as warnings. Under torch.distributed all processes must run the block, and get
     the scales of what all of them saw.
 
-    observer: "amax" clips nothing; "percentile", or `Percentile(99.9)`, clips what is larger; "mse" minimises the squared
-        error. Or an `Observer` of your own, or a callable that makes one.
+    observer: "mse" minimises the squared error; "amax" clips nothing; "percentile", or `Percentile(99.9)`, clips what is
+        larger. Or an `Observer` of your own, or a callable that makes one.
     tie: layers of one parent that were given the very same tensors (q, k and v; gate and up) get one input scale, the
         largest of theirs.
-    tie_weights: such layers, if their weights have a scale per tensor, get one `weight_scale`, too, the largest of theirs,
-        as the fused kernels of serving engines want it. The codes of the others are made anew: of `original` if it was kept,
-        else of the dequantized weight, which rounds twice; and the less a weight spans of the common scale, the more of its
-        small values are lost. Linears only.
     progress: whether to show the passes and the time on stderr; None: if it is a terminal.
 
     Raises CalibrationError if the model has no layer to calibrate, or is being calibrated already; and, at the end of the
@@ -107,13 +101,8 @@ def calibrate(
             stack.callback(setattr, layer, "observer", None)
         yield run
     with torch.no_grad():
-        siblings = _siblings(watches) if tie or tie_weights else []
-        scales = _measured(targets, observers, siblings if tie else [])
-        weights = _tied_weights([t for t in targets if t.name in scales], siblings) if tie_weights else []
+        scales = _measured(targets, observers, _siblings(watches) if tie else [])
         _write(targets, scales)
-        for layer, codes, weight_scale in weights:
-            layer.held_codes("weight").copy_(codes)
-            layer.weight_scale.copy_(weight_scale)
     measured = [t for t in targets if t.name in scales]
     run.scales = {t.name: scales[t.name].tolist() if t.projection else scales[t.name].item() for t in measured}
 
@@ -346,25 +335,6 @@ def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     # As in `numerics.weight_scale_of`: kernels may flush what is below `tiny`, but for float16.
     return scale.to(dtype).clamp(min=info.tiny * info.eps if dtype == torch.float16 else info.tiny)
-
-
-def _tied_weights(targets: list[_Target], siblings: list[list[str]]) -> list[tuple[FP8Linear, torch.Tensor, torch.Tensor]]:
-    """(layer, codes, weight scale) for the siblings whose weight scale is not the largest of those per tensor."""
-    layers = {t.name: t.layer for t in targets if isinstance(t.layer, FP8Linear)}
-    changed = []
-    for names in siblings:
-        alike: dict[tuple[torch.dtype, torch.dtype], list[FP8Linear]] = {}
-        for layer in (layers[name] for name in names if name in layers):
-            if layer.scheme.weight.granularity.is_tensor:
-                alike.setdefault((layer.weight.dtype, layer.weight_scale.dtype), []).append(layer)
-        for (dtype, _), group in alike.items():
-            largest = max((layer.weight_scale for layer in group), key=float)
-            for layer in group:
-                if float(layer.weight_scale) != float(largest):
-                    scale = largest.to(layer.weight.device)
-                    codes = numerics.quantize(layer.restored_weight(torch.float32), scale, TENSOR, dtype)
-                    changed.append((layer, codes, scale))
-    return changed
 
 
 def _write(targets: list[_Target], scales: dict[str, torch.Tensor]) -> None:

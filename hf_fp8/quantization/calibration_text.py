@@ -88,7 +88,7 @@ def measure(
     config: FP8Config,
     file: Path,
     *,
-    observer: str | Observer = "amax",
+    observer: str | Observer = "mse",
     tokens: int = 16384,
     length: int = 512,
     device_map: Any = None,

@@ -165,8 +165,9 @@ class Percentile(Observer):
     Counts magnitudes in `BINS` bins, sixteen for each doubling, from 2**-96 to 2**32: by exponent and four bits of the
     fraction. However far outliers are, the rest is told apart. What is smaller, or larger, is in the first, or last, bin.
 
-    Language models have a few values that are far larger than all others and matter most: on SmolLM2 clipping one in 10 000
-    ruins the model (perplexity 57 instead of 17), which "mse" and "amax" do not.
+    Not for language models: they have a few values that are far larger than all others and matter most. On SmolLM2 clipping
+    one in 10 000 ruins the model (perplexity 57 instead of 17). It is for models whose largest values are noise, and to
+    compare with other tools; measure what it does to the output (`hf_fp8.compare`) before you keep its scales.
 
     Raises ConfigError for a percent that is not above 0 and at most 100.
     """
