@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -262,16 +261,40 @@ def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert (path / "config.json").read_text() == "1" and list(tmp_path.iterdir()) == [path]
     # What a killed process left, in the moment between two renamings, is put back.
-    path.rename(tmp_path / f".x.old-{socket.gethostname()}-999999999")
-    (tmp_path / f".x.part-{socket.gethostname()}-999999999").mkdir()
+    path.rename(tmp_path / ".x.hf-fp8-old")
     with pytest.raises(ConfigError, match="is there already"), whole_folder(path):
         pass
     assert (path / "config.json").read_text() == "1" and list(tmp_path.iterdir()) == [path]
+    # One that was killed later, while it deleted the former checkpoint, is in nobody's way.
+    (tmp_path / ".x.hf-fp8-old").mkdir()
+    (tmp_path / ".x.hf-fp8-old" / "config.json").write_text("0")
+    with whole_folder(path, replaces="config.json") as part:
+        (part / "config.json").write_text("2")
+    assert (path / "config.json").read_text() == "2" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_renaming_that_fails_loses_nothing(fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls, rename = tmp_path / "x", [], Path.rename
+    saved(tiny_llama(num_hidden_layers=1), path)
+    before = tensors(path)
+
+    def fail_once(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == fails:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="no"), whole_folder(path, replaces="config.json") as part:
+        (part / "config.json").write_text("{}")
+    assert differing(tensors(path), before) == [] and list(tmp_path.iterdir()) == [path]
 
 
 PROGRAM = """
 import sys, time
-from hf_fp8 import cli, numerics
+from hf_fp8 import cli
+from hf_fp8.formats import numerics
 slow = numerics.quantize_weight
 def quantize_weight(*args):
     time.sleep(0.2)
@@ -285,7 +308,7 @@ cli.main()
 @pytest.mark.hostless
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
-    """At any moment: nothing, or a whole checkpoint; and the next run is not in the way of what was left."""
+    """At any moment: nothing, or a whole checkpoint; and what was left is not in the way of the next run."""
     dense = saved(tiny_llama(num_hidden_layers=1), tmp_path / "dense")
     for moment in {signal.SIGINT: (0.0, 0.25)}.get(how, (0.25,)):
         process = subprocess.Popen(
@@ -306,5 +329,5 @@ def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
         assert not (tmp_path / "fp8").exists()
         assert bool(list(tmp_path.glob(".fp8.part-*"))) == (how == signal.SIGKILL)
     run("quantize", dense, tmp_path / "fp8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "fp8"]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".fp8.part-")) == ["dense", "fp8"]
     run("verify", tmp_path / "fp8")

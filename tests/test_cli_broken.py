@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import config_of, run, saved
 from test_weight_files import SPECIAL, no_waiting
 
-from hf_fp8.checkpoint.writer import check_place, whole_folder
+from hf_fp8.checkpoint.writer import check_place
 from hf_fp8.errors import ConfigError
 from hf_fp8.quantization import files as rewrite
 from hf_fp8.quantization.source import open_source
@@ -140,18 +139,6 @@ def test_mount_points(tmp_path: Path, dense: Path, capsys: Capture, monkeypatch:
 def test_mount_points_of_this_machine(place: str) -> None:
     with pytest.raises(ConfigError, match="mount point"):
         check_place(Path(place), "config.json")
-
-
-@pytest.mark.parametrize("number", ["99999999999999999999", "²", "１２", "-1", "0", "", "1.5", "12x", "9" * 100])
-@pytest.mark.parametrize("kind", ["part", "old"])
-def test_hidden_folders_with_odd_numbers(tmp_path: Path, number: str, kind: str) -> None:
-    """Nobody that writes here left them: they are in nobody's way."""
-    odd = tmp_path / f".x.{kind}-{socket.gethostname()}-{number}"
-    odd.mkdir()
-    (odd / "mine").touch()
-    with whole_folder(tmp_path / "x") as part:
-        (part / "config.json").write_text("{}")
-    assert (tmp_path / "x" / "config.json").exists() and (odd / "mine").exists()
 
 
 def test_places_that_cannot_be_written(tmp_path: Path, dense: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import socket
 import struct
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,11 +98,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-# Folders that this process is filling.
-_BEGUN: set[Path] = set()
-_TURN = threading.Lock()
-
-
 def check_place(path: Path, replaces: str | None) -> None:
     """Raise ConfigError unless a folder can be written to `path`: nothing is there, or an empty folder, or one to replace.
 
@@ -150,7 +144,7 @@ def _check_parent(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{path} cannot be written: no permission to write to {place}")
-    if len(os.fsencode(_beside(path, "part").name)) > 255:
+    if len(os.fsencode(_new_beside(path).name)) > 255:
         raise ConfigError(f"{path} cannot be written: its name is too long, as one with more to it is needed meanwhile")
 
 
@@ -158,18 +152,17 @@ def _check_parent(path: Path) -> None:
 def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
 
-    What is at `path` stays until then. A process that is killed leaves a hidden folder beside it, which the next one that
-    writes there removes. Raises ConfigError as `check_place` does, before the block and again after it.
+    What is at `path` stays until then: it is moved aside, the new folder takes its place, and only then is it deleted. If the
+    process is killed in between, the next one that writes there moves it back. One that is killed while the folder is filled
+    leaves that beside `path`, as `.<name>.part-<random>`, for the user to delete: others may be writing there. Raises
+    ConfigError as `check_place` does, before the block and again after it.
     """
     path = Path(os.path.realpath(path))
-    _clear_up(path)
+    old = path.with_name(f".{path.name}.hf-fp8-old")
+    _put_back(old, path)
     check_place(path, replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _beside(path, "part"), _beside(path, "old")
-    with _TURN:
-        if part in _BEGUN:
-            raise ConfigError(f"another thread of this process is writing {path}")
-        _BEGUN.add(part)
+    part = _new_beside(path)
     try:
         part.mkdir()
         yield part
@@ -177,51 +170,24 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
             _sync(file)
         check_place(path, replaces)  # somebody else may have been here meanwhile
         if path.exists() and any(path.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed while it deleted it
             path.rename(old)
         part.rename(path)  # over an empty folder, too
         _sync(path.parent)
     except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
+        _put_back(old, path)
         shutil.rmtree(part, ignore_errors=True)
         raise
-    finally:
-        _BEGUN.discard(part)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
+def _new_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part-{secrets.token_hex(8)}")
 
 
-def _clear_up(path: Path) -> None:
-    """Remove what killed processes of this machine left; and put back what one of them had moved away when it was killed."""
-    if not path.parent.exists():
-        return
-    for kind in ("old", "part"):
-        start = f".{path.name}.{kind}-{socket.gethostname()}-"
-        for left in [file for file in path.parent.iterdir() if file.name.startswith(start)]:
-            if left in _BEGUN or not _has_ended(left.name.removeprefix(start)):
-                continue
-            if kind == "old" and not path.exists():
-                left.rename(path)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _has_ended(process: str) -> bool:
-    """Whether a process that had this number has. False for what is no number of a process: such a folder is not ours."""
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", process):
-        return False
-    if int(process) == os.getpid():
-        return True  # an earlier one had the same number
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        old.rename(path)
 
 
 def _sync(path: Path) -> None:
