@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_fp8.formats.cpu_casts import multiply_out
+from hf_fp8.formats.cpu import multiply_out
 from hf_fp8.formats.scheme import FP8
 
 ALL = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(FP8).reshape(16, 16)

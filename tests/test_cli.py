@@ -294,12 +294,12 @@ def test_a_renaming_that_fails_loses_nothing(fails: int, tmp_path: Path, monkeyp
 PROGRAM = """
 import sys, time
 from hf_fp8 import cli
-from hf_fp8.formats import numerics
-slow = numerics.quantize_weight
+from hf_fp8.loading import ops
+slow = ops.quantize_weight
 def quantize_weight(*args):
     time.sleep(0.2)
     return slow(*args)
-numerics.quantize_weight = quantize_weight
+ops.quantize_weight = quantize_weight
 print("ready", flush=True)
 cli.main()
 """

@@ -11,6 +11,7 @@ from test_kernels import BY_NAME, SCHEMES, THRESHOLD, expected, operands, runs, 
 from hf_fp8 import FP8Linear, kernels, quantize_model, requantize_model
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity, Scheme, TensorScheme
+from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import WEIGHT_ONLY, Problem, select
 from hf_fp8.kernels.probe import exact_operands
 from hf_fp8.nn.functional import scaled_linear
@@ -146,8 +147,8 @@ def test_what_auto_takes() -> None:
 def test_quantizing_gives_the_bytes_of_a_cpu(granularity: Granularity, dtype: torch.dtype) -> None:
     """Quotients are rounded to the dtype of the weight there, too; and a model quantized through the GPU comes back."""
     weight = (torch.randn(300, 448) * 0.05).to(dtype)
-    codes, scale = numerics.quantize_weight(weight, granularity)
-    there = numerics.quantize_weight(weight.to(DEVICE), granularity)
+    codes, scale = quantize_weight(weight, granularity)
+    there = quantize_weight(weight.to(DEVICE), granularity)
     assert torch.equal(there[0].cpu().view(torch.uint8), codes.view(torch.uint8)) and torch.equal(there[1].cpu(), scale)
     model = quantize_model(torch.nn.Sequential(torch.nn.Linear(448, 300, dtype=dtype)), device=DEVICE)
     assert model[0].weight.device.type == "cpu"

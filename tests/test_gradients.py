@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_fp8 import FP8Config, FP8Linear, InputError, Scheme, dequantize_model, scaled_grouped_linear
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity
+from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import torch_fp8 as torch_mm
 
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
@@ -288,7 +289,7 @@ def test_experts_have_no_second_derivative_and_say_so() -> None:
 def test_int8_codes_of_a_group_are_multiplied_exactly() -> None:
     """No scheme of ours has them; the op takes what it is given."""
     scheme = Scheme(numerics.TensorScheme(Granularity(1, 32), dtype=INT8))
-    codes, scale = numerics.quantize_weight(torch.randn(8, 64), Granularity(1, 32), INT8)
+    codes, scale = quantize_weight(torch.randn(8, 64), Granularity(1, 32), INT8)
     seed = torch.randn(3, 8)
     out = torch.ops.hf_fp8.times_weight(seed, codes, scale, scheme.text, False, "quantized")
     assert error(out, seed @ numerics.dequantize(codes, scale, Granularity(1, 32))) < 1e-6

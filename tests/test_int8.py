@@ -19,6 +19,7 @@ from hf_fp8 import FP8Config, FP8Linear, kernels
 from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
+from hf_fp8.formats.weights import requantize
 
 INT8_CONFIG = FP8Config(backend="int8")
 WEIGHTS = {
@@ -53,9 +54,9 @@ def test_requantizing_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     granularity = FP8_BLOCK.weight.granularity
     scale = numerics.compute_scale(w, granularity)
     q = numerics.quantize(w, scale, granularity)
-    whole = numerics.requantize(q, scale, granularity, INT8)
+    whole = requantize(q, scale, granularity, INT8)
     monkeypatch.setattr(numerics, "CPU_CHUNK", 1)
-    for a, b in zip(whole, numerics.requantize(q, scale, granularity, INT8), strict=True):
+    for a, b in zip(whole, requantize(q, scale, granularity, INT8), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(
         numerics.dequantize(q, scale, granularity), q.float() * numerics.expand_scale(scale, granularity, 300, 200)

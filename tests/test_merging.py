@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import hf_fp8
 from hf_fp8 import ConfigError, FP8Config, FP8Linear, ScaleError, UnsupportedError, dequantize_model, merging, quantize_model
 from hf_fp8.formats import numerics
-from hf_fp8.formats.changes import Change
 from hf_fp8.formats.scheme import FP8, INT8, ROW, TENSOR, Granularity
+from hf_fp8.formats.weights import Change, quantize_weight
 from hf_fp8.nn.base import QuantizedModule
 
 
@@ -322,12 +322,12 @@ def test_quantized_to_a_scale_of_another_dtype(granularity: Granularity, scale_d
     weight = torch.randn(24, 40)
     weight[3] = 0
     for size in (1.0, 1e-3, 3e-5, 1e-6):
-        fresh = torch.full_like(numerics.quantize_weight(weight, granularity)[1], 1e9).to(scale_dtype)
-        codes, scale = numerics.quantize_weight(weight * size, granularity, FP8, fresh)
+        fresh = torch.full_like(quantize_weight(weight, granularity)[1], 1e9).to(scale_dtype)
+        codes, scale = quantize_weight(weight * size, granularity, FP8, fresh)
         assert scale.dtype == scale_dtype and bool((scale > 0).all())
         largest = numerics.dequantize(codes, scale, granularity).abs().amax()
         # float16 has steps of 6e-8: of the smallest, codes hold the largest at least.
         assert abs(float(largest / (weight * size).abs().amax()) - 1) < 0.07
-    codes, scale = numerics.quantize_weight(weight, granularity, FP8, fresh)
+    codes, scale = quantize_weight(weight, granularity, FP8, fresh)
     steps = numerics.quantize(weight, scale.float(), granularity)
     assert torch.equal(codes.view(torch.uint8), steps.view(torch.uint8))

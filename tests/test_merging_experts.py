@@ -14,7 +14,7 @@ from test_merging import adapted, held
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_fp8 import FP8Config, FP8Experts, dequantize_model, merging
-from hf_fp8.formats.changes import Change
+from hf_fp8.formats.weights import Change
 
 FAMILIES = [mixtral, qwen3_moe, gpt_oss, llama4, deepseek_v3]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import CalibrationError, ScaleError
-from .cpu_casts import multiply_out
+from ..errors import CalibrationError
+from .cpu import multiply_out
 from .quantized_weight.tensor import codes_of
-from .scheme import CODE_MAX, FP8, ROW, Granularity, TensorScheme, scale_shape
+from .scheme import CODE_MAX, FP8, Granularity, TensorScheme
 
 # The scale where amax / 448 is 0: a normal number, which no device takes for 0 in x / scale.
 MIN_SCALE = torch.finfo(torch.float32).tiny
@@ -79,10 +79,11 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
 
 def expand_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
     """`scale`, in any shape that holds `granularity.grid` elements, in the `wide` dtype, broadcastable to (rows, cols)."""
-    return _broadcast(scale.to(wide(scale.dtype)), granularity, rows, cols)
+    return broadcast_scale(scale.to(wide(scale.dtype)), granularity, rows, cols)
 
 
-def _broadcast(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
+def broadcast_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
+    """`expand_scale` in the dtype of `scale`."""
     scale = scale.reshape(granularity.grid(rows, cols))
     if granularity.cols > 1:
         scale = scale.repeat_interleave(granularity.cols, dim=1)[:, :cols]
@@ -113,76 +114,6 @@ def quantize(
     if dtype == FP8:
         return torch.where(x.isinf(), torch.nan, clamped).to(dtype)
     return clamped.round_().nan_to_num_(0.0).to(dtype)
-
-
-def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the scale of a weight of `dtype` is made: its own, as in compressed-tensors; float32 of float64."""
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """The scale of weights whose largest magnitude is `amax` (`amax_of`), computed and rounded in its dtype.
-
-    That is compressed-tensors' arithmetic (quantization/utils/helpers.py, calculate_qparams) to the bit: a block of zeros
-    gets the dtype's eps. Only where amax / 448 underflows, which there is taken for zero, it is the smallest positive
-    number instead, so that the block is kept.
-    """
-    info = torch.finfo(amax.dtype)
-    return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least_scale(amax.dtype)))
-
-
-def least_scale(dtype: torch.dtype) -> float:
-    """The smallest positive number of `dtype` that scales may have: in float16 a subnormal, as its normal ones end early."""
-    info = torch.finfo(dtype)
-    return float(info.tiny * info.eps if dtype == torch.float16 else info.tiny)
-
-
-def quantize_weight(
-    weight: torch.Tensor,
-    granularity: Granularity,
-    dtype: torch.dtype = FP8,
-    held: torch.Tensor | None = None,
-    chance: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
-
-    Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
-    (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
-    held beside weight and codes is of a fixed size.
-
-    held: the scale that the weight had before somebody changed it a little. Blocks for which it still does keep it, as
-    their values lie on its codes; others get one of its dtype.
-    chance: round up or down at random (`round_by_chance`) instead of to the nearest code.
-
-    Raises ScaleError for weights with NaN or infinity.
-    """
-    rows, cols = weight.shape
-    compute = scale_dtype_of(weight.dtype)
-    codes = torch.empty((rows, cols), dtype=dtype, device=weight.device)
-    shape = scale_shape(granularity, rows, cols)
-    scale = torch.zeros(granularity.grid(rows, cols), dtype=compute, device=weight.device)
-    elements = chunk(weight.device)
-    for piece, part, _ in pieces(weight, scale, granularity, elements):
-        if piece.numel():
-            torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
-    if not bool(scale.isfinite().all()):
-        raise ScaleError(f"a weight of shape {(rows, cols)} has values that are NaN or infinite: it cannot be quantized")
-    scale.copy_(weight_scale_of(scale, dtype))
-    if held is not None:
-        fresh = scale.to(held.dtype)
-        # Among the smallest numbers of a dtype the next lower one may be far below: the largest weight would be cut.
-        low = fresh.to(compute) < scale * (1 - 2**-7)
-        fresh = torch.where(low, fresh + least_scale(held.dtype), fresh).to(compute)
-        before = held.reshape(scale.shape).to(compute)
-        # Not smaller than needed, and not so large that int8 would lose more than one bit.
-        scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
-    largest = CODE_MAX[dtype]
-    for piece, part, start in pieces(weight, scale, granularity, elements):
-        scaled = (piece.to(compute) / _broadcast(part, granularity, *piece.shape)).clamp_(-largest, largest)
-        if chance is not None:
-            scaled = round_by_chance(scaled.float(), dtype, chance).clamp_(-largest, largest)
-        codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
-    return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
 
 
 def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -> torch.Tensor:
@@ -285,25 +216,6 @@ def outlier_columns(x: torch.Tensor, most: int) -> torch.Tensor:
     if loudness[0] <= WORTHWHILE * mean:
         return columns[:0]
     return columns[: sum(value > OUTLYING * mean for value in loudness)]
-
-
-def requantize(
-    q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (N, K) times its scales, quantized anew: (codes of `dtype`, float32 scales (N, 1) per row).
-
-    In pieces: a float32 copy of the whole is never held.
-    """
-    q = codes_of(q)
-    rows, cols = q.shape
-    codes = torch.empty((rows, cols), dtype=dtype, device=q.device)
-    scales = torch.empty((rows, 1), dtype=torch.float32, device=q.device)
-    for piece, part, start in pieces(q, scale, granularity, chunk(q.device)):
-        dense = dequantize(piece, part, granularity)
-        end = start + len(piece)
-        scales[start:end] = compute_scale(dense, ROW, dtype)
-        codes[start:end] = quantize(dense, scales[start:end], ROW, dtype)
-    return codes, scales
 
 
 def chunk(device: torch.device) -> int:

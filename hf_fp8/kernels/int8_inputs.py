@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..formats import numerics
+from ..formats.cpu import scratch
 from ..formats.scheme import INT8, Scheme
-from ..formats.scratch import scratch
 from .base import Input, Problem
 from .inputs import quantize_input
 from .triton import support as triton_support

@@ -9,8 +9,8 @@ from functools import cache
 
 import torch
 
+from ..formats.cpu import rows_at_once, scratch
 from ..formats.scheme import INT8, ROW, Scheme
-from ..formats.scratch import rows_at_once, scratch
 from .base import Input, Problem, Weight, add_bias
 from .triton import support as triton_support
 

@@ -16,8 +16,9 @@ from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.weights import WEIGHT, DenseTensor, StoredWeight, companion
 from ..errors import ScaleError, UnsupportedError
 from ..formats import numerics
-from ..formats.cpu_casts import multiply_out
+from ..formats.cpu import multiply_out
 from ..formats.scheme import Granularity, TensorScheme
+from ..formats.weights import quantize_weight
 from . import options as load_options
 from .layout import Parameter
 
@@ -258,13 +259,13 @@ def quantize_or_note(
         return quantize_named(name, weight, scheme)
     except ScaleError as error:
         broken.append(str(error))
-        return numerics.quantize_weight(torch.zeros_like(weight), scheme.granularity, scheme.dtype)
+        return quantize_weight(torch.zeros_like(weight), scheme.granularity, scheme.dtype)
 
 
 def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """`numerics.quantize_weight`, whose error says which weight it was."""
+    """`quantize_weight`, whose error says which weight it was."""
     try:
-        return numerics.quantize_weight(weight, scheme.granularity, scheme.dtype)
+        return quantize_weight(weight, scheme.granularity, scheme.dtype)
     except ScaleError as error:
         raise ScaleError(f"{name}: {error}. Leave it out with `ignore`, or mend the checkpoint") from None
 
@@ -309,7 +310,7 @@ def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) ->
     if old.numel() == 1:
         stacked = stacked.amax()
     fresh = stacked.to(old.dtype).clamp(min=torch.finfo(old.dtype).tiny).reshape(old.shape).to(old.device)
-    return torch.where((fresh <= old) & (fresh >= old / 2), old, fresh)  # as in `numerics.quantize_weight`
+    return torch.where((fresh <= old) & (fresh >= old / 2), old, fresh)  # as in `quantize_weight`
 
 
 def codes_from(

@@ -21,8 +21,8 @@ from ..checkpoint.spec import QuantizationSpec
 from ..checkpoint.validate import ROUTER, module_named, names_of
 from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
 from ..errors import ConfigError, MismatchError, by_reason
-from ..formats.numerics import scale_dtype_of
 from ..formats.scheme import scale_shape
+from ..formats.weights import scale_dtype_of
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts
 from .keys import KeyMap

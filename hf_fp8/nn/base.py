@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import StateDictError, UnsupportedError
-from ..formats.changes import Change
 from ..formats.quantized_weight.casts import codes_for_certain, is_certain, refuse_own_values, refuse_values
 from ..formats.quantized_weight.source import Decoder
 from ..formats.quantized_weight.tensor import QuantizedWeight, codes_of, export, is_cast_of, is_whole
+from ..formats.weights import Change
 from .parameters import held_by, let_gather, plain_scale, scale_held
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class QuantizedModule(nn.Module):
 
     def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
         """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
-        rounding them makes of the change. chance: as in `numerics.quantize_weight`.
+        rounding them makes of the change. chance: as in `quantize_weight`.
 
         Scheme, dtypes of the scales and scales of inputs are this one's. Raises ScaleError for NaN or infinite weights.
         """

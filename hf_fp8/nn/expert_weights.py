@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ScaleError, UnsupportedError
-from ..formats import numerics
-from ..formats.changes import Change
+from ..formats.weights import Change, quantize_weight
 from ..kernels import ExpertWeights
 from ..kernels import torch_grouped as grouped_mm
 
@@ -133,7 +132,7 @@ def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) 
             for part, wanted in enumerate(rows.chunk(projection.parts)):
                 place, was = (w.part(part) if projection.parts > 1 else w for w in (new, held))
                 try:
-                    made = numerics.quantize_weight(
+                    made = quantize_weight(
                         wanted.float(), projection.scheme.weight.granularity, codes.dtype, was.scale[expert], chance
                     )
                 except ScaleError as error:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..formats.changes import Change
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import Scheme
+from ..formats.weights import Change
 from ..kernels import Groups
 from . import expert_weights as stacks
 from .base import OF_AN_INSTANCE, QuantizedModule

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedError
 from ..formats import numerics
-from ..formats.changes import Change
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
+from ..formats.weights import Change, quantize_weight, requantize, scale_dtype_of
 from .base import QuantizedModule, moved_as_it_is
 from .functional import scaled_linear
 from .originals import as_it_is, is_changed, kept, refuse_changed
@@ -153,13 +153,13 @@ class FP8Linear(QuantizedModule, nn.Linear):
         if originals not in ORIGINALS:
             raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
         granularity, home = self.scheme.weight.granularity, weight.device
-        scale_dtype = numerics.scale_dtype_of(weight.dtype)
+        scale_dtype = scale_dtype_of(weight.dtype)
         if weight.is_meta:
             codes = torch.empty(weight.shape, dtype=self.scheme.weight.dtype, device=home)
             scale = torch.empty(scale_shape(granularity, *weight.shape), dtype=scale_dtype, device=home)
         else:
             there = weight.detach().to(device or home)
-            codes, scale = (part.to(home) for part in numerics.quantize_weight(there, granularity, self.scheme.weight.dtype))
+            codes, scale = (part.to(home) for part in quantize_weight(there, granularity, self.scheme.weight.dtype))
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         if self.scheme.has_static_input and (self.input_scale is None or self.input_scale.is_meta):
@@ -262,7 +262,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """As in `QuantizedModule`. An original that was kept is now the new weight."""
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
         granularity = self.scheme.weight.granularity
-        codes, scale = numerics.quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, chance)
+        codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, chance)
         new, change = self._twin(), Change()
         new.weight = nn.Parameter(codes, requires_grad=False)
         new.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -302,7 +302,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
                 "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
                 "load onto one device, or with backend='weight_only'"
             )
-        codes, scale = numerics.requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
+        codes, scale = requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("input_scale", None)

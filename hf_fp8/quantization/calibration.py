@@ -333,7 +333,7 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
 def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`scale` in `dtype`; what is positive stays so."""
     info = torch.finfo(dtype)
-    # As in `numerics.weight_scale_of`: kernels may flush what is below `tiny`, but for float16.
+    # As in `weight_scale_of`: kernels may flush what is below `tiny`, but for float16.
     return scale.to(dtype).clamp(min=info.tiny * info.eps if dtype == torch.float16 else info.tiny)
 
 

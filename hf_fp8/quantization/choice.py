@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.config_groups import Group, all_of, match
 from ..errors import ConfigError, ScaleError, UnsupportedError
-from ..formats.numerics import scale_dtype_of
 from ..formats.scheme import FP8, Scheme
+from ..formats.weights import scale_dtype_of
 from ..integrations.config import FP8Config
 from ..integrations.peft.state import adapters
 from ..integrations.quantizer import FP8HfQuantizer

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, ScaleError
-from ...formats.changes import Change
+from ...formats.weights import Change
 from ...nn.base import QuantizedModule
 from ...nn.swap import take_over
 
