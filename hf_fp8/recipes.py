@@ -21,7 +21,7 @@ from .formats.scheme import FP8, INT8, ROW, TENSOR, Granularity, Scheme, TensorS
 from .nn.base import QuantizedModule
 from .nn.linear import FP8Linear
 from .quantization.calibration import apply_scales
-from .quantization.choice import Filter
+from .quantization.candidates import Filter
 from .quantization.model import quantize_model
 
 _ORIGINALS = {"keep": "keep", "cpu_offload": "offload", "discard": "discard"}

@@ -18,7 +18,7 @@ ORDER = (
 )  # fmt: skip
 # From here on transformers may be imported; before, one file does, for the grouped matmul of its experts.
 FIRST_WITH_TRANSFORMERS = "loading"
-BEFORE_WITH_TRANSFORMERS = {"nn.low_rank"}
+BEFORE_WITH_TRANSFORMERS = {"nn.expert_weights"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""One quantized weight as the files store it, with the scales that belong to it."""
+"""One quantized weight as the files store it, with the scales that belong to it; and slices of stacked tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ..errors import CheckpointError, MismatchError, MissingTensorError, ScaleEr
 from ..formats.scheme import Scheme, scale_shape
 from .config_groups import Group
 from .reader import SCALE_DTYPES, Checkpoint
-from .slices import Part
 
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
@@ -28,6 +27,40 @@ HOST_ROLES = (
     WEIGHT, "weight_packed", WEIGHT_SCALE, "weight_zero_point", "weight_shape", "weight_g_idx",
     "weight_global_scale", INPUT_SCALE, "input_global_scale",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A tensor of the files called `key`, or one expert's slice of a stacked one: where the values of a tensor that is to be
+    written come from.
+
+    expert: its number, None for the whole tensor. index, of: which of how many matrices that lie over each other along the
+    outputs (gate, up), interleaved or one after the other. transposed: a stack of (E, K, N) instead of (E, N, K).
+    """
+
+    key: str
+    expert: int | None = None
+    index: int = 0
+    of: int = 1
+    transposed: bool = False
+    interleaved: bool = False
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The slice of `tensor`, which is the one called `key`: a view."""
+        if self.expert is None:
+            return tensor
+        rows = tensor[self.expert]
+        if self.transposed and rows.ndim == 2:
+            rows = rows.t()
+        if self.of == 1:
+            return rows
+        return rows[self.index :: self.of] if self.interleaved else rows.chunk(self.of)[self.index]
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """That of the slice of a tensor of shape `whole`."""
+        if self.expert is None:
+            return whole
+        return tuple(self.take(torch.empty(whole, device="meta")).shape)
 
 
 @dataclass(frozen=True)
@@ -63,7 +96,7 @@ class StoredWeight:
     pattern: str | None = None
     saved: dict[str, str] = field(default_factory=dict)
     transposed: bool = False
-    part: Part | None = None
+    part: TensorSlice | None = None
 
     @property
     def scheme(self) -> Scheme:

@@ -16,8 +16,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, companion
 from ..formats.scheme import scale_shape
-from .expert_names import converters
 from .expert_ops import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
+from .keys import converters
 from .layout import Layout, Stack
 from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, plain_pattern
 

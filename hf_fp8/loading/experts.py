@@ -10,9 +10,8 @@ from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.weights import DenseTensor, StoredWeight
 from ..errors import MismatchError, MissingTensorError
 from ..nn.experts import ExpertsLayout, Projection
-from .expert_names import PlainMerge
 from .facts import ModelFacts
-from .keys import KeyMap
+from .keys import KeyMap, PlainMerge
 from .layout import ExpertsPlan, Parameter, Stack
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
 from ..checkpoint.reader import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
-from ..checkpoint.slices import Part
 from ..checkpoint.spec import QuantizationSpec
 from ..checkpoint.validate import scan, weights_of
 from ..checkpoint.weights import (
@@ -22,6 +21,7 @@ from ..checkpoint.weights import (
     ZERO_POINTS,
     DenseTensor,
     StoredWeight,
+    TensorSlice,
     check_scale_values,
     companion,
     name_beside,
@@ -61,7 +61,7 @@ def match_checkpoint(
     checkpoint: Checkpoint,
     spec: QuantizationSpec,
     policy: Policy,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, TensorSlice] | None = None,
 ) -> Layout:
     """Where each tensor of `checkpoint` goes in the model, and what becomes of it.
 

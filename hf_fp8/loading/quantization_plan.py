@@ -16,10 +16,9 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from ..checkpoint.config_groups import Group, match
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.slices import Part
 from ..checkpoint.spec import QuantizationSpec
 from ..checkpoint.validate import ROUTER, module_named, names_of
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
 from ..errors import ConfigError, MismatchError, by_reason
 from ..formats.scheme import scale_shape
 from ..formats.weights import scale_dtype_of
@@ -64,7 +63,7 @@ class Plan:
 
     written: Checkpoint
     spec: QuantizationSpec
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, TensorSlice] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -197,9 +196,9 @@ class _Planner:
                 stays = is_dense_by_default(names, owner in self.model.heads)
                 yield _Matrix(name, module, names, shape, owner, is_expert, stays)
 
-    def _take_apart(self, key: str, info: TensorInfo, plan: Plan) -> tuple[str | None, list[tuple[str, Part]]]:
+    def _take_apart(self, key: str, info: TensorInfo, plan: Plan) -> tuple[str | None, list[tuple[str, TensorSlice]]]:
         """(experts module of which `key` is a stack or None, (key, part) of each tensor that it becomes)."""
-        whole = [(key, Part(key))]
+        whole = [(key, TensorSlice(key))]
         stack = self._stack_of(key, info)
         if stack is None:
             return None, whole
@@ -228,7 +227,7 @@ class _Planner:
         known = (layout.first, "down_proj") if len(info.shape) == 3 else (f"{layout.first}_bias", "down_proj_bias")
         return (name, layout, leaf) if leaf in known and target in self.model.params else None
 
-    def _any_chosen(self, taken: list[tuple[str, Part]], experts: str) -> bool:
+    def _any_chosen(self, taken: list[tuple[str, TensorSlice]], experts: str) -> bool:
         """Whether any expert of a stack is quantized; of the names of a bias, whether its weight is."""
         modules = (name.rpartition(".")[0] for name, _ in taken)
         prefix = self.keymap.prefix
@@ -308,7 +307,7 @@ def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _experts_of(key: str, info: TensorInfo, layout: ExpertsLayout, leaf: str) -> Iterator[tuple[str, Part]]:
+def _experts_of(key: str, info: TensorInfo, layout: ExpertsLayout, leaf: str) -> Iterator[tuple[str, TensorSlice]]:
     """(key, part) of each expert, under the names that llm-compressor gives them."""
     is_first = leaf.removesuffix("_bias") == layout.first
     projections = ("gate_proj", "up_proj") if is_first and layout.has_gate else ("up_proj",) if is_first else ("down_proj",)
@@ -316,5 +315,5 @@ def _experts_of(key: str, info: TensorInfo, layout: ExpertsLayout, leaf: str) ->
     stem = key.rpartition(".")[0]
     for expert in range(info.shape[0]):
         for index, projection in enumerate(projections):
-            part = Part(key, expert, index, len(projections), layout.is_transposed, not layout.is_concatenated)
+            part = TensorSlice(key, expert, index, len(projections), layout.is_transposed, not layout.is_concatenated)
             yield f"{stem}.{expert}.{projection}.{role}", part

@@ -19,8 +19,8 @@ from ..formats.weights import Change
 from ..kernels import Groups
 from . import expert_weights as stacks
 from .base import OF_AN_INSTANCE, QuantizedModule
+from .expert_weights import LowRank, product
 from .grouped import known, route, scale_shape_of_experts, scaled_grouped_linear
-from .low_rank import LowRank, product
 from .parameters import plain_scale
 
 # A few tokens are not sorted by expert: sorting is five launches, and what it saves is reading an expert twice that two

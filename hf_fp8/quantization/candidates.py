@@ -1,18 +1,31 @@
-"""Which layers of any PyTorch model can be quantized in place, and why others cannot."""
+"""Which layers of a model `quantize_model` is to quantize: by targets, by the user's filter, and by what can be, or why not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..formats.scheme import FP8_DYNAMIC, Scheme
+from ..checkpoint.config_groups import Group, all_of, match
+from ..errors import ConfigError, ScaleError, UnsupportedError
+from ..formats.scheme import FP8, FP8_DYNAMIC, Scheme
+from ..formats.weights import scale_dtype_of
+from ..integrations.config import FP8Config
+from ..integrations.peft.state import adapters
+from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.model_code import weights_read_directly
+from ..loading.quantization_plan import is_dense_by_default
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, FP8PointwiseConv
+from .transformers_model import plan_in_place, plan_int8, transformers_models
 
+Filter = Callable[[str, nn.Module], bool]
+logger = logging.getLogger(__name__)
 # Names that mean something on a quantized layer.
 _OURS = {*dir(FP8PointwiseConv), *vars(FP8PointwiseConv(1, 1, FP8_DYNAMIC, device="meta"))}
 
@@ -96,3 +109,134 @@ def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((f"{name}.{leaf}" if name else leaf, module))
     return users
+
+
+@dataclass
+class Choice:
+    """layers: name -> scheme. reasons: name of what was asked for and cannot be quantized -> why. quantizers: name of a
+    transformers model in the model -> what will save it, with its experts in its layout. names: what each Linear is called.
+    """
+
+    layers: dict[str, Scheme] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    quantizers: dict[str, FP8HfQuantizer] = field(default_factory=dict)
+    names: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x1: bool) -> Choice:
+    """Raises ConfigError if nothing is left, or a group of several has nothing; ScaleError for experts that are not finite;
+    UnsupportedError for models with adapters."""
+    if (adapter := adapters(model)) is not None:
+        raise UnsupportedError(
+            f"{adapter} has an adapter on it, whose own Linears are not to be quantized: quantize the model first, then add "
+            "adapters to it"
+        )
+    found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
+    choice = Choice()
+    planned: list[str] = []
+    is_fp8 = all_of(FP8, config.spec.groups)
+    used: set[str] = set()
+
+    def accepted(group: Group | None, name: str, module: nn.Module) -> Group | None:
+        if group is None or (filter_fn is not None and not filter_fn(name, module)):
+            return None
+        candidate = found.get(name)
+        reason = None if candidate is None else candidate.reason
+        if reason is None and candidate is not None and group.scheme is not None:
+            reason = why_unfit(module, group.scheme)
+        if reason is not None:
+            choice.reasons[name] = reason
+            return None
+        used.add(group.name)
+        return group
+
+    parts = dict(transformers_models(model))
+    for path, part in parts.items() if is_fp8 else ():
+        planned.append(path)
+        _plan(path, part, config, accepted, choice)
+    by_default = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
+    explicit = config.spec.explicit_targets([(name,) for name in found if name not in by_default])
+    for name, candidate in found.items():
+        if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
+            continue
+        group = config.spec.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
+        if name in by_default and not match((name,), (), explicit):
+            continue
+        if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
+            choice.layers[name] = group.scheme
+    if not is_fp8:
+        for path, part in parts.items():
+            inside = {name[len(path) + 1 if path else 0 :] for name in choice.layers if _within(name, path)}
+            if inside:
+                choice.quantizers[path] = plan_int8(part, config, inside)
+    _check(model, config, choice, used)
+    choice.names += [(name,) for name in found]
+    for entry in config.spec.unmatched_ignore(choice.names):
+        logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
+    return choice
+
+
+def _plan(
+    path: str,
+    part: PreTrainedModel,
+    config: FP8Config,
+    accepted: Callable[[Group | None, str, nn.Module], Group | None],
+    choice: Choice,
+) -> None:
+    dot = f"{path}." if path else ""
+    names = {id(module): dot + name for name, module in part.named_modules()}
+    decided: dict[tuple[int, str | None], Group | None] = {}
+
+    def wanted(called: tuple[str, ...], owner: str | None) -> Group | None:
+        if owner is None:
+            return None
+        name = names[id(module := part.get_submodule(owner))]  # of a module with two names it is the first
+        group = config.spec.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+        key = (id(module), None if group is None else group.name)
+        if key not in decided:
+            decided[key] = accepted(group, name, module)
+        return decided[key]
+
+    quantizer = plan_in_place(part, copy.copy(config), wanted)
+    assert quantizer.layout is not None and quantizer.planned is not None
+    choice.reasons.update({dot + name: reason for name, reason in quantizer.planned.reasons.items()})
+    choice.names += quantizer.planned.names
+    if quantizer.layout.kept or quantizer.layout.experts:
+        choice.quantizers[path] = quantizer
+        choice.layers.update({dot + name: weight.scheme for name, weight in quantizer.layout.kept.items()})
+
+
+def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) -> None:
+    held = sum(isinstance(module, QuantizedModule) for module in model.modules())
+    for group in config.spec.groups:
+        if group.name not in used:
+            if held:
+                choice.reasons.setdefault("", f"{held} layers are quantized already")
+            said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+            raise ConfigError(
+                f"no layer of {type(model).__name__} is quantized by targets {list(group.targets)}, ignore "
+                f"{list(config.spec.ignore)} and filter_fn{f' ({said})' if said else ''}"
+            )
+    if not choice.layers and not choice.quantizers:
+        said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
+    for path, quantizer in choice.quantizers.items():
+        for plan in quantizer.layout.experts.values() if quantizer.layout is not None else ():
+            for stack in plan.stacks:
+                name = f"{path}.{stack.target}" if path else stack.target
+                values = model.get_parameter(name)
+                ends = () if values.is_meta else torch.aminmax(values)
+                if not all(bool(end.to(scale_dtype_of(values.dtype)).isfinite()) for end in ends):
+                    raise ScaleError(
+                        f"{name} has values that are NaN or infinite: they cannot be quantized; put it in `ignore`"
+                    )
+
+
+def _stays_dense(candidate: Candidate, parts: dict[str, PreTrainedModel]) -> bool:
+    """Whether it is the output embedding or a router of a transformers model."""
+    inside = [part for path, part in parts.items() if _within(candidate.name, path)]
+    return bool(inside) and is_dense_by_default((candidate.name,), candidate.module is inside[0].get_output_embeddings())
+
+
+def _within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")

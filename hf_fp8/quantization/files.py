@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,13 @@ import torch
 from transformers.core_model_loading import WeightTransform
 
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.slices import Part
 from ..checkpoint.spec import QuantizationSpec
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight
+from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
 from ..checkpoint.writer import ShardWriter, check_place, nbytes, whole_folder, write_index
 from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
 from ..integrations.config import FP8Config
 from ..loading.facts import ModelFacts
-from ..loading.host_names import host_form
-from ..loading.keys import KeyMap
+from ..loading.keys import EXPERT, KeyMap, converters, hub_name
 from ..loading.layout import Layout
 from ..loading.matching import Policy, match_checkpoint
 from ..loading.ops import quantize_named, weight_from
@@ -171,7 +169,7 @@ def dequantize_checkpoint(
     for key, info in checkpoint.tensors.items():
         if key in dropped:
             continue
-        home = homes.get(key, Part(key.removesuffix("_packed") if key in weights else key))
+        home = homes.get(key, TensorSlice(key.removesuffix("_packed") if key in weights else key))
         members.setdefault(home.key, []).append(key)
         stored = DTYPE_NAMES[of] if key in weights else info.dtype
         shape = _dense_shape(weights[key], checkpoint) if key in weights else info.shape
@@ -274,3 +272,35 @@ def _check_space(destination: Path, total: int) -> None:
     free = shutil.disk_usage(place).free
     if free < total:
         raise ConfigError(f"{total / 1e9:.2f} GB are to be written to {destination}, where {free / 1e9:.2f} GB are free")
+
+
+def host_form(
+    model: ModelFacts, conversions: Sequence[WeightTransform], checkpoint: Checkpoint
+) -> tuple[dict[str, TensorSlice], dict[str, tuple[int, ...]]]:
+    """(key -> where its values go in a dense checkpoint, name of a stack of experts -> its shape), for keys that the host
+    would not find a place for: to other names (Mixtral), or into stacks (gpt-oss, Llama-4)."""
+    keymap = KeyMap.of(model, conversions, checkpoint.tensors)
+    merges = converters(*keymap.unmapped_experts) if keymap.unmapped_experts is not None else []
+    sources = {pattern: converter.source_patterns for converter in merges for pattern in converter.source_patterns}
+    homes: dict[str, TensorSlice] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key in checkpoint.tensors:
+        plain = key.removesuffix("_packed")
+        target, pattern = keymap.resolve(plain)
+        called = EXPERT.match(plain)
+        if called is None or called["rest"] not in ("weight", "bias"):
+            continue
+        if pattern in sources:
+            experts, _, leaf = target.rpartition(".")
+            layout = model.experts(experts)
+            if layout is None:
+                continue  # of a layer that this class of model does not have: as they are
+            patterns, stack = sources[pattern], f"{called['experts']}.{leaf}"
+            homes[key] = TensorSlice(
+                stack, int(called["index"]), patterns.index(pattern), len(patterns),
+                layout.is_transposed, not layout.is_concatenated,
+            )  # fmt: skip
+            shapes[stack] = keymap.shapes[target]
+        elif keymap.plain(plain) in keymap.aliases:
+            homes[key] = TensorSlice(hub_name(plain) or plain)
+    return homes, shapes

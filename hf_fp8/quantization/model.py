@@ -20,7 +20,7 @@ from ..nn.base import QuantizedModule
 from ..nn.conv import FP8PointwiseConv
 from ..nn.linear import ORIGINALS, FP8Linear, refuse_torn
 from ..nn.swap import leave_fused_paths, let_siblings_share, put, take_over
-from .choice import Choice, Filter, choose
+from .candidates import Choice, Filter, choose
 from .transformers_model import adopt, fill_experts
 
 logger = logging.getLogger(__name__)

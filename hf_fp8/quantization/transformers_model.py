@@ -14,14 +14,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
 from ..checkpoint.reader import DTYPE_NAMES, Checkpoint, TensorInfo
-from ..checkpoint.slices import Part
+from ..checkpoint.weights import TensorSlice
 from ..errors import ScaleError, UnsupportedError
 from ..integrations.config import FP8Config
 from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.dtypes import DtypePlan, dtype_of
-from ..loading.expert_names import PlainMerge
 from ..loading.expert_ops import quantize_stack
-from ..loading.keys import KeyMap
+from ..loading.keys import KeyMap, PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
 from ..nn.base import QuantizedModule
@@ -110,7 +109,7 @@ def adopt(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
 
 def _expert(new: FP8Experts, stack: Stack, values: torch.Tensor, device: Any, part: int, expert: int) -> torch.Tensor:
     layout = new.layout
-    where = Part("", expert, part, stack.projection.parts, layout.is_transposed, not layout.is_concatenated)
+    where = TensorSlice("", expert, part, stack.projection.parts, layout.is_transposed, not layout.is_concatenated)
     return where.take(values).to(device or values.device)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...nn.expert_weights import LowRank
 from ...nn.experts import FP8Experts
 from ...nn.linear import FP8Linear
-from ...nn.low_rank import LowRank
 from .state import innermost
 
 
