@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..formats import numerics
-from ..kernels import ExpertWeights
 from ..kernels import torch_grouped as grouped_mm
 from ..nn.base import QuantizedModule
+from ..nn.expert_weights import rows_as_held, weights_of
 from ..nn.experts import FP8Experts, Projection
 from ..nn.linear import FP8Linear
 from .outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals
@@ -185,14 +185,10 @@ def _projection(pair: Pair, experts: FP8Experts, projection: Projection) -> Row:
     codes, stack = experts.held_codes(projection.name), getattr(pair.reference, projection.name).detach()
     if codes.is_meta or stack.is_meta:
         return dataclasses.replace(row, note="weights not comparable: they are offloaded")
-    # As FP8Experts._dense has it, the other way round: here rows are outputs, and gate lies over up.
-    stack = stack.transpose(1, 2) if experts.layout.is_transposed else stack
-    alternate = projection is experts.first and not experts.layout.is_concatenated and not experts.interleaved
-    held = ExpertWeights(codes, getattr(experts, projection.scale), projection.scheme, projection.parts)
+    held = weights_of(experts, projection)
     total, each = Sums(), []
-    for number in range(len(stack)):
-        sums, rows = Sums(), stack[number]
-        rows = torch.cat((rows[::2], rows[1::2])) if alternate else rows
+    for number, rows in enumerate(rows_as_held(experts, projection, stack)):
+        sums = Sums()
         for dense, first, last in grouped_mm.pieces(held, number, torch.float32):
             sums.add(rows[first:last], dense)
         total.merge(sums)

@@ -12,6 +12,7 @@ from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.experts import FP8Experts
 from ..nn.linear import FP8Linear
+from .running import device_of
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,15 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
         dense = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32))
         dtype = next(dense, torch.bfloat16)
     rows = Explanation()
+    asked = None if device is None else torch.device(device)
     for name, module in model.named_modules():
         if isinstance(module, FP8Linear):
-            place = _execution_device(module, device)
+            place = asked or device_of(module)
             choice = select(Problem(place, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
         elif isinstance(module, FP8Experts):
-            rows += _experts(name, module, dtype, _execution_device(module, device))
+            rows += _experts(name, module, dtype, asked or device_of(module))
     # In whatever the model was wrapped by, and without what is not there any more.
     notes = [(part, vars(part)[NOTES]) for part in model.modules() if NOTES in vars(part)]
     for part, name, scheme, reason in ((part, name, *note) for part, found in notes for name, note in found.items()):
@@ -107,14 +109,3 @@ def _experts(name: str, module: FP8Experts, dtype: torch.dtype, device: torch.de
         size = _bytes(*held, getattr(module, f"{projection.name}_bias", None))
         rows.append(Row(f"{name}.{projection.name}", projection.scheme.describe(), str(choice), choice.reason, size))
     return rows
-
-
-def _execution_device(module: nn.Module, asked: torch.device | str | None) -> torch.device:
-    """Where the module computes: accelerate moves offloaded weights there for the call."""
-    if asked is not None:
-        return torch.device(asked)
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    found = next(module.parameters()).device
-    return torch.device("cpu") if found.type == "meta" else found

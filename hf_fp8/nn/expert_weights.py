@@ -109,12 +109,16 @@ def _rows(experts: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from values.transpose(1, 2) if experts.layout.is_transposed else values
 
 
+def rows_as_held(experts: Any, projection: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(N, K) of each expert of a stack in the family's layout, its rows in the order of the codes."""
+    for rows in _rows(experts, values):
+        yield torch.cat([rows[::2], rows[1::2]]) if takes_turns(experts, projection) else rows
+
+
 def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
     """Whether a stack is what `rebuilt` gave: no adapter is on it."""
     w = weights_of(experts, projection)
-    for expert, rows in enumerate(_rows(experts, values)):
-        if takes_turns(experts, projection):
-            rows = torch.cat([rows[::2], rows[1::2]])
+    for expert, rows in enumerate(rows_as_held(experts, projection, values)):
         if not all(torch.equal(rows[a:b], piece) for piece, a, b in grouped_mm.pieces(w, expert, values.dtype)):
             return False
     return True
@@ -132,9 +136,7 @@ def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) 
             continue
         codes, scales = torch.empty_like(held.codes), torch.empty_like(held.scale)
         new = ExpertWeights(codes, scales, projection.scheme, projection.parts)
-        for expert, rows in enumerate(_rows(experts, values)):
-            if takes_turns(experts, projection):
-                rows = torch.cat([rows[::2], rows[1::2]])
+        for expert, rows in enumerate(rows_as_held(experts, projection, values)):
             for part, wanted in enumerate(rows.chunk(projection.parts)):
                 place, was = (w.part(part) if projection.parts > 1 else w for w in (new, held))
                 try:
