@@ -232,16 +232,10 @@ class Int8DynamicActivationInt8Weight(Recipe):
         self.scheme = self._of(granularity, "PerRow() or PerTensor()", "INT8", whole)
 
 
-Float8WeightOnlyConfig = Float8WeightOnly
-Float8DynamicActivationFloat8WeightConfig = Float8DynamicActivationFloat8Weight
-Float8StaticActivationFloat8WeightConfig = Float8StaticActivationFloat8Weight
-Int8WeightOnlyConfig = Int8WeightOnly
-Int8DynamicActivationInt8WeightConfig = Int8DynamicActivationInt8Weight
-
 RECIPES: dict[str, type[Recipe]] = {kind.__name__: kind for kind in Recipe.__subclasses__()}
-# Part of a name, without case and underscores -> why there is no such recipe. The first that fits speaks.
 _BITS = "weights of hf_fp8 have 8 bits: take Float8WeightOnly or Int8WeightOnly, or torchao itself"
-_REFUSED = {
+# Part of a name, without case and underscores -> why there is no such recipe. The first that fits speaks.
+_UNSUPPORTED = {
     "sparse": "2:4 sparse weights run on cuSPARSELt or CUTLASS alone, on CUDA devices of SM90; none was there to hold the "
     "compressed layout against exact numbers, and a wrong one gives wrong numbers without an error. Take the dense "
     "Float8DynamicActivationFloat8Weight, which keeps the zeros of pruned weights, or torchao itself",
@@ -253,24 +247,30 @@ _REFUSED = {
 }
 
 
+def _kind(name: str) -> type[Recipe]:
+    word = name.replace("_", "").lower().removesuffix("config")
+    for known, kind in RECIPES.items():
+        if known.lower() == word:
+            return kind
+    for part, why in _UNSUPPORTED.items():
+        if part in word:
+            raise UnsupportedError(f"recipe {name!r}: {why}")
+    raise ConfigError(f"recipe {name!r}: there are {', '.join(RECIPES)}; schemes by name are quantize_model's")
+
+
 def recipe(name: str, **parameters: Any) -> Recipe:
     """The recipe of a torchao name: of a config's class with or without "Config", or as once spelled, float8_weight_only.
 
     Raises UnsupportedError, with the reason, for those there cannot be, ConfigError, with those there are, for other names.
     """
-    word = name.replace("_", "").lower().removesuffix("config")
-    if (kind := {known.lower(): kind for known, kind in RECIPES.items()}.get(word)) is not None:
-        return kind(**parameters)
-    if why := next((why for part, why in _REFUSED.items() if part in word), None):
-        raise UnsupportedError(f"recipe {name!r}: {why}")
-    raise ConfigError(f"recipe {name!r}: there are {', '.join(RECIPES)}; schemes by name are quantize_model's")
+    return _kind(name)(**parameters)
 
 
 def __getattr__(name: str) -> Any:
-    """What torchao has and this module has not is refused by its name, with the reason."""
-    if not name.startswith("_"):
-        with suppress(ConfigError):  # no name of torchao's either
-            recipe(name)
+    """The recipes' names with "Config"; what torchao has and this module has not raises UnsupportedError, with the reason."""
+    with suppress(ConfigError):  # no name of torchao's
+        if not name.startswith("_") and (kind := _kind(name)).__name__ == name.removesuffix("Config"):
+            return kind
     raise AttributeError(f"module {__name__} has no attribute {name!r}")
 
 

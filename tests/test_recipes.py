@@ -340,7 +340,7 @@ def test_static_scale_not_given() -> None:
     assert model.first.awaits_calibration
     with pytest.raises(CalibrationError, match="calibrate"):
         model(x)
-    with calibrate(model):
+    with calibrate(model, "amax"):
         model(x)
     assert model.first.input_scale.item() == pytest.approx(x.abs().max().item() / 448)
     exact = net(FP32)(x)
