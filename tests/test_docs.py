@@ -19,11 +19,8 @@ from build import IDS, load, tiny_llama, write
 from markdown import PAGES, ROOT, blocks, commands, spans
 from test_cli import run
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import quantizing
-
 import hf_fp8
+from benchmarks.pages import quantizing
 from hf_fp8 import FP8Config, cli, errors
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -35,7 +32,7 @@ every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 @every_page
 def test_paths_exist(path: Path) -> None:
     text = path.read_text()
-    for found in re.findall(r"(?<![\w/.-])((?:scripts|docs|tests|hf_fp8)/[\w./-]*\w)(?:::(\w+))?", text):
+    for found in re.findall(r"(?<![\w/.-])((?:scripts|benchmarks|docs|tests|hf_fp8)/[\w./-]*\w)(?:::(\w+))?", text):
         assert (ROOT / found[0]).exists() or (ROOT / f"{found[0]}.py").exists(), found
         assert not found[1] or f"def {found[1]}(" in (ROOT / found[0]).read_text(), found
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
@@ -59,7 +56,7 @@ def test_names_of_the_package_exist(path: Path) -> None:
 @cache
 def words() -> set[str]:
     """Every word of the sources: a name that is shown, and is none of them, was renamed or never was."""
-    files = (file for folder in ("hf_fp8", "scripts", "tests") for file in (ROOT / folder).rglob("*.py"))
+    files = (file for folder in ("hf_fp8", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py"))
     return {word for file in files if file != Path(__file__) for word in re.findall(r"\w+", file.read_text())}
 
 
@@ -201,12 +198,15 @@ def taken_by_cli(_: str, arguments: list[str]) -> None:
         command.make_context("hf-fp8", arguments)  # raises for what it does not know, or lacks
 
 
-def taken_by_script(name: str, arguments: list[str]) -> None:
-    module = importlib.import_module(Path(name).stem)
+def taken_by_script(script: str, arguments: list[str]) -> None:
+    """By the program that the script runs, `python -m MODULE "$@"`, or a module of the name that comes first."""
+    (module,) = re.findall(r'^exec \.venv/bin/python -m "?([\w.$]+)', (ROOT / script).read_text(), re.MULTILINE)
+    if module.endswith("$1"):
+        module, arguments = module.replace("$1", arguments[0]), arguments[1:]
     try:
-        module.arguments().parse_args(arguments)
+        importlib.import_module(module).arguments().parse_args(arguments)
     except SystemExit:
-        pytest.fail(f"{name} does not take {shlex.join(arguments)}")
+        pytest.fail(f"{script} does not take {shlex.join(arguments)}")
 
 
 # --- what `hf-fp8` prints ---

@@ -2,7 +2,7 @@
 
 `cases` makes a case of a seed from `bases` and the mutations of config, model, tensors and files (`..._faults`). `meaning` says
 what the mutated files mean, `twin` what stock transformers computes from that, `judging` holds the two against each other, and
-`workers` runs many cases under limits of time and memory. scripts/fuzz is the command.
+`workers` runs many cases under limits of time and memory. `__main__` is the command, scripts/fuzz.
 """
 
 import os

@@ -1,0 +1,32 @@
+"""Times of calls, medians, and the first line of an error for a table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def time_of(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, until the device has done its work."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def median(values: Sequence[float]) -> float:
+    """NaN if there are none."""
+    return statistics.median(values) if values else float("nan")
+
+
+def first_line(error: BaseException, most: int = 100) -> str:
+    return str(error).strip().split("\n")[0][:most] or type(error).__name__
