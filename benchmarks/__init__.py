@@ -2,7 +2,7 @@
 
 Each file of this folder is a program: `scripts/bench NAME`, or `python -m benchmarks.NAME` from the root of the repository; -h
 shows its options. `common` is what they share. `pages` has the programs that write pages, with their templates: `scripts/page
-NAME`.
+NAME`. `gpu_day` measures everything on a CUDA machine without network.
 """
 
 import os

@@ -31,6 +31,7 @@ SHAPES = {
     "mixtral-8x7b": (4096, 14336, 8, 2),
     "deepseek-v3": (7168, 2048, 256, 8),
     "small": (1024, 512, 16, 2),
+    "tiny": (128, 128, 4, 2),  # for Triton's interpreter
 }
 
 
@@ -69,8 +70,8 @@ def fp8_experts(dense: Qwen3MoeExperts, scheme: Scheme, device: str) -> FP8Exper
     return module.eval()
 
 
-def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str) -> list[Contender]:
-    """The host's dense experts first; then ours as users get them, and by kernel."""
+def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str, slow: bool) -> list[Contender]:
+    """The host's dense experts first; then ours as users get them, and by kernel. slow: on a CPU, too."""
     dense = dense_experts(name, dtype, device)
     with torch.no_grad():
         fp8 = fp8_experts(dense, scheme, device)
@@ -90,7 +91,7 @@ def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str) -> li
     problem = Problem(torch.device(device), scheme, fp8.first.shape[1], fp8.first.shape[2], dtype)
     for kernel in GROUPED_KERNELS:
         # On a CPU one expert at a time is all there is, and what "auto" takes.
-        if device != "cpu" and not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem)):
+        if (device != "cpu" or slow) and not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem)):
             found.append(Contender(kernel.name, [fp8], size, kernel.quantizes, kernel.name))
     found.append(_host_fp8(name, dense, fp8, size))
     return found
@@ -169,6 +170,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=real if ON_GPU else ["small", "qwen3-30b-a3b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512] + ([4096] if ON_GPU else []))
     parser.add_argument("--scheme", choices=SCHEMES, default="channel")
+    parser.add_argument("--slow", action="store_true", help="on a CPU, also each kernel by itself")
     return parser
 
 
@@ -179,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     log = Results(args.device, args.csv)
     columns = ("ms", "x dense grouped_mm", "x dense, the faster", "TFLOP/s", "GB/s", "% of roofline")
     for name in args.shapes:
-        every = contenders(name, SCHEMES[args.scheme], dtype, args.device)
+        every = contenders(name, SCHEMES[args.scheme], dtype, args.device, args.slow)
         for tokens in args.tokens:
             them = [contender.again() for contender in every]
             distinct = measure(them, name, tokens, dtype, args.device, args.rounds)

@@ -36,9 +36,11 @@ def quantized(scheme: Scheme, weight: torch.Tensor, backend: str, device: str) -
     return layer
 
 
-def contenders(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: str, slow: bool) -> list[Contender]:
-    """Dense first. slow: also those that are there for correctness on a CPU."""
-    copies = max(2, int(COLD_BYTES[device] / (n * k)))
+def contenders(
+    scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: str, slow: bool, cold_bytes: float | None = None
+) -> list[Contender]:
+    """Dense first. slow: also those that are there for correctness on a CPU. cold_bytes: for copies, if not `COLD_BYTES`."""
+    copies = max(2, int((cold_bytes or COLD_BYTES[device]) / (n * k)))
     weights = [torch.randn(n, k, device=device) * 0.02 for _ in range(2)]
     dense = [weights[i % 2].to(dtype).clone() for i in range(max(2, copies // dtype.itemsize))]
     found = [Contender("dense", [lambda x, w=w: F.linear(x, w) for w in dense], n * k * dtype.itemsize)]

@@ -28,5 +28,5 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def first_line(error: BaseException, most: int = 100) -> str:
-    return str(error).strip().split("\n")[0][:most] or type(error).__name__
+def first_line(error: BaseException, most: int = 120) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:most]
