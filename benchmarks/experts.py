@@ -91,7 +91,7 @@ def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str, slow:
     problem = Problem(torch.device(device), scheme, fp8.first.shape[1], fp8.first.shape[2], dtype)
     for kernel in GROUPED_KERNELS:
         # On a CPU one expert at a time is all there is, and what "auto" takes.
-        if (device != "cpu" or slow) and not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem)):
+        if (device != "cpu" or slow) and not (kernel.why_not_scheme(scheme) or kernel.why_not_device(problem)):
             found.append(Contender(kernel.name, [fp8], size, kernel.quantizes, kernel.name))
     found.append(_host_fp8(name, dense, fp8, size))
     return found

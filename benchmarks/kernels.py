@@ -57,7 +57,7 @@ def contenders(
             reference = kernel.name in ("dequantize", "weight_only")
             if (reference or given is not INT8_DYNAMIC) and device == "cpu" and not slow:
                 continue
-            if kernel.wrong_scheme(given) or kernel.wrong_device(problem) or (given is INT8_DYNAMIC and reference):
+            if kernel.why_not_scheme(given) or kernel.why_not_device(problem) or (given is INT8_DYNAMIC and reference):
                 continue
             prefix = "int8: " if given is INT8_DYNAMIC and not kernel.name.startswith("int8") else ""
             eight_bit = kernel not in WEIGHT_ONLY

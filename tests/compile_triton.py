@@ -33,7 +33,7 @@ from hf_fp8.kernels.triton import (
 # What an SM has of shared memory for a program, in bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TYPES = {"scales": "*fp32", "static": "*fp32", "x_scales": "*fp32", "parts": "*fp32", "sums": "*i32"}
-TYPES |= {"rows": "*i64", "slots": "*i64", "experts": "*i64", "ends": "*i32"}
+TYPES |= {"rows": "*i64", "slots": "*i64", "experts": "*i64", "offsets": "*i32"}
 TYPES |= {"kept": "*fp32", "outliers": "*fp32", "beside": "*fp32"}
 FLOATS = ("code_max", "min_scale", "factor")
 FLOAT_POINTERS = {tl.bfloat16: "*bf16", tl.float32: "*fp32"}

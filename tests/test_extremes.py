@@ -17,13 +17,13 @@ from hf_fp8 import FP8Linear, FP8PointwiseConv, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_DYNAMIC, FP8_STATIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY
-from hf_fp8.kernels.base import Candidate
+from hf_fp8.kernels.base import BaseKernel
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.kernels.triton import tiling
 from hf_fp8.nn.functional import scaled_linear
 from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
-BY_NAME: dict[str, Candidate] = {kernel.name: kernel for kernel in (*KERNELS, *kernels.GROUPED_KERNELS)}
+BY_NAME: dict[str, BaseKernel] = {kernel.name: kernel for kernel in (*KERNELS, *kernels.GROUPED_KERNELS)}
 LEFT_ALONE = {kernel.name for kernel in WEIGHT_ONLY} | {"grouped_weight_only", "triton_grouped_weight_only"}
 LINEAR_TRITON = {"triton_scaled_mm": tiling.scaled_mm_scheme, "triton_weight_only": tiling.weight_only_scheme}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

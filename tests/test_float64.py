@@ -20,7 +20,7 @@ from torch import nn
 from hf_fp8 import FP8Config, FP8Linear, FP8PointwiseConv, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
-from hf_fp8.kernels import ExpertWeights, Groups
+from hf_fp8.kernels import ExpertWeights, Routing
 from hf_fp8.kernels import torch_grouped as grouped_mm
 from hf_fp8.nn.functional import scaled_linear
 from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
@@ -81,11 +81,11 @@ def test_grouped(kernel: str, name: str, size: float) -> None:
         wanted = by_hand(x.detach(), w, ids, kernel == "grouped_dequantize", static)
         for sort in (True, False):
             first, second = route(known(ids, 4)[0], 4, sort=sort)
-            groups = first._replace(slots=second.slots)
+            routing = first._replace(slots=second.slots)
             with kernels.use(kernel):
-                found = scaled_grouped_linear(x, w.codes, w.scale, scheme, groups, input_scale=static, parts=parts)
+                found = scaled_grouped_linear(x, w.codes, w.scale, scheme, routing, input_scale=static, parts=parts)
                 with torch.no_grad():
-                    plain = scaled_grouped_linear(x, w.codes, w.scale, scheme, groups, input_scale=static, parts=parts)
+                    plain = scaled_grouped_linear(x, w.codes, w.scale, scheme, routing, input_scale=static, parts=parts)
             assert found.dtype == WIDE and found.shape == (2 * count, n) and torch.equal(found, plain)
             grad = torch.randn(2 * count, n, dtype=WIDE)
             (back,) = torch.autograd.grad(found, x, grad)
@@ -93,7 +93,7 @@ def test_grouped(kernel: str, name: str, size: float) -> None:
             if count:
                 assert error(found / size, wanted.view(-1, n) / size) < CLOSE
                 assert error(back, gradient(w, ids, grad)) < CLOSE
-    assert scaled_grouped_linear(x[:0], w.codes, w.scale, scheme, Groups(ids[:0, 0]), parts=2).shape == (0, 66)
+    assert scaled_grouped_linear(x[:0], w.codes, w.scale, scheme, Routing(ids[:0, 0]), parts=2).shape == (0, 66)
 
 
 def gradient(w: ExpertWeights, ids: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ DEVICE = torch.accelerator.current_accelerator()
 
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> list[str]:
     problem = Problem(DEVICE, scheme, n, k, dtype)
-    return [c.name for c in GROUPED_KERNELS if not (c.wrong_scheme(scheme) or c.wrong_device(problem))]
+    return [c.name for c in GROUPED_KERNELS if not (c.why_not_scheme(scheme) or c.why_not_device(problem))]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -34,16 +34,16 @@ def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> list[str]:
 def test_exact(name: str, case: str) -> None:
     scheme = SCHEMES[name]
     for n, k, dtype in ((256, 384, torch.bfloat16), (72, 384, torch.float16), (33, 421, torch.float32)):
-        x, weights, scales, groups, wanted = exact_experts(scheme, dtype, n, k, IDS[case])
+        x, weights, scales, routing, wanted = exact_experts(scheme, dtype, n, k, IDS[case])
         static = torch.full((5, 1), 0.5, device=DEVICE) if scheme.has_static_input else None
         for kernel in runs(scheme, n, k, dtype):
-            for given in (groups, groups._replace(ends=None)):
+            for given in (routing, routing._replace(offsets=None)):
                 with kernels.use(kernel):
                     found = scaled_grouped_linear(
                         x.to(DEVICE), weights.to(DEVICE), grid(scales, scheme).to(DEVICE), scheme, given.to(DEVICE),
                         input_scale=static,
                     )  # fmt: skip
-                assert torch.equal(found.cpu(), wanted), (kernel, n, k, dtype, given.ends is None)
+                assert torch.equal(found.cpu(), wanted), (kernel, n, k, dtype, given.offsets is None)
 
 
 @pytest.mark.parametrize("scheme", [FP8_DYNAMIC, FP8_BLOCK], ids=["channel", "block"])
@@ -59,14 +59,14 @@ def test_near_the_multiplied_out_experts(scheme: Scheme, tokens: int) -> None:
     ids = torch.rand(tokens, n_experts, device=DEVICE).topk(8).indices
     for sort in (True, False):
         first, second = route(ids, n_experts, sort=sort)
-        groups = first._replace(slots=second.slots)
+        routing = first._replace(slots=second.slots)
         for quantizes, reference in ((True, "grouped_dequantize"), (False, "grouped_weight_only")):
             with kernels.use(reference):
-                wanted = scaled_grouped_linear(x.float(), weight, scale, scheme, groups)
+                wanted = scaled_grouped_linear(x.float(), weight, scale, scheme, routing)
             for name in runs(scheme, n, k, x.dtype):
                 if next(kernel for kernel in GROUPED_KERNELS if kernel.name == name).quantizes == quantizes:
                     with kernels.use(name):
-                        assert sqnr(scaled_grouped_linear(x, weight, scale, scheme, groups), wanted) > 40, (name, sort)
+                        assert sqnr(scaled_grouped_linear(x, weight, scale, scheme, routing), wanted) > 40, (name, sort)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 300])

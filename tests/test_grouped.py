@@ -16,7 +16,7 @@ from test_kernels import SCHEMES as ALL
 from hf_fp8 import InputError, KernelError, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
-from hf_fp8.kernels import ExpertWeights, Groups, Problem, select_grouped
+from hf_fp8.kernels import ExpertWeights, Problem, Routing, select_grouped
 from hf_fp8.kernels import torch_grouped as grouped_mm
 from hf_fp8.kernels.probe import exact_experts
 from hf_fp8.kernels.triton import support as triton_support
@@ -60,13 +60,13 @@ IDS = {
 def test_exact(kernel: str, name: str) -> None:
     scheme = SCHEMES[name]
     for case, (n, k) in zip(IDS, ((72, 384), (33, 421), (64, 128), (48, 128)), strict=True):
-        x, weights, scales, groups, wanted = exact_experts(scheme, torch.float32, n, k, IDS[case])
+        x, weights, scales, routing, wanted = exact_experts(scheme, torch.float32, n, k, IDS[case])
         static = torch.full((5, 1), 0.5) if scheme.has_static_input else None
         for dtype in (torch.float32, torch.bfloat16) if n == 72 else (torch.bfloat16,):
-            for given in (groups, groups._replace(ends=None)):  # sorted, and as they come
+            for given in (routing, routing._replace(offsets=None)):  # sorted, and as they come
                 with forced(kernel):
                     found = scaled_grouped_linear(x.to(dtype), weights, grid(scales, scheme), scheme, given, input_scale=static)
-                assert torch.equal(found, wanted.to(dtype)), (case, n, k, dtype, given.ends is None)
+                assert torch.equal(found, wanted.to(dtype)), (case, n, k, dtype, given.offsets is None)
 
 
 @pytest.mark.parametrize("kernel", ["grouped_weight_only", *TRITON])
@@ -93,10 +93,10 @@ def test_parts_have_grids_of_their_own(kernel: str, name: str) -> None:
     x, ids = torch.randint(-8, 9, (9, k)).float(), torch.randint(0, 3, (9, 2))
     x[:, ::32] = 448.0  # codes of themselves, whatever the scale covers: the interpreter rounds to E4M3 in its own way
     first, second = route(known(ids, 3)[0], 3, sort=True)
-    groups = first._replace(slots=second.slots)
+    routing = first._replace(slots=second.slots)
     static = torch.ones(3, 2) if scheme.has_static_input else None
     with forced(kernel):
-        found = scaled_grouped_linear(x, weight, scale, scheme, groups, parts=2, input_scale=static)
+        found = scaled_grouped_linear(x, weight, scale, scheme, routing, parts=2, input_scale=static)
     wanted = torch.stack([out[e] @ x[i // 2] for i, e in enumerate(ids.flatten().tolist())])
     assert error(found, wanted) < 1e-6
 
@@ -104,14 +104,14 @@ def test_parts_have_grids_of_their_own(kernel: str, name: str) -> None:
 def test_tokens_are_quantized_once_and_as_the_reference_does() -> None:
     """Before they are copied, where a scale is a row's alone; with the expert's where it is of a tensor."""
     x, ids = torch.randn(6, 256), torch.tensor([[0, 1]] * 3 + [[1, 2]] * 3)
-    groups = route(known(ids, 3)[0], 3, sort=True)[0]
+    routing = route(known(ids, 3)[0], 3, sort=True)[0]
     for scheme in (FP8_DYNAMIC, FP8_BLOCK):
-        given, after = grouped_mm.quantize(x, groups, scheme.input, None, 3)  # type: ignore[arg-type]
+        given, after = grouped_mm.quantize(x, routing, scheme.input, None, 3)  # type: ignore[arg-type]
         codes, scale = numerics.quantize_input(x, scheme.input, None)  # type: ignore[arg-type]
-        assert after is groups and torch.equal(given.x.float(), codes.float())
+        assert after is routing and torch.equal(given.x.float(), codes.float())
         assert given.scale is not None and torch.equal(given.scale, scale)
     static = torch.tensor([[0.5], [0.25], [0.125]])
-    given, after = grouped_mm.quantize(x, groups, FP8_STATIC.input, static, 3)  # type: ignore[arg-type]
+    given, after = grouped_mm.quantize(x, routing, FP8_STATIC.input, static, 3)  # type: ignore[arg-type]
     assert after.rows is None and given.x.shape == (12, 256) and given.scale is not None
     assert given.scale.flatten().tolist() == [0.5] * 3 + [0.25] * 6 + [0.125] * 3
 
@@ -119,22 +119,22 @@ def test_tokens_are_quantized_once_and_as_the_reference_does() -> None:
 def test_routing() -> None:
     ids = torch.tensor([[2, 0], [7, 2], [-1, 0]])
     first, second = route(known(ids, 3)[0], 3, sort=True)
-    assert first.experts.tolist() == [0, 0, 2, 2, 3, 3] and first.ends is not None
-    assert first.ends.tolist() == [2, 2, 4] and first.ends.dtype == torch.int32
+    assert first.experts.tolist() == [0, 0, 2, 2, 3, 3] and first.offsets is not None
+    assert first.offsets.tolist() == [2, 2, 4] and first.offsets.dtype == torch.int32
     assert first.rows is not None and (first.rows // first.share).tolist() == [0, 2, 0, 1, 1, 2]
     assert second.rows is None and second.slots is not None and second.slots.tolist() == [1, 5, 0, 3, 2, 4]
     first, second = route(known(ids, 3)[0], 3, sort=False)
-    assert first.experts.tolist() == [2, 0, 3, 2, 3, 0] and first.ends is None and second.slots is None
+    assert first.experts.tolist() == [2, 0, 3, 2, 3, 0] and first.offsets is None and second.slots is None
     assert first.gather(torch.arange(3)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_kernels_and_tiles_are_for_the_rows_that_experts_get() -> None:
     """Of 16 copies of 65 tokens, 65 rows are an expert's: 5 for each, not 65."""
     nobodys = torch.full((16 * 65,), 16)
-    assert Groups(nobodys, expected=65).rows_each(16) == 5
-    assert Groups(nobodys).rows_each(16) == 65
-    assert Groups(torch.zeros(8, dtype=torch.long)).rows_each(128) == 1
-    assert Groups(torch.zeros(0, dtype=torch.long)).rows_each(4) == 0
+    assert Routing(nobodys, expected=65).rows_each(16) == 5
+    assert Routing(nobodys).rows_each(16) == 65
+    assert Routing(torch.zeros(8, dtype=torch.long)).rows_each(128) == 1
+    assert Routing(torch.zeros(0, dtype=torch.long)).rows_each(4) == 0
 
 
 def test_selection() -> None:
@@ -157,18 +157,18 @@ def test_selection() -> None:
 
 def test_inputs_that_do_not_fit() -> None:
     weight, scale = torch.zeros(3, 8, 16).to(FP8), torch.ones(3, 8, 1)
-    groups = Groups(torch.zeros(2, dtype=torch.long))
+    routing = Routing(torch.zeros(2, dtype=torch.long))
     for x, words in ((torch.ones(2, 15), "take"), (torch.ones(2, 16).to(FP8), "inputs in"), (torch.ones(1, 2, 16), "take")):
         with pytest.raises(InputError, match=words):
-            scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, groups)
+            scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, routing)
     with pytest.raises(InputError, match=r"weight_scale has shape \(3, 4, 1\).*it is \(3, 8, 1\)"):
-        scaled_grouped_linear(torch.ones(2, 16), weight, scale[:, :4], FP8_DYNAMIC, groups)
+        scaled_grouped_linear(torch.ones(2, 16), weight, scale[:, :4], FP8_DYNAMIC, routing)
     with pytest.raises(InputError, match="one for each"):
         scaled_grouped_linear(torch.ones(2, 16), weight, scale, FP8_DYNAMIC, torch.tensor([1]))
 
 
 def test_an_expert_for_each_row() -> None:
-    """The way to call it without knowing of groups: outputs are in the order of rows."""
+    """The way to call it without knowing of `Routing`: outputs are in the order of rows."""
     x, weights, scales, _, _ = exact_experts(FP8_DYNAMIC, torch.float32, 24, 32)
     ids = torch.tensor([3, 0, 9, 3, 1, 4])
     found = scaled_grouped_linear(x, weights, scales, FP8_DYNAMIC, ids, backend="weight_only")
@@ -186,10 +186,10 @@ def test_float64_and_gradients_of_the_op() -> None:
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     for sort in (True, False):
         first, second = route(known(ids, 3)[0], 3, sort=sort)
-        groups = first._replace(slots=second.slots)
+        routing = first._replace(slots=second.slots)
 
-        def call(x: torch.Tensor, groups: Groups = groups) -> Any:
-            return scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, groups, backend="weight_only")
+        def call(x: torch.Tensor, routing: Routing = routing) -> Any:
+            return scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, routing, backend="weight_only")
 
         held = ExpertWeights(weight, scale, FP8_DYNAMIC)
         out = call(x)

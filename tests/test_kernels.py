@@ -80,7 +80,7 @@ def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:
     """The kernels that take the problem."""
     problem = Problem(device, scheme, n, k, dtype)
-    return [kernel.name for kernel in KERNELS if not (kernel.wrong_scheme(scheme) or kernel.wrong_device(problem))]
+    return [kernel.name for kernel in KERNELS if not (kernel.why_not_scheme(scheme) or kernel.why_not_device(problem))]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -114,7 +114,7 @@ def test_exact_on_exact_operands(name: str, m: int, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
     for n, k in ((64, 128), (33, 257)):
         for kernel in runs(scheme, n, k, dtype):
-            given = exact_operands(scheme, dtype, m, n, k, loud=BY_NAME[kernel].sets_aside)
+            given = exact_operands(scheme, dtype, m, n, k, loud=BY_NAME[kernel].splits_outliers)
             x, weight, weight_scale, input_scale, wanted = given
             with kernels.use(kernel):
                 found = scaled_linear(x, weight, weight_scale, scheme, input_scale=input_scale)

@@ -23,8 +23,8 @@ from hf_fp8.formats.scheme import (
 )
 from hf_fp8.integrations.placement import compute_device, why_dense, why_dense_experts
 from hf_fp8.kernels import (
-    Choice,
     Problem,
+    Selection,
     has_fp8_matmul,
     select,
     select_grouped,
@@ -72,7 +72,7 @@ NO_UNITS = "compute capability 8.0 has no FP8 units"
 GROUPS = Scheme(TensorScheme(Granularity(1, 40)), TensorScheme(ROW, dynamic=True))
 
 
-def chosen(scheme: Scheme, backend: str = "auto", n: int = 256, k: int = 512) -> Choice:
+def chosen(scheme: Scheme, backend: str = "auto", n: int = 256, k: int = 512) -> Selection:
     return select(Problem(GPU, scheme, n, k, BF16), backend)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_fp8 import CalibrationError, FP8Config, FP8Linear, FP8PointwiseConv, calibrate, kernels, quantize_model, save_quantized
 from hf_fp8.formats.scheme import FP8, FP8_STATIC, ROW, TENSOR, Scheme, TensorScheme
-from hf_fp8.kernels import KERNELS, Groups, Problem
+from hf_fp8.kernels import KERNELS, Problem, Routing
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear
 from hf_fp8.nn.grouped import scaled_grouped_linear
@@ -84,7 +84,7 @@ def test_by_forced_kernel(kernel: str, scheme: Scheme, lack: Any) -> None:
     with triton_support.interpreted() if in_triton else nullcontext():
         chosen = next(k for k in KERNELS if k.name == kernel)
         problem = Problem(CPU, scheme, 24, 32, torch.float32)
-        if chosen.wrong_scheme(scheme) or chosen.wrong_device(problem):
+        if chosen.why_not_scheme(scheme) or chosen.why_not_device(problem):
             pytest.skip("not for this scheme")
         layer, dense, x = linear(scheme)
         lack(layer)
@@ -148,7 +148,7 @@ def test_no_rows_need_no_scale() -> None:
 
 def test_functions() -> None:
     x, codes, scale = torch.randn(3, 32), torch.zeros(8, 32).to(FP8), torch.ones(1)
-    stack = (torch.zeros(2, 8, 32).to(FP8), torch.ones(2, 1), FP8_STATIC, Groups(torch.tensor([0, 1, 1])))
+    stack = (torch.zeros(2, 8, 32).to(FP8), torch.ones(2, 1), FP8_STATIC, Routing(torch.tensor([0, 1, 1])))
     for backend in ("auto", "scaled_mm"):
         with pytest.raises(CalibrationError, match=WORDS):
             scaled_linear(x, codes, scale, FP8_STATIC, backend=backend)

@@ -18,16 +18,33 @@ from . import int8_inputs as int8_quantize
 from . import torch_fp8 as torch_mm
 from . import torch_grouped as grouped_mm
 from . import torch_int8 as int8_mm
-from .base import Candidate, ExpertWeights, GroupedKernel, Groups, Input, Kernel, Problem, Weight
+from .base import BaseKernel, ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight
 from .probe import probe
 from .thresholds import weight_only_limit
 from .triton import support as triton_support
 from .triton import tiling
 
 __all__ = [
-    "BACKENDS", "GROUPED_KERNELS", "KERNELS", "Choice", "ExpertWeights", "GroupedKernel", "Groups", "Input", "Kernel",
-    "Problem", "Weight", "grouped_mm", "has_fp8_matmul", "kernel_for", "probe", "select", "select_grouped", "use",
-    "why_not_kept", "why_not_kept_experts",
+    "BACKENDS",
+    "GROUPED_KERNELS",
+    "KERNELS",
+    "ExpertWeights",
+    "GroupedKernel",
+    "Input",
+    "Kernel",
+    "Problem",
+    "Routing",
+    "Selection",
+    "Weight",
+    "grouped_mm",
+    "has_fp8_matmul",
+    "kernel_for",
+    "probe",
+    "select",
+    "select_grouped",
+    "use",
+    "why_not_kept",
+    "why_not_kept_experts",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
@@ -38,11 +55,11 @@ _NO_KERNEL = "no 8-bit kernel takes such scales"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-K = TypeVar("K", bound=Candidate)
+K = TypeVar("K", bound=BaseKernel)
 
 
 @dataclass(frozen=True)
-class Choice(Generic[K]):
+class Selection(Generic[K]):
     """The kernels chosen for a problem: `small` for up to `limit` rows of input, `kernel` for more; and why.
 
     Of a stack of experts, rows are those that an expert gets on average.
@@ -66,61 +83,61 @@ class Choice(Generic[K]):
 def _probed(name: str, *schemes: Scheme) -> Callable[[Problem], str | None]:
     """Whether kernel `name` passes its probe, with schemes of the layouts that it is made for."""
 
-    def wrong_device(problem: Problem) -> str | None:
+    def why_not_device(problem: Problem) -> str | None:
         if problem.dtype not in _FLOATS:
             return f"no {problem.dtype} output"
         reasons = (probe(_EVERY[name], scheme, problem.device, problem.dtype) for scheme in schemes)
         return next(filter(None, reasons), None)
 
-    return wrong_device
+    return why_not_device
 
 
 def _scaled_mm_device(name: str, scheme: Scheme) -> Callable[[Problem], str | None]:
     probed = _probed(name, scheme)
 
-    def wrong_device(problem: Problem) -> str | None:
+    def why_not_device(problem: Problem) -> str | None:
         # The CPU kernel takes any size; cuBLAS, CUTLASS and oneDNN want 16-byte rows on both sides.
         if problem.device.type != "cpu" and (problem.n % 16 or problem.k % 16):
             return f"N={problem.n} and K={problem.k} must be multiples of 16 on {problem.device.type}"
         return probed(problem)
 
-    return wrong_device
+    return why_not_device
 
 
 def _triton_device(name: str, *schemes: Scheme) -> Callable[[Problem], str | None]:
     probed = _probed(name, *schemes)
 
-    def wrong_device(problem: Problem) -> str | None:
+    def why_not_device(problem: Problem) -> str | None:
         reason = triton_support.why_not(problem.device)
         if reason is not None or problem.device.type == "cpu":
             return reason
         return probed(problem)
 
-    return wrong_device
+    return why_not_device
 
 
-def _int32_sums(wrong_device: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
-    """`wrong_device`, and that int8 products can be added up in int32 without overflow."""
+def _int32_sums(why_not_device: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
+    """`why_not_device`, and that int8 products can be added up in int32 without overflow."""
 
     def check(problem: Problem) -> str | None:
         if problem.scheme.weight.dtype == INT8 and problem.k > LARGEST_K:
             return f"sums of K={problem.k} products of int8 codes may overflow int32 (up to {LARGEST_K} never do)"
-        return wrong_device(problem)
+        return why_not_device(problem)
 
     return check
 
 
 def _int8_device(problem: Problem) -> str | None:
-    return int8_mm.wrong_device(problem) or _probed("int8_mm", INT8_DYNAMIC)(problem)
+    return int8_mm.why_not_device(problem) or _probed("int8_mm", INT8_DYNAMIC)(problem)
 
 
 def _int8_outliers_device(problem: Problem) -> str | None:
     few = int8_quantize.too_narrow(problem)
-    return few or int8_mm.wrong_device(problem) or _probed("int8_mm_outliers", INT8_DYNAMIC)(problem)
+    return few or int8_mm.why_not_device(problem) or _probed("int8_mm_outliers", INT8_DYNAMIC)(problem)
 
 
 def _int8_weight_only_device(problem: Problem) -> str | None:
-    return int8_mm.wrong_device_weight_only(problem) or _probed("int8_weight_only", INT8_DYNAMIC)(problem)
+    return int8_mm.why_not_device_weight_only(problem) or _probed("int8_weight_only", INT8_DYNAMIC)(problem)
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
@@ -156,7 +173,7 @@ SCALED: tuple[Kernel, ...] = (
     ),
     Kernel(
         "int8_mm_outliers", int8_mm.int8_scheme, _int32_sums(_int8_outliers_device),
-        int8_quantize.quantize_but_outliers, int8_mm.multiply, sets_aside=True,
+        int8_quantize.quantize_but_outliers, int8_mm.multiply, splits_outliers=True,
     ),
     Kernel("int8_mm", int8_mm.int8_scheme, _int32_sums(_int8_device), int8_quantize.quantize, int8_mm.multiply),
     Kernel(
@@ -220,7 +237,7 @@ def use(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def select(problem: Problem, backend: str = "auto") -> Choice[Kernel]:
+def select(problem: Problem, backend: str = "auto") -> Selection[Kernel]:
     """The kernels for `problem`: the forced one, else the first of its list that does not decline.
 
     backend: "scaled_mm" computes what the checkpoint says (inputs quantized by the scheme); "weight_only"
@@ -240,22 +257,22 @@ def kernel_for(x: torch.Tensor, weight: torch.Tensor, scheme: str, backend: str)
     return _select(x.device, scheme, weight.shape[0], k, x.dtype, backend).at(m)
 
 
-def select_grouped(problem: Problem, backend: str = "auto") -> Choice[GroupedKernel]:
+def select_grouped(problem: Problem, backend: str = "auto") -> Selection[GroupedKernel]:
     """`select` for a stack of experts, (E, N, K): N and K of the problem are those of one of them."""
     if forced := _GROUPED_BY_NAME.get(_forced.get() or ""):
         return _honour(forced, problem)
     return _select_grouped(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
 
 
-def _honour(kernel: K, problem: Problem) -> Choice[K]:
-    reason = kernel.wrong_scheme(problem.scheme) or kernel.wrong_device(problem)
+def _honour(kernel: K, problem: Problem) -> Selection[K]:
+    reason = kernel.why_not_scheme(problem.scheme) or kernel.why_not_device(problem)
     if reason is not None:
         raise KernelError(f"kernel {kernel.name!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
-    return Choice(kernel, "forced")
+    return Selection(kernel, "forced")
 
 
 @lru_cache(maxsize=4096)
-def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Choice[Kernel]:
+def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Selection[Kernel]:
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
     scheme = problem.scheme
     if backend not in BACKENDS:
@@ -263,49 +280,51 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     if backend == "int8" and int8_mm.int8_scheme(scheme) is not None:
         raise KernelError(f"backend='int8' runs layers that were re-quantized to int8, not {scheme.describe()}")
     if backend == "weight_only":
-        return Choice(_first(WEIGHT_ONLY, problem)[0], "backend='weight_only'")
+        return Selection(_first(WEIGHT_ONLY, problem)[0], "backend='weight_only'")
     if scheme.input is None:
-        return Choice(_first(WEIGHT_ONLY, problem)[0], "the checkpoint does not quantize inputs (W8A16)")
+        return Selection(_first(WEIGHT_ONLY, problem)[0], "the checkpoint does not quantize inputs (W8A16)")
     fused = _first(WEIGHT_ONLY, problem)[0]
     few = None if fused.name == "weight_only" else fused
     if backend == "auto" and few is not None and (lacking := has_fp8_matmul(device)) and scheme.weight.dtype == FP8:
-        return Choice(few, f"weights stay in FP8, inputs as they are: {lacking}; backend='int8' may be faster for many rows")
+        return Selection(few, f"weights stay in FP8, inputs as they are: {lacking}; backend='int8' may be faster for many rows")
     kernel, declined = _first(SCALED, problem)
     name = "int8" if scheme.weight.dtype == INT8 else "FP8"
     reason = declined or (_NO_KERNEL if kernel is SCALED[-1] else f"{name} matmul on {device.type}")
     if backend == "scaled_mm" or few is None:
-        return Choice(kernel, reason)
+        return Selection(kernel, reason)
     limit = weight_only_limit(device, scheme)
-    return Choice(kernel, f"{reason}; weight-only up to M = {limit.m} ({limit.why})", few, limit.m)
+    return Selection(kernel, f"{reason}; weight-only up to M = {limit.m} ({limit.why})", few, limit.m)
 
 
 @lru_cache(maxsize=4096)
-def _select_grouped(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Choice[GroupedKernel]:
+def _select_grouped(
+    device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str
+) -> Selection[GroupedKernel]:
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
     if backend not in ("auto", "scaled_mm", "weight_only"):
         raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")
     wide = _first(GROUPED_WEIGHT_ONLY, problem)[0]
     if backend == "weight_only":
-        return Choice(wide, "backend='weight_only'")
+        return Selection(wide, "backend='weight_only'")
     if problem.scheme.input is None:
-        return Choice(wide, "the checkpoint does not quantize inputs (W8A16)")
+        return Selection(wide, "the checkpoint does not quantize inputs (W8A16)")
     if backend == "auto" and (lacking := has_fp8_matmul(device)):
-        return Choice(wide, f"weights stay in FP8, inputs as they are: {lacking}")
+        return Selection(wide, f"weights stay in FP8, inputs as they are: {lacking}")
     kernel, declined = _first(GROUPED_SCALED, problem)
     reason = declined or (_NO_KERNEL if kernel is GROUPED_SCALED[-1] else f"FP8 matmul on {device.type}")
     if backend == "scaled_mm" or wide is GROUPED_WEIGHT_ONLY[-1]:
-        return Choice(kernel, reason)
+        return Selection(kernel, reason)
     limit = weight_only_limit(device, problem.scheme)
-    return Choice(kernel, f"{reason}; weight-only up to {limit.m} rows an expert ({limit.why})", wide, limit.m)
+    return Selection(kernel, f"{reason}; weight-only up to {limit.m} rows an expert ({limit.why})", wide, limit.m)
 
 
 def _first(kernels: tuple[K, ...], problem: Problem) -> tuple[K, str]:
     """The first of `kernels` that does not decline, and the reasons of those before it."""
     reasons: list[str] = []
     for kernel in kernels:
-        if kernel.wrong_scheme(problem.scheme) is not None:
+        if kernel.why_not_scheme(problem.scheme) is not None:
             continue  # made for other schemes: no news
-        reason = kernel.wrong_device(problem)
+        reason = kernel.why_not_device(problem)
         if reason is None:
             return kernel, "; ".join(reasons)
         reasons.append(f"{kernel.name}: {reason}")
@@ -334,7 +353,7 @@ def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
     lacking = has_fp8_matmul(device)
     if lacking is None or dtype not in _FLOATS:
         return lacking
-    widening = _BY_NAME["triton_weight_only"].wrong_device(Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
+    widening = _BY_NAME["triton_weight_only"].why_not_device(Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
     return None if widening is None else f"{lacking}; {widening}"
 
 
@@ -344,4 +363,4 @@ def why_not_kept_experts(device: torch.device, dtype: torch.dtype, scheme: Schem
     if dtype not in _FLOATS:
         return f"no kernel for {dtype}"
     reading = GROUPED_WEIGHT_ONLY[0]
-    return reading.wrong_device(Problem(device, scheme, 128, 128, dtype)) or reading.wrong_scheme(scheme)
+    return reading.why_not_device(Problem(device, scheme, 128, 128, dtype)) or reading.why_not_scheme(scheme)

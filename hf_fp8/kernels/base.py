@@ -60,27 +60,27 @@ class ExpertWeights(NamedTuple):
         return ExpertWeights(codes, self.scale[:, index * grid : (index + 1) * grid], self.scheme)
 
 
-class Groups(NamedTuple):
+class Routing(NamedTuple):
     """Which expert multiplies which row. Output i is row `rows[i] // share` of the input times expert `experts[i]`.
 
     experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None stands for 0, 1, 2, ...
     share: how many outputs a row of the input has, one beside the other.
-    ends: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
+    offsets: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
     slots: (S,) int64, where output i is written; None: in its own place. expected: about how many outputs are an expert's,
     where many are nobody's; None: all, or nearly. Numbers of experts below 0 or above E are not allowed.
     """
 
     experts: torch.Tensor
     rows: torch.Tensor | None = None
-    ends: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     expected: int | None = None
     share: int = 1
 
-    def to(self, device: torch.device) -> Groups:
+    def to(self, device: torch.device) -> Routing:
         """The same on another device."""
-        rows, ends, slots = (None if t is None else t.to(device) for t in (self.rows, self.ends, self.slots))
-        return Groups(self.experts.to(device), rows, ends, slots, self.expected, self.share)
+        rows, offsets, slots = (None if t is None else t.to(device) for t in (self.rows, self.offsets, self.slots))
+        return Routing(self.experts.to(device), rows, offsets, slots, self.expected, self.share)
 
     def rows_each(self, n_experts: int) -> int:
         """How many rows an expert that has any gets on average, rounded up."""
@@ -104,8 +104,8 @@ class Groups(NamedTuple):
 Quantize = Callable[[torch.Tensor, "torch.Tensor | None", Scheme], Input]
 # (input, weight, dtype of the output) -> (M, N)
 Multiply = Callable[[Input, Weight, torch.dtype], torch.Tensor]
-# (input, weights, groups, dtype of the output) -> (S, N)
-MultiplyGrouped = Callable[[Input, ExpertWeights, Groups, torch.dtype], torch.Tensor]
+# (input, weights, routing, dtype of the output) -> (S, N)
+MultiplyGrouped = Callable[[Input, ExpertWeights, Routing, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,16 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What the choice of a kernel asks: `wrong_scheme` and `wrong_device` answer with a reason to decline, or None."""
+class BaseKernel:
+    """What the choice of a kernel asks: `why_not_scheme` and `why_not_device` answer with a reason to decline, or None."""
 
     name: str
-    wrong_scheme: Callable[[Scheme], str | None]
-    wrong_device: Callable[[Problem], str | None]
+    why_not_scheme: Callable[[Scheme], str | None]
+    why_not_device: Callable[[Problem], str | None]
 
 
 @dataclass(frozen=True)
-class Kernel(Candidate):
+class Kernel(BaseKernel):
     """A way to multiply, in two steps: quantize the input (None: leave it as it is), then multiply.
 
     Between the two lies what layers with the same input can share.
@@ -137,7 +137,7 @@ class Kernel(Candidate):
 
     quantize: Quantize | None
     multiply: Multiply
-    sets_aside: bool = False  # some columns of an input come as outliers
+    splits_outliers: bool = False  # some columns of an input come as outliers
 
     def run(self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight) -> torch.Tensor:
         """Both steps: x (M, K), M > 0, to (M, N) in the dtype of x."""
@@ -146,7 +146,7 @@ class Kernel(Candidate):
 
 
 @dataclass(frozen=True)
-class GroupedKernel(Candidate):
+class GroupedKernel(BaseKernel):
     """A way to multiply rows by the experts that they were routed to. quantizes: it takes inputs as codes, not as they are."""
 
     multiply: MultiplyGrouped

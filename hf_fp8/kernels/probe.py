@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..formats import numerics
 from ..formats.scheme import CODE_MAX, INT8, Scheme
-from .base import ExpertWeights, GroupedKernel, Groups, Input, Kernel, Weight
+from .base import ExpertWeights, GroupedKernel, Input, Kernel, Routing, Weight
 from .torch_grouped import quantize, sort
 
 # 17 rows at least for torch._int_mm on CUDA; sizes that every kernel takes.
@@ -45,7 +45,7 @@ def probe(kernel: Kernel | GroupedKernel, scheme: Scheme, device: torch.device, 
 
 
 def _linear(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
-    x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype, loud=kernel.sets_aside)
+    x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype, loud=kernel.splits_outliers)
     static = None if input_scale is None else input_scale.to(device)
     found = kernel.run(x.to(device), static, Weight(weight.to(device), weight_scale.to(device), None, scheme))
     return _wrong(found, expected)
@@ -54,16 +54,16 @@ def _linear(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.d
 def _grouped(kernel: GroupedKernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
     # Few rows and many, which run in tiles of their own.
     for ids in (IDS, IDS * 60):
-        x, weights, scales, groups, expected = exact_experts(scheme, dtype, ids=ids)
+        x, weights, scales, routing, expected = exact_experts(scheme, dtype, ids=ids)
         given = Input(x)
         if kernel.quantizes:
             assert scheme.input is not None
-            given, groups = quantize(x, groups, scheme.input, None, len(weights))
+            given, routing = quantize(x, routing, scheme.input, None, len(weights))
         moved = Input(given.x.to(device), None if given.scale is None else given.scale.to(device))
         # A scale for each row of blocks is one for each of two matrices, one over the other.
         parts = 2 if scheme.weight.granularity.rows == N // 2 else 1
         held = ExpertWeights(weights.to(device), scales.to(device), scheme, parts)
-        for routed in (groups, groups._replace(ends=None), groups._replace(expected=len(ids))):
+        for routed in (routing, routing._replace(offsets=None), routing._replace(expected=len(ids))):
             found = kernel.multiply(moved, held, routed.to(device), dtype)
             if reason := _wrong(found, expected):
                 return reason
@@ -78,8 +78,8 @@ def _wrong(found: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 def exact_experts(
     scheme: Scheme, dtype: torch.dtype, n: int = N, k: int = K, ids: tuple[int, ...] = IDS
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Groups, torch.Tensor]:
-    """`exact_operands` for five experts: (x, weights, scales, sorted groups, expected), on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing, torch.Tensor]:
+    """`exact_operands` for five experts: (x, weights, scales, sorted routing, expected), on the CPU.
 
     ids: an expert for each row, in turn over the rows of x, each of which has two; 5 is nobody.
     """
@@ -89,11 +89,11 @@ def exact_experts(
     weights = torch.stack([weight.float().roll(e, 0) for e in range(5)]).to(weight.dtype)
     scales = torch.stack([scale * 2.0**-e for e in range(5)])
     flat = torch.tensor(ids)
-    groups = sort(Groups(flat, share=2), 5)
+    routing = sort(Routing(flat, share=2), 5)
     of_w = scheme.weight.granularity
     wide = [numerics.expand_scale(s, of_w, n, k).double() * w.double() for s, w in zip(scales, weights, strict=True)]
     rows = [torch.zeros(n, dtype=torch.float64) if e == 5 else wide[e] @ x[i // 2].double() for i, e in enumerate(ids)]
-    return x, weights, scales, groups, torch.stack(rows).to(dtype)
+    return x, weights, scales, routing, torch.stack(rows).to(dtype)
 
 
 def exact_operands(

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 from ..formats import numerics
 from ..formats.scheme import ROW, Granularity, TensorScheme
-from .base import ExpertWeights, Groups, Input, product_dtype
+from .base import ExpertWeights, Input, Routing, product_dtype
 from .inputs import quantize_input
 
 
 def quantize(
-    x: torch.Tensor, groups: Groups, scheme: TensorScheme, input_scale: torch.Tensor | None, n_experts: int
-) -> tuple[Input, Groups]:
-    """Codes and scales (float32; float64 of such) of x (R, K), and the groups in which to read them.
+    x: torch.Tensor, routing: Routing, scheme: TensorScheme, input_scale: torch.Tensor | None, n_experts: int
+) -> tuple[Input, Routing]:
+    """Codes and scales (float32; float64 of such) of x (R, K), and the routing by which to read them.
 
     Tokens are quantized once, before they are copied to their experts, wherever a row's scale depends on the row alone.
     Scales per tensor belong to an expert: the checkpoint's `input_scale` (E, 1), or from all rows that it is given; then
@@ -25,8 +25,8 @@ def quantize(
     """
     numerics.require_static(scheme, input_scale)
     if not scheme.granularity.is_tensor:
-        return Input(*quantize_input(x, scheme, None)), groups
-    x, expert = groups.gather(x), groups.experts
+        return Input(*quantize_input(x, scheme, None)), routing
+    x, expert = routing.gather(x), routing.experts
     if input_scale is None:
         amax = x.new_zeros(n_experts + 1, dtype=numerics.wide(x.dtype))
         amax = amax.scatter_reduce(0, expert, x.abs().amax(1).to(amax.dtype), "amax") if x.shape[0] else amax
@@ -34,71 +34,71 @@ def quantize(
     else:
         scale = F.pad(input_scale.float().reshape(-1), (0, 1), value=1.0)
     rows = scale[expert].unsqueeze(1)
-    return Input(numerics.quantize(x, rows, ROW, scheme.dtype), rows), groups._replace(rows=None, share=1)
+    return Input(numerics.quantize(x, rows, ROW, scheme.dtype), rows), routing._replace(rows=None, share=1)
 
 
-def scaled_grouped_mm(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
-    """Row-wise scales on both sides, in torch's own kernel; for sorted groups."""
+def scaled_grouped_mm(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
+    """Row-wise scales on both sides, in torch's own kernel; for sorted rows."""
     assert x.scale is not None
-    if groups.ends is None:
-        groups = sort(groups, w.codes.shape[0])
-    assert groups.ends is not None
+    if routing.offsets is None:
+        routing = sort(routing, w.codes.shape[0])
+    assert routing.offsets is not None
     types = F.ScalingType
     n_experts, n, _ = w.codes.shape
     w_scale = w.scale.float()
     if w.scheme.weight.granularity.is_tensor:
         w_scale = w_scale.repeat_interleave(n // w.parts, 1)
-    ends, x_scale = groups.ends, groups.gather(x.scale).reshape(-1)
-    nobody = groups.experts >= n_experts
-    if groups.expected is None:
+    offsets, x_scale = routing.offsets, routing.gather(x.scale).reshape(-1)
+    nobody = routing.experts >= n_experts
+    if routing.expected is None:
         # What lies behind the last expert's rows would not be written: it takes those few, too, times 0.
-        ends = ends.clone()
-        ends[-1:] = groups.experts.shape[0]
+        offsets = offsets.clone()
+        offsets[-1:] = routing.experts.shape[0]
         x_scale = x_scale.masked_fill(nobody, 0.0)
     out: torch.Tensor = F.scaled_grouped_mm(  # type: ignore[attr-defined]
-        groups.gather(x.x),
+        routing.gather(x.x),
         w.codes.transpose(1, 2),
         x_scale,
         types.RowWise,
         w_scale.reshape(n_experts, n),
         types.RowWise,
-        offs=ends,
+        offs=offsets,
         output_dtype=dtype,
         use_fast_accum=True,  # as in torch_mm
     )
-    if groups.expected is not None:
+    if routing.expected is not None:
         out = out.masked_fill(nobody.unsqueeze(1), 0.0)
-    return out if groups.slots is None else torch.empty_like(out).index_copy_(0, groups.slots, out)
+    return out if routing.slots is None else torch.empty_like(out).index_copy_(0, routing.slots, out)
 
 
-def sort(groups: Groups, n_experts: int) -> Groups:
+def sort(routing: Routing, n_experts: int) -> Routing:
     """The same in the order of experts."""
-    expert, order = torch.sort(groups.experts, stable=True)
-    rows = order if groups.rows is None else groups.rows[order]
-    slots = order if groups.slots is None else groups.slots[order]
-    return Groups(expert, rows, ends_of(expert, n_experts), slots, groups.expected, groups.share)
+    expert, order = torch.sort(routing.experts, stable=True)
+    rows = order if routing.rows is None else routing.rows[order]
+    slots = order if routing.slots is None else routing.slots[order]
+    return Routing(expert, rows, offsets_of(expert, n_experts), slots, routing.expected, routing.share)
 
 
-def ends_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:
+def offsets_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:
     """(E,) int32: how many of `experts`, sorted, come up to and with each."""
     return torch.searchsorted(experts, torch.arange(n_experts, device=experts.device), right=True, out_int32=True)
 
 
-def dequantize(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
     """One expert after the other, its weight multiplied out piece by piece. Reads how many rows each has: waits for a GPU."""
     n_experts, n, _ = w.codes.shape
-    groups = groups if groups.ends is not None else sort(groups, n_experts)
-    assert groups.ends is not None
+    routing = routing if routing.offsets is not None else sort(routing, n_experts)
+    assert routing.offsets is not None
     values = x.x
     if x.scale is not None:
         values = numerics.dequantize_input(x.x, x.scale, _of_input(w, x.scale), dtype)
     values = values.to(product_dtype(dtype, values.device))
-    out, rows = values.new_zeros((groups.experts.shape[0], n)), groups.row_numbers()
+    out, rows = values.new_zeros((routing.experts.shape[0], n)), routing.row_numbers()
     start = 0
-    for expert, end in enumerate(groups.ends.tolist()):
+    for expert, end in enumerate(routing.offsets.tolist()):
         if end > start:
             given = values[start:end] if rows is None else values[rows[start:end]]
-            place = slice(start, end) if groups.slots is None else groups.slots[start:end]
+            place = slice(start, end) if routing.slots is None else routing.slots[start:end]
             for dense, first, last in pieces(w, expert, values.dtype):
                 out[place, first:last] = F.linear(given, dense)
         start = end
@@ -120,21 +120,21 @@ def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[
         base += codes.shape[0]
 
 
-def times_weights(grad: torch.Tensor, w: ExpertWeights, groups: Groups) -> torch.Tensor:
+def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> torch.Tensor:
     """grad (S, N), sorted by expert, times the weights of its experts, dequantized: (S, K) in float32 (float64 of such).
 
     In bfloat16 on GPUs all experts at once, a few columns of each at a time, without waiting for the GPU; elsewhere
     one expert after the other.
     """
-    assert groups.ends is not None
+    assert routing.offsets is not None
     _, n, k = w.codes.shape
     wide = torch.promote_types(grad.dtype, torch.float32)
     found = torch.zeros((grad.shape[0], k), dtype=wide, device=grad.device)
     aligned = n % 8 == 0 and k % 8 == 0  # rows of 16 bytes
     if aligned and grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
-        return _times_columns(grad.contiguous(), w, groups, found)
+        return _times_columns(grad.contiguous(), w, routing, found)
     start, grad = 0, grad.to(product_dtype(grad.dtype, grad.device))
-    for expert, end in enumerate(groups.ends.tolist()):
+    for expert, end in enumerate(routing.offsets.tolist()):
         if end > start:
             for dense, first, last in pieces(w, expert, grad.dtype):
                 found[start:end] += grad[start:end, first:last] @ dense
@@ -142,12 +142,12 @@ def times_weights(grad: torch.Tensor, w: ExpertWeights, groups: Groups) -> torch
     return found
 
 
-def _times_columns(grad: torch.Tensor, w: ExpertWeights, groups: Groups, out: torch.Tensor) -> torch.Tensor:
+def _times_columns(grad: torch.Tensor, w: ExpertWeights, routing: Routing, out: torch.Tensor) -> torch.Tensor:
     n_experts, n, k = w.codes.shape
     granularity = w.scheme.weight.granularity
     width = granularity.cols if granularity.cols > 1 else 64
     step = max(numerics.GPU_CHUNK // (n_experts * n) // width, 1) * width
-    nobody = (groups.experts >= n_experts).unsqueeze(1)  # rows behind the last expert's are not written
+    nobody = (routing.experts >= n_experts).unsqueeze(1)  # rows behind the last expert's are not written
     for start in range(0, k, step):
         codes = w.codes[:, :, start : start + step]
         scale = w.scale.float()
@@ -161,7 +161,7 @@ def _times_columns(grad: torch.Tensor, w: ExpertWeights, groups: Groups, out: to
                 each = (part.repeat_interleave(granularity.rows, 1)[:, : n // w.parts] for part in scale.chunk(w.parts, 1))
                 scale = torch.cat(list(each), 1)
         dense = codes.float().mul_(scale).to(grad.dtype)
-        product = F.grouped_mm(grad, dense, offs=groups.ends)
+        product = F.grouped_mm(grad, dense, offs=routing.offsets)
         out[:, start : start + step] = product.masked_fill_(nobody, 0.0)
     return out
 

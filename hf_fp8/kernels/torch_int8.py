@@ -128,7 +128,7 @@ def int8_scheme(scheme: Scheme) -> str | None:
     return None
 
 
-def wrong_device(problem: Problem) -> str | None:
+def why_not_device(problem: Problem) -> str | None:
     """Why `multiply` cannot run there; None if it can."""
     if problem.k < 2:
         return "torch._int_mm gives wrong numbers for K=1 (torch 2.13.0, CPU)"
@@ -139,7 +139,7 @@ def wrong_device(problem: Problem) -> str | None:
     return None
 
 
-def wrong_device_weight_only(problem: Problem) -> str | None:
+def why_not_device_weight_only(problem: Problem) -> str | None:
     """Why `weight_only` cannot run there; None if it can."""
     if problem.device.type != "cpu":
         return f"made for CPUs, not for {problem.device.type}"

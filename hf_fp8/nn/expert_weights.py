@@ -13,7 +13,7 @@ from transformers.integrations import moe
 
 from ..errors import ScaleError, UnsupportedError
 from ..formats.weights import Change, quantize_weight
-from ..kernels import ExpertWeights, Groups
+from ..kernels import ExpertWeights, Routing
 from ..kernels import torch_grouped as grouped_mm
 
 # Elements of a row that a grouped matmul wants to be a multiple of: 16 bytes of 16-bit numbers.
@@ -26,7 +26,7 @@ def weights_of(experts: Any, projection: Any) -> ExpertWeights:
     return ExpertWeights(experts.held_codes(projection.name), scale, projection.scheme, projection.parts)
 
 
-def takes_turns(experts: Any, projection: Any) -> bool:
+def is_interleaved(experts: Any, projection: Any) -> bool:
     """Whether the family's rows of gate and up take turns where this module's lie over each other."""
     return projection is experts.first and not experts.layout.is_concatenated and not experts.interleaved
 
@@ -95,7 +95,7 @@ def _dense(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
     w = weights_of(experts, projection)
     out = torch.empty(_shape(experts, projection), dtype=dtype, device=w.codes.device)
     for expert, rows in enumerate(_rows(experts, out)):
-        if takes_turns(experts, projection):
+        if is_interleaved(experts, projection):
             whole = torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, dtype)])
             rows[::2], rows[1::2] = whole.chunk(2)
         else:
@@ -112,7 +112,7 @@ def _rows(experts: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
 def rows_as_held(experts: Any, projection: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
     """(N, K) of each expert of a stack in the family's layout, its rows in the order of the codes."""
     for rows in _rows(experts, values):
-        yield torch.cat([rows[::2], rows[1::2]]) if takes_turns(experts, projection) else rows
+        yield torch.cat([rows[::2], rows[1::2]]) if is_interleaved(experts, projection) else rows
 
 
 def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
@@ -168,30 +168,30 @@ class LowRank(NamedTuple):
     scaling: float
 
 
-def product(x: torch.Tensor, factors: LowRank, groups: Groups) -> torch.Tensor:
-    """(S, N) in the dtype of x (R, K): for each output of `groups` its row times its expert's a and b; 0 where there is none.
+def product(x: torch.Tensor, factors: LowRank, routing: Routing) -> torch.Tensor:
+    """(S, N) in the dtype of x (R, K): for each output of `routing` its row times its expert's a and b; 0 where there is none.
 
     Gradients flow to x, a and b. What is kept for them is the rows, sorted, and (S, r).
     """
     n_experts, rank, _ = factors.a.shape
-    groups = groups if groups.ends is not None else grouped_mm.sort(groups, n_experts)
-    assert groups.ends is not None
+    routing = routing if routing.offsets is not None else grouped_mm.sort(routing, n_experts)
+    assert routing.offsets is not None
     a, b = factors.a.to(x.dtype), (factors.b * factors.scaling).to(x.dtype)
     if fill := -rank % ALIGNED:
         a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
     a, b = a.contiguous(), b.contiguous()  # PEFT's are views that grouped matmuls refuse
     # Behind the last expert's rows nothing would be written, nor in the backward pass: it takes those of nobody, too.
-    ends = groups.ends.clone()
-    ends[-1:] = groups.experts.shape[0]
-    out = _grouped_linear(_grouped_linear(groups.gather(x), a, ends), b, ends)
-    out = torch.where((groups.experts < n_experts).unsqueeze(1), out, 0.0)
-    return out if groups.slots is None else torch.zeros_like(out).index_copy(0, groups.slots, out)
+    offsets = routing.offsets.clone()
+    offsets[-1:] = routing.experts.shape[0]
+    out = _grouped_linear(_grouped_linear(routing.gather(x), a, offsets), b, offsets)
+    out = torch.where((routing.experts < n_experts).unsqueeze(1), out, 0.0)
+    return out if routing.slots is None else torch.zeros_like(out).index_copy(0, routing.slots, out)
 
 
-def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """The host's; one expert after the other in float64, for which torch has no grouped matmul."""
     if x.dtype == torch.float64:
-        out: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight.transpose(1, 2), ends)
+        out: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight.transpose(1, 2), offsets)
     else:
-        out = moe._grouped_linear(x, weight, ends)
+        out = moe._grouped_linear(x, weight, offsets)
     return out

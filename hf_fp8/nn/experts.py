@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import Scheme
 from ..formats.weights import Change
-from ..kernels import Groups
+from ..kernels import Routing
 from . import expert_weights as stacks
 from .base import OF_AN_INSTANCE, QuantizedModule
 from .expert_weights import LowRank, product
@@ -108,7 +108,7 @@ class FP8Experts(QuantizedModule):
         backend: "auto", "scaled_mm" or "weight_only"; see `kernels.select_grouped`.
 
     Attributes that are no arguments:
-        observer: called with a projection, its input and the groups that say which expert reads which row of it, while the
+        observer: called with a projection, its input and the routing that says which expert reads which row of it, while the
             layer is being calibrated; inputs are not quantized then.
         low_rank: what adapters add to a stack, by its name (`adapted`).
     """
@@ -133,7 +133,7 @@ class FP8Experts(QuantizedModule):
         self.train(experts.training)
         self.family, self.layout = type(experts), layout
         self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
-        self.observer: Callable[[Projection, torch.Tensor, Groups], Any] | None = None
+        self.observer: Callable[[Projection, torch.Tensor, Routing], Any] | None = None
         self.low_rank: dict[str, tuple[LowRank, ...]] = {}
         dtypes = scale_dtypes or {}
         for projection in (first, second):
@@ -175,7 +175,7 @@ class FP8Experts(QuantizedModule):
 
     def decoder(self, name: str) -> Decoder:
         projection = self._projection(name)
-        decode = partial(stacks.decode, self.family, self.layout, projection, stacks.takes_turns(self, projection))
+        decode = partial(stacks.decode, self.family, self.layout, projection, stacks.is_interleaved(self, projection))
         return Decoder(decode, getattr(self, projection.scale), self.made_of or torch.bfloat16, self.called(name))
 
     def forward(
@@ -245,15 +245,15 @@ class FP8Experts(QuantizedModule):
         each: torch.Tensor = y.view(count, k, y.shape[-1])
         return each
 
-    def _multiply(self, projection: Projection, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+    def _multiply(self, projection: Projection, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         if self.observer is not None:
-            self.observer(projection, x, groups)
+            self.observer(projection, x, routing)
         y = scaled_grouped_linear(
             x,
             self.held_codes(projection.name),
             self.held_scale(projection.name),
             projection.scheme,
-            groups,
+            routing,
             input_scale=None
             if projection.input_scale in self.unmeasured
             else plain_scale(getattr(self, projection.input_scale)),
@@ -261,7 +261,7 @@ class FP8Experts(QuantizedModule):
             backend=self.backend if self.observer is None else "weight_only",
         )
         for factors in self.low_rank.get(projection.name, ()):
-            y = y + product(x, factors, groups)
+            y = y + product(x, factors, routing)
         return y
 
     def _plain(self, name: str) -> Any:
@@ -318,7 +318,7 @@ class FP8Experts(QuantizedModule):
         projection = next((p for p in self.projections if p.name == name), None)
         if projection is None:
             raise UnsupportedError(f"{name} of {self.family.__name__} is no stack of weights: adapters go on {_stacks(self)}")
-        if stacks.takes_turns(self, projection):
+        if stacks.is_interleaved(self, projection):
             factors = [f._replace(b=torch.cat([f.b[:, ::2], f.b[:, 1::2]], 1)) for f in factors]
         self.low_rank[name] = tuple(factors)
         try:

@@ -10,31 +10,31 @@ from torch.autograd import forward_ad
 from ..errors import InputError
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme
-from ..kernels import ExpertWeights, Groups, Input, Problem, select_grouped
+from ..kernels import ExpertWeights, Input, Problem, Routing, select_grouped
 from ..kernels import torch_grouped as grouped_mm
 from .functional import FLOATS, nobody_watches, refuse_forward_mode
 
 _LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
-    "Tensor? rows, Tensor? ends, Tensor? slots, SymInt? expected, int share, int parts, str scheme, str backend) -> Tensor",
+    "Tensor? rows, Tensor? offsets, Tensor? slots, SymInt? expected, int share, int parts, str scheme, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None = None) -> tuple[Groups, Groups]:
-    """The groups of a first and a second linear of experts, from what a router chose.
+def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None = None) -> tuple[Routing, Routing]:
+    """The routing of the first and the second linear of experts, from what a router chose.
 
     ids: (T, k) int64, E for nobody (see `known`). The first linear takes the T tokens, its S = T * k outputs, in
     the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. expected: see
-    `Groups`.
+    `Routing`.
     """
     k, flat = ids.shape[1], ids.reshape(-1)
     if not sort:
-        return Groups(flat, expected=expected, share=k), Groups(flat, expected=expected)
+        return Routing(flat, expected=expected, share=k), Routing(flat, expected=expected)
     expert, order = torch.sort(flat, stable=True)
-    ends = grouped_mm.ends_of(expert, n_experts)
-    return Groups(expert, order, ends, None, expected, k), Groups(expert, None, ends, order, expected)
+    offsets = grouped_mm.offsets_of(expert, n_experts)
+    return Routing(expert, order, offsets, None, expected, k), Routing(expert, None, offsets, order, expected)
 
 
 def known(ids: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +59,7 @@ def _run(
     input_scale: torch.Tensor | None,
     experts: torch.Tensor,
     rows: torch.Tensor | None,
-    ends: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     slots: torch.Tensor | None,
     expected: int | None,
     share: int,
@@ -68,26 +68,26 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-    return _multiply(x, held, input_scale, Groups(experts, rows, ends, slots, expected, share), backend)
+    return _multiply(x, held, input_scale, Routing(experts, rows, offsets, slots, expected, share), backend)
 
 
 def _multiply(
-    x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, groups: Groups, backend: str
+    x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, routing: Routing, backend: str
 ) -> torch.Tensor:
     n_experts, n, k = w.codes.shape
-    s = groups.experts.shape[0]
+    s = routing.experts.shape[0]
     if s == 0:
         return x.new_zeros((0, n))
     choice = select_grouped(Problem(x.device, w.scheme, n, k, x.dtype), backend)
-    kernel = choice.at(groups.rows_each(n_experts))
+    kernel = choice.at(routing.rows_each(n_experts))
     if not kernel.quantizes or w.scheme.input is None:
-        return kernel.multiply(Input(x), w, groups, x.dtype)
+        return kernel.multiply(Input(x), w, routing, x.dtype)
     if input_scale is not None and w.parts > 1:
         # The matrices of one expert may have been calibrated each for itself.
-        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], groups, backend) for i in range(w.parts)]
+        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], routing, backend) for i in range(w.parts)]
         return torch.cat(each, 1)
-    given, groups = grouped_mm.quantize(x, groups, w.scheme.input, input_scale, n_experts)
-    return kernel.multiply(given, w, groups, x.dtype)
+    given, routing = grouped_mm.quantize(x, routing, w.scheme.input, input_scale, n_experts)
+    return kernel.multiply(given, w, routing, x.dtype)
 
 
 _LIBRARY.impl("scaled_grouped_linear", _run, "CompositeExplicitAutograd")
@@ -101,8 +101,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, weight_scale, _, experts, rows, ends, slots, _, share, parts, scheme, _ = inputs
-    ctx.save_for_backward(weight, weight_scale, experts, rows, ends, slots)  # references: nothing of a weight's size is made
+    x, weight, weight_scale, _, experts, rows, offsets, slots, _, share, parts, scheme, _ = inputs
+    ctx.save_for_backward(weight, weight_scale, experts, rows, offsets, slots)  # references: nothing of a weight's size is made
     ctx.rest = (share, parts, scheme, x.shape[0])
 
 
@@ -124,7 +124,7 @@ def _grad_x(
     weight_scale: torch.Tensor,
     experts: torch.Tensor,
     rows: torch.Tensor | None,
-    ends: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     slots: torch.Tensor | None,
     share: int,
     parts: int,
@@ -133,10 +133,10 @@ def _grad_x(
 ) -> torch.Tensor:
     """The gradient of x (R, K), through the dequantized weights."""
     w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-    groups = Groups(experts, rows, ends, slots, share=share)
-    groups = groups if groups.ends is not None else grouped_mm.sort(groups, weight.shape[0])
-    found = grouped_mm.times_weights(grad if groups.slots is None else grad[groups.slots], w, groups)
-    of_rows = groups.row_numbers()
+    routing = Routing(experts, rows, offsets, slots, share=share)
+    routing = routing if routing.offsets is not None else grouped_mm.sort(routing, weight.shape[0])
+    found = grouped_mm.times_weights(grad if routing.slots is None else grad[routing.slots], w, routing)
+    of_rows = routing.row_numbers()
     if of_rows is None:
         return found.to(grad.dtype)
     return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, of_rows, found).to(grad.dtype)
@@ -144,8 +144,8 @@ def _grad_x(
 
 # An op of its own, so that a traced backward need not know how many rows each expert has.
 _LIBRARY.define(
-    "scaled_grouped_linear_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor experts, Tensor? rows, Tensor? ends, "
-    "Tensor? slots, int share, int parts, str scheme, SymInt n_rows) -> Tensor",
+    "scaled_grouped_linear_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor experts, Tensor? rows, "
+    "Tensor? offsets, Tensor? slots, int share, int parts, str scheme, SymInt n_rows) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("scaled_grouped_linear_grad", _grad_x, "CompositeExplicitAutograd")
@@ -170,7 +170,7 @@ def scaled_grouped_linear(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     scheme: Scheme,
-    groups: Groups | torch.Tensor,
+    groups: Routing | torch.Tensor,
     *,
     input_scale: torch.Tensor | None = None,
     parts: int = 1,
@@ -181,8 +181,8 @@ def scaled_grouped_linear(
     x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: per tensor (E, parts), per channel
     (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)), where `parts` matrices lie over each other along N,
     each with a grid of scales of its own (gate over up: 2). input_scale: (E, parts), for static schemes. groups: (R,)
-    integers, the expert of each row (another number than 0..E-1: nobody); or `hf_fp8.kernels.Groups`, which says how rows
-    are gathered, sorted and put back. Returns (R, N), or (S, N) for S outputs of `Groups`, in the dtype of x, 0 where there
+    integers, the expert of each row (another number than 0..E-1: nobody); or `hf_fp8.kernels.Routing`, which says how rows
+    are gathered, sorted and put back. Returns (R, N), or (S, N) for S outputs of `Routing`, in the dtype of x, 0 where there
     is no expert. Gradients flow to x, through the dequantized weights.
 
     Raises InputError for operands whose dtype or shape do not fit, KernelError for a forced kernel that cannot run.
@@ -211,7 +211,7 @@ def scaled_grouped_linear(
     if nobody_watches(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(
-        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.ends, groups.slots, groups.expected,
+        x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.offsets, groups.slots, groups.expected,
         groups.share, parts, scheme.text, backend,
     )  # fmt: skip
     return found

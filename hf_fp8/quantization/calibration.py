@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import CalibrationError, UnsupportedError
 from ..formats.scheme import CODE_MAX
-from ..kernels import Groups
+from ..kernels import Routing
 from ..nn.base import QuantizedModule
 from ..nn.experts import FP8Experts, Projection
 from ..nn.linear import FP8Linear
@@ -257,12 +257,12 @@ class _ExpertsWatch:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def __call__(self, projection: Projection, x: torch.Tensor, groups: Groups) -> None:
+    def __call__(self, projection: Projection, x: torch.Tensor, routing: Routing) -> None:
         if projection.name in self.observers:
-            somebodys = (groups.experts < projection.shape[0]).nonzero().squeeze(1)
-            rows = groups.row_numbers()
+            somebodys = (routing.experts < projection.shape[0]).nonzero().squeeze(1)
+            rows = routing.row_numbers()
             x = x.detach()[somebodys if rows is None else rows[somebodys]]
-            self.observers[projection.name].observe(x, groups.experts[somebodys])
+            self.observers[projection.name].observe(x, routing.experts[somebodys])
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a layer is not being calibrated."""

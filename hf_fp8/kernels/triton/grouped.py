@@ -1,7 +1,7 @@
 """Triton: rows times the experts that they were routed to, E4M3 weights, inputs quantized or as they are.
 
-One kernel for prefill and decode. Sorted groups: a program finds its expert from the counts, so that the host needs to
-know none of them. Groups that are not sorted: a program for each row, which spares a few tokens the sorting. Either way
+One kernel for prefill and decode. Sorted rows: a program finds its expert from the counts, so that the host needs to
+know none of them. Rows that are not sorted: a program for each row, which spares a few tokens the sorting. Either way
 only the bytes of experts with rows are read, and rows are gathered and put in their places on the way.
 """
 
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base import ExpertWeights, Groups, Input
+from ..base import ExpertWeights, Input, Routing
 from . import scaled_mm as triton_mm
 from . import weight_only as triton_weight_only
 from .scales import power_of, times_scales, widened
@@ -27,7 +27,7 @@ SLACK = 1.5
 
 @triton.jit
 def _grouped(
-    x, w, x_scales, w_scales, out, rows, slots, experts, ends, S, N, K, E, grid_m, share, part, part_scales, scale_rows,
+    x, w, x_scales, w_scales, out, rows, slots, experts, offsets, S, N, K, E, grid_m, share, part, part_scales, scale_rows,
     stride_xm, stride_xk, stride_we, stride_wn, stride_sm, stride_sk, stride_ce, stride_cn, stride_ck,
     QUANTIZED: tl.constexpr, X_COLS: tl.constexpr, W_COLS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     SORTED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -42,8 +42,8 @@ def _grouped(
     if SORTED:
         # Expert E is nobody: the rows behind all others. Each has so many tiles of rows; which of them is this?
         each = tl.arange(0, BLOCK_E)
-        end = tl.where(each < E, tl.load(ends + each, mask=each < E, other=0), S)
-        start = tl.load(ends + each - 1, mask=(each > 0) & (each <= E), other=0)
+        end = tl.where(each < E, tl.load(offsets + each, mask=each < E, other=0), S)
+        start = tl.load(offsets + each - 1, mask=(each > 0) & (each <= E), other=0)
         start = tl.where(each <= E, start, S)
         tiles = (end - start + BLOCK_M - 1) // BLOCK_M
         upto = tl.cumsum(tiles, 0)
@@ -110,16 +110,16 @@ def _grouped(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=here[:, None] & (n[None, :] < N))
 
 
-def multiply(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+def multiply(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
     """x (R, K), codes with scales (R, 1) or (R, groups) or values, times E4M3 weights (E, N, K); (S, N) in `dtype`."""
     values, codes = x.x, w.codes
-    s, k = groups.experts.shape[0], values.shape[1]
+    s, k = routing.experts.shape[0], values.shape[1]
     n_experts, n, _ = codes.shape
-    quantized, is_sorted = x.scale is not None, groups.ends is not None
+    quantized, is_sorted = x.scale is not None, routing.offsets is not None
     of_w = w.scheme.weight.granularity
     of_x = w.scheme.input.granularity if quantized and w.scheme.input is not None else None
     x_cols = 0 if of_x is None else max(of_x.cols, 0)
-    each = math.ceil(groups.rows_each(n_experts) * SLACK) if is_sorted else 1
+    each = math.ceil(routing.rows_each(n_experts) * SLACK) if is_sorted else 1
     tile = triton_mm.tile(each) if quantized else triton_weight_only.tile(each, values.dtype)
     _, block_m, block_n, block_k, warps, stages = tile
     block_k = columns(of_w, block_k if of_x is None else columns(of_x, block_k))
@@ -136,12 +136,12 @@ def multiply(x: Input, w: ExpertWeights, groups: Groups, dtype: torch.dtype) -> 
     with on_device(values):
         _grouped[(grid_m * triton.cdiv(n, block_n),)](
             values, codes.view(torch.int8) if bits else codes, x_scale, scales, out,
-            *(groups.experts if t is None else t for t in (groups.rows, groups.slots, groups.experts, groups.ends)),
-            s, n, k, n_experts, grid_m, groups.share,
+            *(routing.experts if t is None else t for t in (routing.rows, routing.slots, routing.experts, routing.offsets)),
+            s, n, k, n_experts, grid_m, routing.share,
             part, scales.shape[1] // w.parts, part if of_w.rows == -1 else of_w.rows,
             *values.stride(), *codes.stride()[:2], *x_scale.stride()[-2:], *scales.stride(),
             QUANTIZED=quantized, X_COLS=x_cols, W_COLS=max(of_w.cols, 0), BITS=bits, DTYPE=kind,
-            SORTED=is_sorted, HAS_ROWS=groups.rows is not None, HAS_SLOTS=groups.slots is not None,
+            SORTED=is_sorted, HAS_ROWS=routing.rows is not None, HAS_SLOTS=routing.slots is not None,
             GROUP=triton_mm.GROUP_M, BLOCK_E=triton.next_power_of_2(n_experts + 1),
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
