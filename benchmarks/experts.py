@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hf_fp8 import FP8Experts
+from hf_fp8 import FP8Experts, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
@@ -91,7 +91,7 @@ def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str, slow:
     problem = Problem(torch.device(device), scheme, fp8.first.shape[1], fp8.first.shape[2], dtype)
     for kernel in GROUPED_KERNELS:
         # On a CPU one expert at a time is all there is, and what "auto" takes.
-        if (device != "cpu" or slow) and not (kernel.why_not_scheme(scheme) or kernel.why_not_device(problem)):
+        if (device != "cpu" or slow) and kernels.why_not(kernel, problem) is None:
             found.append(Contender(kernel.name, [fp8], size, kernel.quantizes, kernel.name))
     found.append(_host_fp8(name, dense, fp8, size))
     return found

@@ -11,7 +11,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from hf_fp8 import FP8Linear
+from hf_fp8 import FP8Linear, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Problem
@@ -57,7 +57,7 @@ def contenders(
             reference = kernel.name in ("dequantize", "weight_only")
             if (reference or given is not INT8_DYNAMIC) and device == "cpu" and not slow:
                 continue
-            if kernel.why_not_scheme(given) or kernel.why_not_device(problem) or (given is INT8_DYNAMIC and reference):
+            if kernels.why_not(kernel, problem) or (given is INT8_DYNAMIC and reference):
                 continue
             prefix = "int8: " if given is INT8_DYNAMIC and not kernel.name.startswith("int8") else ""
             eight_bit = kernel not in WEIGHT_ONLY

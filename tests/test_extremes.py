@@ -25,7 +25,7 @@ from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
 BY_NAME: dict[str, BaseKernel] = {kernel.name: kernel for kernel in (*KERNELS, *kernels.GROUPED_KERNELS)}
 LEFT_ALONE = {kernel.name for kernel in WEIGHT_ONLY} | {"grouped_weight_only", "triton_grouped_weight_only"}
-LINEAR_TRITON = {"triton_scaled_mm": tiling.scaled_mm_scheme, "triton_weight_only": tiling.weight_only_scheme}
+LINEAR_TRITON = {"triton_scaled_mm": tiling.why_not_scaled_mm, "triton_weight_only": tiling.why_not_weight_only}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Sizes of rows of inputs, and of weights. Matmuls in bfloat16 take subnormal numbers for 0 on some CPUs, dense ones, too.
 ROWS = {torch.float32: [1e36, 1.0, 1e-38, 3e37], torch.bfloat16: [1e36, 1.0, 1e-36, 3e37], torch.float16: [2e4, 1.0, 1e-6, 1e4]}

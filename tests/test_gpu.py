@@ -13,7 +13,8 @@ from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity, Scheme, TensorScheme
 from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import WEIGHT_ONLY, Problem, select
-from hf_fp8.kernels.probe import exact_operands
+from hf_fp8.kernels.probing import exact_operands
+from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear
 
 if not torch.accelerator.is_available():
@@ -63,7 +64,7 @@ def test_quantization_is_the_references(k: int) -> None:
         TensorScheme(ROW, dynamic=True, dtype=torch.int8),
     ]  # fmt: skip
     for scheme in schemes:
-        if scheme.dtype != torch.int8 and not kernels.triton_support.native_e4m3(DEVICE):
+        if scheme.dtype != torch.int8 and not triton_support.native_e4m3(DEVICE):
             continue
         static = None if scheme.dynamic else torch.tensor([0.05])
         for dtype in THRESHOLD:

@@ -14,7 +14,7 @@ from test_grouped import IDS, SCHEMES, grid
 from hf_fp8 import FP8Config, kernels
 from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
-from hf_fp8.kernels.probe import exact_experts
+from hf_fp8.kernels.probing import exact_experts
 from hf_fp8.nn.grouped import route, scaled_grouped_linear
 
 if not torch.accelerator.is_available():
@@ -26,7 +26,7 @@ DEVICE = torch.accelerator.current_accelerator()
 
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> list[str]:
     problem = Problem(DEVICE, scheme, n, k, dtype)
-    return [c.name for c in GROUPED_KERNELS if not (c.why_not_scheme(scheme) or c.why_not_device(problem))]
+    return [c.name for c in GROUPED_KERNELS if kernels.why_not(c, problem) is None]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

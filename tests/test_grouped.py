@@ -18,14 +18,14 @@ from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
 from hf_fp8.kernels import ExpertWeights, Problem, Routing, select_grouped
 from hf_fp8.kernels import torch_grouped as grouped_mm
-from hf_fp8.kernels.probe import exact_experts
+from hf_fp8.kernels.probing import exact_experts
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.kernels.triton import tiling
 from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
 CPU = torch.device("cpu")
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
-TRITON = {"triton_grouped_scaled_mm": tiling.scaled_mm_scheme, "triton_grouped_weight_only": tiling.weight_only_scheme}
+TRITON = {"triton_grouped_scaled_mm": tiling.why_not_scaled_mm, "triton_grouped_weight_only": tiling.why_not_weight_only}
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 # (kernel, scheme): the interpreter takes seconds for each, so that CPUs run what Triton's kernels take of the schemes.
 RUNS = [(kernel, name) for name in SCHEMES for kernel in ("grouped_dequantize", "grouped_weight_only")] + [

@@ -20,6 +20,7 @@ from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 from hf_fp8.formats.weights import requantize
+from hf_fp8.kernels import selection
 
 INT8_CONFIG = FP8Config(backend="int8")
 WEIGHTS = {
@@ -198,7 +199,7 @@ def test_another_default_device_changes_nothing() -> None:
     for layer in layers:
         layer.weight.data = torch.randint(-127, 128, tuple(layer.weight.shape), dtype=INT8)
         layer.weight_scale.data.fill_(0.01)
-    kernels._select.cache_clear()
+    selection._select.cache_clear()
     kernels.probe.cache_clear()
     few, many = torch.randn(3, 64), torch.randn(600, 64)
     with torch.device("meta"):

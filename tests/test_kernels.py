@@ -22,8 +22,8 @@ from hf_fp8.formats.scheme import (
     Scheme,
     TensorScheme,
 )
-from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Input, Problem, Weight, probe, select
-from hf_fp8.kernels.probe import exact_operands
+from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Input, Problem, Weight, probe, select, why_not
+from hf_fp8.kernels.probing import exact_operands
 from hf_fp8.nn.functional import scaled_linear
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:
     """The kernels that take the problem."""
     problem = Problem(device, scheme, n, k, dtype)
-    return [kernel.name for kernel in KERNELS if not (kernel.why_not_scheme(scheme) or kernel.why_not_device(problem))]
+    return [kernel.name for kernel in KERNELS if why_not(kernel, problem) is None]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fp8 import FP8Config, kernels
+from hf_fp8 import FP8Config
 from hf_fp8.errors import KernelError
 from hf_fp8.formats.scheme import (
     FP8_BLOCK,
@@ -28,6 +28,7 @@ from hf_fp8.kernels import (
     has_fp8_matmul,
     select,
     select_grouped,
+    selection,
     thresholds,
     why_not_kept,
     why_not_kept_experts,
@@ -37,7 +38,7 @@ from hf_fp8.kernels.triton import support as triton_support
 BF16 = torch.bfloat16
 GPU = torch.device("cuda", 0)
 _CACHED = (
-    kernels._select, kernels._select_grouped, kernels.has_fp8_matmul, kernels.why_not_kept, kernels.why_not_kept_experts,
+    selection._select, selection._select_grouped, has_fp8_matmul, why_not_kept, why_not_kept_experts,
     thresholds.weight_only_limit,
 )  # fmt: skip
 Fake = Callable[..., None]
@@ -60,7 +61,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(kernels, "probe", probe)
+        monkeypatch.setattr(selection, "probe", probe)
         monkeypatch.setattr(triton_support, "_installed", lambda: triton)
         forget()
 

@@ -28,7 +28,7 @@ from hf_fp8.formats.scheme import (
     TensorScheme,
 )
 from hf_fp8.kernels import use
-from hf_fp8.kernels.probe import exact_operands
+from hf_fp8.kernels.probing import exact_operands
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.kernels.triton import tiling
 from hf_fp8.nn.functional import scaled_linear
@@ -139,7 +139,7 @@ def test_group_scales_are_in_the_order_that_block_matmuls_want() -> None:
 
 TAKEN = [
     (kernel, name)
-    for kernel, why in (("triton_scaled_mm", tiling.scaled_mm_scheme), ("triton_weight_only", tiling.weight_only_scheme))
+    for kernel, why in (("triton_scaled_mm", tiling.why_not_scaled_mm), ("triton_weight_only", tiling.why_not_weight_only))
     for name, scheme in SCHEMES.items()
     if why(scheme) is None
 ]

@@ -84,7 +84,7 @@ def test_by_forced_kernel(kernel: str, scheme: Scheme, lack: Any) -> None:
     with triton_support.interpreted() if in_triton else nullcontext():
         chosen = next(k for k in KERNELS if k.name == kernel)
         problem = Problem(CPU, scheme, 24, 32, torch.float32)
-        if chosen.why_not_scheme(scheme) or chosen.why_not_device(problem):
+        if kernels.why_not(chosen, problem):
             pytest.skip("not for this scheme")
         layer, dense, x = linear(scheme)
         lack(layer)

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..formats.scheme import Scheme
+from ..formats.scheme import CODE_MAX, INT8, Scheme
+
+# Products of int8 codes whose sum always fits into int32.
+LARGEST_K = (2**31 - 1) // int(CODE_MAX[INT8]) ** 2
 
 
 class Input(NamedTuple):
@@ -119,23 +122,35 @@ class Problem:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+def takes_all(_: object) -> None:
+    """What `why_not_scheme` and `why_not_device` are for kernels that decline nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseKernel:
-    """What the choice of a kernel asks: `why_not_scheme` and `why_not_device` answer with a reason to decline, or None."""
+    """How a kernel describes itself, for `selection`.
+
+    why_not_scheme: why it is not made for a scheme; None if it is. why_not_device: the same for what its code needs of a
+    device, sizes and dtypes; asked for schemes that it is made for. probes: schemes, one for each layout of scales; it is
+    trusted only where it gives exact results with them (`probing`). Without any it is plain torch, and trusted everywhere.
+    is_triton: on a CPU it runs in Triton's interpreter, for tests, and is trusted there: a probe would take minutes.
+    """
 
     name: str
-    why_not_scheme: Callable[[Scheme], str | None]
-    why_not_device: Callable[[Problem], str | None]
+    why_not_scheme: Callable[[Scheme], str | None] = takes_all
+    why_not_device: Callable[[Problem], str | None] = takes_all
+    probes: tuple[Scheme, ...] = ()
+    is_triton: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel(BaseKernel):
     """A way to multiply, in two steps: quantize the input (None: leave it as it is), then multiply.
 
     Between the two lies what layers with the same input can share.
     """
 
-    quantize: Quantize | None
+    quantize: Quantize | None = None
     multiply: Multiply
     splits_outliers: bool = False  # some columns of an input come as outliers
 
@@ -145,12 +160,19 @@ class Kernel(BaseKernel):
         return self.multiply(given, weight, x.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupedKernel(BaseKernel):
     """A way to multiply rows by the experts that they were routed to. quantizes: it takes inputs as codes, not as they are."""
 
     multiply: MultiplyGrouped
-    quantizes: bool
+    quantizes: bool = False
+
+
+def why_sums_overflow(problem: Problem) -> str | None:
+    """Why products of int8 codes cannot be added up in int32; None if they can, or are not int8."""
+    if problem.scheme.weight.dtype == INT8 and problem.k > LARGEST_K:
+        return f"sums of K={problem.k} products of int8 codes may overflow int32 (up to {LARGEST_K} never do)"
+    return None
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from ..formats import numerics
 from ..formats.cpu import scratch
 from ..formats.scheme import INT8, Scheme
-from .base import Input, Problem
+from .base import Input
 from .inputs import quantize_input
 from .triton import support as triton_support
 
@@ -89,10 +89,3 @@ def _on_cpu(x: torch.Tensor, kept: torch.Tensor | None) -> Input:
 def _scale(amax: torch.Tensor) -> torch.Tensor:
     """Scales (M, 1) for the largest magnitudes of rows, in their place."""
     return torch.threshold_(amax.div_(127.0), 0.0, numerics.MIN_SCALE)  # as `numerics.scale_of`
-
-
-def too_narrow(problem: Problem) -> str | None:
-    """Why no columns of an input can be set aside; None if they can."""
-    if problem.k < COLUMNS_PER_OUTLIER:
-        return f"K={problem.k} is less than {COLUMNS_PER_OUTLIER} columns"
-    return None

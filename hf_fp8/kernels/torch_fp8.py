@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import numerics
-from ..formats.scheme import FP8, ROW, TENSOR, Granularity, Scheme
-from .base import Input, Weight, add_bias, product_dtype
+from ..formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Scheme
+from .base import Input, Kernel, Problem, Weight, add_bias, product_dtype
 from .inputs import quantize_input
 
-BLOCK_INPUT = Granularity(1, 128)
-BLOCK_WEIGHT = Granularity(128, 128)
 # Elements of a weight that are multiplied out at a time for a matmul. On a CPU, 2 cores, gradients of inputs, ms at 2**19,
 # 2**20, 2**21, 2**22, all at once: 4096x4096 bfloat16, 128 rows 39, 42, 30, 28, 48; float32, 512 rows 123, 121, 124, 137,
 # 153; 14336x4096 float32, 128 rows 188, 180, 170, 254, 292. GPUs: 32 MB of bfloat16; not measured.
@@ -102,7 +100,7 @@ def dequantize(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     return add_bias(out, w.bias).to(dtype)
 
 
-def row_scheme(scheme: Scheme) -> str | None:
+def why_not_rowwise(scheme: Scheme) -> str | None:
     """Why the row-wise kernel cannot take `scheme`; None if it can."""
     if reason := _quantized_fp8(scheme):
         return reason
@@ -112,7 +110,7 @@ def row_scheme(scheme: Scheme) -> str | None:
     return None
 
 
-def tensor_scheme(scheme: Scheme) -> str | None:
+def why_not_tensorwise(scheme: Scheme) -> str | None:
     """Why the tensor-wise kernel cannot take `scheme`; None if it can."""
     if reason := _quantized_fp8(scheme):
         return reason
@@ -122,14 +120,11 @@ def tensor_scheme(scheme: Scheme) -> str | None:
     return None
 
 
-def block_scheme(scheme: Scheme) -> str | None:
+def why_not_blockwise(scheme: Scheme) -> str | None:
     """Why the block-wise kernel cannot take `scheme`; None if it can."""
     if reason := _quantized_fp8(scheme):
         return reason
-    assert scheme.input is not None
-    if scheme.weight.granularity != BLOCK_WEIGHT or scheme.input.granularity != BLOCK_INPUT:
-        return "block-wise scaled_mm takes 1x128 inputs by 128x128 weights"
-    return None
+    return None if scheme == FP8_BLOCK else "block-wise scaled_mm takes 1x128 inputs by 128x128 weights"
 
 
 def _quantized_fp8(scheme: Scheme) -> str | None:
@@ -138,3 +133,27 @@ def _quantized_fp8(scheme: Scheme) -> str | None:
     if scheme.weight.dtype != FP8 or scheme.input.dtype != FP8:
         return "scaled_mm takes E4M3 codes on both sides"
     return None
+
+
+def why_not_device(problem: Problem) -> str | None:
+    """Why scaled_mm cannot run there, whatever it says of the scheme; None if it can."""
+    # The CPU kernel takes any size; cuBLAS, CUTLASS and oneDNN want 16-byte rows on both sides.
+    if problem.device.type != "cpu" and (problem.n % 16 or problem.k % 16):
+        return f"N={problem.n} and K={problem.k} must be multiples of 16 on {problem.device.type}"
+    return None
+
+
+TENSORWISE = Kernel(
+    name="scaled_mm_tensorwise", why_not_scheme=why_not_tensorwise, why_not_device=why_not_device, probes=(FP8_STATIC,),
+    quantize=quantize_tensorwise, multiply=tensorwise,
+)  # fmt: skip
+ROWWISE = Kernel(
+    name="scaled_mm_rowwise", why_not_scheme=why_not_rowwise, why_not_device=why_not_device, probes=(FP8_DYNAMIC,),
+    quantize=quantize_rowwise, multiply=rowwise,
+)  # fmt: skip
+BLOCKWISE = Kernel(
+    name="scaled_mm_blockwise", why_not_scheme=why_not_blockwise, why_not_device=why_not_device, probes=(FP8_BLOCK,),
+    quantize=quantize_blockwise, multiply=blockwise,
+)  # fmt: skip
+DEQUANTIZE = Kernel(name="dequantize", quantize=fake_quantize, multiply=dequantize)
+WEIGHT_ONLY = Kernel(name="weight_only", multiply=dequantize)

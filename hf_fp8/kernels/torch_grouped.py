@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import numerics
-from ..formats.scheme import ROW, Granularity, TensorScheme
-from .base import ExpertWeights, Input, Routing, product_dtype
+from ..formats.scheme import FP8_DYNAMIC, ROW, Granularity, TensorScheme
+from . import torch_fp8
+from .base import ExpertWeights, GroupedKernel, Input, Routing, product_dtype
 from .inputs import quantize_input
 
 
@@ -64,7 +65,7 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, routing: Routing, dtype: torch
         types.RowWise,
         offs=offsets,
         output_dtype=dtype,
-        use_fast_accum=True,  # as in torch_mm
+        use_fast_accum=True,  # as in torch_fp8
     )
     if routing.expected is not None:
         out = out.masked_fill(nobody.unsqueeze(1), 0.0)
@@ -170,3 +171,11 @@ def _of_input(w: ExpertWeights, scale: torch.Tensor) -> Granularity:
     """What one scale of the codes of an input covers: those of whole tensors stand here for each row."""
     assert w.scheme.input is not None
     return ROW if scale.shape[1] == 1 else w.scheme.input.granularity
+
+
+SCALED_GROUPED_MM = GroupedKernel(
+    name="scaled_grouped_mm", why_not_scheme=torch_fp8.why_not_rowwise, why_not_device=torch_fp8.why_not_device,
+    probes=(FP8_DYNAMIC,), multiply=scaled_grouped_mm, quantizes=True,
+)  # fmt: skip
+DEQUANTIZE = GroupedKernel(name="grouped_dequantize", multiply=dequantize, quantizes=True)
+WEIGHT_ONLY = GroupedKernel(name="grouped_weight_only", multiply=dequantize)

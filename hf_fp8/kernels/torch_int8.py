@@ -10,8 +10,9 @@ from functools import cache
 import torch
 
 from ..formats.cpu import rows_at_once, scratch
-from ..formats.scheme import INT8, ROW, Scheme
-from .base import Input, Problem, Weight, add_bias
+from ..formats.scheme import INT8, INT8_DYNAMIC, ROW, Scheme
+from .base import Input, Kernel, Problem, Weight, add_bias, why_sums_overflow
+from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
 from .triton import support as triton_support
 
 # The vector loop of the CPU kernel behind `_weight_int8pack_mm` reads 16 to 64 columns at a time without a
@@ -119,7 +120,7 @@ def _ones(n: int) -> torch.Tensor:
         return torch.ones(n, dtype=torch.bfloat16, device="cpu")
 
 
-def int8_scheme(scheme: Scheme) -> str | None:
+def why_not_scheme(scheme: Scheme) -> str | None:
     """Why the int8 kernels cannot take `scheme`; None if they can."""
     if scheme.weight.dtype != INT8 or scheme.weight.granularity != ROW:
         return "it takes int8 weights with a scale per row"
@@ -130,6 +131,8 @@ def int8_scheme(scheme: Scheme) -> str | None:
 
 def why_not_device(problem: Problem) -> str | None:
     """Why `multiply` cannot run there; None if it can."""
+    if reason := why_sums_overflow(problem):
+        return reason
     if problem.k < 2:
         return "torch._int_mm gives wrong numbers for K=1 (torch 2.13.0, CPU)"
     if problem.device.type == "cuda" and (problem.n % 8 or problem.k % 8):
@@ -139,7 +142,14 @@ def why_not_device(problem: Problem) -> str | None:
     return None
 
 
-def why_not_device_weight_only(problem: Problem) -> str | None:
+def why_no_outliers(problem: Problem) -> str | None:
+    """The same, with columns of inputs split off as outliers."""
+    if problem.k < COLUMNS_PER_OUTLIER:
+        return f"K={problem.k} is less than {COLUMNS_PER_OUTLIER} columns"
+    return why_not_device(problem)
+
+
+def why_not_weight_only(problem: Problem) -> str | None:
     """Why `weight_only` cannot run there; None if it can."""
     if problem.device.type != "cpu":
         return f"made for CPUs, not for {problem.device.type}"
@@ -148,3 +158,17 @@ def why_not_device_weight_only(problem: Problem) -> str | None:
     if problem.n * problem.k > PACK_ELEMENTS:
         return f"slower for weights of more than {PACK_ELEMENTS} elements"
     return None
+
+
+OUTLIERS = Kernel(
+    name="int8_mm_outliers", why_not_scheme=why_not_scheme, why_not_device=why_no_outliers, probes=(INT8_DYNAMIC,),
+    quantize=quantize_but_outliers, multiply=multiply, splits_outliers=True,
+)  # fmt: skip
+ROWWISE = Kernel(
+    name="int8_mm", why_not_scheme=why_not_scheme, why_not_device=why_not_device, probes=(INT8_DYNAMIC,),
+    quantize=quantize, multiply=multiply,
+)  # fmt: skip
+WEIGHT_ONLY = Kernel(
+    name="int8_weight_only", why_not_scheme=why_not_scheme, why_not_device=why_not_weight_only, probes=(INT8_DYNAMIC,),
+    multiply=weight_only,
+)  # fmt: skip

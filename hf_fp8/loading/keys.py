@@ -60,7 +60,7 @@ class KeyMap:
 
     @classmethod
     def of(cls, model: ModelFacts, conversions: Sequence[WeightTransform], keys: Iterable[str]) -> KeyMap:
-        """That of a checkpoint with these keys, experts included that only llm-compressor calls so (see the top of this file)."""
+        """That of a checkpoint with these keys; names of experts that only llm-compressor gives are mapped, too."""
         keymap = cls(model.shapes, model.prefix, conversions)
         for key in keys:
             keymap._map_expert(key, model)

@@ -13,14 +13,14 @@ def columns(granularity: Granularity, most: int) -> int:
     return most if granularity.cols == -1 else min(most, granularity.cols & -granularity.cols)
 
 
-def weight_only_scheme(scheme: Scheme) -> str | None:
+def why_not_weight_only(scheme: Scheme) -> str | None:
     """Why the weight-only kernel cannot take `scheme`'s weights; None if it can."""
     if columns(scheme.weight.granularity, 128) < LEAST_16_BIT:
         return _odd(scheme.weight.granularity)
     return None
 
 
-def scaled_mm_scheme(scheme: Scheme) -> str | None:
+def why_not_scaled_mm(scheme: Scheme) -> str | None:
     """Why the scaled matmul cannot take `scheme`; None if it can."""
     if scheme.input is None:
         return "the scheme does not quantize inputs"

@@ -1,0 +1,29 @@
+"""The kernels in order of preference: of a list, the first that takes a problem. The last of each takes every one."""
+
+from __future__ import annotations
+
+from . import torch_fp8, torch_grouped, torch_int8
+from .base import GroupedKernel, Kernel
+from .triton import entries as triton
+
+# They compute what the scheme says, inputs quantized.
+QUANTIZED: tuple[Kernel, ...] = (
+    torch_fp8.TENSORWISE,
+    torch_fp8.ROWWISE,
+    torch_fp8.BLOCKWISE,
+    torch_int8.OUTLIERS,
+    torch_int8.ROWWISE,
+    triton.SCALED_MM,
+    torch_fp8.DEQUANTIZE,
+)
+# They leave inputs as they are.
+WEIGHT_ONLY: tuple[Kernel, ...] = (torch_int8.WEIGHT_ONLY, triton.WEIGHT_ONLY, torch_fp8.WEIGHT_ONLY)
+# The same two lists for stacks of experts.
+GROUPED_QUANTIZED: tuple[GroupedKernel, ...] = (
+    torch_grouped.SCALED_GROUPED_MM,
+    triton.GROUPED_SCALED_MM,
+    torch_grouped.DEQUANTIZE,
+)
+GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (triton.GROUPED_WEIGHT_ONLY, torch_grouped.WEIGHT_ONLY)
+KERNELS = QUANTIZED + WEIGHT_ONLY
+GROUPED_KERNELS = GROUPED_QUANTIZED + GROUPED_WEIGHT_ONLY

@@ -1,0 +1,214 @@
+"""Which kernel runs where: the first of its list that takes a problem, with the reasons of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Generic, TypeVar
+
+import torch
+
+from ..errors import KernelError
+from ..formats.scheme import FP8, FP8_WEIGHT_ONLY, INT8, INT8_DYNAMIC, Scheme
+from .base import BaseKernel, GroupedKernel, Kernel, Problem
+from .probing import probe
+from .registry import GROUPED_KERNELS, GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, KERNELS, QUANTIZED, WEIGHT_ONLY
+from .thresholds import weight_only_limit
+from .torch_fp8 import ROWWISE, TENSORWISE
+from .triton import entries as triton
+
+BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_LINEAR_NAMES = {kernel.name: kernel for kernel in KERNELS}
+_GROUPED_NAMES = {kernel.name: kernel for kernel in GROUPED_KERNELS}
+_forced: ContextVar[str] = ContextVar("hf_fp8_forced_kernel", default="")
+
+K = TypeVar("K", bound=BaseKernel)
+
+
+@dataclass(frozen=True)
+class Selection(Generic[K]):
+    """The kernels chosen for a problem: `small` for up to `limit` rows of input, `kernel` for more; and why.
+
+    Of a stack of experts, rows are those that an expert gets on average.
+    """
+
+    kernel: K
+    reason: str
+    small: K | None = None
+    limit: int = 0
+
+    def at(self, m: int) -> K:
+        """The kernel for M = `m`."""
+        return self.kernel if self.small is None or m > self.limit else self.small
+
+    def __str__(self) -> str:
+        if self.small is None:
+            return self.kernel.name
+        return f"{self.small.name} (M <= {self.limit}), {self.kernel.name}"
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one kernel of `KERNELS` or `GROUPED_KERNELS` by name within the block, for tests, benchmarks and bug reports.
+
+    A layer that the kernel cannot serve raises `KernelError` instead of taking another one; linears take no notice of a
+    kernel for experts, and the other way round. Kernels are chosen when a layer runs: compiled code obeys, too, but a
+    CUDA graph that was recorded before does not.
+    """
+    known = [*_LINEAR_NAMES, *_GROUPED_NAMES]
+    if name not in known:
+        raise KernelError(f"unknown kernel {name!r}; there are: {', '.join(known)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def select(problem: Problem, backend: str = "auto") -> Selection[Kernel]:
+    """The kernels for `problem`: the forced one, else the first of its list that does not decline.
+
+    backend: "scaled_mm" computes what the checkpoint says (inputs quantized by the scheme); "weight_only"
+    leaves inputs as they are; "int8" is for layers re-quantized to int8. "auto" takes what is fastest: the
+    checkpoint's arithmetic for many rows of input, and a weight-only kernel for few, if the device has a fused one.
+    """
+    if forced := _LINEAR_NAMES.get(_forced.get()):
+        return _honour(forced, problem)
+    return _select(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
+
+
+def kernel_for(x: torch.Tensor, weight: torch.Tensor, scheme: str, backend: str) -> Kernel:
+    """`select`, for the operands of a call: x (M, K) and weight (N, K)."""
+    m, k = x.shape
+    if forced := _LINEAR_NAMES.get(_forced.get()):
+        return _honour(forced, Problem(x.device, Scheme.parse(scheme), weight.shape[0], k, x.dtype)).kernel
+    return _select(x.device, scheme, weight.shape[0], k, x.dtype, backend).at(m)
+
+
+def select_grouped(problem: Problem, backend: str = "auto") -> Selection[GroupedKernel]:
+    """`select` for a stack of experts, (E, N, K): N and K of the problem are those of one of them."""
+    if forced := _GROUPED_NAMES.get(_forced.get()):
+        return _honour(forced, problem)
+    return _select_grouped(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
+
+
+def why_not(kernel: BaseKernel, problem: Problem) -> str | None:
+    """None if `kernel` takes `problem`, else the reason why not."""
+    return kernel.why_not_scheme(problem.scheme) or _why_not_there(kernel, problem)
+
+
+def _why_not_there(kernel: BaseKernel, problem: Problem) -> str | None:
+    """`why_not`, of a scheme that the kernel is made for. A kernel with `probes` is only trusted where it passes them."""
+    if reason := kernel.why_not_device(problem):
+        return reason
+    if kernel.probes and problem.dtype not in _FLOATS:
+        return f"no {problem.dtype} output"
+    probes = () if kernel.is_triton and problem.device.type == "cpu" else kernel.probes
+    return next(filter(None, (probe(kernel, scheme, problem.device, problem.dtype) for scheme in probes)), None)
+
+
+def _honour(kernel: K, problem: Problem) -> Selection[K]:
+    if reason := why_not(kernel, problem):
+        raise KernelError(f"kernel {kernel.name!r} was forced, but cannot run {problem.scheme.describe()}: {reason}")
+    return Selection(kernel, "forced")
+
+
+@lru_cache(maxsize=4096)
+def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Selection[Kernel]:
+    problem = Problem(device, Scheme.parse(text), n, k, dtype)
+    scheme = problem.scheme
+    if backend not in BACKENDS:
+        raise KernelError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    if backend == "int8" and scheme != INT8_DYNAMIC:
+        raise KernelError(f"backend='int8' runs layers that were re-quantized to int8, not {scheme.describe()}")
+    fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
+    auto = backend == "auto" and scheme.weight.dtype == FP8 and fused is not WEIGHT_ONLY[-1]
+    if reason is None and auto and (lacking := has_fp8_matmul(device)):
+        reason = f"weights stay in FP8, inputs as they are: {lacking}; backend='int8' may be faster for many rows"
+    if reason is not None:
+        return Selection(fused, reason)
+    return _by_rows(QUANTIZED, WEIGHT_ONLY, problem, backend, "M = {}")
+
+
+@lru_cache(maxsize=4096)
+def _select_grouped(
+    device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str
+) -> Selection[GroupedKernel]:
+    problem = Problem(device, Scheme.parse(text), n, k, dtype)
+    if backend not in ("auto", "scaled_mm", "weight_only"):
+        raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")
+    reason = _why_weight_only(problem.scheme, backend)
+    if reason is None and backend == "auto" and (lacking := has_fp8_matmul(device)):
+        reason = f"weights stay in FP8, inputs as they are: {lacking}"
+    if reason is not None:
+        return Selection(_first(GROUPED_WEIGHT_ONLY, problem)[0], reason)
+    return _by_rows(GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, problem, backend, "{} rows an expert")
+
+
+def _why_weight_only(scheme: Scheme, backend: str) -> str | None:
+    """Why inputs are left as they are, whatever the device; None if they need not be."""
+    if backend == "weight_only":
+        return "backend='weight_only'"
+    return "the checkpoint does not quantize inputs (W8A16)" if scheme.input is None else None
+
+
+def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Problem, backend: str, unit: str) -> Selection[K]:
+    """The kernel that quantizes inputs; for few rows the weight-only one, if it is fused and the backend leaves the choice."""
+    kernel, declined = _first(quantized, problem)
+    codes = "int8" if problem.scheme.weight.dtype == INT8 else "FP8"
+    found = "no 8-bit kernel takes such scales" if kernel is quantized[-1] else f"{codes} matmul on {problem.device.type}"
+    reason, few = declined or found, _first(weight_only, problem)[0]
+    if backend == "scaled_mm" or few is weight_only[-1]:
+        return Selection(kernel, reason)
+    limit = weight_only_limit(problem.device, problem.scheme)
+    return Selection(kernel, f"{reason}; weight-only up to {unit.format(limit.m)} ({limit.why})", few, limit.m)
+
+
+def _first(kernels: tuple[K, ...], problem: Problem) -> tuple[K, str]:
+    """The first of `kernels` that does not decline, and the reasons of those before it."""
+    reasons: list[str] = []
+    for kernel in kernels:
+        if kernel.why_not_scheme(problem.scheme) is not None:
+            continue  # made for other schemes: no news
+        reason = _why_not_there(kernel, problem)
+        if reason is None:
+            return kernel, "; ".join(reasons)
+        reasons.append(f"{kernel.name}: {reason}")
+    raise AssertionError("the last kernel takes every problem")
+
+
+@cache
+def has_fp8_matmul(device: torch.device) -> str | None:
+    """None if FP8 matmuls run on `device` in hardware, else the reason why not."""
+    if device.type == "cpu":
+        return "CPUs have no FP8 units"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            return f"compute capability {capability[0]}.{capability[1]} has no FP8 units (8.9 or newer has)"
+    reasons = [probe(kernel, scheme, device, torch.bfloat16) for kernel in (ROWWISE, TENSORWISE) for scheme in kernel.probes]
+    return None if None in reasons else reasons[0]
+
+
+@cache
+def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if "auto" gains from FP8 weights on `device`: it has FP8 units, or a kernel that widens weights as it reads them."""
+    lacking = has_fp8_matmul(device)
+    if lacking is None or dtype not in _FLOATS:
+        return lacking
+    widening = _why_not_there(triton.WEIGHT_ONLY, Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
+    return None if widening is None else f"{lacking}; {widening}"
+
+
+@cache
+def why_not_kept_experts(device: torch.device, dtype: torch.dtype, scheme: Scheme = FP8_WEIGHT_ONLY) -> str | None:
+    """None if "auto" gains from experts in FP8 on `device`: it has a kernel that reads just those with rows, as they are."""
+    if dtype not in _FLOATS:
+        return f"no kernel for {dtype}"
+    reading = triton.GROUPED_WEIGHT_ONLY
+    return _why_not_there(reading, Problem(device, scheme, 128, 128, dtype)) or reading.why_not_scheme(scheme)
