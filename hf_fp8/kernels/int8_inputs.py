@@ -1,7 +1,7 @@
-"""int8 inputs: one scale per token, and the few columns that would spoil it set aside.
+"""Per-token int8 quantization of inputs, with outlier columns kept in float (LLM.int8()).
 
-In language models a few columns of an input are 10 to 100 times as large as the others, in nearly every row (LLM.int8(),
-arXiv 2208.07339). A scale that reaches up to them leaves few codes for all others. They are multiplied in float.
+In language models a few columns of an input are 10 to 100 times as large as the others, in nearly every row
+(arXiv 2208.07339). A scale that reaches up to them leaves few codes for all others. They are multiplied in float.
 """
 
 from __future__ import annotations

@@ -14,15 +14,10 @@ from ..formats import numerics
 from ..formats.scheme import FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 from ..kernels import Input, Weight, kernel_for
 from ..kernels import torch_fp8 as torch_mm
+from . import custom_op
 
 # How a gradient is multiplied: as it is, with the dequantized weight; or rounded to 8 bits, with the codes.
 BACKWARDS = ("exact", "quantized")
-
-_LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "times_weight(Tensor x, Tensor weight, Tensor weight_scale, str scheme, bool transposed, str how) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _run(
@@ -84,13 +79,7 @@ def _quantized(
     return kernel.multiply(kernel.quantize(given, None, turned), Weight(codes, scale, None, turned), x.dtype)
 
 
-_LIBRARY.impl("times_weight", _run, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hf_fp8::times_weight", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str
-) -> torch.Tensor:
+def _fake(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str) -> Any:
     return x.new_empty((x.shape[0], weight.shape[0 if transposed else 1]))
 
 
@@ -103,5 +92,4 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return times_weight(grad, *ctx.saved_tensors, ctx.scheme, not ctx.transposed, "exact"), *[None] * 5
 
 
-torch.library.register_autograd("hf_fp8::times_weight", _backward, setup_context=_setup_context, lib=_LIBRARY)
-times_weight = torch.ops.hf_fp8.times_weight.default
+times_weight = custom_op.define("times_weight", _run, fake=_fake, backward=_backward, setup_context=_setup_context)

@@ -15,18 +15,13 @@ from ..errors import InputError
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme
 from ..kernels import Input, Weight, kernel_for
+from . import custom_op
 from .backward import times_weight
 from .originals import refuse_changed
 from .shared_input import quantize_once
 
 # What inputs may be.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_LIBRARY: Any = torch.library.Library("hf_fp8", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "scaled_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
-    "str scheme, str backend, str backward, Tensor? original=None, Tensor? made_of=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _run(
@@ -49,21 +44,7 @@ def _run(
     return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)))
 
 
-_LIBRARY.impl("scaled_linear", _run, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hf_fp8::scaled_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scheme: str,
-    backend: str,
-    backward: str,
-    *_: Any,
-) -> torch.Tensor:
+def _fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -88,8 +69,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, *[None] * 5
 
 
-torch.library.register_autograd("hf_fp8::scaled_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
-_scaled_linear = torch.ops.hf_fp8.scaled_linear.default
+_scaled_linear = custom_op.define("scaled_linear", _run, fake=_fake, backward=_backward, setup_context=_setup_context)
 
 
 def scaled_linear(
@@ -132,7 +112,7 @@ def scaled_linear(
         refuse_forward_mode(x)
     # Reshaped outside of the op: a view that it returned could not be changed in place under autograd.
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] and nobody_watches(x, weight, weight_scale, bias):
+    if rows.shape[0] and can_bypass_dispatcher(x, weight, weight_scale, bias):
         kernel = kernel_for(rows, weight, scheme.text, backend)
         given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
         out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
@@ -150,8 +130,8 @@ def refuse_forward_mode(x: torch.Tensor) -> None:
         )
 
 
-def nobody_watches(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a plain function does what the op would: nothing is traced or differentiated, no dispatch mode listens.
+def can_bypass_dispatcher(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """True if no autograd, tracing, functorch or dispatch mode is active: then a plain function does what the op would.
 
     The op's way through the dispatcher and back into Python takes 15 us, more than some of the kernels, and a small
     model calls 200 of them for each token.

@@ -12,14 +12,8 @@ from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme
 from ..kernels import ExpertWeights, Input, Problem, Routing, select_grouped
 from ..kernels import torch_grouped as grouped_mm
-from .functional import FLOATS, nobody_watches, refuse_forward_mode
-
-_LIBRARY: Any = torch.library.Library("hf_fp8", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "scaled_grouped_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor experts, "
-    "Tensor? rows, Tensor? offsets, Tensor? slots, SymInt? expected, int share, int parts, str scheme, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from . import custom_op
+from .functional import FLOATS, can_bypass_dispatcher, refuse_forward_mode
 
 
 def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None = None) -> tuple[Routing, Routing]:
@@ -90,13 +84,9 @@ def _multiply(
     return kernel.multiply(given, w, routing, x.dtype)
 
 
-_LIBRARY.impl("scaled_grouped_linear", _run, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hf_fp8::scaled_grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(
+def _fake(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, input_scale: Any, experts: torch.Tensor, *_: Any
-) -> Any:
+) -> torch.Tensor:
     return x.new_empty((experts.shape[0], weight.shape[1]))
 
 
@@ -114,7 +104,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         )
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_fp8.scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
+        grad_x = _scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
     return grad_x, *[None] * 12
 
 
@@ -142,17 +132,7 @@ def _grad_x(
     return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, of_rows, found).to(grad.dtype)
 
 
-# An op of its own, so that a traced backward need not know how many rows each expert has.
-_LIBRARY.define(
-    "scaled_grouped_linear_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor experts, Tensor? rows, "
-    "Tensor? offsets, Tensor? slots, int share, int parts, str scheme, SymInt n_rows) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.impl("scaled_grouped_linear_grad", _grad_x, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hf_fp8::scaled_grouped_linear_grad", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+def _fake_grad(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     return grad.new_empty((rest[-1], weight.shape[2]))
 
 
@@ -160,9 +140,11 @@ def _no_second(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
     raise InputError("gradients of gradients do not pass through FP8 experts: load with FP8Config(experts='dequantize')")
 
 
-torch.library.register_autograd("hf_fp8::scaled_grouped_linear_grad", _no_second, lib=_LIBRARY)
-torch.library.register_autograd("hf_fp8::scaled_grouped_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
-_scaled_grouped_linear = torch.ops.hf_fp8.scaled_grouped_linear.default
+# An op of its own, so that a traced backward need not know how many rows each expert has.
+_scaled_grouped_linear_grad = custom_op.define("scaled_grouped_linear_grad", _grad_x, fake=_fake_grad, backward=_no_second)
+_scaled_grouped_linear = custom_op.define(
+    "scaled_grouped_linear", _run, fake=_fake, backward=_backward, setup_context=_setup_context
+)
 
 
 def scaled_grouped_linear(
@@ -208,7 +190,7 @@ def scaled_grouped_linear(
         )
     if forward_ad._current_level >= 0:
         refuse_forward_mode(x)
-    if nobody_watches(x, weight, weight_scale):
+    if can_bypass_dispatcher(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(
         x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.offsets, groups.slots, groups.expected,

@@ -1,0 +1,32 @@
+"""Custom ops: opaque to `torch.compile`, known to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def define(
+    name: str,
+    run: Callable[..., torch.Tensor],
+    *,
+    fake: Callable[..., torch.Tensor],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+) -> Any:
+    """The op ``hf_fp8::name``: `run`, whose annotations are its schema, on every device.
+
+    fake: the same on tensors without memory. backward, setup_context: as in `torch.library.register_autograd`.
+
+    `torch.library.custom_op` makes the same op, but with a wrapper in Python around each call of `run`, which takes 10 to 20 us
+    (torch 2.13.0): 12 to 16% of a call of a 64x64 int8 linear with one row, 1 to 9% where gradients or FP8 make it slower.
+    """
+    qualified = f"hf_fp8::{name}"
+    schema = torch.library.infer_schema(run, mutates_args=())
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", run)
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return getattr(torch.ops.hf_fp8, name).default
