@@ -135,8 +135,7 @@ def test_nothing_is_kept_but_references(backend: str, fp8: Path) -> None:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             module(x)
-        assert {t.data_ptr() for t in kept} <= own
-        assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == 0
+        assert kept and {t.data_ptr() for t in kept} <= own
 
 
 def test_weights_have_none_and_say_what_to_do() -> None:

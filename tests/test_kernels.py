@@ -22,7 +22,7 @@ from hf_fp8.formats.scheme import (
     Scheme,
     TensorScheme,
 )
-from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Input, Problem, Weight, probe, select, why_not
+from hf_fp8.kernels import KERNELS, Input, Kernel, Problem, Weight, probe, select, why_not
 from hf_fp8.kernels.probing import exact_operands
 from hf_fp8.nn.functional import scaled_linear
 
@@ -63,7 +63,7 @@ def operands(scheme: Scheme, m: int, n: int, k: int, dtype: torch.dtype) -> dict
 
 def expected(scheme: Scheme, given: dict[str, torch.Tensor], quantized_input: bool = True) -> torch.Tensor:
     """The matmul of the dequantized operands, in float64."""
-    x = given["x"].float()
+    x = given["x"].to(torch.promote_types(given["x"].dtype, torch.float32))
     if scheme.input is not None and quantized_input:
         q, scale = numerics.quantize_input(x, scheme.input, given["input_scale"])
         x = q.double() * numerics.expand_scale(scale, scheme.input.granularity, *q.shape).double()
@@ -83,8 +83,33 @@ def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.devic
     return [kernel.name for kernel in KERNELS if why_not(kernel, problem) is None]
 
 
+def on_cpu(name: str, k: int) -> set[str]:
+    """The kernels that a CPU has for a scheme of `SCHEMES`, and K columns."""
+    scaled = {"dynamic", "static", "channel x static", "channel x dynamic tensor", "tensor x token"}
+    found = {"dequantize", "weight_only"}
+    found |= {"scaled_mm_rowwise"} if name in scaled else set()
+    found |= {"scaled_mm_tensorwise"} if name == "static" else set()
+    if name == "int8":
+        found |= {"int8_mm"} | ({"int8_mm_outliers"} if k >= 24 else set()) | ({"int8_weight_only"} if k % 64 == 0 else set())
+    return found
+
+
+def as_read(kernel: Kernel, scheme: Scheme, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The operands with the x that a kernel reads where it splits off outliers: which columns these are is its own choice."""
+    if not kernel.splits_outliers:
+        return given
+    assert kernel.quantize is not None
+    found = kernel.quantize(given["x"], None, scheme)
+    assert found.scale is not None
+    x = found.x.double() * found.scale.double()
+    if found.columns is not None and found.outliers is not None:
+        x[:, found.columns] = found.outliers.double()
+    assert sqnr(x, given["x"].double()) > 30
+    return {**given, "x": x}
+
+
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 17, 64, 100])
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 64, 100])
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
 def test_every_kernel_that_takes_a_scheme(name: str, m: int, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
@@ -95,15 +120,25 @@ def test_every_kernel_that_takes_a_scheme(name: str, m: int, dtype: torch.dtype)
             with kernels.use(kernel):
                 found = scaled_linear(**given, bias=bias, scheme=scheme)
             assert found.dtype == dtype and found.shape == (m, n)
-            if m == 0:
-                continue
-            if kernel == "int8_mm_outliers":
-                continue  # test_int8_inputs.py: which columns it leaves alone is its own choice
-            wanted = expected(scheme, given, BY_NAME[kernel] not in WEIGHT_ONLY) + bias.double()
+            quantizes = BY_NAME[kernel].quantize is not None and not BY_NAME[kernel].splits_outliers
+            wanted = expected(scheme, as_read(BY_NAME[kernel], scheme, given), quantizes) + bias.double()
             # A row of one output can cancel to nearly nothing: measure the matrix as a whole.
             floor = min(THRESHOLD[dtype], THRESHOLD[torch.bfloat16] if kernel == IN_BFLOAT16 else 999) - (15 if n == 1 else 0)
             assert sqnr(found, wanted) > floor, (kernel, n, k)
-        assert "dequantize" in runs(scheme, n, k, dtype)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
+def test_kernels_that_take_a_scheme_on_a_cpu(name: str, dtype: torch.dtype) -> None:
+    """All that are made for it, and for no rows of input as well."""
+    scheme = SCHEMES[name]
+    for n, k in ((16, 64), (72, 200), (1, 3), (33, 257)):
+        found = runs(scheme, n, k, dtype)
+        assert set(found) == on_cpu(name, k), (n, k)
+        for kernel in found:
+            with kernels.use(kernel):
+                nothing = scaled_linear(**operands(scheme, 0, n, k, dtype), scheme=scheme)
+            assert nothing.dtype == dtype and nothing.shape == (0, n)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -223,5 +258,15 @@ def test_cpu_has_no_fp8_units() -> None:
     assert "CPU" in str(kernels.has_fp8_matmul(CPU))
 
 
-def test_codes_are_e4m3() -> None:
-    assert FP8 is torch.float8_e4m3fn
+@pytest.mark.parametrize("name", SCHEMES)
+def test_codes_reach_from_one_end_to_the_other(name: str) -> None:
+    """Codes of an input are of the scheme's dtype, the largest magnitude is the largest code; static scales saturate there."""
+    scheme = SCHEMES[name]
+    given = operands(scheme, 5, 48, 128, torch.float32)
+    found = [BY_NAME[kernel] for kernel in runs(scheme, 48, 128, torch.float32)]
+    quantize = [k.quantize for k in found if k.quantize is not None and k.name != "dequantize" and not k.splits_outliers]
+    assert len(quantize) == len(on_cpu(name, 128) & {"scaled_mm_rowwise", "scaled_mm_tensorwise", "int8_mm"})
+    for function in quantize:
+        codes = function(4 * given["x"], given["input_scale"], scheme).x
+        assert scheme.input is not None and codes.dtype == scheme.input.dtype
+        assert codes.float().abs().amax() == {FP8: 448, torch.int8: 127}[codes.dtype]

@@ -112,6 +112,7 @@ def test_gpus_without_fp8_units(fake_gpu: Fake) -> None:
         assert str(choice) == "triton_weight_only" and NO_UNITS in choice.reason and "int8" in choice.reason
     assert NO_UNITS in str(has_fp8_matmul(GPU))
     assert why_not_kept(GPU, BF16) is None and why_not_kept_experts(GPU, BF16) is None
+    assert chosen(INT8_DYNAMIC).at(33).name == "int8_mm_outliers"  # int8 units need no FP8
     int8 = chosen(INT8_DYNAMIC, "int8")
     assert (int8.at(32).name, int8.at(33).name) == ("triton_weight_only", "int8_mm_outliers")
     assert chosen(INT8_DYNAMIC, "int8", n=250).at(33).name == "triton_scaled_mm"  # torch._int_mm wants multiples of 8
@@ -152,6 +153,7 @@ def test_kernels_that_fail_their_probe_are_passed_over(failing: dict[str, str], 
     choice = chosen(FP8_DYNAMIC, "scaled_mm")
     assert choice.kernel.name == left and "scaled_mm_rowwise: it gave wrong numbers" in choice.reason
     # Static scales have another kernel, which is no worse for that.
+    assert has_fp8_matmul(GPU) is None
     assert chosen(FP8_STATIC, "scaled_mm").kernel.name == "scaled_mm_tensorwise"
 
 
