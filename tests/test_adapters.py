@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from accelerate import cpu_offload
 from build import IDS, error, load, logits, tiny_llama, write
 from moe import mixtral
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -261,19 +264,39 @@ def test_dequantized_with_adapters_on(fp8: Path) -> None:
 
 
 def test_peft_gets_its_own_ways_back() -> None:
-    from peft.tuners.lora import dora
-    from peft.tuners.lora.layer import Linear
+    def replaced() -> tuple[Any, ...]:
+        return (
+            BaseTuner.inject_adapter, ModulesToSaveWrapper.update, peft.prepare_model_for_kbit_training,
+            peft.get_peft_model_state_dict, peft_model.get_peft_model_state_dict,
+        )  # fmt: skip
 
-    ours = Linear.merge, dora.dequantize_module_weight, peft.prepare_model_for_kbit_training
+    ours = replaced()
     hf_fp8.unregister()
-    theirs = Linear.merge, dora.dequantize_module_weight, peft.prepare_model_for_kbit_training
+    theirs = replaced()
     hf_fp8.register()
     hf_fp8.register()
-    assert not any(getattr(f, "__module__", "").startswith("hf_fp8") or "hf_fp8" in f.__code__.co_filename for f in theirs)
+    assert not any(f.__module__.startswith("hf_fp8") or "hf_fp8" in f.__code__.co_filename for f in theirs)
     assert all("hf_fp8" in f.__code__.co_filename for f in ours)
     assert all(a.__wrapped__ is b for a, b in zip(ours, theirs, strict=True))
-    again = Linear.merge, dora.dequantize_module_weight, peft.prepare_model_for_kbit_training
-    assert all(a.__wrapped__ is b for a, b in zip(again, theirs, strict=True))
+    assert all(a.__wrapped__ is b for a, b in zip(replaced(), theirs, strict=True))
+
+
+def test_adapters_on_dense_layers_are_not_touched(fp8: Path) -> None:
+    """Beside those on quantized layers, which do all that they do when they are copied, or while hf_fp8 is not registered."""
+    model = get_peft_model(load(fp8), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, use_dora=True))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    bound = {name for name, layer in layers.items() if any(isinstance(value, partial) for value in vars(layer).values())}
+    assert bound == {name for name, layer in layers.items() if isinstance(layer.base_layer, FP8Linear)}
+    assert 0 < len(bound) < len(layers)
+    wanted, twin = logits(model), copy.deepcopy(model)
+    hf_fp8.unregister()
+    try:
+        twin.merge_adapter()
+    finally:
+        hf_fp8.register()
+    assert torch.equal(logits(model), wanted) and 0 < error(logits(twin), wanted) < 0.2
+    twin.unmerge_adapter()
+    assert error(logits(twin), wanted) < 1e-6  # PEFT takes an adapter out of a dense layer by subtracting it
 
 
 @pytest.mark.parametrize("how", ["old", "unknown"])
@@ -284,7 +307,6 @@ def test_a_peft_that_is_not_known_is_refused(how: str, fp8: Path, dense: Path, m
         if how == "old":
             patch.setattr(peft, "__version__", "0.18.1")
         else:
-            patch.delattr("peft.tuners.lora.dora.dequantize_module_weight")
             patch.delattr("peft.tuners.lora.layer.ParamWrapper._activate_lora")
         hf_fp8.register()
         try:

@@ -15,7 +15,7 @@ from ..checkpoint.spec import METHOD, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
 from . import ddp as parallel
-from . import other_savers, weight_readers
+from . import other_savers, patches, weight_readers
 from . import pretrained as host_methods
 from .config import METHODS, OUR_METHOD, FP8Config
 from .peft import install as adapters
@@ -47,6 +47,7 @@ def unregister() -> None:
     modeling_utils.get_hf_quantizer = _host_door
     host_methods.uninstall()
     adapters.uninstall()
+    patches.restore()
     parallel.uninstall()
     other_savers.uninstall()
     weight_readers.uninstall()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,8 +16,10 @@ from ...nn.base import QuantizedModule
 from ...nn.conv import FP8PointwiseConv
 from ...nn.experts import FP8Experts
 from ...nn.linear import FP8Linear
-from .merge import cover
-from .merge_policy import close, reporting
+from ..patches import bind, original
+from .forward import activate_lora, dora_forward, move_adapter
+from .merge import merge, merge_adapter, unload_and_optionally_merge, unload_stack, unmerge, unmerge_adapter
+from .merge_policy import finalize_merge, reporting
 from .state import RECORD, Record, has_offload_hook, innermost, record_of
 
 # Kinds of adapters that call the layer, and leave its weight alone or come through here for it.
@@ -34,18 +37,28 @@ ON_CONVOLUTIONS = frozenset({"LORA", "OFT", "IA3"})
 STARTS_BESIDE = (True, False, "gaussian", "orthogonal", "eva")
 # Ways to start LoRA from an analysis of the model's weights, made before adapters are.
 STARTS_FROM_CODES = ("corda", "lora_ga")
+# Methods of what is on quantized layers: of tuners, of adapters, and of those on stacks of experts (`ParamWrapper`).
+_OF_TUNERS: dict[str, Callable[..., Any]] = {
+    "merge_adapter": merge_adapter,
+    "unmerge_adapter": unmerge_adapter,
+    "_unload_and_optionally_merge": unload_and_optionally_merge,
+}
+_OF_ADAPTERS: dict[str, Callable[..., Any]] = {"merge": merge, "unmerge": unmerge}
+_OF_STACKS: dict[str, Callable[..., Any]] = {
+    "_activate_lora": activate_lora,
+    "_move_adapter_to_device_of_base_layer": move_adapter,
+    "unload_and_optionally_merge_module": unload_stack,
+}
 
 
 def inject_adapter(host: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's; on quantized layers each adapter is made by `_create`, and the tuner reports what it merges into them."""
         if not any(isinstance(module, QuantizedModule) for module in model.modules()):
             return host(self, model, adapter_name, *args, **kwargs)
-        create = self._create_and_replace
-
-        def on_a_float_copy(config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
-            _create(create, config, adapter, target, name, parent, *rest, **more)
-
-        self._create_and_replace = on_a_float_copy
+        for name, method in _OF_TUNERS.items():
+            bind(self, name, method)
+        bind(self, "_create_and_replace", _create)
         try:
             with reporting():
                 return host(self, model, adapter_name, *args, **kwargs)
@@ -55,47 +68,69 @@ def inject_adapter(host: Any) -> Any:
     return inject_adapter
 
 
-def _create(create: Any, config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
-    """PEFT's `_create_and_replace`, for a target that is a quantized layer or has adapters on one."""
+def _create(tuner: Any, config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
+    """`_create_and_replace` of a tuner, for a target that is a module or has adapters on it already."""
+    create = partial(original(tuner, "_create_and_replace"), config, adapter)
     holder = innermost(target)
     base: Any = target if holder is None else holder.base_layer
     key = more.get("current_key") or (rest[0] if rest else name)
-    if not isinstance(base, QuantizedModule):
+    new = base
+    if isinstance(base, QuantizedModule):
+        parameter = more.get("parameter_name")
+        key = key if parameter is None else key.removesuffix(f".{parameter}")
+        _refuse(config, base, key, parameter)
+        new = _create_on_copy(create, config, key, base, target, name, parent, *rest, **more)
+    else:
         if holder is not None and not _starts_beside(config):
             _refuse_while_merged(holder, key)  # into a layer that has become dense by it
-        create(config, adapter, target, name, parent, *rest, **more)
-        return
-    parameter = more.get("parameter_name")
-    key = key if parameter is None else key.removesuffix(f".{parameter}")
-    _refuse(config, base, key, parameter)
+        create(target, name, parent, *rest, **more)
+    layer = getattr(parent, name)
+    if not hasattr(layer, "base_layer"):
+        layer = target  # a wrapper of experts that has got another adapter: `parent` is the innermost then
+    holder = innermost(layer)
+    if isinstance(base, QuantizedModule):
+        holder.base_layer = new
+        vars(holder).setdefault(RECORD, Record(key))
+    if holder is not None and RECORD in vars(holder):
+        _keep(vars(holder)[RECORD], layer)
+
+
+def _create_on_copy(
+    create: Any, config: Any, key: str, base: QuantizedModule, target: Any, name: str, parent: Any, *rest: Any, **more: Any
+) -> nn.Module:
+    """Have an adapter made on a float copy of `base`, called `key`. Returns what is to be below the adapter: `base`, or a new
+    layer if making it has changed the copy. If it raises, all is as before."""
     # PEFT may be making all that is new on the meta device (low_cpu_mem_usage): not the copy.
     here = import_module("peft.utils.integrations").skip_init_on_device
+    holder = innermost(target)
     stand_in = here(_copy_to_read)(base)
     try:
         if holder is not None:
             holder.base_layer = stand_in
-        create(config, adapter, stand_in if holder is None else target, name, parent, *rest, **more)
-        layer = getattr(parent, name)
-        if not hasattr(layer, "base_layer"):
-            layer = target  # a wrapper of experts that has got another adapter: `parent` is the innermost then
-        new: nn.Module = base
-        if not _is_untouched(config, base, stand_in):
-            if holder is not None:
-                _refuse_while_merged(holder, key)
-            new = here(close)(key, base, stand_in, nearest=True)
+        create(stand_in if holder is None else target, name, parent, *rest, **more)
+        if _is_untouched(config, base, stand_in):
+            return base
+        if holder is not None:
+            _refuse_while_merged(holder, key)
+        changed: nn.Module = here(finalize_merge)(key, base, stand_in, nearest=True)
+        return changed
     except BaseException:
         if holder is None:
             setattr(parent, name, target)
         else:
             holder.base_layer = base
         raise
-    holder = innermost(layer)
-    holder.base_layer = new
-    record = vars(holder).setdefault(RECORD, Record(key))
+
+
+def _keep(record: Record, layer: Any) -> None:
+    """Note the adapters from `layer` inwards, and have them do what they do to codes by way of this package."""
     while hasattr(layer, "base_layer"):
         if not any(layer is known for known in record.layers):
             record.layers.append(layer)
-            cover(type(layer))  # it may have been defined since `install`
+        for name, method in (_OF_ADAPTERS | (_OF_STACKS if hasattr(layer, "parameter_name") else {})).items():
+            bind(layer, name, method)
+        for dora in getattr(layer, "lora_magnitude_vector", {}).values():
+            bind(dora, "forward", dora_forward)
         layer = layer.base_layer
 
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ...nn.expert_weights import LowRank
 from ...nn.experts import FP8Experts
 from ...nn.linear import FP8Linear
+from ..patches import original
 from .state import innermost
 
 
-def activate_lora(host: Any) -> Any:
-    @contextmanager
-    def activate(self: Any, active_adapters: list[str]) -> Iterator[None]:
-        """Adapters on a stack of experts, which PEFT would add to its codes."""
-        base = self.get_base_layer()
-        names = [name for name in active_adapters if name in self.lora_A]
-        how = host(self, active_adapters)
-        if isinstance(base, FP8Experts):
-            how = base.adapted(self.parameter_name, [_factors(self, base, name) for name in names])
-        with how:
-            yield
-
-    return activate
+@contextmanager
+def activate_lora(layer: Any, active_adapters: list[str]) -> Iterator[None]:
+    """`ParamWrapper._activate_lora`: FP8Experts multiply with adapters themselves, which PEFT would add to their codes."""
+    base = layer.get_base_layer()
+    if isinstance(base, FP8Experts):
+        names = [name for name in active_adapters if name in layer.lora_A]
+        how = base.adapted(layer.parameter_name, [_factors(layer, base, name) for name in names])
+    else:
+        how = original(layer, "_activate_lora")(active_adapters)
+    with how:
+        yield
 
 
 def _factors(layer: Any, base: FP8Experts, name: str) -> LowRank:
@@ -43,35 +41,36 @@ def _factors(layer: Any, base: FP8Experts, name: str) -> LowRank:
     return LowRank(a, b, layer.scaling[name])
 
 
-def move_adapter(host: Any) -> Any:
-    def _move_adapter_to_device_of_base_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """PEFT casts adapters to the dtype of the stack that they are on."""
-        holder = innermost(self)
-        base = holder.base_layer
-        if not isinstance(base, FP8Experts):
-            return host(self, *args, **kwargs)
-        holder.base_layer = base.outline(base.made_of or torch.bfloat16)
-        try:
-            return host(self, *args, **kwargs)
-        finally:
-            holder.base_layer = base
-
-    return _move_adapter_to_device_of_base_layer
+def move_adapter(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """`ParamWrapper._move_adapter_to_device_of_base_layer`, which casts adapters to the dtype of the stack that they are on."""
+    move = original(layer, "_move_adapter_to_device_of_base_layer")
+    holder = innermost(layer)
+    base = holder.base_layer
+    if not isinstance(base, FP8Experts):
+        return move(*args, **kwargs)
+    holder.base_layer = base.outline(base.made_of or torch.bfloat16)
+    try:
+        return move(*args, **kwargs)
+    finally:
+        holder.base_layer = base
 
 
-def float_weight(host: Any) -> Any:
-    def dequantize_module_weight(module: nn.Module) -> Any:
-        if isinstance(module, FP8Linear):
-            return module.restored_weight(module.made_of or torch.bfloat16)
-        return host(module)
+class _FloatLayer(NamedTuple):
+    """What DoRA reads of a layer."""
 
-    return dequantize_module_weight
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
-def dora_forward(host: Any) -> Any:
-    def forward(self: Any, x: torch.Tensor, *, base_layer: Any, base_result: torch.Tensor | None = None, **rest: Any) -> Any:
-        if base_result is None and isinstance(base_layer, FP8Linear):
-            base_result = base_layer(x)  # else the dequantized weight would be kept for the backward pass
-        return host(self, x, base_layer=base_layer, base_result=base_result, **rest)
+def dora_forward(
+    dora: Any, x: torch.Tensor, *, base_layer: Any, base_result: torch.Tensor | None = None, **rest: Any
+) -> torch.Tensor:
+    """`DoraLinearLayer.forward`, which takes the norms of the float weight that adapters are made on.
 
-    return forward
+    With dropout it would compute the base layer's part with it, too, and keep it for the backward pass: the layer does that.
+    """
+    if isinstance(base_layer, FP8Linear):
+        base_result = base_layer(x) if base_result is None else base_result
+        base_layer = _FloatLayer(base_layer.restored_weight(base_layer.made_of or torch.bfloat16), base_layer.bias)
+    found: torch.Tensor = original(dora, "forward")(x, base_layer=base_layer, base_result=base_result, **rest)
+    return found

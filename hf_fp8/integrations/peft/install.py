@@ -3,83 +3,99 @@
 PEFT reads and writes `base_layer.weight`, which here holds codes. So while it makes an adapter, or merges one, the layer is
 replaced by what it stands for. Forwards and gradients call the layer, and need nothing; but for DoRA, which reads the
 weight, and for adapters on stacks of experts, which FP8Experts multiplies itself.
+
+Few functions of PEFT are replaced for the whole process, those that meet quantized layers first. They replace methods of the
+very tuners and adapters that are on quantized layers (`create.bind_tuner`, `create.bind_adapter`); others are PEFT's own.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import Any
 
 from packaging import version
 
+from ..import_hook import after_import, cancel
+from ..patches import is_patched, patch
 from .create import inject_adapter, refuse_all
-from .forward import activate_lora, dora_forward, float_weight, move_adapter
-from .merge import cover, reported, unload_stack, unmerge_all
-from .patches import is_patched, patch, restore
 from .prepare import prepare, reduce_intruders, update_copy, with_float_heads
 
 # What transformers 5.23 asks for, too.
 OLDEST_PEFT = "0.20.0"
+# What is replaced, and what is called. A PEFT without one of them is built otherwise.
+RELIED_ON = (
+    "peft.tuners.tuners_utils:BaseTuner.inject_adapter",
+    "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
+    "peft.tuners.tuners_utils:BaseTuner.merge_adapter",
+    "peft.tuners.tuners_utils:BaseTuner.unmerge_adapter",
+    "peft.tuners.tuners_utils:BaseTuner._unload_and_optionally_merge",
+    "peft.tuners.tuners_utils:BaseTunerLayer.merge",
+    "peft.tuners.tuners_utils:BaseTunerLayer.unmerge",
+    "peft.tuners.tuners_utils:check_adapters_to_merge",
+    "peft.tuners.lora.layer:ParamWrapper._activate_lora",
+    "peft.tuners.lora.layer:ParamWrapper._move_adapter_to_device_of_base_layer",
+    "peft.tuners.lora.layer:ParamWrapper.unload_and_optionally_merge_module",
+    "peft.tuners.lora.dora:DoraLinearLayer.forward",
+    "peft.utils.integrations:skip_init_on_device",
+    "peft.utils.other:ModulesToSaveWrapper.update",
+    "peft.utils.other:prepare_model_for_kbit_training",
+    "peft.utils.save_and_load:get_peft_model_state_dict",
+)
 
 
 def install() -> None:
-    """Teach PEFT, if it is there, what quantized layers are. Harmless when repeated."""
-    if is_patched() or find_spec("peft") is None:
-        return
-    try:
-        tuners: Any = import_module("peft.tuners.tuners_utils")
-    except Exception:  # one that does not go with this transformers: whoever uses it will see its own error
-        return
-    found = import_module("peft").__version__
-    try:
-        if version.parse(found) < version.parse(OLDEST_PEFT):
-            raise ImportError(f"{OLDEST_PEFT} or newer is needed")
-        _wrap()
-    except (ImportError, AttributeError, KeyError) as error:
-        uninstall()
-        patch(tuners.BaseTuner, "inject_adapter", refuse_all(f"PEFT {found} is not one that hf_fp8 knows: {error}"))
-
-
-def _wrap() -> None:
-    tuners = import_module("peft.tuners.tuners_utils")
-    lora = import_module("peft.tuners.lora.layer")
-    for kind in tuners.BaseTunerLayer.__subclasses__():
-        for cls in _with_subclasses(kind):
-            cover(cls)
-    patch(tuners.BaseTuner, "inject_adapter", inject_adapter)
-    patch(tuners.BaseTuner, "merge_adapter", reported)
-    patch(tuners.BaseTuner, "unmerge_adapter", unmerge_all)
-    patch(tuners.BaseTuner, "_unload_and_optionally_merge", reported)
-    patch(lora.ParamWrapper, "_activate_lora", activate_lora)
-    patch(lora.ParamWrapper, "_move_adapter_to_device_of_base_layer", move_adapter)
-    patch(lora.ParamWrapper, "unload_and_optionally_merge_module", unload_stack)
-    patch(import_module("peft.utils.other").ModulesToSaveWrapper, "update", update_copy)
-    _patch_everywhere("peft.utils.other", "prepare_model_for_kbit_training", prepare)
-    _patch_everywhere("peft.utils.save_and_load", "get_peft_model_state_dict", with_float_heads)
-    _patch_everywhere("peft.tuners.lora.intruders", "reduce_intruder_dimension", reduce_intruders)
-    for name in ("peft.utils.integrations", "peft.tuners.lora.dora", "peft.tuners.lora.variants"):
-        module = import_module(name)
-        if hasattr(module, "dequantize_module_weight"):  # variants: from 0.21 on
-            patch(module, "dequantize_module_weight", float_weight)
-    patch(import_module("peft.tuners.lora.dora").DoraLinearLayer, "forward", dora_forward)
-
-
-def _patch_everywhere(module: str, name: str, wrapper: Any) -> None:
-    """Patch a function where it is defined and wherever PEFT has imported it to; one that this PEFT has not is left out."""
-    if find_spec(module) is None:
-        return
-    function = vars(import_module(module))[name]
-    for known, owner in list(sys.modules.items()):
-        if known.partition(".")[0] == "peft" and vars(owner).get(name) is function:
-            patch(owner, name, wrapper)
-
-
-def _with_subclasses(cls: Any) -> list[Any]:
-    return [cls, *(found for sub in cls.__subclasses__() for found in _with_subclasses(sub))]
+    """Teach PEFT what quantized layers are: now if it is imported, else as soon as it is. Harmless when repeated."""
+    after_import("peft", _teach)
 
 
 def uninstall() -> None:
-    """Give PEFT its own behaviour back."""
-    restore()
+    """Leave a PEFT alone that is imported from now on. `patches.restore` gives one that is there its own functions back."""
+    cancel("peft")
+
+
+def _teach() -> None:
+    try:
+        tuner: Any = resolve_name("peft.tuners.tuners_utils:BaseTuner")
+        found: str = resolve_name("peft:__version__")
+    except Exception:  # one that does not go with this transformers: whoever uses it will see its own error
+        return
+    if (why := _why_unknown(found)) is not None:
+        _wrap(tuner, "inject_adapter", refuse_all(f"PEFT {found} is not one that hf_fp8 knows: {why}"))
+        return
+    _wrap(tuner, "inject_adapter", inject_adapter)
+    _wrap(resolve_name("peft.utils.other:ModulesToSaveWrapper"), "update", update_copy)
+    _wrap_everywhere("peft.utils.other", "prepare_model_for_kbit_training", prepare)
+    _wrap_everywhere("peft.utils.save_and_load", "get_peft_model_state_dict", with_float_heads)
+    if find_spec("peft.tuners.lora.intruders") is not None:  # from 0.21 on
+        _wrap_everywhere("peft.tuners.lora.intruders", "reduce_intruder_dimension", reduce_intruders)
+
+
+def _why_unknown(found: str) -> str | None:
+    if version.parse(found) < version.parse(OLDEST_PEFT):
+        return f"{OLDEST_PEFT} or newer is needed"
+    try:
+        for name in RELIED_ON:
+            resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    before = vars(owner)[name]
+    patch(owner, name, wraps(before)(wrapper(before)))
+
+
+def _wrap_everywhere(module: str, name: str, wrapper: Any) -> None:
+    """Wrap a function where it is defined and in every module that has imported it by its name, users' too."""
+    owner = import_module(module)
+    if is_patched(owner, name):
+        return
+    function = vars(owner)[name]
+    for known in list(sys.modules.values()):
+        if getattr(known, "__dict__", {}).get(name) is function:
+            _wrap(known, name, wrapper)

@@ -14,8 +14,8 @@ from ...errors import UnsupportedError
 from ...loading.serving import describe, torn
 from ...nn.base import QuantizedModule
 from ...nn.linear import FP8Linear
-from .merge_policy import close, forget, reporting
-from .patches import patch
+from ..patches import original
+from .merge_policy import finalize_merge, forget, reporting
 from .state import Record, has_offload_hook, innermost, record_of
 
 logger = logging.getLogger(__name__)
@@ -23,50 +23,68 @@ logger = logging.getLogger(__name__)
 _all: ContextVar[set[int] | None] = ContextVar("hf_fp8_unmerge_all", default=None)
 
 
-def cover(kind: type) -> None:
-    """See to it that merging adapters of a class of PEFT's comes through here; forwards may unmerge, too."""
-    for cls in kind.__mro__:
-        for method, wrapper in (("merge", merge), ("unmerge", unmerge)):
-            if method in vars(cls):
-                patch(cls, method, wrapper)
+def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """`merge` of an adapter on a quantized layer."""
+    record = record_of(layer)
+    if record is None:
+        original(layer, "merge")(safe_merge=safe_merge, adapter_names=adapter_names)
+        return
+    names = import_module("peft.tuners.tuners_utils").check_adapters_to_merge(layer, adapter_names)
+    if names:
+        _rebuild(record, {**_merged(record), id(layer): [*layer.merged_adapters, *names]}, safe_merge)
 
 
-def merge(host: Any) -> Any:
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        record = record_of(self)
-        if record is None:
-            host(self, safe_merge=safe_merge, adapter_names=adapter_names)
-            return
-        names = import_module("peft.tuners.tuners_utils").check_adapters_to_merge(self, adapter_names)
-        if names:
-            _rebuild(record, {**_merged(record), id(self): [*self.merged_adapters, *names]}, safe_merge)
-
-    return merge
-
-
-def unmerge(host: Any) -> Any:
-    def unmerge(self: Any) -> None:
-        record = record_of(self)
-        done = _all.get()
-        if record is None or (not self.merged and id(self) not in (done or ())):
-            host(self)
-        elif self.merged:
-            _rebuild(record, {**_merged(record), id(self): []} if done is None else {}, False)
-            if done is not None:
-                done.update(map(id, record.layers))
-
-    return unmerge
+def unmerge(layer: Any) -> None:
+    """`unmerge` of an adapter on a quantized layer, which forwards call, too."""
+    record = record_of(layer)
+    done = _all.get()
+    if record is None or (not layer.merged and id(layer) not in (done or ())):
+        original(layer, "unmerge")()
+    elif layer.merged:
+        _rebuild(record, {**_merged(record), id(layer): []} if done is None else {}, False)
+        if done is not None:
+            done.update(map(id, record.layers))
 
 
-def unmerge_all(host: Any) -> Any:
-    def unmerge_adapter(self: Any) -> Any:
-        token = _all.set(set())  # adapters that wrap each other need not be unmerged one by one
-        try:
-            return host(self)
-        finally:
-            _all.reset(token)
+def unload_stack(layer: Any, merge: bool, safe_merge: bool, adapter_names: Any) -> Any:
+    """`unload_and_optionally_merge_module` of adapters on a stack of experts: PEFT's looks at the base layer before it merges,
+    which here puts another in its place."""
+    if record_of(layer) is None:
+        return original(layer, "unload_and_optionally_merge_module")(merge, safe_merge, adapter_names)
+    wrapper = layer
+    while merge and hasattr(wrapper, "base_layer"):
+        wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        wrapper = wrapper.base_layer
+    return layer.get_base_layer()
 
-    return unmerge_adapter
+
+def unmerge_adapter(tuner: Any) -> Any:
+    """`unmerge_adapter` of a tuner: adapters that wrap each other are not unmerged one by one."""
+    token = _all.set(set())
+    try:
+        return original(tuner, "unmerge_adapter")()
+    finally:
+        _all.reset(token)
+
+
+def merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """`merge_adapter` of a tuner; the log says what became of the adapters."""
+    return _reported(tuner, "merge_adapter", *args, **kwargs)
+
+
+def unload_and_optionally_merge(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_unload_and_optionally_merge` of a tuner; the log says what became of the adapters."""
+    return _reported(tuner, "_unload_and_optionally_merge", *args, **kwargs)
+
+
+def _reported(tuner: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    before = _schemes(tuner.model)
+    with reporting():
+        found = original(tuner, method)(*args, **kwargs)
+    known = torn(before)
+    if news := {name: parts for name, parts in torn(_schemes(tuner.model)).items() if known.get(name) != parts}:
+        logger.warning(f"hf_fp8: {describe(news)}")
+    return found
 
 
 def _merged(record: Record) -> dict[int, list[str]]:
@@ -98,7 +116,7 @@ def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> 
             if wanted.get(id(layer)):
                 layer.merge(safe_merge=safe_merge, adapter_names=wanted[id(layer)])
         if any(layer.merged_adapters for layer in record.layers):
-            holder.base_layer = record.merged = close(record.name, base, holder.base_layer)
+            holder.base_layer = record.merged = finalize_merge(record.name, base, holder.base_layer)
         else:
             holder.base_layer = _as_it_was(base, now, now is record.merged or now is base)
             record.unmerged = record.merged = None
@@ -126,33 +144,6 @@ def _as_it_was(base: QuantizedModule, now: nn.Module, ours: bool) -> nn.Module:
         base.see_calibration()  # it shares the scales, which may have been measured meanwhile
     kept = base if ours or isinstance(now, QuantizedModule) else base.to_dense(like.dtype).requires_grad_(False)
     return kept.train(now.training)
-
-
-def unload_stack(host: Any) -> Any:
-    def unload_and_optionally_merge_module(self: Any, merge: bool, safe_merge: bool, adapter_names: Any) -> Any:
-        """PEFT's looks at the base layer before it merges, which here puts another in its place."""
-        if record_of(self) is None:
-            return host(self, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
-        layer = self
-        while merge and hasattr(layer, "base_layer"):
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            layer = layer.base_layer
-        return self.get_base_layer()
-
-    return unload_and_optionally_merge_module
-
-
-def reported(host: Any) -> Any:
-    def reported(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = _schemes(self.model)
-        with reporting():
-            found = host(self, *args, **kwargs)
-        known = torn(before)
-        if news := {name: parts for name, parts in torn(_schemes(self.model)).items() if known.get(name) != parts}:
-            logger.warning(f"hf_fp8: {describe(news)}")
-        return found
-
-    return reported
 
 
 def _schemes(model: nn.Module) -> dict[str, str | None]:

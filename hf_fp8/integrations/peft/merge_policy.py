@@ -145,7 +145,7 @@ def forget(name: str) -> None:
         how.report.layers.pop(name, None)
 
 
-def close(name: str, base: QuantizedModule, merged: nn.Module, *, nearest: bool = False) -> nn.Module:
+def finalize_merge(name: str, base: QuantizedModule, merged: nn.Module, *, nearest: bool = False) -> nn.Module:
     """The layer that is to stand in the place of `base`, made of `merged`, its float copy with adapters in it.
 
     nearest: whatever the rounding that was asked for, for changes that are larger than the steps of codes.

@@ -65,20 +65,17 @@ def with_float_heads(host: Any) -> Any:
 
 def prepare(host: Any) -> Any:
     def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's, which knows quantized models by such an attribute; scales stay in their dtype."""
+        """PEFT's, which knows quantized models by such an attribute. It casts all that is in 16 bits to float32, but for
+        scales, which `WeightScale` keeps in their dtype."""
         layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
         if not layers or getattr(model, "is_loaded_in_8bit", False):
             return host(model, *args, **kwargs)
-        held = [getattr(layer, name) for layer in layers for name in layer.quantized]
-        dtypes = [(parameter, parameter.dtype) for parameter in held if parameter is not None]
         model.is_loaded_in_8bit = True
         try:
             return host(model, *args, **kwargs)
         finally:
             del model.is_loaded_in_8bit
-            for parameter, dtype in dtypes:
-                parameter.data = parameter.data.to(dtype)
             for layer in layers:
-                layer.made_of = torch.float32  # as all that is not in 8 bits is now
+                layer.made_of = torch.float32
 
     return prepare_model_for_kbit_training

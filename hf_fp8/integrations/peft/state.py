@@ -9,14 +9,18 @@ from torch import nn
 
 from ...nn.base import QuantizedModule
 
+# The attribute of the innermost adapter.
 RECORD = "_hf_fp8"
 
 
 @dataclass
 class Record:
-    """Of a quantized layer with adapters on it, kept by the innermost of them. name: its own in the model. layers: its
-    adapters, which for experts wrap each other. unmerged: what it was before adapters were merged into it, None if it is;
-    merged: what was put in its place then. open: whether a float copy stands in its place."""
+    """What is kept of a quantized layer with adapters on it.
+
+    name: of the layer in the model. layers: the adapters on it, several where they wrap each other (stacks of experts).
+    unmerged: the layer as it was before adapters were merged into it; None while none is. merged: what stands in its place
+    then. open: whether a float copy stands there just now, which PEFT's own methods may change.
+    """
 
     name: str
     layers: list[Any] = field(default_factory=list)
@@ -37,14 +41,9 @@ def record_of(layer: Any) -> Record | None:
     """The record of the layer that `layer` is an adapter on; None if it is not quantized, or a float copy just now."""
     holder = innermost(layer)
     record: Record | None = vars(holder).get(RECORD)
-    is_quantized = isinstance(holder.base_layer, QuantizedModule)
-    if record is None and is_quantized:
-        record = vars(holder)[RECORD] = Record(type(holder.base_layer).__name__)  # made without `install`
-    if record is None or record.open or not (is_quantized or record.unmerged is not None):
+    if record is None or record.open:
         return None
-    if not any(layer is known for known in record.layers):
-        record.layers.append(layer)
-    return record
+    return record if isinstance(holder.base_layer, QuantizedModule) or record.unmerged is not None else None
 
 
 def has_offload_hook(base: nn.Module) -> bool:

@@ -1,0 +1,46 @@
+"""Replaced attributes of other libraries: for the whole process (`patch`, undone by `restore`), or of one object (`bind`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+_patched: list[tuple[Any, str, Any]] = []  # (owner, name, what was there before)
+
+
+def patch(owner: Any, name: str, new: Any) -> None:
+    """Replace the attribute `name` that a module or class defines itself. Nothing happens if it is replaced already.
+
+    Raises KeyError if `owner` does not define it.
+    """
+    before = vars(owner)[name]
+    if not is_patched(owner, name):
+        _patched.append((owner, name, before))
+        setattr(owner, name, new)
+
+
+def is_patched(owner: Any, name: str) -> bool:
+    return any(owner is known and name == leaf for known, leaf, _ in _patched)
+
+
+def restore() -> None:
+    """Put back all that `patch` replaced."""
+    while _patched:
+        owner, name, before = _patched.pop()
+        setattr(owner, name, before)
+
+
+def bind(instance: Any, name: str, function: Callable[..., Any]) -> None:
+    """Let ``instance.name(...)`` call ``function(instance, ...)``; its class and other instances stay as they are.
+
+    A `partial`, as accelerate's hooks are: in copies and pickles of the instance it is bound to the copy, which a bound
+    method that is pickled would not be. function: of a module, so that it can be pickled.
+    """
+    vars(instance)[name] = partial(function, instance)
+
+
+def original(instance: Any, name: str) -> Any:
+    """The method of the class under one that was bound to `instance`."""
+    return MethodType(getattr(type(instance), name), instance)
