@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.base import QuantizedModule
+from .patches import patch
 
 # Where DistributedDataParallel looks for names of parameters that it is to leave alone.
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -21,11 +22,7 @@ _host: Any = DistributedDataParallel.__init__
 
 def install() -> None:
     """Wrap DistributedDataParallel. Harmless when repeated."""
-    DistributedDataParallel.__init__ = _init  # type: ignore[method-assign]
-
-
-def uninstall() -> None:
-    DistributedDataParallel.__init__ = _host  # type: ignore[method-assign]
+    patch(DistributedDataParallel, "__init__", _init)
 
 
 @wraps(_host)

@@ -11,26 +11,18 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..nn.base import QuantizedModule
+from .patches import is_patched, patch
 
 _METHOD = "save_pretrained"
-_wrapped: dict[type, Any] = {}  # a class that defines the method -> what it was
 
 
 def guard_savers(model: nn.Module) -> None:
     """See to it that what `model` and its parts are saved with refuses codes. Transformers models write them themselves."""
     for module in model.modules():
         for cls in type(module).__mro__:
-            # transformers' own is wrapped in `host_methods`.
-            if _METHOD in vars(cls) and cls not in _wrapped and cls.__module__.partition(".")[0] != "transformers":
-                _wrapped[cls] = vars(cls)[_METHOD]
-                setattr(cls, _METHOD, _refusing(vars(cls)[_METHOD]))
-
-
-def uninstall() -> None:
-    """Give the classes their methods back."""
-    while _wrapped:
-        cls, method = _wrapped.popitem()
-        setattr(cls, _METHOD, method)
+            # transformers' own is wrapped in `pretrained`.
+            if _METHOD in vars(cls) and not is_patched(cls, _METHOD) and cls.__module__.partition(".")[0] != "transformers":
+                patch(cls, _METHOD, _refusing(vars(cls)[_METHOD]))
 
 
 def _refusing(method: Any) -> Any:

@@ -21,6 +21,7 @@ from ..nn.base import QuantizedModule
 from ..nn.linear import FP8Linear
 from ..nn.swap import put, take_over
 from .locks import one_at_a_time, while_changing
+from .patches import patch
 from .peft.state import adapters as adapters_on
 from .quantizer import FP8HfQuantizer
 from .saving import FILE_DTYPES, restore_dtypes
@@ -35,22 +36,11 @@ _host_dtype = modeling_utils.local_torch_dtype
 
 def install() -> None:
     """Wrap the host's methods. Harmless when repeated."""
-    host: Any = PreTrainedModel
-    host.from_pretrained = classmethod(from_pretrained)
-    host._load_pretrained_model = staticmethod(load_files)
-    host.save_pretrained = save_pretrained
-    host.resize_token_embeddings = resize_token_embeddings
-    modeling_utils.local_torch_dtype = local_torch_dtype
-
-
-def uninstall() -> None:
-    """Give the host its methods back."""
-    host: Any = PreTrainedModel
-    host.from_pretrained = classmethod(_host_load)
-    host._load_pretrained_model = staticmethod(_host_load_files)
-    host.save_pretrained = _host_save
-    host.resize_token_embeddings = _host_resize
-    modeling_utils.local_torch_dtype = _host_dtype
+    patch(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    patch(PreTrainedModel, "_load_pretrained_model", staticmethod(load_files))
+    patch(PreTrainedModel, "save_pretrained", save_pretrained)
+    patch(PreTrainedModel, "resize_token_embeddings", resize_token_embeddings)
+    patch(modeling_utils, "local_torch_dtype", local_torch_dtype)
 
 
 @wraps(_host_load)

@@ -14,11 +14,9 @@ from ..checkpoint.config_groups import concerns_fp8
 from ..checkpoint.spec import METHOD, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
-from . import ddp as parallel
-from . import other_savers, patches, weight_readers
-from . import pretrained as host_methods
+from . import ddp, patches, pretrained
 from .config import METHODS, OUR_METHOD, FP8Config
-from .peft import install as adapters
+from .peft import install as peft
 from .quantizer import FP8HfQuantizer
 from .requests import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
 
@@ -28,29 +26,27 @@ _CONFIG_KEYS = ("quantization_config", "compression_config")
 
 def register() -> None:
     """Take over checkpoints with FP8 groups in `from_pretrained`. Called on import; harmless when repeated."""
-    # register_quantizer refuses a method that the host has, so its entry is replaced.
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_for
-    auto.AUTO_QUANTIZER_MAPPING[OUR_METHOD] = quantizer_for
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OUR_METHOD] = FP8Config
-    modeling_utils.get_hf_quantizer = get_hf_quantizer
-    host_methods.install()
-    adapters.install()
-    parallel.install()
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_for  # `register_quantizer` refuses a method that the host has
+    if OUR_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(OUR_METHOD)(FP8HfQuantizer)
+        auto.register_quantization_config(OUR_METHOD)(FP8Config)
+    patches.patch(modeling_utils, "get_hf_quantizer", get_hf_quantizer)
+    pretrained.install()
+    ddp.install()
+    peft.install()
     plain_pickle.install()
 
 
 def unregister() -> None:
-    """Give the host its own behaviour back. (Plain pickles of FP8 tensors stay readable.)"""
+    """Give the host and other libraries their own behaviour back.
+
+    Plain pickles of FP8 tensors stay readable, and adapters that are on quantized layers go on merging on float copies.
+    """
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = CompressedTensorsHfQuantizer
     auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
-    modeling_utils.get_hf_quantizer = _host_door
-    host_methods.uninstall()
-    adapters.uninstall()
+    peft.uninstall()
     patches.restore()
-    parallel.uninstall()
-    other_savers.uninstall()
-    weight_readers.uninstall()
 
 
 def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:

@@ -15,24 +15,15 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..loading.model_code import read_by_methods
 from ..nn.base import QuantizedModule
-
-_wrapped: dict[tuple[type, str], Any] = {}  # (class, name) -> the method that it was
+from .patches import is_patched, patch
 
 
 def guard_readers(model: nn.Module) -> None:
     """See to it that such methods of `model` and its parts, if they read a quantized layer, get float copies."""
     for module in model.modules():
         for (cls, name), paths in read_by_methods(type(module)).items():  # type: ignore[arg-type]  # as in `reads`
-            if (cls, name) not in _wrapped and any(_quantized(module, path) is not None for path in paths):
-                _wrapped[cls, name] = vars(cls)[name]
-                setattr(cls, name, _on_float_copies(vars(cls)[name], paths))
-
-
-def uninstall() -> None:
-    """Give the classes their methods back."""
-    while _wrapped:
-        (cls, name), method = _wrapped.popitem()
-        setattr(cls, name, method)
+            if not is_patched(cls, name) and any(_quantized(module, path) is not None for path in paths):
+                patch(cls, name, _on_float_copies(vars(cls)[name], paths))
 
 
 def _on_float_copies(method: Any, paths: frozenset[str]) -> Any:
