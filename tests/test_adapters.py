@@ -205,6 +205,17 @@ def test_dora_starts_where_the_model_is_though_originals_were_kept() -> None:
     assert error(logits(get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))), before) < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.5}], ids=str)
+def test_compiled_in_one_graph(options: dict[str, Any]) -> None:
+    net = quantize_model(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), "FP8_WEIGHT_ONLY")
+    model = get_peft_model(net, LoraConfig(target_modules=["0", "2"], init_lora_weights=False, **options))
+    x, compiled = torch.randn(4, 32), torch.compile(model, backend="eager", fullgraph=True)
+    torch.manual_seed(0)
+    wanted = model(x)
+    torch.manual_seed(0)
+    assert error(compiled(x), wanted) < 1e-6
+
+
 def test_a_parameter_of_a_linear_is_refused(fp8: Path) -> None:
     model = load(fp8)
     with pytest.raises(UnsupportedError, match=r"target_modules=\['q_proj'\]"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 _patched: list[tuple[Any, str, Any]] = []  # (owner, name, what was there before)
@@ -42,5 +41,5 @@ def bind(instance: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def original(instance: Any, name: str) -> Any:
-    """The method of the class under one that was bound to `instance`."""
-    return MethodType(getattr(type(instance), name), instance)
+    """The method of the class under one that was bound to `instance`; a partial, which torch.compile can trace."""
+    return partial(getattr(type(instance), name), instance)
