@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hf_fp8 import FP8Experts, kernels
+from hf_fp8 import QuantizedExperts, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
@@ -49,12 +49,12 @@ def dense_experts(name: str, dtype: torch.dtype, device: str) -> Qwen3MoeExperts
     return module.eval()
 
 
-def fp8_experts(dense: Qwen3MoeExperts, scheme: Scheme, device: str) -> FP8Experts:
+def fp8_experts(dense: Qwen3MoeExperts, scheme: Scheme, device: str) -> QuantizedExperts:
     first, second = (
         Projection(name, tuple(getattr(dense, name).shape), scheme, parts)  # type: ignore[arg-type]
         for name, parts in (("gate_up_proj", 2), ("down_proj", 1))
     )
-    module = FP8Experts(dense, first, second, device=device)
+    module = QuantizedExperts(dense, first, second, device=device)
     granularity = scheme.weight.granularity
     for projection in (first, second):
         codes, scales = getattr(module, projection.name).codes, getattr(module, projection.scale)
@@ -97,7 +97,7 @@ def contenders(name: str, scheme: Scheme, dtype: torch.dtype, device: str, slow:
     return found
 
 
-def _host_fp8(name: str, dense: Qwen3MoeExperts, fp8: FP8Experts, size: int) -> Contender:
+def _host_fp8(name: str, dense: Qwen3MoeExperts, fp8: QuantizedExperts, size: int) -> Contender:
     """The host's fine-grained FP8 experts, whose kernels come from the Hub; only for blocks of 128."""
     found = Contender("host's fine-grained FP8", [], size, True)
     if fp8.first.scheme.weight.granularity != SCHEMES["block"].weight.granularity:

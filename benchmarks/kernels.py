@@ -11,7 +11,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from hf_fp8 import FP8Linear, kernels
+from hf_fp8 import QuantizedLinear, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Problem
@@ -25,9 +25,9 @@ from .common.timing import first_line, time_of
 COLD_BYTES = {"cuda": 400e6, "cpu": 300e6}
 
 
-def quantized(scheme: Scheme, weight: torch.Tensor, backend: str, device: str) -> FP8Linear:
+def quantized(scheme: Scheme, weight: torch.Tensor, backend: str, device: str) -> QuantizedLinear:
     n, k = weight.shape
-    layer = FP8Linear(k, n, scheme, backend=backend, device=device)
+    layer = QuantizedLinear(k, n, scheme, backend=backend, device=device)
     scale = numerics.compute_scale(weight, scheme.weight.granularity)
     layer.weight.data = numerics.quantize(weight, scale, scheme.weight.granularity)
     layer.weight_scale.data = scale.reshape(layer.weight_scale.shape)
@@ -67,7 +67,7 @@ def contenders(
     return found + _torchao(layers, n, k, dtype, device)
 
 
-def stock_linear(layer: FP8Linear) -> torch.nn.Module:
+def stock_linear(layer: QuantizedLinear) -> torch.nn.Module:
     """The host's own FP8 linear over the same codes, as its `use_optimized_inference` runs it."""
     from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
@@ -78,7 +78,7 @@ def stock_linear(layer: FP8Linear) -> torch.nn.Module:
     return stock  # type: ignore[no-any-return]
 
 
-def _torchao(layers: list[FP8Linear], n: int, k: int, dtype: torch.dtype, device: str) -> list[Contender]:
+def _torchao(layers: list[QuantizedLinear], n: int, k: int, dtype: torch.dtype, device: str) -> list[Contender]:
     try:
         from torchao import quantization
     except ImportError as error:

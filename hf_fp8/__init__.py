@@ -5,23 +5,9 @@
 
 from typing import Any
 
-from . import kernels
-from .errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigError,
-    CorruptFileError,
-    FP8Error,
-    InputError,
-    KernelError,
-    MismatchError,
-    MissingTensorError,
-    ScaleError,
-    StaleError,
-    UnsupportedError,
-    UnusedTensorError,
-)
-from .evaluation import QualityReport, perplexity, quality
+from . import errors, kernels, recipes
+from .errors import FP8Error
+from .evaluation import perplexity, quality
 from .evaluation.explain import explain
 from .formats.scheme import (
     FP8_BLOCK,
@@ -38,20 +24,15 @@ from .formats.scheme import (
 )
 from .integrations import old_names
 from .integrations.config import FP8Config
-from .integrations.peft.merge_policy import MergedLayer, MergeReport, merging
-from .integrations.quantizer import FP8HfQuantizer
+from .integrations.peft.merge_policy import merging
 from .integrations.register import register, unregister
-from .nn.conv import FP8PointwiseConv
-from .nn.experts import FP8Experts
-from .nn.functional import scaled_linear
-from .nn.grouped import scaled_grouped_linear
-from .nn.linear import FP8Linear
+from .nn.conv import QuantizedConv1x1
+from .nn.experts import QuantizedExperts
+from .nn.linear import QuantizedLinear
 from .nn.swap import dequantize_model
 from .quantization.calibration import apply_scales, calibrate
 from .quantization.model import quantize_model, requantize_model
-from .quantization.observers import Amax, Mse, Observer, Percentile
 from .quantization.portable import load_quantized, save_quantized
-from .recipes import FP8GemmOptions, enable_fp8_gemm, quantize_
 from .version import __version__
 
 __all__ = [
@@ -63,53 +44,30 @@ __all__ = [
     "INT8_DYNAMIC",
     "INT8_WEIGHT_ONLY",
     "SCHEMES",
-    "Amax",
-    "CalibrationError",
-    "CheckpointError",
-    "ConfigError",
-    "CorruptFileError",
     "FP8Config",
     "FP8Error",
-    "FP8Experts",
-    "FP8GemmOptions",
-    "FP8HfQuantizer",
-    "FP8Linear",
-    "FP8PointwiseConv",
     "Granularity",
-    "InputError",
-    "KernelError",
-    "MergeReport",
-    "MergedLayer",
-    "MismatchError",
-    "MissingTensorError",
-    "Mse",
-    "Observer",
-    "Percentile",
-    "QualityReport",
-    "ScaleError",
+    "QuantizedConv1x1",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "Scheme",
-    "StaleError",
     "TensorScheme",
-    "UnsupportedError",
-    "UnusedTensorError",
     "__version__",
     "apply_scales",
     "calibrate",
     "dequantize_model",
-    "enable_fp8_gemm",
+    "errors",
     "explain",
     "kernels",
     "load_quantized",
     "merging",
     "perplexity",
     "quality",
-    "quantize_",
     "quantize_model",
+    "recipes",
     "register",
     "requantize_model",
     "save_quantized",
-    "scaled_grouped_linear",
-    "scaled_linear",
     "unregister",
 ]
 
@@ -118,7 +76,5 @@ old_names.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Modules by the names of earlier versions."""
-    if (module := old_names.module_named(name)) is not None:
-        return module
-    raise AttributeError(f"module 'hf_fp8' has no attribute {name!r}")
+    """Names that earlier versions had here."""
+    return old_names.found(name)

@@ -19,7 +19,7 @@ from torch import nn
 from .errors import ConfigError, UnsupportedError
 from .formats.scheme import FP8, INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
 from .nn.base import QuantizedModule
-from .nn.linear import FP8Linear
+from .nn.linear import QuantizedLinear
 from .quantization.calibration import apply_scales
 from .quantization.candidates import Filter
 from .quantization.model import quantize_model
@@ -92,7 +92,7 @@ def enable_fp8_gemm(
         cast_output=options.cast_output_back,
     )
     for name, module in quantized.named_modules(remove_duplicate=False):
-        if name in cast and isinstance(module, FP8Linear):
+        if name in cast and isinstance(module, QuantizedLinear):
             module.compute_dtype = torch.bfloat16
     return quantized
 
@@ -303,7 +303,7 @@ def quantize_(
         experts="dequantize",
     )
     if isinstance(config, Float8StaticActivationFloat8Weight) and (scale := config.input_scale) is not None:
-        made = (name for name, module in model.named_modules() if isinstance(module, FP8Linear) and name not in held)
+        made = (name for name, module in model.named_modules() if isinstance(module, QuantizedLinear) and name not in held)
         apply_scales(model, dict.fromkeys(made, scale))
     if there is not None:
         model.to(there)

@@ -15,7 +15,8 @@ from build import IDS, error, load
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import config as lora
 
-from hf_fp8 import FP8Config, FP8Linear, UnsupportedError, dequantize_model, merging, quantize_model
+from hf_fp8 import FP8Config, QuantizedLinear, dequantize_model, merging, quantize_model
+from hf_fp8.errors import UnsupportedError
 from hf_fp8.integrations.peft.create import SUPPORTED
 
 T = ["q_proj", "down_proj"]
@@ -128,7 +129,7 @@ def test_under_a_fused_head(kind: str, backend: str, fp8_head: Path) -> None:
     found = []
     for dense in (False, True):
         model = load(fp8_head, FP8Config(backend=backend), dtype=torch.float32)
-        assert isinstance(model.lm_head, FP8Linear)
+        assert isinstance(model.lm_head, QuantizedLinear)
         found.append(fused(adapted(dequantize_model(model, torch.float32) if dense else model, kind)))
     (logits, grads), (wanted, expected) = found
     # int8 rounds the inputs of every layer.
@@ -211,13 +212,13 @@ def test_a_kind_of_somebodys_own(fp8: Path) -> None:
 
     model = load(fp8)
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    config._register_custom_module({FP8Linear: Own, torch.nn.Linear: Own})
+    config._register_custom_module({QuantizedLinear: Own, torch.nn.Linear: Own})
     adapted = get_peft_model(model, config)
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer) is Own
     before = adapted(IDS).logits
     adapted.merge_adapter()
-    assert isinstance(layer.base_layer, FP8Linear) and error(adapted(IDS).logits, before) < 0.2
+    assert isinstance(layer.base_layer, QuantizedLinear) and error(adapted(IDS).logits, before) < 0.2
     adapted.unmerge_adapter()
     assert torch.equal(adapted(IDS).logits, before)
 

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, UnsupportedError, dequantize_model, merging, quantize_model
+from hf_fp8 import FP8Config, QuantizedLinear, dequantize_model, merging, quantize_model
+from hf_fp8.errors import UnsupportedError
 from hf_fp8.formats.scheme import FP8
 
 Q = LoraConfig(target_modules=["q_proj"], r=4)
@@ -102,7 +103,9 @@ def test_modules_to_save_are_float_copies(saved: str, backend: str, tmp_path: Pa
     config = FP8Config(backend=backend)
     model = get_peft_model(load(tmp_path / "fp8", config), LoraConfig(target_modules=["q_proj"], modules_to_save=[saved]))
     copies = [m for name, m in model.named_modules() if f"{saved}.modules_to_save" in name and isinstance(m, nn.Linear)]
-    originals = [m for name, m in model.named_modules() if f"{saved}.original_module" in name and isinstance(m, FP8Linear)]
+    originals = [
+        m for name, m in model.named_modules() if f"{saved}.original_module" in name and isinstance(m, QuantizedLinear)
+    ]
     assert len(copies) == len(originals) and all(type(m) is nn.Linear for m in copies)
     assert not any(p.requires_grad for m in originals for p in m.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -122,7 +125,7 @@ def test_modules_to_save_are_float_copies(saved: str, backend: str, tmp_path: Pa
     if backend == "weight_only":
         again = load(tmp_path / "merged")
         assert torch.equal(logits(again), logits(merged))
-        assert [m for m in again.modules() if isinstance(m, FP8Linear)]
+        assert [m for m in again.modules() if isinstance(m, QuantizedLinear)]
 
 
 def test_several_adapters(fp8: Path) -> None:
@@ -237,7 +240,7 @@ def test_on_pointwise_convolutions(scheme: str) -> None:
     torch.manual_seed(0)
     net = quantize_model(nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Conv2d(32, 8, 1, stride=2)), scheme, conv1x1=True)
     for module in net:
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             module.backend = "weight_only" if scheme != "INT8" else module.backend
     dense = dequantize_model(copy.deepcopy(net), torch.float32)
     x, found = torch.randn(2, 32, 32, 32), []
@@ -268,7 +271,7 @@ def test_dequantized_with_adapters_on(fp8: Path) -> None:
     model = noisy(get_peft_model(load(fp8), Q))
     wanted = logits(model)
     dequantize_model(model.get_base_model(), torch.float32)
-    assert not [m for m in model.modules() if isinstance(m, FP8Linear)]
+    assert not [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert error(logits(model), wanted) < 1e-6
     merged = model.merge_and_unload()
     assert error(logits(merged), wanted) < 1e-6
@@ -297,7 +300,7 @@ def test_adapters_on_dense_layers_are_not_touched(fp8: Path) -> None:
     model = get_peft_model(load(fp8), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, use_dora=True))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     bound = {name for name, layer in layers.items() if any(isinstance(value, partial) for value in vars(layer).values())}
-    assert bound == {name for name, layer in layers.items() if isinstance(layer.base_layer, FP8Linear)}
+    assert bound == {name for name, layer in layers.items() if isinstance(layer.base_layer, QuantizedLinear)}
     assert 0 < len(bound) < len(layers)
     wanted, twin = logits(model), copy.deepcopy(model)
     hf_fp8.unregister()

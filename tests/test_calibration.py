@@ -18,8 +18,8 @@ from test_experts import KEEP, experts_of
 from test_experts import load as load_moe
 from torch import nn
 
-from hf_fp8 import FP8Linear, UnsupportedError, cli
-from hf_fp8.errors import CalibrationError, ConfigError
+from hf_fp8 import QuantizedLinear, cli
+from hf_fp8.errors import CalibrationError, ConfigError, UnsupportedError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import CODE_MAX, FP8, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
 from hf_fp8.quantization import observers
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         for number, name in enumerate(("q", "k", "v", "o", "spare")):
             linear = nn.Linear(32, 32, dtype=dtype)
             linear.weight.data *= number + 1
-            setattr(self, name, FP8Linear.from_linear(linear, FP8_STATIC, **options))
+            setattr(self, name, QuantizedLinear.from_linear(linear, FP8_STATIC, **options))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.q(x).relu() * self.k(x)
@@ -69,16 +69,16 @@ def test_the_largest_of_all_batches(dtype: torch.dtype, mode: Any, caplog: pytes
         layer = getattr(model, name)
         wanted = (torch.stack([x.abs().max() for x in inputs]).max().float() / 448).to(dtype)
         assert layer.input_scale.dtype == dtype and torch.equal(layer.input_scale, wanted.reshape(1)), name
-        assert run.scales[name] == float(wanted) and not layer.awaits_calibration and layer.observer is None
+        assert run.scales[name] == float(wanted) and not layer.needs_calibration and layer.observer is None
         assert not layer._forward_pre_hooks
     assert run.batches == 3 and not model._forward_hooks and run.to_dict()["batches"] == 3
-    assert model.spare.awaits_calibration and "spare" not in run.scales
+    assert model.spare.needs_calibration and "spare" not in run.scales
     assert [r.getMessage() for r in caplog.records] == ["1 of 5 layers saw no input and stay as they were: spare"]
     # Inputs were not quantized meanwhile; now they are, as by a scale set by hand.
     weight = model.v.dequantized_weight(dtype)
     dense = nn.functional.linear(seen[0], model.o.dequantized_weight(dtype), model.o.bias)
     assert torch.allclose(outs[0], dense, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
-    by_hand = FP8Linear.from_linear(nn.Linear(32, 32, dtype=dtype), FP8_STATIC, backend="scaled_mm")
+    by_hand = QuantizedLinear.from_linear(nn.Linear(32, 32, dtype=dtype), FP8_STATIC, backend="scaled_mm")
     by_hand.load_state_dict({**model.v.state_dict(), "input_scale": (torch.cat(data).abs().max() / 448).reshape(1)})
     model.v.backend = "scaled_mm"
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_again_replaces_what_was_measured() -> None:
     apply_scales(again, json.loads(json.dumps(run.to_dict()))["scales"])
     for name, scale in scales_of(model).items():
         assert torch.equal(scales_of(again)[name], scale) or name == "spare.input_scale"
-    assert not again.q.awaits_calibration and again.spare.awaits_calibration
+    assert not again.q.needs_calibration and again.spare.needs_calibration
 
 
 @pytest.mark.parametrize(("scales", "words"), [
@@ -127,7 +127,7 @@ def test_scales_that_do_not_fit(scales: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_are_never_zero(dtype: torch.dtype) -> None:
-    model = nn.Sequential(FP8Linear.from_linear(nn.Linear(8, 8, dtype=dtype), FP8_STATIC))
+    model = nn.Sequential(QuantizedLinear.from_linear(nn.Linear(8, 8, dtype=dtype), FP8_STATIC))
     with calibrate(model), torch.no_grad():
         model(torch.zeros(2, 8, dtype=dtype))
     assert float(model[0].input_scale) == torch.finfo(dtype).eps  # that of compressed-tensors
@@ -195,7 +195,7 @@ def test_an_exception_changes_nothing() -> None:
     with pytest.raises(ZeroDivisionError), calibrate(model), torch.no_grad():
         model(batches()[0])
         raise ZeroDivisionError
-    assert model.q.awaits_calibration and model.q.observer is None and not model.q._forward_pre_hooks
+    assert model.q.needs_calibration and model.q.observer is None and not model.q._forward_pre_hooks
     assert all(s.isnan().all() and before[n].isnan().all() for n, s in scales_of(model).items())
     with pytest.raises(CalibrationError, match="none of 5 layers"), calibrate(model):
         pass
@@ -203,7 +203,7 @@ def test_an_exception_changes_nothing() -> None:
         with pytest.raises(CalibrationError, match="already"), calibrate(model):
             pass
         model(batches()[0])  # the outer block goes on
-    assert not model.q.awaits_calibration
+    assert not model.q.needs_calibration
 
 
 @pytest.mark.parametrize("observer", ["amax", "percentile", "mse"])
@@ -221,7 +221,7 @@ def test_what_is_not_finite_is_named(observer: str, value: float) -> None:
 
 
 def test_models_with_nothing_to_calibrate(tmp_path: Path) -> None:
-    linear = FP8Linear.from_linear(nn.Linear(8, 8), FP8_DYNAMIC)
+    linear = QuantizedLinear.from_linear(nn.Linear(8, 8), FP8_DYNAMIC)
     for model, words in ((linear, r"channel x token \(dynamic\)"), (nn.Linear(8, 8), "no FP8 layers")):
         with pytest.raises(CalibrationError, match=words), calibrate(model):
             pass
@@ -245,7 +245,7 @@ def test_nothing_is_kept_alive_and_copies_are_not_watched() -> None:
         assert gone() is None
         grad = x.grad
         twin = copy.deepcopy(model)
-        assert twin.q.observer is None and model.q.observer is not None and twin.q.awaits_calibration
+        assert twin.q.observer is None and model.q.observer is not None and twin.q.needs_calibration
         with pytest.raises(CalibrationError):
             twin(x)
     assert grad is not None and run.batches == 1
@@ -440,7 +440,7 @@ def test_whole_mixtures(observer: str, moe: Any) -> None:
     before = scales_of(moe)
     with calibrate(moe, observer) as run:
         causal(moe)
-    names = {name for name, module in moe.named_modules() if isinstance(module, FP8Linear)}
+    names = {name for name, module in moe.named_modules() if isinstance(module, QuantizedLinear)}
     names |= {f"model.layers.{n}.mlp.experts.{p}" for n in (0, 1) for p in ("gate_up_proj", "down_proj")}
     assert set(run.scales) == names
     after = scales_of(moe)

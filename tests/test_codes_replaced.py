@@ -74,7 +74,7 @@ def test_casting_parameters_by_hand_leaves_codes_and_scales(scheme: str, dtype: 
         for name, tensor in model.state_dict().items():
             if "bias" not in name:
                 assert torch.equal(tensor, state[name]), name
-        if model[0].made_of == dtype:
+        if model[0].original_dtype == dtype:
             assert (model[0].weight * 1).dtype == dtype and model(torch.randn(2, K).to(dtype)).dtype == dtype
 
 

@@ -34,7 +34,6 @@ from transformers import (
 from hf_fp8 import (
     FP8_DYNAMIC,
     FP8_STATIC,
-    ConfigError,
     FP8Config,
     calibrate,
     load_quantized,
@@ -43,6 +42,7 @@ from hf_fp8 import (
     quantize_model,
     save_quantized,
 )
+from hf_fp8.errors import ConfigError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import ROW
 from hf_fp8.quantization.files import quantize_checkpoint

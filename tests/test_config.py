@@ -20,7 +20,8 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 import hf_fp8
-from hf_fp8 import ConfigError, FP8Config, FP8Linear, Granularity, Scheme, TensorScheme, UnsupportedError
+from hf_fp8 import FP8Config, Granularity, QuantizedLinear, Scheme, TensorScheme
+from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.formats.scheme import SCHEMES
 
 SMALL = Scheme(TensorScheme(Granularity(40, 24)), TensorScheme(Granularity(1, 24), dynamic=True))
@@ -154,7 +155,7 @@ def saved(model: PreTrainedModel, path: Path) -> tuple[dict[str, torch.Tensor], 
 
 
 def kept(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].scheme is not None])
@@ -167,7 +168,7 @@ def test_a_dict_quantizes_as_the_object_does(name: str, dense: Path, tmp_path: P
         # a class of its own: Auto classes copy what they are given
         model = LlamaForCausalLM.from_pretrained(dense, quantization_config=way)
         assert kept(model) and config.to_dict() == before and config.checkpoint is None
-        if any(getattr(module, "awaits_calibration", False) for module in model.modules()):
+        if any(getattr(module, "needs_calibration", False) for module in model.modules()):
             with hf_fp8.calibrate(model):
                 logits(model)
         found.append(saved(model, tmp_path / str(number)))
@@ -378,7 +379,7 @@ def test_stock_groups_and_experts(tmp_path: Path) -> None:
         type(source).from_pretrained(tmp_path / "dense", quantization_config=way)
         for way in (stock, FP8Config("FP8_DYNAMIC", ignore=["lm_head", "re:.*mlp.gate$"]))
     ]
-    assert any(isinstance(module, hf_fp8.FP8Experts) for module in models[0].modules())
+    assert any(isinstance(module, hf_fp8.QuantizedExperts) for module in models[0].modules())
     assert torch.equal(logits(models[0]), logits(models[1]))
 
 

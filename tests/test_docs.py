@@ -77,8 +77,8 @@ def test_the_tables_of_the_design_name_every_module() -> None:
 def test_errors_in_the_table_of_formats_exist() -> None:
     text = (ROOT / "docs" / "formats.md").read_text().partition("## What is refused")[2].partition("\n## ")[0]
     named = re.findall(r"\| `(\w+)` \|$", text, re.MULTILINE)
-    assert {name for name in named if not issubclass(getattr(hf_fp8, name), hf_fp8.FP8Error)} == set()
-    assert [issubclass(getattr(hf_fp8, name), ValueError) for name in named[:6]] == [True] * 6
+    assert {name for name in named if not issubclass(getattr(errors, name), hf_fp8.FP8Error)} == set()
+    assert [issubclass(getattr(errors, name), ValueError) for name in named[:6]] == [True] * 6
     assert {kind.__name__ for kind in errors.CheckpointError.__subclasses__()} == set(named[:6])
 
 
@@ -145,7 +145,7 @@ def test_keywords_exist_with_the_values_shown(path: Path) -> None:
 
 def choices(option: str) -> set[str]:
     """The values that FP8Config names when it is given another."""
-    with pytest.raises(hf_fp8.ConfigError) as error:
+    with pytest.raises(hf_fp8.errors.ConfigError) as error:
         FP8Config(**{option: "other"})
     return set(re.split(r",\s*", str(error.value).rpartition("one of ")[2]))
 

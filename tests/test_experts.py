@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from hf_fp8 import FP8Config, FP8Experts
+from hf_fp8 import FP8Config, QuantizedExperts
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, ROW, TENSOR, Granularity
 from hf_fp8.nn.experts import Projection
@@ -59,11 +59,11 @@ def load(model: PreTrainedModel, path: Path, config: Any = KEEP, dtype: torch.dt
     return type(model).from_pretrained(path, quantization_config=config, dtype=dtype, **rest)
 
 
-def experts_of(model: PreTrainedModel) -> list[FP8Experts]:
-    return [module for module in model.modules() if isinstance(module, FP8Experts)]
+def experts_of(model: PreTrainedModel) -> list[QuantizedExperts]:
+    return [module for module in model.modules() if isinstance(module, QuantizedExperts)]
 
 
-def reference(module: FP8Experts, x: torch.Tensor, ids: Any = None, weights: Any = None) -> torch.Tensor:
+def reference(module: QuantizedExperts, x: torch.Tensor, ids: Any = None, weights: Any = None) -> torch.Tensor:
     """Expert by expert: inputs rounded as the scheme says, matrix by matrix; the family's own code for the rest."""
     n_experts, out = module.first.shape[0], torch.zeros(x.shape)
     if ids is None:

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from transformers import AutoModel, PreTrainedModel
 
 import hf_fp8
-from hf_fp8 import FP8Config, UnsupportedError, explain
+from hf_fp8 import FP8Config, explain
+from hf_fp8.errors import UnsupportedError
 from hf_fp8.formats.scheme import FP8
 
 
@@ -41,7 +42,7 @@ def test_default_and_options(qwen: tuple[PreTrainedModel, Path]) -> None:
         assert bool(experts_of(load(model, path, FP8Config(**options)))) == kept, options
         assert bool(experts_of(load(model, path, options))) == kept, options
     for options in ({"experts": "fp8", "dequantize": True}, {"experts": "fp8", "backend": "int8"}, {"experts": "bf16"}):
-        with pytest.raises(hf_fp8.ConfigError, match="experts"):
+        with pytest.raises(hf_fp8.errors.ConfigError, match="experts"):
             FP8Config(**options)
 
 
@@ -208,7 +209,7 @@ def test_gradients(qwen: tuple[PreTrainedModel, Path]) -> None:
         assert error(ours, theirs) < 1e-5
     experts = experts_of(load(model, path))[0]
     experts.gate_up_proj_scale.requires_grad_()
-    with pytest.raises(hf_fp8.InputError, match="no gradient"):
+    with pytest.raises(hf_fp8.errors.InputError, match="no gradient"):
         experts(torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.long), torch.rand(3, 2)).sum().backward()
 
 

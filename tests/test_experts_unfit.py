@@ -14,7 +14,8 @@ from test_experts import KEEP, experts_of, load
 from transformers import PreTrainedModel
 
 import hf_fp8
-from hf_fp8 import FP8Config, UnsupportedError, explain
+from hf_fp8 import FP8Config, explain
+from hf_fp8.errors import UnsupportedError
 from hf_fp8.formats.scheme import TENSOR
 from hf_fp8.nn.experts import ExpertsLayout
 
@@ -90,7 +91,7 @@ def test_what_a_kernel_from_the_hub_would_read(qwen: tuple[PreTrainedModel, Path
     assert any("a kernel from the Hub for Qwen3MoeSparseMoeBlock" in row.reason for row in explain(replaced))
 
 
-MISSING, MISFIT = hf_fp8.MissingTensorError, hf_fp8.MismatchError
+MISSING, MISFIT = hf_fp8.errors.MissingTensorError, hf_fp8.errors.MismatchError
 
 
 BROKEN: dict[str, tuple[str, Any, type[Exception], str]] = {
@@ -142,7 +143,7 @@ def test_more_experts_than_the_model_has(tmp_path: Path) -> None:
         return state | {n.replace("experts.3.", "experts.4."): t.clone() for n, t in state.items() if "experts.3." in n}
 
     write(model, tmp_path / "fp8", quantized=is_linear, edit=one_more)
-    with pytest.raises(hf_fp8.MismatchError, match=r"experts\.4\..* has 4 experts"):
+    with pytest.raises(hf_fp8.errors.MismatchError, match=r"experts\.4\..* has 4 experts"):
         load(model, tmp_path / "fp8")
 
 

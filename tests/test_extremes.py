@@ -13,7 +13,7 @@ from test_grouped import SCHEMES as GROUPED
 from test_kernels import IN_BFLOAT16, SCHEMES, runs
 from torch import nn
 
-from hf_fp8 import FP8Linear, FP8PointwiseConv, kernels
+from hf_fp8 import QuantizedConv1x1, QuantizedLinear, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_DYNAMIC, FP8_STATIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY
@@ -266,8 +266,8 @@ def test_layers(scheme: Scheme, dtype: torch.dtype) -> None:
     for m in (1, 4, 17):
         x = inputs(m, 64, ROW_SIZES[dtype], dtype)
         for backend in backends:
-            layer = FP8Linear.from_linear(linear, scheme, backend=backend)
-            pointwise = FP8PointwiseConv.from_linear(conv, scheme, backend=backend)
+            layer = QuantizedLinear.from_linear(linear, scheme, backend=backend)
+            pointwise = QuantizedConv1x1.from_linear(conv, scheme, backend=backend)
             points = x.t().reshape(1, 64, m, 1)
             for found, weight in (
                 (layer(x), linear.weight), (pointwise(points)[0, :, :, 0].t(), conv.weight.flatten(1)),

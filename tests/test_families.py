@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.scheme import FP8
 
 HEADS: dict[str, tuple[bool, Callable[[str], bool], list[str], list[str]]] = {
@@ -55,7 +55,7 @@ def test_a_head_of_its_own_under_a_config_that_ties(tmp_path: Path) -> None:
     check(model, path, written, dense, tmp_path)
     kept = type(model).from_pretrained(path, quantization_config=FP8Config(backend="weight_only"))
     kept.tie_weights()
-    assert isinstance(kept.lm_head, FP8Linear) and kept.lm_head.weight.dtype == FP8
+    assert isinstance(kept.lm_head, QuantizedLinear) and kept.lm_head.weight.dtype == FP8
 
 
 class TiedBody(LlamaForCausalLM):  # type: ignore[misc]
@@ -173,7 +173,7 @@ def test_new_head(backend: str, tmp_path: Path) -> None:
     )
     assert type(model.score) is torch.nn.Linear
     assert model(IDS).logits.shape == (2, 3)
-    assert sum(isinstance(m, FP8Linear) for m in model.modules()) == (14 if backend == "weight_only" else 0)
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == (14 if backend == "weight_only" else 0)
     model.save_pretrained(tmp_path / "saved")
     options = {} if backend == "auto" else {"quantization_config": FP8Config(backend=backend)}
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", **options)

@@ -141,7 +141,7 @@ def test_two_fp8_groups_that_speak_of_the_same_layers(targets: tuple[list[str], 
 
     written, _ = write(tiny_llama(), tmp_path / "fp8", edit=by_blocks, config_edit=groups)
     model = load(tmp_path / "fp8", dtype=torch.bfloat16)
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, hf_fp8.FP8Linear)]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, hf_fp8.QuantizedLinear)]
     found = {(".mlp." in name, layer.scheme.weight.granularity) for name, layer in layers}
     assert found == {(True, Granularity(32, 32)), (False, ROW)}
     model.save_pretrained(tmp_path / "saved")

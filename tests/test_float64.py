@@ -17,7 +17,7 @@ from test_kernels import SCHEMES as ALL
 from test_kernels import expected, operands
 from torch import nn
 
-from hf_fp8 import FP8Config, FP8Linear, FP8PointwiseConv, kernels
+from hf_fp8 import FP8Config, QuantizedConv1x1, QuantizedLinear, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
 from hf_fp8.kernels import ExpertWeights, Routing
@@ -186,8 +186,8 @@ def test_layers(scheme: Scheme) -> None:
     torch.manual_seed(0)
     linear, conv = nn.Linear(64, 24, dtype=WIDE), nn.Conv1d(64, 24, 1, dtype=WIDE)
     for layer, dense, x in (
-        (FP8Linear.from_linear(linear, scheme), linear, torch.randn(5, 64, dtype=WIDE)),
-        (FP8PointwiseConv.from_linear(conv, scheme), conv, torch.randn(2, 64, 9, dtype=WIDE)),
+        (QuantizedLinear.from_linear(linear, scheme), linear, torch.randn(5, 64, dtype=WIDE)),
+        (QuantizedConv1x1.from_linear(conv, scheme), conv, torch.randn(2, 64, 9, dtype=WIDE)),
     ):
         back = x.clone().requires_grad_()
         out = layer(back)

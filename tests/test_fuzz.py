@@ -23,7 +23,7 @@ from fuzzing.twin import Result, without_quantization
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_fp8 import ConfigError
+from hf_fp8.errors import ConfigError
 from hf_fp8.formats import numerics
 from hf_fp8.integrations import register as registration
 

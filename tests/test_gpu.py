@@ -8,7 +8,7 @@ from test_extremes import ROWS as SIZES
 from test_extremes import WEIGHTS, check, inputs, weights
 from test_kernels import BY_NAME, SCHEMES, THRESHOLD, expected, operands, runs, sqnr
 
-from hf_fp8 import FP8Linear, kernels, quantize_model, requantize_model
+from hf_fp8 import QuantizedLinear, kernels, quantize_model, requantize_model
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity, Scheme, TensorScheme
 from hf_fp8.formats.weights import quantize_weight
@@ -95,7 +95,7 @@ def test_in_a_cuda_graph(scheme: Scheme, m: int) -> None:
 
 
 def test_compiled_with_reduced_overhead() -> None:
-    layer = FP8Linear(512, 256, FP8_DYNAMIC, device=DEVICE)
+    layer = QuantizedLinear(512, 256, FP8_DYNAMIC, device=DEVICE)
     given = operands(FP8_DYNAMIC, 4, 256, 512, torch.bfloat16)
     layer.weight.data, layer.weight_scale.data = given["weight"].to(DEVICE), given["weight_scale"].to(DEVICE)
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")

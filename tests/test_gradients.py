@@ -15,21 +15,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from hf_fp8 import FP8Config, FP8Linear, InputError, Scheme, dequantize_model, scaled_grouped_linear
+from hf_fp8 import FP8Config, QuantizedLinear, Scheme, dequantize_model
+from hf_fp8.errors import InputError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity
 from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import torch_fp8 as torch_mm
+from hf_fp8.nn.grouped import scaled_grouped_linear
 
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
 # Gradients rounded to 8 bits per token, dB: E4M3 31.5 to 31.8 and int8 41 to 43.5 were measured on normal values.
 E4M3_DB, INT8_DB = 31.0, 40.0
 
 
-def layer(scheme: Scheme, n: int = 72, k: int = 200, bias: bool = True, **options: Any) -> FP8Linear:
+def layer(scheme: Scheme, n: int = 72, k: int = 200, bias: bool = True, **options: Any) -> QuantizedLinear:
     torch.manual_seed(0)
-    module = FP8Linear.from_linear(nn.Linear(k, n, bias=bias), scheme, **options)
-    if module.awaits_calibration:
+    module = QuantizedLinear.from_linear(nn.Linear(k, n, bias=bias), scheme, **options)
+    if module.needs_calibration:
         module.input_scale.data.fill_(0.01)
         module.see_calibration()
     return module
@@ -122,7 +124,7 @@ def test_gradients_of_gradients(scheme: Scheme) -> None:
 def test_nothing_is_kept_but_references(backend: str, fp8: Path) -> None:
     """Of a step over adapters: per linear its own codes and scale, and no float of a weight's or an input's size."""
     model = load(fp8, FP8Config(backend=backend))
-    linears = [m for m in model.modules() if isinstance(m, FP8Linear)]
+    linears = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     own = {p.data_ptr() for m in linears for p in m.parameters(recurse=False)}
     kept: list[torch.Tensor] = []
 
@@ -187,7 +189,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_compiled(backend: str, backward: str, fp8: Path) -> None:
     torch.compiler.reset()
     mlp = load(fp8, FP8Config(backend=backend, backward=backward)).model.layers[0].mlp
-    assert {m.backward for m in mlp.modules() if isinstance(m, FP8Linear)} == {backward}
+    assert {m.backward for m in mlp.modules() if isinstance(m, QuantizedLinear)} == {backward}
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     for rows in (1, 9, 24):
         x, seed = torch.randn(rows, 64), torch.randn(rows, 64)
@@ -295,7 +297,7 @@ def test_int8_codes_of_a_group_are_multiplied_exactly() -> None:
 
 
 def test_a_config_that_means_nothing() -> None:
-    from hf_fp8 import ConfigError
+    from hf_fp8.errors import ConfigError
 
     with pytest.raises(ConfigError, match="exact, quantized"):
         FP8Config(backward="int4")

@@ -13,7 +13,8 @@ import torch
 from build import error
 from test_kernels import SCHEMES as ALL
 
-from hf_fp8 import InputError, KernelError, kernels
+from hf_fp8 import kernels
+from hf_fp8.errors import InputError, KernelError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
 from hf_fp8.kernels import ExpertWeights, Problem, Routing, select_grouped

@@ -15,7 +15,7 @@ from moe import mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, kernels
+from hf_fp8 import FP8Config, QuantizedLinear, kernels
 from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
@@ -37,7 +37,7 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
     dense = load(tmp_path, FP8Config(dequantize=True))
     model = load(tmp_path, copy.deepcopy(INT8_CONFIG))
     for name, module in model.named_modules():
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             assert module.weight.dtype == INT8 and module.scheme == INT8_DYNAMIC and module.input_scale is None
             assert module.weight_scale.shape == (module.out_features, 1)
             exact = dense.get_submodule(name).weight
@@ -86,7 +86,7 @@ def test_what_is_saved_is_int8_and_says_so(kind: str, tmp_path: Path) -> None:
     scheme = stock.hf_quantizer.quantization_config.quantization_config.config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry("int-quantized")
     for name, module in model.named_modules():
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             parts = {role: state[f"{name}.{role}"] for role in ("weight", "weight_scale")}
             assert torch.equal(compressor.decompress(parts, scheme)["weight"].float(), module.dequantized_weight())
 
@@ -151,7 +151,7 @@ def test_offloaded_layers_are_refused(fp8: Path, tmp_path: Path) -> None:
 def test_few_rows_lose_no_more_than_many(fp8: Path) -> None:
     """The weight-only kernel that computes in bfloat16 is nearer to the truth than int8 inputs are."""
     torch.manual_seed(0)
-    layer = FP8Linear(256, 64, FP8_BLOCK)
+    layer = QuantizedLinear(256, 64, FP8_BLOCK)
     w = torch.randn(64, 256)
     layer.weight_scale.data = numerics.compute_scale(w, FP8_BLOCK.weight.granularity)
     layer.weight.data = numerics.quantize(w, layer.weight_scale, FP8_BLOCK.weight.granularity)
@@ -169,7 +169,7 @@ def test_few_rows_lose_no_more_than_many(fp8: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_not_finite_rows_stay_visible(dtype: torch.dtype) -> None:
-    layer = FP8Linear(64, 32, INT8_DYNAMIC, backend="int8")
+    layer = QuantizedLinear(64, 32, INT8_DYNAMIC, backend="int8")
     layer.weight.data = torch.randint(-127, 128, (32, 64), dtype=INT8)
     layer.weight_scale.data.fill_(0.01)
     x = torch.randn(9, 64).to(dtype)
@@ -195,7 +195,7 @@ def test_its_config_passed_on_finds_the_fp8_checkpoint_again(fp8: Path, tmp_path
 
 @torch.no_grad()
 def test_another_default_device_changes_nothing() -> None:
-    layers = [FP8Linear(64, n, INT8_DYNAMIC, backend="int8") for n in (40, 56)]
+    layers = [QuantizedLinear(64, n, INT8_DYNAMIC, backend="int8") for n in (40, 56)]
     for layer in layers:
         layer.weight.data = torch.randint(-127, 128, tuple(layer.weight.shape), dtype=INT8)
         layer.weight_scale.data.fill_(0.01)

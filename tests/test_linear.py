@@ -1,4 +1,4 @@
-"""FP8Linear as a module: shapes, dtypes, gradients, and everything that PyTorch does to modules."""
+"""QuantizedLinear as a module: shapes, dtypes, gradients, and everything that PyTorch does to modules."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fp8 import FP8Linear, InputError, dequantize_model
+from hf_fp8 import QuantizedLinear, dequantize_model
+from hf_fp8.errors import InputError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
 
 SCHEMES = [FP8_DYNAMIC, FP8_STATIC, FP8_BLOCK, FP8_WEIGHT_ONLY]
 
 
-def layer(scheme: Scheme, n: int = 72, k: int = 200, bias: bool = True, backend: str = "scaled_mm") -> FP8Linear:
+def layer(scheme: Scheme, n: int = 72, k: int = 200, bias: bool = True, backend: str = "scaled_mm") -> QuantizedLinear:
     torch.manual_seed(0)
     w = torch.randn(n, k)
-    made = FP8Linear(k, n, scheme, bias=bias, bias_dtype=torch.float32, backend=backend)
+    made = QuantizedLinear(k, n, scheme, bias=bias, bias_dtype=torch.float32, backend=backend)
     scale = numerics.compute_scale(w, scheme.weight.granularity)
     made.weight.copy_(numerics.quantize(w, scale, scheme.weight.granularity))
     made.weight_scale.copy_(scale.reshape(made.weight_scale.shape))
@@ -87,7 +88,7 @@ def test_copies_and_files(scheme: Scheme) -> None:
     torch.save(module, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    fresh = FP8Linear(200, 72, scheme, bias=True, bias_dtype=torch.float32, backend="scaled_mm")
+    fresh = QuantizedLinear(200, 72, scheme, bias=True, bias_dtype=torch.float32, backend="scaled_mm")
     fresh.load_state_dict(module.state_dict())
     for other in (copy.deepcopy(module), loaded, fresh):
         assert torch.equal(other(x), module(x))
@@ -176,7 +177,7 @@ def test_dequantize_model_keeps_shared_modules_shared() -> None:
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
 def test_forward_mode_gradients_are_not_those_of_rounding(backend: str) -> None:
     """The op has none, and says so, instead of giving zeros or differentiating through the quantizer."""
-    linear = FP8Linear(64, 32, FP8_DYNAMIC, backend=backend)
+    linear = QuantizedLinear(64, 32, FP8_DYNAMIC, backend=backend)
     linear.weight.data, linear.weight_scale.data = torch.ones(32, 64).to(FP8), torch.ones(32, 1)
     x, tangent = torch.randn(3, 64), torch.randn(3, 64)
     with torch.autograd.forward_ad.dual_level():
@@ -189,7 +190,7 @@ def test_forward_mode_gradients_are_not_those_of_rounding(backend: str) -> None:
 
 @torch.no_grad()
 def test_a_scale_changed_behind_torchs_back_is_seen() -> None:
-    linear = FP8Linear(64, 32, FP8_DYNAMIC, backend="scaled_mm", scale_dtype=torch.bfloat16)
+    linear = QuantizedLinear(64, 32, FP8_DYNAMIC, backend="scaled_mm", scale_dtype=torch.bfloat16)
     linear.weight.data, linear.weight_scale.data = torch.ones(32, 64).to(FP8), torch.ones(32, 1).bfloat16()
     x = torch.randn(3, 64)
     before = linear(x)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.scheme import FP8
 
 
@@ -70,8 +70,8 @@ def test_first_call_through_a_submodule_and_casts(dtype: torch.dtype, fp8: Path)
     model.to(dtype)
     assert model.model.layers[0].mlp(x.to(dtype)).dtype == dtype
     assert error(model.model.layers[0].mlp(x.to(dtype)), first) < 0.02
-    assert {m.weight.dtype for m in model.modules() if isinstance(m, FP8Linear)} == {FP8}
-    assert {m.weight_scale.dtype for m in model.modules() if isinstance(m, FP8Linear)} == {torch.bfloat16}
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, QuantizedLinear)} == {FP8}
+    assert {m.weight_scale.dtype for m in model.modules() if isinstance(m, QuantizedLinear)} == {torch.bfloat16}
 
 
 def test_threads_on_first_call(fp8: Path) -> None:
@@ -86,7 +86,7 @@ def test_dequantize_afterwards(fp8: Path, tmp_path: Path) -> None:
     wanted = logits(model)
     model.dequantize()
     assert torch.equal(logits(model), wanted)
-    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
     model.save_pretrained(tmp_path / "dense")
     with stock_transformers():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
@@ -138,7 +138,7 @@ def test_mixed(config: FP8Config, tmp_path: Path) -> None:
 def test_dequantizing_an_offloaded_model_is_refused(fp8: Path, tmp_path: Path) -> None:
     model = load(fp8, device_map=OFFLOAD, offload_folder=tmp_path / "offload")
     wanted = logits(model)
-    with pytest.raises(hf_fp8.UnsupportedError, match="offloaded"):
+    with pytest.raises(hf_fp8.errors.UnsupportedError, match="offloaded"):
         model.dequantize()
     assert torch.equal(logits(model), wanted)
 
@@ -152,7 +152,7 @@ def test_the_config_of_a_dequantized_model(first: Any, second: Any, fp8: Path, t
     options = {} if second is None else {"quantization_config": second}
     again = LlamaForCausalLM.from_pretrained(fp8, config=model.config, dtype=torch.float32, **options)
     assert torch.equal(logits(again), wanted)
-    assert any(isinstance(m, FP8Linear) for m in again.modules()) == (second is not None)
+    assert any(isinstance(m, QuantizedLinear) for m in again.modules()) == (second is not None)
     model.save_pretrained(tmp_path / "dense")
     assert "_name_or_path" not in (tmp_path / "dense" / "config.json").read_text()
     if second is None:
@@ -165,7 +165,7 @@ def test_an_edited_weight_of_another_format_is_not_lost(tmp_path: Path) -> None:
     model = load(checkpoint("llama-mixed", tmp_path))
     logits(model)  # the host decompresses
     model.model.layers[0].mlp.gate_proj.weight.data.mul_(2)
-    with pytest.raises(hf_fp8.UnsupportedError, match=r"layers\.0\.mlp\.gate_proj"):
+    with pytest.raises(hf_fp8.errors.UnsupportedError, match=r"layers\.0\.mlp\.gate_proj"):
         model.save_pretrained(tmp_path / "saved")
 
 
@@ -233,7 +233,7 @@ def test_saved_as_another_class(name: str, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     again = AutoModel.from_pretrained(tmp_path / "base", **options)
     assert torch.equal(again(IDS).last_hidden_state, base(IDS).last_hidden_state)
-    assert any(isinstance(m, FP8Linear) for m in again.modules())
+    assert any(isinstance(m, QuantizedLinear) for m in again.modules())
 
 
 @pytest.mark.parametrize("config", [FP8Config(), FP8Config(backend="int8"), KEEP], ids=["dense", "int8", "kept"])

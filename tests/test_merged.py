@@ -142,5 +142,5 @@ def test_fp8_attention_beside_int4_experts(backend: str, tmp_path: Path) -> None
     again = type(model).from_pretrained(tmp_path / "saved", quantization_config=config, dtype=torch.float32)
     assert torch.equal(causal(again), causal(loaded))
     loaded.model.layers[0].mlp.experts.down_proj.data[1].mul_(1.5)
-    with pytest.raises(hf_fp8.UnsupportedError, match=r"experts\.1\.down_proj"):
+    with pytest.raises(hf_fp8.errors.UnsupportedError, match=r"experts\.1\.down_proj"):
         loaded.save_pretrained(tmp_path / "edited")

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
-from hf_fp8 import ConfigError, FP8Config, FP8Linear, ScaleError, UnsupportedError, dequantize_model, merging, quantize_model
+from hf_fp8 import FP8Config, QuantizedLinear, dequantize_model, merging, quantize_model
+from hf_fp8.errors import ConfigError, ScaleError, UnsupportedError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, INT8, ROW, TENSOR, Granularity
 from hf_fp8.formats.weights import Change, quantize_weight
@@ -205,7 +206,7 @@ def test_broken_adapters_change_nothing(into: str, safe: bool, fp8: Path) -> Non
     error_class, words = (ValueError, "broken") if safe else (ScaleError, r"layers\.1\.self_attn\.q_proj")
     with merging(into), pytest.raises(error_class, match=words):
         model.merge_adapter(safe_merge=safe)
-    assert not layer.merged and isinstance(layer.base_layer, FP8Linear)
+    assert not layer.merged and isinstance(layer.base_layer, QuantizedLinear)
     model.unmerge_adapter()  # what came before it
     layer.lora_B["default"].weight.data = good
     assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
@@ -235,7 +236,7 @@ def test_an_adapter_that_does_nothing_changes_nothing(fp8: Path) -> None:
     """Scales that are not the largest value over 448 stay, too, and with them all codes."""
     model = load(fp8)
     for module in model.modules():
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             module.weight_scale.data *= 1.3
     model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     base, before = held(model), logits(model)
@@ -295,9 +296,9 @@ def test_rounding_by_chance(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     codes = every[every.isfinite()].unique()
-    assert torch.equal(numerics.round_by_chance(codes, dtype, generator), codes)
+    assert torch.equal(numerics.stochastic_round(codes, dtype, generator), codes)
     x = torch.randn(500) * torch.logspace(-4, 2, 500)
-    many = torch.stack([numerics.round_by_chance(x, dtype, generator) for _ in range(2000)]).clamp(codes.min(), codes.max())
+    many = torch.stack([numerics.stochastic_round(x, dtype, generator) for _ in range(2000)]).clamp(codes.min(), codes.max())
     assert bool(torch.isin(many, codes).all())
     above = torch.searchsorted(codes, x.clamp(codes.min(), codes.max())).clamp(1, len(codes) - 1)
     low, high = codes[above - 1], codes[above]

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from test_merging import adapted, held
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_fp8 import FP8Config, FP8Experts, dequantize_model, merging
+from hf_fp8 import FP8Config, QuantizedExperts, dequantize_model, merging
 from hf_fp8.formats.weights import Change
 
 FAMILIES = [mixtral, qwen3_moe, gpt_oss, llama4, deepseek_v3]
@@ -40,7 +40,7 @@ def test_experts(family: Any, tmp_path: Path) -> None:
     with merging() as report:
         ours.merge_adapter()
     assert error(logits(ours), found) < 0.25 and 0.95 < report.kept < 1.05
-    assert any(isinstance(module, FP8Experts) for module in ours.modules())
+    assert any(isinstance(module, QuantizedExperts) for module in ours.modules())
     ours.unmerge_adapter()
     assert all(torch.equal(tensor, base[name]) for name, tensor in held(ours).items()) and torch.equal(logits(ours), found)
     merged = ours.merge_and_unload()
@@ -62,7 +62,7 @@ def test_experts_left_dense(family: Any, tmp_path: Path) -> None:
         model.unmerge_adapter()
         assert torch.equal(logits(model), before)
         merged = model.merge_and_unload()
-    assert not any(isinstance(module, FP8Experts) for module in merged.modules())
+    assert not any(isinstance(module, QuantizedExperts) for module in merged.modules())
     merged.save_pretrained(tmp_path / "merged")
     assert error(logits(load(tmp_path / "merged")), before) < 1e-5
 
@@ -121,7 +121,7 @@ def test_experts_that_were_dense_keep_what_was_merged(tmp_path: Path) -> None:
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
     made.save_pretrained(tmp_path / "fp8")
     base = load(tmp_path / "fp8")
-    assert not [m for m in base.modules() if isinstance(m, FP8Experts)]
+    assert not [m for m in base.modules() if isinstance(m, QuantizedExperts)]
     model = adapted(load(tmp_path / "fp8"), std=1e-3, target_modules=[], target_parameters=EXPERTS)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")

@@ -30,12 +30,28 @@ def test_modules(old: str) -> None:
     [
         "from hf_fp8 import numerics; from hf_fp8.scheme import ROW; numerics.quantize, ROW.cols",
         "import hf_fp8; hf_fp8.numerics.quantize; hf_fp8.linear.FP8Linear",
-        "import hf_fp8.linear; assert hf_fp8.linear.FP8Linear is hf_fp8.FP8Linear",
+        "import hf_fp8.linear; assert hf_fp8.linear.FP8Linear is hf_fp8.FP8Linear is hf_fp8.QuantizedLinear",
         "import hf_fp8; assert callable(hf_fp8.explain); import hf_fp8.kernels; hf_fp8.kernels.select",
     ],
 )
 def test_scripts(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("old", old_names.NAMES)
+def test_names(old: str) -> None:
+    module, _, leaf = old_names.NAMES[old].rpartition(".")
+    with pytest.warns(DeprecationWarning, match=rf"hf_fp8\.{old} is hf_fp8\."):
+        found = getattr(hf_fp8, old)
+    assert found is getattr(importlib.import_module(f"hf_fp8.{module}"), leaf)
+    assert old not in hf_fp8.__all__
+
+
+def test_the_warning_is_about_the_line_that_has_the_name() -> None:
+    with pytest.warns(DeprecationWarning) as caught:
+        from hf_fp8 import FP8Linear  # noqa: F401
+    assert "hf_fp8.FP8Linear is hf_fp8.QuantizedLinear now" in str(caught[0].message)
+    assert caught[0].filename == __file__
 
 
 def test_what_never_was_there() -> None:
@@ -51,9 +67,12 @@ def test_a_pickled_layer() -> None:
     written = pickle.dumps(layer, protocol=0)
     for old, new in old_names.MODULES.items():
         written = written.replace(f"chf_fp8.{new}\n".encode(), f"chf_fp8.{old}\n".encode())
-    assert b"chf_fp8.linear\n" in written
+    written = written.replace(b"QuantizedLinear\n", b"FP8Linear\n").replace(b"original_dtype", b"made_of")
+    assert b"chf_fp8.linear\nFP8Linear\n" in written
+    assert b"original_dtype" not in written
     assert b"chf_fp8.nn.linear\n" not in written
     loaded = pickle.loads(written)
     assert type(loaded) is type(layer)
+    assert loaded.original_dtype == torch.float32
     x = torch.randn(3, 32)
     assert torch.equal(loaded(x), layer(x))

@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, UnsupportedError, quantize_model
+from hf_fp8 import FP8Config, QuantizedLinear, quantize_model
+from hf_fp8.errors import UnsupportedError
 
 # -- saving by others --
 
@@ -124,7 +125,7 @@ def test_fused_projections_are_made_of_the_dequantized_weights(scheme: str, dtyp
     model = quantize_model(nn.Sequential(Attention()).to(dtype), scheme, backend="int8" if scheme == "INT8" else "weight_only")
     attention, x = model[0], torch.randn(3, 32, dtype=dtype)
     layers = attention.to_q, attention.to_k, attention.out[0]
-    assert all(isinstance(layer, FP8Linear) for layer in layers)
+    assert all(isinstance(layer, QuantizedLinear) for layer in layers)
     with torch.no_grad():
         before = model(x)
         attention.fuse()
@@ -151,7 +152,7 @@ def test_diffusers_own_transformer(tmp_path: Path) -> None:
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
     quantize_model(model, backend="weight_only")
-    assert all(isinstance(m, FP8Linear) for m in model.modules() if isinstance(m, nn.Linear))
+    assert all(isinstance(m, QuantizedLinear) for m in model.modules() if isinstance(m, nn.Linear))
     x = {
         "hidden_states": torch.randn(1, 16, 4), "encoder_hidden_states": torch.randn(1, 8, 32), "timestep": torch.ones(1),
         "pooled_projections": torch.randn(1, 32), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3),
@@ -274,5 +275,5 @@ def test_other_families() -> None:
 def test_class_names_that_others_look_for() -> None:
     """`isinstance` finds quantized layers; names of classes do not (README)."""
     model = quantize_model(nn.Sequential(nn.Linear(8, 8)))
-    assert isinstance(model[0], nn.Linear) and type(model[0]).__name__ == "FP8Linear"
+    assert isinstance(model[0], nn.Linear) and type(model[0]).__name__ == "QuantizedLinear"
     assert IDS.ndim == 2

@@ -103,7 +103,7 @@ def process(rank: int, folder: str, ways: dict[str, Callable[[nn.Module], nn.Mod
         refused = ""
         try:
             dist.all_reduce(net.lm_head.weight)
-        except hf_fp8.UnsupportedError as error:
+        except hf_fp8.errors.UnsupportedError as error:
             refused = str(error)
         torch.save((net.lm_head.dequantized_weight(), refused), f"{folder}/sent-{scheme}-{rank}.pt")
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.errors import StateDictError
 from hf_fp8.formats.quantized_weight.tensor import QuantizedWeight
 
@@ -33,7 +33,7 @@ BACKENDS = ["weight_only", "int8"]
 def pair(fp8_head: Path, backend: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A quantized model, and the dequantized one."""
     ours = load(fp8_head, FP8Config(backend=backend), dtype=dtype)
-    assert isinstance(ours.lm_head, FP8Linear)
+    assert isinstance(ours.lm_head, QuantizedLinear)
     return ours, hf_fp8.dequantize_model(copy.deepcopy(ours))
 
 

@@ -22,13 +22,13 @@ torch.set_num_threads(1)
 
 def check(model):
     from peft import LoraConfig, get_peft_model
-    from hf_fp8 import FP8Linear
-    name = next(name for name, module in model.named_modules() if isinstance(module, FP8Linear))
+    from hf_fp8 import QuantizedLinear
+    name = next(name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
     made = get_peft_model(model, LoraConfig(target_modules=[name], init_lora_weights=False), autocast_adapter_dtype=False)
     layer = made.base_model.model.get_submodule(name)
     assert layer.lora_A["default"].weight.dtype != torch.float8_e4m3fn
     made.merge_adapter()
-    assert isinstance(layer.base_layer, FP8Linear) and layer.merged
+    assert isinstance(layer.base_layer, QuantizedLinear) and layer.merged
     made.unmerge_adapter()
     print("taught")
 
@@ -44,10 +44,10 @@ WAYS = {
     ),
     "unpickled, peft first": "from peft.tuners.lora import layer; check(pickle.load(open('model.pkl', 'rb')))",
     "a layer of one's own": (
-        "from hf_fp8.nn.linear import FP8Linear\n"
+        "from hf_fp8.nn.linear import QuantizedLinear\n"
         "from hf_fp8.formats.scheme import SCHEMES\n"
         "model = net()\n"
-        "model[0] = FP8Linear(32, 32, SCHEMES['FP8_DYNAMIC'])\n"
+        "model[0] = QuantizedLinear(32, 32, SCHEMES['FP8_DYNAMIC'])\n"
         "model[0].weight_scale.data.fill_(1.0); model[0].weight.data.view(torch.uint8).fill_(56)\n"
         "check(model)"
     ),
@@ -63,7 +63,7 @@ WAYS = {
         "model.load_adapter('adapter')\n"
         "layer = model.model.layers[0].self_attn.q_proj\n"
         "assert layer.lora_A['default'].weight.dtype != torch.float8_e4m3fn\n"
-        "layer.merge(); assert isinstance(layer.base_layer, hf_fp8.FP8Linear)\n"
+        "layer.merge(); assert isinstance(layer.base_layer, hf_fp8.QuantizedLinear)\n"
         "print('taught')"
     ),
 }

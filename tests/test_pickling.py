@@ -141,10 +141,14 @@ def test_models(name: str, tmp_path: Path, processes: ProcessPoolExecutor) -> No
         found, said_of_twin = use(twin, tmp_path / way)
         assert torch.equal(found, wanted) and said_of_twin == said, way
         assert files(tmp_path / way) == files(tmp_path / "model"), way
-        ours, theirs = ([module for module in m.modules() if isinstance(module, hf_fp8.FP8Linear)] for m in (model, twin))
+        ours, theirs = ([module for module in m.modules() if isinstance(module, hf_fp8.QuantizedLinear)] for m in (model, twin))
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
-            assert (a.original is None) == (b.original is None) and a.made_of == b.made_of and a.shares_input == b.shares_input
+            assert (
+                (a.original is None) == (b.original is None)
+                and a.original_dtype == b.original_dtype
+                and a.shares_input == b.shares_input
+            )
             assert type(b.weight) is QuantizedWeight and b.weight.data_ptr() != a.weight.data_ptr()
 
 
@@ -165,7 +169,7 @@ def test_models_of_other_libraries(tmp_path: Path) -> None:
     x = torch.randn(2, 16, 4, 4)
     for through in WAYS.values():
         twin = through(net)
-        assert torch.equal(twin(x), net(x)) and isinstance(twin[0], hf_fp8.FP8PointwiseConv)
+        assert torch.equal(twin(x), net(x)) and isinstance(twin[0], hf_fp8.QuantizedConv1x1)
         assert torch.equal(hf_fp8.dequantize_model(twin)[0].weight, net[0].original.view(32, 16, 1, 1))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_fp8
-from hf_fp8 import FP8Error, FP8Linear, FP8PointwiseConv, load_quantized, quantize_model, save_quantized
+from hf_fp8 import FP8Error, QuantizedConv1x1, QuantizedLinear, load_quantized, quantize_model, save_quantized
 from hf_fp8.errors import (
     CalibrationError,
     CheckpointError,
@@ -83,7 +83,7 @@ def test_there_and_back(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None
         assert differing(dict(model.state_dict()), dict(again.state_dict())) == []
         with torch.no_grad():
             assert torch.equal(again(X.to(dtype)), model(X.to(dtype)))
-        assert type(again.conv) is FP8PointwiseConv and type(again.dense) is nn.Linear and not again.training
+        assert type(again.conv) is QuantizedConv1x1 and type(again.dense) is nn.Linear and not again.training
         assert again.first is again.again and again.one.weight is again.two.weight
         assert again.one.weight_scale is again.two.weight_scale
         assert again.first.scheme == model.first.scheme and again.first.shares_input == model.first.shares_input
@@ -140,7 +140,7 @@ def test_a_layer_that_is_the_model_itself(tmp_path: Path) -> None:
         model = quantize_model(float_layer(), conv1x1=True)
         save_quantized(model, tmp_path / "saved")
         again = load_quantized(float_layer(), tmp_path / "saved")
-        assert isinstance(again, FP8Linear) and torch.equal(again(x), model(x))
+        assert isinstance(again, QuantizedLinear) and torch.equal(again(x), model(x))
 
 
 def test_what_is_there_is_replaced_whole(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import inspect
 from pathlib import Path
 
 import hf_fp8
+from hf_fp8.integrations import old_names
 
-# What each name of `hf_fp8` is; of functions and classes how they are called. Written by `python tests/test_public_api.py`.
+# What each name of `hf_fp8` is; of functions and classes how they are called; and where old names are.
+# Written by `python tests/test_public_api.py`.
 WRITTEN = Path(__file__).parent / "data" / "public_api.txt"
 
 
@@ -21,7 +23,7 @@ def described() -> list[str]:
             lines.append(f"{name}{inspect.signature(value)}")
         else:
             lines.append(f"{name}: {type(value).__name__}")
-    return lines
+    return lines + [f"{name}: deprecated, {place}" for name, place in sorted(old_names.NAMES.items())]
 
 
 def test_names_and_signatures() -> None:

@@ -17,12 +17,12 @@ from moe import MOE, is_linear, write_transposed
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.evaluation import Row, Rows, perplexity, quality
 from hf_fp8.evaluation.plot import depths
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_TENSOR, FP8_WEIGHT_ONLY, Granularity, Scheme, TensorScheme
-from hf_fp8.nn.conv import FP8PointwiseConv
+from hf_fp8.nn.conv import QuantizedConv1x1
 
 MANY = [FP8_DYNAMIC, FP8_TENSOR, FP8_BLOCK, Scheme(TensorScheme(Granularity(24, 40))), FP8_WEIGHT_ONLY]
 
@@ -32,7 +32,7 @@ def quantized(model: nn.Module, scheme: Scheme = FP8_DYNAMIC, **options: Any) ->
     new = copy.deepcopy(model)
     for name, module in list(new.named_modules()):
         if isinstance(module, nn.Linear):
-            new.set_submodule(name, FP8Linear.from_linear(module, scheme, backend="scaled_mm", **options))
+            new.set_submodule(name, QuantizedLinear.from_linear(module, scheme, backend="scaled_mm", **options))
     return new
 
 
@@ -295,7 +295,7 @@ def test_originals_stand_in_for_the_reference() -> None:
 def test_pointwise_convolutions(stride: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16, 24, 1, stride=stride))
-    layer = FP8PointwiseConv(16, 24, FP8_DYNAMIC, stride=(stride, stride), bias=True, backend="scaled_mm")
+    layer = QuantizedConv1x1(16, 24, FP8_DYNAMIC, stride=(stride, stride), bias=True, backend="scaled_mm")
     layer.bias = model[0].bias
     layer.quantize_from(model[0].weight.flatten(1), originals="keep")
     q = nn.Sequential(layer)
@@ -320,13 +320,13 @@ def test_what_does_not_pair_is_named() -> None:
         (put(nn.Linear(32, 31)), r"other has a weight of shape \(31, 32\)"),
         (put(nn.LayerNorm(32)), "other of the reference is a LayerNorm"),
         (put(nn.Conv2d(32, 32, 3)), r"other has a weight of shape \(32, 32, 3, 3\)"),
-        (put(q["other"]), "other of the reference is a FP8Linear, quantized itself"),
+        (put(q["other"]), "other of the reference is a QuantizedLinear, quantized itself"),
     ):
         with pytest.raises(ValueError, match=words):
             quality(reference, q)
     with pytest.raises(ValueError, match="the same model"):
         quality(q, q)
-    with pytest.raises(ValueError, match="no FP8Linear"):
+    with pytest.raises(ValueError, match="no QuantizedLinear"):
         quality(q, model)
     with pytest.raises(ValueError, match="'lost'"):
         quality(model, q, names=["lost"])
@@ -346,7 +346,7 @@ def causal_pair() -> tuple[PreTrainedModel, nn.Module]:
     q = copy.deepcopy(model)
     for name, module in list(q.named_modules()):
         if name.endswith("_proj"):
-            q.set_submodule(name, FP8Linear.from_linear(module, FP8_DYNAMIC, backend="scaled_mm"))
+            q.set_submodule(name, QuantizedLinear.from_linear(module, FP8_DYNAMIC, backend="scaled_mm"))
     return model, q
 
 
@@ -475,13 +475,13 @@ def test_table() -> None:
         "dB",
         "note",
     ]
-    assert [line.split()[0] for line in lines[1:15]] == [n for n, m in q.named_modules() if isinstance(m, FP8Linear)]
+    assert [line.split()[0] for line in lines[1:15]] == [n for n, m in q.named_modules() if isinstance(m, QuantizedLinear)]
     assert lines[15].startswith("median") and lines[16].startswith("minimum")
     minimum = min(row.output_sqnr for row in report.rows)
     assert lines[16].split()[2] == f"{minimum:.2f}" == f"{report.worst(1)[0].output_sqnr:.2f}"
     assert "(14 layers)" in report.footer() and "KL divergence" in report.footer()
     assert len(str(report.worst(4)).splitlines()) == 5
-    q.set_submodule("lm_head", FP8Linear.from_linear(model.lm_head, FP8_WEIGHT_ONLY))
+    q.set_submodule("lm_head", QuantizedLinear.from_linear(model.lm_head, FP8_WEIGHT_ONLY))
     assert str(quality(model, q)).splitlines()[0].split()[1] == "scheme"
     assert str(Rows()) == "no layers"
 

@@ -17,7 +17,7 @@ from moe import MOE, TRANSPOSED, causal
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, Granularity, Scheme, TensorScheme
+from hf_fp8 import FP8Config, Granularity, QuantizedLinear, Scheme, TensorScheme
 from hf_fp8.errors import CalibrationError, ConfigError, MismatchError
 from hf_fp8.formats.scheme import FP8, SCHEMES
 
@@ -59,12 +59,12 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def kept(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
 
 
 def measure(*models: PreTrainedModel) -> None:
     for model in models:
-        if any(getattr(module, "awaits_calibration", False) for module in model.modules()):
+        if any(getattr(module, "needs_calibration", False) for module in model.modules()):
             with hf_fp8.calibrate(model), torch.no_grad():
                 model(IDS, use_cache=False)
 

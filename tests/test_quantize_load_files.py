@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear, Granularity, Scheme, TensorScheme
+from hf_fp8 import FP8Config, Granularity, QuantizedLinear, Scheme, TensorScheme
 from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.formats.scheme import FP8
 
@@ -76,7 +76,7 @@ def test_the_compressor_multiplies_out_to_the_same(scheme: Any, dtype: torch.dty
     compressor = BaseCompressor.get_value_from_registry(group.format)
     written, seen = tensors(tmp_path / "saved"), 0
     for name, module in model.named_modules():
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             state = {key.rpartition(".")[2]: value for key, value in written.items() if key.startswith(f"{name}.")}
             theirs = compressor.decompress(state, group)["weight"]
             wide = compressor.decompress({**state, "weight_scale": state["weight_scale"].float()}, group)["weight"]
@@ -199,7 +199,7 @@ def test_experts_that_stay_dense(tmp_path: Path) -> None:
     config = FP8Config(scheme="FP8_DYNAMIC", experts="dequantize")
     model = type(source).from_pretrained(tmp_path / "dense", quantization_config=config)
     assert type(model.model.layers[0].mlp.experts) is type(source.model.layers[0].mlp.experts)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, FP8Linear)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
     model.save_pretrained(tmp_path / "saved")
     written = tensors(tmp_path / "saved")
     plain = tensors(tmp_path / "dense")
@@ -228,7 +228,7 @@ def test_after_loading(dense: Path, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_backends(config: dict[str, str], dense: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=FP8Config(**config))
-    assert {m.backend for m in model.modules() if isinstance(m, FP8Linear)} == {config.get("backend", "auto")}
+    assert {m.backend for m in model.modules() if isinstance(m, QuantizedLinear)} == {config.get("backend", "auto")}
     model.save_pretrained(tmp_path / "saved")
     text = (tmp_path / "saved" / "config.json").read_text()
     assert '"backend"' not in text and '"scheme"' not in text

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import hf_fp8
-from hf_fp8 import FP8Linear, FP8PointwiseConv, dequantize_model, quantize_model
+from hf_fp8 import QuantizedConv1x1, QuantizedLinear, dequantize_model, quantize_model
 from hf_fp8.errors import ConfigError, ScaleError
 from hf_fp8.formats.scheme import FP8
 
@@ -79,14 +79,14 @@ def images(size: int = 8, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def measured(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
-    if any(getattr(m, "awaits_calibration", False) for m in model.modules()):
+    if any(getattr(m, "needs_calibration", False) for m in model.modules()):
         with hf_fp8.calibrate(model), torch.no_grad():
             model(*inputs)
     return model
 
 
 def fp8(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+    return {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -125,7 +125,7 @@ def test_convolutions_of_one_point(dims: int, stride: Any, bias: bool) -> None:
     conv = kind(16, 24, 1, stride=stride if isinstance(stride, int) else stride[:dims], bias=bias)
     model = quantize_model(nn.Sequential(conv), "FP8_WEIGHT_ONLY", conv1x1=True, inplace=False)
     dense = dequantize_model(copy.deepcopy(model), torch.float32)
-    assert type(model[0]) is FP8PointwiseConv and type(dense[0]) is kind and dense[0].stride == conv.stride
+    assert type(model[0]) is QuantizedConv1x1 and type(dense[0]) is kind and dense[0].stride == conv.stride
     last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims, torch.contiguous_format)
     x = torch.randn(2, 16, *(7, 5, 4)[:dims])
     for given in (x, x.to(memory_format=last), x[:0], x[:1], x[0], x.transpose(-1, 0).transpose(-1, 0), x[..., 1:]):
@@ -210,7 +210,7 @@ def test_what_is_left_and_why(kind: str, caplog: pytest.LogCaptureFixture) -> No
     wanted, left = run(model[0], x), model[0]
     with caplog.at_level(logging.WARNING):
         quantize_model(model, "FP8_WEIGHT_ONLY")
-    assert model[0] is left and type(model[1]) is FP8Linear and words in caplog.text
+    assert model[0] is left and type(model[1]) is QuantizedLinear and words in caplog.text
     found = run(model[0], x)
     if kind == "read":
         assert fp8(model) == {"0.called", "1"} and sqnr(found, wanted) > 20
@@ -223,7 +223,7 @@ def test_notes_of_others_are_carried_over() -> None:
     layer = nn.Linear(16, 16)
     layer._packed_blocks, layer.scaling = (3, 4), 2.0
     model = quantize_model(nn.Sequential(layer), "FP8_WEIGHT_ONLY")
-    assert type(model[0]) is FP8Linear and model[0]._packed_blocks == (3, 4) and model[0].scaling == 2.0
+    assert type(model[0]) is QuantizedLinear and model[0]._packed_blocks == (3, 4) and model[0].scaling == 2.0
     for again in (copy.deepcopy(model), hf_fp8.dequantize_model(model)):
         assert again[0]._packed_blocks == (3, 4) and again[0].scaling == 2.0
     assert fp8(quantize_model(model, "FP8_WEIGHT_ONLY")) == {"0"}
@@ -296,9 +296,7 @@ class SharedAndRead(nn.Module):
 
 
 READ = "the layer is quantized by its other name, and its codes are read: dtype error in forward"
-NESTED = (
-    "a padding mask makes nn.TransformerEncoder call its layers with nested tensors, which FP8Linear cannot ask for a shape"
-)
+NESTED = "a padding mask makes nn.TransformerEncoder use nested tensors, which QuantizedLinear cannot ask for a shape"
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -384,4 +382,4 @@ def test_experts_too_large_for_a_scale() -> None:
     model.model.layers[0].mlp.experts.down_proj.data[0, 0, 0] = 1e300
     with pytest.raises(ScaleError, match="down_proj"):
         quantize_model(model)
-    assert not [module for module in model.modules() if isinstance(module, FP8Linear)]
+    assert not [module for module in model.modules() if isinstance(module, QuantizedLinear)]

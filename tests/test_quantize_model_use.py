@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import hf_fp8
 from hf_fp8 import (
     FP8Config,
-    FP8Experts,
-    FP8Linear,
+    QuantizedExperts,
+    QuantizedLinear,
     dequantize_model,
     load_quantized,
     quantize_model,
@@ -204,7 +204,7 @@ def test_a_copy_leaves_a_transformers_model_as_it_is(kind: str, tmp_path: Path) 
     new = quantize_model(model, "FP8_WEIGHT_ONLY", inplace=False)
     assert torch.equal(call(model), wanted) and sqnr(call(new), wanted) > 9
     assert getattr(model, "hf_quantizer", None) is None and "quantization_config" not in model.config.to_dict()
-    assert not any(isinstance(m, FP8Linear | FP8Experts) for m in model.modules())
+    assert not any(isinstance(m, QuantizedLinear | QuantizedExperts) for m in model.modules())
     model.save_pretrained(tmp_path)
     assert not [name for name, tensor in tensors(tmp_path).items() if tensor.dtype == FP8]
 
@@ -244,7 +244,8 @@ def test_a_filter_that_raises_changes_nothing() -> None:
     with pytest.raises(ScaleError, match=r"layers\.1\.mlp\.experts\.down_proj"):
         quantize_model(experts)
     assert (
-        not any(isinstance(m, FP8Linear) for m in experts.modules()) and "quantization_config" not in experts.config.to_dict()
+        not any(isinstance(m, QuantizedLinear) for m in experts.modules())
+        and "quantization_config" not in experts.config.to_dict()
     )
 
 
@@ -261,7 +262,7 @@ def test_a_transformers_model_in_another(scheme: str, tmp_path: Path) -> None:
     model = Outer()
     dense, plain = run(model, IDS), logits(model.lm)
     quantize_model(model, scheme)
-    assert type(model.head) is FP8Linear and type(model.lm.lm_head) is nn.Linear and sqnr(run(model, IDS), dense) > 12
+    assert type(model.head) is QuantizedLinear and type(model.lm.lm_head) is nn.Linear and sqnr(run(model, IDS), dense) > 12
     model.lm.save_pretrained(tmp_path / "lm")
     config = json.loads((tmp_path / "lm" / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head"]
@@ -301,7 +302,7 @@ def test_a_part_of_a_transformers_model(part: str, tmp_path: Path) -> None:
 
 def test_filtered_edited_and_saved(tmp_path: Path) -> None:
     model = quantize_model(tiny_llama(), "FP8_WEIGHT_ONLY", filter_fn=lambda name, module: "mlp" in name, originals="keep")
-    assert sum(isinstance(m, FP8Linear) for m in model.modules()) == 6
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 6
     assert error(saved_and_loaded(model, tmp_path / "1"), logits(model)) < ROTARY
     model.model.layers[0].mlp.up_proj.original.mul_(2)
     requantize_model(model)
@@ -322,4 +323,4 @@ def test_a_model_with_an_adapter(tmp_path: Path) -> None:
     peft = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=4))
     with pytest.raises(UnsupportedError, match="adapter"):
         quantize_model(peft, "FP8_WEIGHT_ONLY")
-    assert not [m for m in peft.modules() if isinstance(m, FP8Linear)]
+    assert not [m for m in peft.modules() if isinstance(m, QuantizedLinear)]

@@ -19,7 +19,7 @@ from small import INDEX, OTHER, SCHEMES, K, N, X, linear, net
 from torch import nn
 
 import hf_fp8
-from hf_fp8 import FP8Linear
+from hf_fp8 import QuantizedLinear
 from hf_fp8.errors import UnsupportedError
 from hf_fp8.formats.quantized_weight.tensor import QuantizedWeight
 
@@ -255,7 +255,10 @@ def test_functions_that_take_codes_take_the_parameter() -> None:
     layer = linear("FP8_DYNAMIC")
     x = torch.randn(3, K)
     rest = layer.weight_scale, layer.scheme
-    assert torch.equal(hf_fp8.scaled_linear(x, layer.weight, *rest), hf_fp8.scaled_linear(x, layer.weight.codes, *rest))
+    assert torch.equal(
+        hf_fp8.nn.functional.scaled_linear(x, layer.weight, *rest),
+        hf_fp8.nn.functional.scaled_linear(x, layer.weight.codes, *rest),
+    )
     granularity = layer.scheme.weight.granularity
     assert torch.equal(
         hf_fp8.formats.numerics.dequantize(layer.weight, layer.weight_scale, granularity), layer.dequantized_weight()
@@ -277,17 +280,17 @@ def test_other_parameters_are_left_as_they_are() -> None:
     layer = linear("FP8_DYNAMIC")
     assert type(layer.bias) is nn.Parameter and not isinstance(layer.weight_scale, QuantizedWeight)
     assert type(layer.weight_scale * 2) is torch.Tensor
-    assert isinstance(copy.deepcopy(layer), FP8Linear)
+    assert isinstance(copy.deepcopy(layer), QuantizedLinear)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_stacks_of_experts(family: str) -> None:
     model: Any = getattr(moe, family)()
     hf_fp8.quantize_model(model, "FP8_BLOCK" if family == "mixtral" else "FP8_DYNAMIC", experts="fp8", backend="weight_only")
-    name, experts = next((n, m) for n, m in model.named_modules() if isinstance(m, hf_fp8.FP8Experts))
+    name, experts = next((n, m) for n, m in model.named_modules() if isinstance(m, hf_fp8.QuantizedExperts))
     for leaf in ("gate_up_proj", "down_proj"):
         stack = getattr(experts, leaf)
-        for dtype in (torch.float32, experts.made_of):
+        for dtype in (torch.float32, experts.original_dtype):
             dense = getattr(experts.to_dense(dtype), leaf).detach()
             assert type(stack) is QuantizedWeight and torch.equal(stack.to(dtype), dense)
             assert torch.equal(stack[1].to(dtype), dense[1]) and torch.equal(stack[1:3, 5:9].to(dtype), dense[1:3, 5:9])
@@ -296,7 +299,7 @@ def test_stacks_of_experts(family: str) -> None:
             stack.mul_(2)
         with torch.no_grad():
             stack.data = stack.data.to(torch.float16)
-        assert stack.dtype == torch.float8_e4m3fn and experts.made_of == torch.float16
+        assert stack.dtype == torch.float8_e4m3fn and experts.original_dtype == torch.float16
     experts._parameters["down_proj"] = nn.Parameter(experts.down_proj.float(), requires_grad=False)
     with pytest.raises(UnsupportedError, match=rf"^{name}\.down_proj is .* where its scheme has"):
         model(torch.arange(8)[None])
@@ -307,7 +310,7 @@ def test_stacks_of_experts(family: str) -> None:
 def test_stacks_that_the_family_holds_otherwise() -> None:
     model: Any = moe.gpt_oss()
     hf_fp8.quantize_model(model, experts="fp8", backend="weight_only")
-    experts = next(m for m in model.modules() if isinstance(m, hf_fp8.FP8Experts))
+    experts = next(m for m in model.modules() if isinstance(m, hf_fp8.QuantizedExperts))
     with pytest.raises(UnsupportedError, match=r"gate_up_proj is read as values, and GptOssExperts would hold it transposed"):
         experts.gate_up_proj.norm()
     assert experts.gate_up_proj.clone().dtype == torch.float8_e4m3fn

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 from transformers.utils import logging
 
 import hf_fp8
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.scheme import FP8, TENSOR
 from hf_fp8.integrations.placement import compute_device
 
@@ -43,14 +43,14 @@ def test_ways_of_calling(way: str, fp8: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32)
     found = load(fp8, WAYS[way])
     assert torch.equal(logits(found), logits(plain))
-    assert not any(isinstance(module, FP8Linear) for module in found.modules())  # this is a CPU
+    assert not any(isinstance(module, QuantizedLinear) for module in found.modules())  # this is a CPU
     assert not hasattr(found.config, "quantization_config")
 
 
 @pytest.mark.parametrize("way", [KEEP, {"backend": "weight_only"}, {"quant_method": "hf_fp8", "backend": "weight_only"}])
 def test_ways_of_keeping(way: Any, fp8: Path) -> None:
     model = load(fp8, way)
-    assert sum(isinstance(module, FP8Linear) for module in model.modules()) == 14
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 14
     assert model.config.quantization_config.backend == "weight_only"
     assert "backend" not in json.dumps(model.config.to_dict()["quantization_config"])
 
@@ -64,7 +64,7 @@ def test_ways_of_keeping(way: Any, fp8: Path) -> None:
     ],
 )
 def test_other_configs_are_refused(way: Any, words: str, fp8: Path) -> None:
-    with pytest.raises(hf_fp8.ConfigError, match=words):
+    with pytest.raises(hf_fp8.errors.ConfigError, match=words):
         load(fp8, way)
 
 
@@ -162,14 +162,14 @@ def test_a_missing_shard(fp8: Path, tmp_path: Path) -> None:
     lost = written["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     written["weight_map"] = {name: file for name, file in written["weight_map"].items() if file != lost}
     index.write_text(json.dumps(written))
-    with pytest.raises(hf_fp8.CheckpointError, match=lost):
+    with pytest.raises(hf_fp8.errors.CheckpointError, match=lost):
         load(tmp_path / "shards")
     # The same under names that no series gives away.
     for file in (tmp_path / "shards").glob("*.safetensors"):
         file.rename(file.with_name(file.name.replace("-of-", "_")))
     written["weight_map"] = {name: file.replace("-of-", "_") for name, file in written["weight_map"].items()}
     index.write_text(json.dumps(written))
-    with pytest.raises(hf_fp8.CheckpointError, match=r"layers\.1"):
+    with pytest.raises(hf_fp8.errors.CheckpointError, match=r"layers\.1"):
         load(tmp_path / "shards")
 
 
@@ -277,4 +277,4 @@ def test_groups_that_others_speak_of_more_precisely(tmp_path: Path) -> None:
 
     write(tiny_llama(), tmp_path, targets=["re:.*_proj"], config_edit=two)
     model = load(tmp_path)
-    assert {m.scheme.describe() for m in model.modules() if isinstance(m, FP8Linear)} == {"channel x token (dynamic)"}
+    assert {m.scheme.describe() for m in model.modules() if isinstance(m, QuantizedLinear)} == {"channel x token (dynamic)"}

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hf_fp8 import ConfigError, FP8Linear, UnsupportedError, calibrate, dequantize_model, quantize_model, recipes
-from hf_fp8.errors import CalibrationError
+from hf_fp8 import QuantizedLinear, calibrate, dequantize_model, quantize_model, recipes
+from hf_fp8.errors import CalibrationError, ConfigError, UnsupportedError
 from hf_fp8.formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
@@ -136,7 +136,7 @@ def test_a_recipe_is_its_scheme(made: Recipe, scheme: Scheme, dtype: torch.dtype
     ours, theirs = net(dtype), net(dtype)
     quantize_model(ours, scheme)
     assert quantize_(theirs, made) is None  # type: ignore[func-returns-value]
-    assert theirs.first.scheme == scheme and type(theirs.second) is FP8Linear and type(theirs.norm) is nn.LayerNorm
+    assert theirs.first.scheme == scheme and type(theirs.second) is QuantizedLinear and type(theirs.norm) is nn.LayerNorm
     assert same(ours, theirs)
     x = torch.randn(5, 64).to(dtype)
     if scheme != FP8_STATIC:
@@ -252,7 +252,7 @@ def test_filter_is_called_as_torchao_does() -> None:
 
     model = net()
     quantize_(model, Float8WeightOnly(), only_second)
-    assert type(model.first) is nn.Linear and type(model.second) is FP8Linear
+    assert type(model.first) is nn.Linear and type(model.second) is QuantizedLinear
     assert seen == {"first": nn.Linear, "second": nn.Linear}
 
 
@@ -265,7 +265,7 @@ def test_what_cannot_be_quantized_stays(caplog: pytest.LogCaptureFixture) -> Non
         model.first = Own(64, 32).to(BF16)
         with caplog.at_level(logging.WARNING):
             change(model)
-        assert type(model.first) is Own and type(model.second) is FP8Linear
+        assert type(model.first) is Own and type(model.second) is QuantizedLinear
         assert "first (Own is a subclass of Linear" in caplog.text
         caplog.clear()
 
@@ -279,7 +279,7 @@ def test_merged_experts_and_the_head_of_a_transformers_model_stay() -> None:
         model = MixtralForCausalLM(config).to(BF16)
         change(model)
         layer = model.model.layers[0]
-        assert type(layer.self_attn.q_proj) is FP8Linear and type(layer.mlp.experts) is MixtralExperts
+        assert type(layer.self_attn.q_proj) is QuantizedLinear and type(layer.mlp.experts) is MixtralExperts
         assert type(model.lm_head) is nn.Linear and model.hf_quantizer is not None
 
 
@@ -298,13 +298,13 @@ def test_device_is_where_it_is_quantized_and_then_stays(monkeypatch: pytest.Monk
     monkeypatch.setattr(recipes, "quantize_model", quantize)
     monkeypatch.setattr(model, "to", to)
     quantize_(model, Float8WeightOnly(), None, "cpu")
-    assert steps == [("quantize", torch.device("cpu"), nn.Linear), ("to", torch.device("cpu"), FP8Linear)]
+    assert steps == [("quantize", torch.device("cpu"), nn.Linear), ("to", torch.device("cpu"), QuantizedLinear)]
 
 
 def test_a_linear_itself() -> None:
     with pytest.raises(UnsupportedError, match="quantize_model"):
         quantize_(nn.Linear(8, 8), Float8WeightOnly())
-    assert type(enable_fp8_gemm(nn.Linear(8, 8))) is FP8Linear
+    assert type(enable_fp8_gemm(nn.Linear(8, 8))) is QuantizedLinear
 
 
 def test_static_scale_given() -> None:
@@ -317,7 +317,7 @@ def test_static_scale_given() -> None:
         model = net(FP32)
         quantize_(model, given)
         for layer in (model.first, model.second):
-            assert layer.input_scale.tolist() == [torch.tensor(0.0125).item()] and not layer.awaits_calibration
+            assert layer.input_scale.tolist() == [torch.tensor(0.0125).item()] and not layer.needs_calibration
         # The factor that codes are multiplied by: 0.0125 * 448 = 5.6 holds these inputs, 1 / 0.0125 would not resolve them.
         exact = net(FP32)(x)
         assert (model(x) - exact).norm() < 0.06 * exact.norm()
@@ -331,13 +331,13 @@ def test_static_scale_of_new_layers_alone() -> None:
     waiting = net()
     quantize_(waiting, Float8StaticActivationFloat8Weight(), lambda module, name: name == "first")
     quantize_(waiting, Float8StaticActivationFloat8Weight(0.25))
-    assert waiting.first.awaits_calibration and not waiting.second.awaits_calibration
+    assert waiting.first.needs_calibration and not waiting.second.needs_calibration
 
 
 def test_static_scale_not_given() -> None:
     model, x = net(FP32), torch.randn(40, 64)
     quantize_(model, Float8StaticActivationFloat8Weight())
-    assert model.first.awaits_calibration
+    assert model.first.needs_calibration
     with pytest.raises(CalibrationError, match="calibrate"):
         model(x)
     with calibrate(model, "amax"):
@@ -401,7 +401,7 @@ def test_gemm_of_a_copy(storage: Any) -> None:
     model = net(FP16, FP32)
     before = copy.deepcopy(model)
     made = enable_fp8_gemm(model, options=FP8GemmOptions(fp16_weight_storage=storage), inplace=False)
-    assert made is not model and type(made.first) is type(made.second) is FP8Linear
+    assert made is not model and type(made.first) is type(made.second) is QuantizedLinear
     assert (made.first.compute_dtype, made.second.compute_dtype) == (None, BF16)
     assert type(model.first) is type(model.second) is nn.Linear and same(model, before)
     with torch.no_grad():
@@ -417,7 +417,7 @@ def test_gemm_filter() -> None:
         return name == "second"
 
     model = enable_fp8_gemm(net(FP32), module_filter=only_second)
-    assert type(model.first) is nn.Linear and type(model.second) is FP8Linear
+    assert type(model.first) is nn.Linear and type(model.second) is QuantizedLinear
     assert seen == {"first": nn.Linear, "second": nn.Linear}
 
 

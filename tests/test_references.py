@@ -11,7 +11,7 @@ from build import differing, error, stock_transformers, tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.scheme import FP8
 
 EXPERTS = ("mixtral-dyn", "mixtral-hub-static", "qwen3moe-dyn")
@@ -47,7 +47,7 @@ def test_kept_in_fp8(folder: Path, backend: str) -> None:
         wanted = reference.get("logits_quantized_input", reference["logits"])
         assert error(found, wanted) <= 2e-2
     files = {name: info for name, info in tensors(folder).items() if info.dtype == FP8 and ".experts." not in name}
-    kept = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    kept = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(kept) == len(files)
     assert sum(m.weight.numel() * m.weight.element_size() for m in kept) == sum(t.numel() for t in files.values())
     for module in kept:

@@ -90,7 +90,7 @@ def test_fp8_config_on_another_format(tmp_path: Path) -> None:
         hf_fp8.register()
     ours = results(tmp_path / "model", tmp_path / "ours", quantization_config=FP8Config())
     assert torch.equal(ours[0], stock[0])
-    with pytest.raises(hf_fp8.ConfigError, match="no config group"):
+    with pytest.raises(hf_fp8.errors.ConfigError, match="no config group"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=FP8Config(backend="scaled_mm"))
 
 

@@ -13,13 +13,13 @@ import torch
 from build import load
 from test_kernels import operands
 
-from hf_fp8 import FP8Config, FP8Linear, kernels
+from hf_fp8 import FP8Config, QuantizedLinear, kernels
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
 from hf_fp8.nn import shared_input
 
 
-def layer(scheme: Scheme, seed: int, parent: str | None = "attention") -> FP8Linear:
-    made = FP8Linear(64, 48, scheme, backend="scaled_mm")
+def layer(scheme: Scheme, seed: int, parent: str | None = "attention") -> QuantizedLinear:
+    made = QuantizedLinear(64, 48, scheme, backend="scaled_mm")
     made.shares_input = parent
     given = operands(scheme, 1, 48, 64, torch.float32)
     made.weight.data = given["weight"].roll(seed, 0)

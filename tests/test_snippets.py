@@ -14,7 +14,7 @@ from markdown import PAGES, ROOT, Block, blocks
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_fp8 import FP8Config, FP8Linear
+from hf_fp8 import FP8Config, QuantizedLinear
 
 # Names of models in the pages -> the folder of a tiny one. Any other cannot be loaded here: no Hub is asked.
 LOCAL = {
@@ -107,7 +107,7 @@ def readme(names: dict[str, Any]) -> None:
 
 def quantizing(names: dict[str, Any]) -> None:
     assert is_fp8(Path("smollm2-fp8")) and any("input_scale" in name for name in tensors(Path("smollm2-fp8-static")))
-    assert isinstance(names["again"].attn, FP8Linear) and type(names["unet"].attn) is nn.Linear
+    assert isinstance(names["again"].attn, QuantizedLinear) and type(names["unet"].attn) is nn.Linear
     assert Path("quality.svg").exists() and Path("quality.json").exists()
     assert names["better"].ignore
 

@@ -17,16 +17,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hf_fp8 import (
-    StaleError,
-    UnsupportedError,
-    dequantize_model,
-    load_quantized,
-    merging,
-    quantize_model,
-    requantize_model,
-    save_quantized,
-)
+from hf_fp8 import dequantize_model, load_quantized, merging, quantize_model, requantize_model, save_quantized
+from hf_fp8.errors import StaleError, UnsupportedError
 from hf_fp8.formats.scheme import FP8
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from moe import gpt_oss, llama4, mixtral, qwen3_moe
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_fp8 import FP8Config, FP8Experts, FP8Linear, dequantize_model
+from hf_fp8 import FP8Config, QuantizedExperts, QuantizedLinear, dequantize_model
 from hf_fp8.formats.scheme import Granularity
 
 BACKENDS = ["weight_only", "scaled_mm", "int8"]
@@ -145,7 +145,9 @@ def test_experts_learn(family: Any, backend: str, r: int, tmp_path: Path) -> Non
 
     targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     ours, dense = (lora(base(dense), r, **targets) for dense in (False, True))
-    assert any(isinstance(m, FP8Experts) for m in ours.modules()) and not any(isinstance(m, FP8Linear) for m in dense.modules())
+    assert any(isinstance(m, QuantizedExperts) for m in ours.modules()) and not any(
+        isinstance(m, QuantizedLinear) for m in dense.modules()
+    )
     before, codes = logits(ours), frozen(ours)
     found, wanted = loop(ours), loop(dense)
     assert found[-1] < 0.9 * found[0]

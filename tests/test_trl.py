@@ -118,7 +118,7 @@ def first_step(trainer: Callable[..., Any], model: Any, folder: Path) -> tuple[f
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_first_step(fp8_head: Path, tmp_path: Path, name: str, backend: str) -> None:
     model = load(fp8_head, FP8Config(backend=backend), dtype=torch.float32)
-    assert isinstance(model.lm_head, hf_fp8.FP8Linear)
+    assert isinstance(model.lm_head, hf_fp8.QuantizedLinear)
     dense = hf_fp8.dequantize_model(copy.deepcopy(model))
     wanted, theirs = first_step(TRAINERS[name], dense, tmp_path)
     loss, ours = first_step(TRAINERS[name], model, tmp_path)

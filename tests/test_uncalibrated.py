@@ -16,7 +16,8 @@ from test_experts import load as load_moe
 from test_grouped import INTERPRETED, TRITON, forced
 from torch import nn
 
-from hf_fp8 import CalibrationError, FP8Config, FP8Linear, FP8PointwiseConv, calibrate, kernels, quantize_model, save_quantized
+from hf_fp8 import FP8Config, QuantizedConv1x1, QuantizedLinear, calibrate, kernels, quantize_model, save_quantized
+from hf_fp8.errors import CalibrationError
 from hf_fp8.formats.scheme import FP8, FP8_STATIC, ROW, TENSOR, Scheme, TensorScheme
 from hf_fp8.kernels import KERNELS, Problem, Routing
 from hf_fp8.kernels.triton import support as triton_support
@@ -29,23 +30,23 @@ WEIGHT_ONLY = {kernel.name for kernel in kernels.WEIGHT_ONLY}
 WORDS = "has no input scale yet.*calibrate.*weight_only"
 
 
-def linear(scheme: Scheme, backend: str = "auto", **options: Any) -> tuple[FP8Linear, nn.Module, torch.Tensor]:
+def linear(scheme: Scheme, backend: str = "auto", **options: Any) -> tuple[QuantizedLinear, nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     dense = nn.Linear(30, 24)
-    return FP8Linear.from_linear(dense, scheme, backend=backend, **options), dense, torch.randn(2, 5, 30)
+    return QuantizedLinear.from_linear(dense, scheme, backend=backend, **options), dense, torch.randn(2, 5, 30)
 
 
-def pointwise(scheme: Scheme, backend: str = "auto", **options: Any) -> tuple[FP8Linear, nn.Module, torch.Tensor]:
+def pointwise(scheme: Scheme, backend: str = "auto", **options: Any) -> tuple[QuantizedLinear, nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     dense = nn.Conv1d(30, 24, 1)
-    return FP8PointwiseConv.from_linear(dense, scheme, backend=backend, **options), dense, torch.randn(2, 30, 5)
+    return QuantizedConv1x1.from_linear(dense, scheme, backend=backend, **options), dense, torch.randn(2, 30, 5)
 
 
-def not_measured(layer: FP8Linear) -> None:
-    assert layer.awaits_calibration and layer.input_scale is not None and bool(layer.input_scale.isnan().all())
+def not_measured(layer: QuantizedLinear) -> None:
+    assert layer.needs_calibration and layer.input_scale is not None and bool(layer.input_scale.isnan().all())
 
 
-def missing(layer: FP8Linear) -> None:
+def missing(layer: QuantizedLinear) -> None:
     layer.register_parameter("input_scale", None)
 
 
@@ -70,7 +71,7 @@ def test_by_backend(make: Any, lack: Any, scheme: Scheme, grad: bool) -> None:
     with calibrate(layer), torch.no_grad():
         layer(x)
     assert layer.input_scale is not None and float(layer.input_scale) == float(x.abs().max() / 448)
-    assert not layer.awaits_calibration and error(layer(x).detach(), dense(x).detach()) < 0.1
+    assert not layer.needs_calibration and error(layer(x).detach(), dense(x).detach()) < 0.1
 
 
 @pytest.mark.parametrize("lack", LACKING)
@@ -133,7 +134,7 @@ def test_siblings_do_not_lend_each_other_a_scale() -> None:
         model(x)
         model.k(x)
     assert model.q.shares_input is not None
-    for lack in (missing, lambda layer: setattr(layer, "awaits_calibration", True)):
+    for lack in (missing, lambda layer: setattr(layer, "needs_calibration", True)):
         lack(model.k)
         with torch.no_grad():
             model.q(x)
@@ -161,7 +162,7 @@ def test_functions() -> None:
 def test_int8_has_no_use_for_a_scale_that_was_not_measured() -> None:
     layer, dense, x = linear(FP8_STATIC)
     layer.requantize_int8()
-    assert not layer.awaits_calibration and error(layer(x).detach(), dense(x).detach()) < 0.06
+    assert not layer.needs_calibration and error(layer(x).detach(), dense(x).detach()) < 0.06
 
 
 def test_it_is_not_saved(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_some_experts_without_a_scale(kernel: str, stack: str, part: int, value:
     whole = copy.deepcopy(module)
     getattr(module, f"{stack}_input_scale").data[3, part] = value
     module.see_calibration()
-    assert not module.awaits_calibration
+    assert not module.needs_calibration
     for ids in ROUTES:
         with forced(kernel):
             found, x, weights = run(module, ids)
@@ -259,7 +260,7 @@ def test_a_stack_without_scales(kernel: str, stack: str, lack: str, module: Any)
     with calibrate(module):
         run(module, ROUTES[0])
     module.backend = "scaled_mm"
-    assert not module.awaits_calibration and run(module, ROUTES[0])[0].isfinite().all()
+    assert not module.needs_calibration and run(module, ROUTES[0])[0].isfinite().all()
 
 
 def test_state_dicts_of_experts(module: Any) -> None:
@@ -267,10 +268,10 @@ def test_state_dicts_of_experts(module: Any) -> None:
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     state["down_proj_input_scale"][2] = torch.nan
     module.load_state_dict(state)
-    assert not module.awaits_calibration and run(module, torch.tensor([[0, 1]]))[0].isfinite().all()
+    assert not module.needs_calibration and run(module, torch.tensor([[0, 1]]))[0].isfinite().all()
     state["down_proj_input_scale"].fill_(torch.nan)
     module.load_state_dict(state)
-    assert module.awaits_calibration
+    assert module.needs_calibration
     with pytest.raises(CalibrationError, match=WORDS):
         run(module, ROUTES[0])
 
@@ -280,7 +281,7 @@ def test_experts_on_a_cpu_leave_inputs_alone(backend: str, tmp_path: Path) -> No
     """ "auto" has no kernel there that reads the scale: nothing to refuse."""
     write_transposed("llama4", "split", tmp_path / "fp8", weight=TENSOR, inputs=STATIC_TENSOR)
     module = experts_of(load_moe(llama4(), tmp_path / "fp8", FP8Config(experts="fp8", backend=backend)))[0]
-    module.awaits_calibration = True
+    module.needs_calibration = True
     assert module.unmeasured == ("gate_up_proj_input_scale", "down_proj_input_scale")
     with torch.no_grad():
         assert module(torch.randn(24, 64)).isfinite().all()

@@ -534,5 +534,5 @@ def test_one_file_over_several_leaves_no_index(tmp_path: Path) -> None:
 def test_the_models_own_form_is_refused_where_it_would_be_misread(tmp_path: Path) -> None:
     write(MOE["mixtral"](), tmp_path / "fp8", quantized=is_linear)
     model = load(tmp_path / "fp8")
-    with pytest.raises(hf_fp8.UnsupportedError, match="save_original_format"):
+    with pytest.raises(hf_fp8.errors.UnsupportedError, match="save_original_format"):
         model.save_pretrained(tmp_path / "saved", save_original_format=False)

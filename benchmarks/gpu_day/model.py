@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from hf_fp8 import FP8Linear, quantize_model
+from hf_fp8 import QuantizedLinear, quantize_model
 
 from ..common import shapes
 from ..common.timing import first_line
@@ -92,7 +92,7 @@ def become(model: Any, contender: str) -> None:
     elif contender == "stock FP8 linear":
         for parent in list(model.modules()):
             for name, layer in parent.named_children():
-                if isinstance(layer, FP8Linear):
+                if isinstance(layer, QuantizedLinear):
                     setattr(parent, name, stock_linear(layer))
 
 

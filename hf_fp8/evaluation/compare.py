@@ -13,8 +13,8 @@ from ..formats import numerics
 from ..kernels import torch_grouped as grouped_mm
 from ..nn.base import QuantizedModule
 from ..nn.expert_weights import rows_as_held, weights_of
-from ..nn.experts import FP8Experts, Projection
-from ..nn.linear import FP8Linear
+from ..nn.experts import Projection, QuantizedExperts
+from ..nn.linear import QuantizedLinear
 from .outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals
 from .report import QualityReport
 from .rows import Row, Rows, rank
@@ -32,7 +32,7 @@ def quality(
     accumulated: bool = True,
     progress: Progress | None = None,
 ) -> QualityReport:
-    """How far each FP8Linear and FP8Experts in `quantized` is from the float layer that it stands for.
+    """How far each QuantizedLinear and QuantizedExperts in `quantized` is from the float layer that it stands for.
 
     Args:
         reference: the float model, on any device and in any dtype; None if the layers kept their float weights
@@ -102,11 +102,13 @@ def _pairs(
     reference: nn.Module | None, quantized: nn.Module, names: Iterable[str] | Mapping[str, str] | None
 ) -> Iterator[Pair]:
     """The quantized layers in the order of the model, each with its float module, of which shapes are checked."""
-    layers: dict[str, Layer] = {n: m for n, m in quantized.named_modules() if isinstance(m, (FP8Linear, FP8Experts))}
+    layers: dict[str, Layer] = {
+        n: m for n, m in quantized.named_modules() if isinstance(m, (QuantizedLinear, QuantizedExperts))
+    }
     if not layers:
         raise ValueError(
-            "`quantized` has no FP8Linear and no FP8Experts: is it the second argument, and were its layers kept in FP8? "
-            "On a CPU, FP8 checkpoints are multiplied out unless loaded with FP8Config(backend='scaled_mm')"
+            "`quantized` has no QuantizedLinear and no QuantizedExperts: is it the second argument, and were its layers kept "
+            "in FP8? On a CPU, FP8 checkpoints are dequantized unless loaded with FP8Config(backend='scaled_mm')"
         )
     wanted = dict(names) if isinstance(names, Mapping) else {name: name for name in (layers if names is None else names)}
     unknown = [name for name in wanted if name not in layers]
@@ -134,7 +136,7 @@ def _check(name: str, layer: Layer, module: nn.Module) -> None:
     """Raises ValueError if `module` is not the float module of a quantized layer."""
     if isinstance(module, QuantizedModule):
         raise ValueError(f"{name} of the reference is a {type(module).__name__}, quantized itself: pass the float model")
-    if isinstance(layer, FP8Experts):
+    if isinstance(layer, QuantizedExperts):
         for projection in layer.projections:
             n_experts, n, k = projection.shape
             shape = (n_experts, k, n) if layer.layout.is_transposed else (n_experts, n, k)
@@ -156,13 +158,13 @@ def _check_weight(name: str, weight: Any, shape: tuple[int, ...]) -> None:
 
 
 def _original(layer: Layer) -> torch.Tensor | None:
-    return layer.original if isinstance(layer, FP8Linear) else None
+    return layer.original if isinstance(layer, QuantizedLinear) else None
 
 
 def _weights(pair: Pair) -> list[Row]:
     """The row of a linear, or one for each projection of experts."""
     layer = pair.layer
-    if isinstance(layer, FP8Experts):
+    if isinstance(layer, QuantizedExperts):
         return [_projection(pair, layer, projection) for projection in layer.projections]
     row = Row(pair.name, pair.name, layer.scheme.describe(), (layer.out_features, layer.in_features))
     weight: Any = _original(layer) if pair.reference is None else pair.reference.weight
@@ -178,7 +180,7 @@ def _weights(pair: Pair) -> list[Row]:
     return [_measured(row, sums)]
 
 
-def _projection(pair: Pair, experts: FP8Experts, projection: Projection) -> Row:
+def _projection(pair: Pair, experts: QuantizedExperts, projection: Projection) -> Row:
     row = Row(f"{pair.name}.{projection.name}", pair.name, projection.scheme.describe(), projection.shape)
     if pair.reference is None:
         return dataclasses.replace(row, note="not comparable: its float weight was not kept")
@@ -218,7 +220,7 @@ def _with_outputs(pair: Pair, weights: list[Row], outputs: Outputs | None) -> li
     }
     if alone is None and not weights[0].note.startswith("not comparable"):
         note = "not called"
-    if isinstance(pair.layer, FP8Experts):
+    if isinstance(pair.layer, QuantizedExperts):
         if alone is None and pair.reference is None:
             return weights
         schemes = " / ".join(dict.fromkeys(row.scheme for row in weights))

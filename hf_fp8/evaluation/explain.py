@@ -10,8 +10,8 @@ from torch import nn
 from ..formats.scheme import FP8
 from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
-from ..nn.experts import FP8Experts
-from ..nn.linear import FP8Linear
+from ..nn.experts import QuantizedExperts
+from ..nn.linear import QuantizedLinear
 from .running import device_of
 
 
@@ -68,12 +68,12 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
     rows = Explanation()
     asked = None if device is None else torch.device(device)
     for name, module in model.named_modules():
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             place = asked or device_of(module)
             choice = select(Problem(place, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
-        elif isinstance(module, FP8Experts):
+        elif isinstance(module, QuantizedExperts):
             rows += _experts(name, module, dtype, asked or device_of(module))
     # In whatever the model was wrapped by, and without what is not there any more.
     notes = [(part, vars(part)[NOTES]) for part in model.modules() if NOTES in vars(part)]
@@ -81,7 +81,7 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
         held = _held(part, name)
         if held is None:
             continue
-        if isinstance(held, FP8Linear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
+        if isinstance(held, QuantizedLinear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
             continue  # listed above, or made dense by the user since
         tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
         rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
@@ -99,7 +99,7 @@ def _held(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
             return None
 
 
-def _experts(name: str, module: FP8Experts, dtype: torch.dtype, device: torch.device) -> list[Row]:
+def _experts(name: str, module: QuantizedExperts, dtype: torch.dtype, device: torch.device) -> list[Row]:
     """A row for each stack."""
     rows = []
     for projection in module.projections:

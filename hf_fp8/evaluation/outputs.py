@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ..formats.numerics import CPU_CHUNK, GPU_CHUNK
-from ..nn.experts import FP8Experts
-from ..nn.linear import FP8Linear
+from ..nn.experts import QuantizedExperts
+from ..nn.linear import QuantizedLinear
 from .running import Progress, call, device_of, dtype_of, first_tensor, logits_of, moved
 
-Layer = FP8Linear | FP8Experts
+Layer = QuantizedLinear | QuantizedExperts
 Hook = Callable[..., None]
 # Elements that are compared at a time on a CPU. 3 million of float32, two cores, ms: 17 at 2**14, 9 at 2**16, 9 at 2**17, 26 at
 # 2**19.

@@ -97,18 +97,18 @@ def quantize(
     scale: torch.Tensor,
     granularity: Granularity,
     dtype: torch.dtype = FP8,
-    chance: torch.Generator | None = None,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """x (rows, cols) in float -> codes of `dtype` of the same shape, contiguous.
 
     Finite values saturate at the largest code. NaN and infinite values become NaN in E4M3: with a static
     scale an overflow upstream would otherwise come out as a plausible finite number. int8 has no NaN: they
-    become 0, and it is the NaN or infinite scale of their block that keeps them visible. chance: round up or down at random
-    (`round_by_chance`).
+    become 0, and it is the NaN or infinite scale of their block that keeps them visible. generator: round up or down at random
+    (`stochastic_round`).
     """
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
-    if chance is not None:
-        scaled = round_by_chance(scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype]), dtype, chance)
+    if generator is not None:
+        scaled = stochastic_round(scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype]), dtype, generator)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
     clamped = scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype])
     if dtype == FP8:
@@ -116,7 +116,7 @@ def quantize(
     return clamped.round_().nan_to_num_(0.0).to(dtype)
 
 
-def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -> torch.Tensor:
+def stochastic_round(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Each of x (float32) as one of the two codes of `dtype` around it: the nearer it is to one, the likelier that one.
 
     So the mean of many is kept, which rounding to the nearest does not do: values that lie on codes and are moved by less
@@ -129,7 +129,7 @@ def round_by_chance(x: torch.Tensor, dtype: torch.dtype, chance: torch.Generator
         step = torch.ldexp(step, exponent)
     x = x / step  # exact: a power of two
     low = torch.floor(x)
-    return low.add_(torch.rand(x.shape, generator=chance, dtype=torch.float32, device=x.device) < x - low).mul_(step)
+    return low.add_(torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device) < x - low).mul_(step)
 
 
 def dequantize(

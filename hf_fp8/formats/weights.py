@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ScaleError
-from .numerics import amax_of, broadcast_scale, chunk, compute_scale, dequantize, pieces, quantize, round_by_chance
+from .numerics import amax_of, broadcast_scale, chunk, compute_scale, dequantize, pieces, quantize, stochastic_round
 from .quantized_weight.tensor import codes_of
 from .scheme import CODE_MAX, FP8, ROW, Granularity, scale_shape
 
@@ -40,7 +40,7 @@ def quantize_weight(
     granularity: Granularity,
     dtype: torch.dtype = FP8,
     held: torch.Tensor | None = None,
-    chance: torch.Generator | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
 
@@ -50,7 +50,7 @@ def quantize_weight(
 
     held: the scale that the weight had before somebody changed it a little. Blocks for which it still does keep it, as
     their values lie on its codes; others get one of its dtype.
-    chance: round up or down at random (`round_by_chance`) instead of to the nearest code.
+    generator: round up or down at random (`stochastic_round`) instead of to the nearest code.
 
     Raises ScaleError for weights with NaN or infinity.
     """
@@ -77,8 +77,8 @@ def quantize_weight(
     largest = CODE_MAX[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
         scaled = (piece.to(compute) / broadcast_scale(part, granularity, *piece.shape)).clamp_(-largest, largest)
-        if chance is not None:
-            scaled = round_by_chance(scaled.float(), dtype, chance).clamp_(-largest, largest)
+        if generator is not None:
+            scaled = stochastic_round(scaled.float(), dtype, generator).clamp_(-largest, largest)
         codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
     return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
 

@@ -1,4 +1,4 @@
-"""Names of modules in earlier versions, which scripts and pickled models have: imported with a DeprecationWarning until 1.0."""
+"""Names of earlier versions, which scripts and pickled models have: they work, with a DeprecationWarning, until 1.0."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+from .. import errors
 
 # What was hf_fp8.<key> is hf_fp8.<value>.
 MODULES = {
@@ -36,6 +39,20 @@ MODULES = {
     "source": "quantization.source",
     "weight_source": "formats.quantized_weight.source",
 }
+# What was hf_fp8.<key>, and is <the last part of value> in hf_fp8.<the rest>.
+NAMES = {
+    "FP8Linear": "nn.linear.QuantizedLinear",
+    "FP8Experts": "nn.experts.QuantizedExperts",
+    "FP8PointwiseConv": "nn.conv.QuantizedConv1x1",
+    **{name: f"errors.{name}" for name in errors.__dict__ if name.endswith("Error") and name != "FP8Error"},
+    **{name: f"quantization.observers.{name}" for name in ("Amax", "Mse", "Observer", "Percentile")},
+    **{name: f"recipes.{name}" for name in ("FP8GemmOptions", "enable_fp8_gemm", "quantize_")},
+    **{name: f"integrations.peft.merge_policy.{name}" for name in ("MergeReport", "MergedLayer")},
+    "FP8HfQuantizer": "integrations.quantizer.FP8HfQuantizer",
+    "QualityReport": "evaluation.report.QualityReport",
+    "scaled_grouped_linear": "nn.grouped.scaled_grouped_linear",
+    "scaled_linear": "nn.functional.scaled_linear",
+}
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -53,8 +70,11 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = f"hf_fp8.{MODULES[old.partition('.')[2]]}"
-        warnings.warn(f"{old} is {new} now; the old name goes with 1.0", DeprecationWarning, stacklevel=2)
-        sys.modules[old] = importlib.import_module(new)
+        _warn(old, new)
+        sys.modules[old] = found = importlib.import_module(new)
+        for name, place in NAMES.items():  # classes that were renamed: pickles name them together with their module
+            if f"hf_fp8.{place}".rpartition(".")[0] == new and name not in vars(found):
+                setattr(found, name, getattr(found, place.rpartition(".")[2]))
 
 
 def install() -> None:
@@ -63,6 +83,16 @@ def install() -> None:
         sys.meta_path.append(_Finder())  # last: what is there under its name comes first
 
 
-def module_named(name: str) -> ModuleType | None:
-    """The module of an old name, for `hf_fp8.<name>` without an import of it; None if there was none."""
-    return importlib.import_module(f"hf_fp8.{name}") if name in MODULES else None
+def found(name: str) -> Any:
+    """What was hf_fp8.<name>. Raises AttributeError if nothing was."""
+    if name in MODULES:
+        return importlib.import_module(f"hf_fp8.{name}")
+    if name not in NAMES:
+        raise AttributeError(f"module 'hf_fp8' has no attribute {name!r}")
+    module, _, leaf = NAMES[name].rpartition(".")
+    _warn(f"hf_fp8.{name}", f"hf_fp8.{leaf}" if name != leaf and leaf.startswith("Quantized") else f"hf_fp8.{NAMES[name]}")
+    return getattr(importlib.import_module(f"hf_fp8.{module}"), leaf)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is {new} now; the old name goes with 1.0", DeprecationWarning, stacklevel=4)

@@ -18,8 +18,8 @@ from ..loading.dtypes import dtype_of
 from ..loading.options import current, loading
 from ..loading.undeclared import refuse_undeclared
 from ..nn.base import QuantizedModule
-from ..nn.linear import FP8Linear
-from ..nn.swap import put, take_over
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import copy_hooks, replace_module
 from .locks import one_at_a_time, while_changing
 from .patches import patch
 from .peft.state import adapters as adapters_on
@@ -138,10 +138,10 @@ def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args:
 
 def _make_head_dense(model: Any) -> None:
     head = model.get_output_embeddings()
-    if not isinstance(head, FP8Linear):
+    if not isinstance(head, QuantizedLinear):
         return
     name = next(name for name, module in model.named_modules() if module is head)
     new = head.to_linear(dtype := dtype_of(model))
-    take_over(head, new)
-    put(model, name, new)
+    copy_hooks(head, new)
+    replace_module(model, name, new)
     logger.warning(f"hf_fp8: {name} is made dense ({dtype}) to give it another size; it is saved dense, and named in `ignore`")

@@ -27,10 +27,10 @@ from ..loading.facts import ModelFacts
 from ..loading.keys import KeyMap
 from ..loading.layout import NOTES, Layout
 from ..loading.matching import match_checkpoint
-from ..loading.ops import AsItIs
+from ..loading.ops import NoOp
 from ..loading.quantization_plan import Choose, Plan, plan_quantization
 from ..nn.base import QuantizedModule
-from ..nn.linear import FP8Linear
+from ..nn.linear import QuantizedLinear
 from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
 from .config import FP8Config
 from .placement import compute_device, policy_of
@@ -187,8 +187,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
         return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
 
-    def get_quantize_ops(self) -> AsItIs:
-        return AsItIs()
+    def get_quantize_ops(self) -> NoOp:
+        return NoOp()
 
     @property
     def compute_device(self) -> torch.device:
@@ -277,9 +277,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()
-                module.awaits_calibration = self.planned is not None and module.has_static_input
-                module.made_of = module.made_of or self._dtype
-                if isinstance(module, FP8Linear):
+                module.needs_calibration = self.planned is not None and module.has_static_input
+                module.original_dtype = module.original_dtype or self._dtype
+                if isinstance(module, QuantizedLinear):
                     module.backward = self.quantization_config.backward
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
                 raise UnsupportedError(
@@ -304,7 +304,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
         """Re-quantize what stayed in FP8, and see to it that what is saved says so: int8 Linears, all else dense."""
         for module in model.modules():
-            if isinstance(module, FP8Linear):
+            if isinstance(module, QuantizedLinear):
                 module.requantize_int8()
         # By the files' own names, too: of experts that the model merges, others look for each one.
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}

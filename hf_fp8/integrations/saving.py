@@ -20,8 +20,8 @@ from ..loading.layout import Layout
 from ..loading.ops import as_read, is_widened
 from ..loading.serving import describe, torn
 from ..nn.base import QuantizedModule
-from ..nn.conv import FP8PointwiseConv
-from ..nn.linear import FP8Linear
+from ..nn.conv import QuantizedConv1x1
+from ..nn.linear import QuantizedLinear
 from .config import FP8Config
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Ite
     for name, module in model.named_modules():
         classes = [cls.__name__ for cls in type(module).__mro__]
         group = config.spec.group_of((name,), classes) if isinstance(module, nn.Linear) else None
-        quantized = isinstance(module, FP8Linear) or name in restored or hasattr(module, "quantization_scheme")
+        quantized = isinstance(module, QuantizedLinear) or name in restored or hasattr(module, "quantization_scheme")
         if group is not None and not quantized and name not in dense:
             dense.append(name)
     carried = set(carried)
@@ -108,14 +108,14 @@ def refuse_unwritable(model: nn.Module) -> None:
     """Raise for layers that others would misread: CalibrationError for scales that have yet to be measured, which are NaN,
     UnsupportedError for convolutions, which no config group can speak of, StaleError for codes of a weight that was changed."""
     for name, module in model.named_modules():
-        if isinstance(module, FP8Linear):
+        if isinstance(module, QuantizedLinear):
             module.refuse_stale(name)
-        if isinstance(module, FP8PointwiseConv):
+        if isinstance(module, QuantizedConv1x1):
             raise UnsupportedError(
                 f"{name} is a convolution in FP8, which the compressed-tensors format has no word for: save with "
                 "hf_fp8.save_quantized, or quantize without conv1x1"
             )
-    waiting = [name for name, module in model.named_modules() if getattr(module, "awaits_calibration", False)]
+    waiting = [name for name, module in model.named_modules() if getattr(module, "needs_calibration", False)]
     if waiting:
         raise CalibrationError(
             f"{len(waiting)} layers (such as {waiting[0]}) have no input scale yet, and cannot be saved: run some data through "

@@ -135,7 +135,7 @@ def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[Weight
     patterns = [pattern(0, role) for role in ROLES]
     reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks)])
     if fresh:
-        return [LateConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks, layout.broken)], reverse=reverse)]
+        return [LazyConverter(routes, PATTERNS, ["hf_fp8_experts"], [QuantizeExperts(stacks, layout.broken)], reverse=reverse)]
     return [RoutedConverter(routes, PATTERNS, ["hf_fp8_experts"], [StackExperts(stacks)], reverse=reverse)]
 
 
@@ -226,7 +226,7 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
         return copy
 
 
-class LateConverter(RoutedConverter):
+class LazyConverter(RoutedConverter):
     """Hands its op functions that read the tensors, instead of the tensors: the op reads one at a time."""
 
     def materialize_tensors(self) -> dict[str, list[Any]]:

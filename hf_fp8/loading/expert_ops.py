@@ -58,7 +58,7 @@ class StackExperts(SharedOp):
 class QuantizeExperts(SharedOp):
     """Fills a stack and its scales from dense experts, each read, quantized and freed before the next one is.
 
-    It is given functions that read a tensor (`conversions.LateConverter`): one for each expert, or one for a whole stack.
+    It is given functions that read a tensor (`conversions.LazyConverter`): one for each expert, or one for a whole stack.
     """
 
     def __init__(self, stacks: Mapping[str, Stack], broken: list[str]) -> None:

@@ -152,7 +152,7 @@ class Requantize(SharedOp):
     """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
 
     A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
-    scales of the same granularity where the old ones do not do, is rounded by chance, and is named in `changed`.
+    scales of the same granularity where the old ones do not do, is rounded stochastically, and is named in `changed`.
 
     What was merged arrives taken apart, under its `plain_pattern` with a number in the place of the asterisk. Names are those
     that are known of each tensor (`StoredWeight.saved`), never put together from patterns.
@@ -244,7 +244,7 @@ class QuantizeWeights(SharedOp):
         return found
 
 
-class AsItIs(SharedOp):
+class NoOp(SharedOp):
     """What the host runs after the converters while quantizing: nothing, they have done it."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -314,12 +314,12 @@ def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) ->
 
 
 def codes_from(
-    weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], chance: torch.Generator | None = None
+    weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The E4M3 codes of a dense weight under the scale in `parts`. chance: see `numerics.quantize`."""
+    """The E4M3 codes of a dense weight under the scale in `parts`. generator: see `numerics.quantize`."""
     scale = parts["weight_scale"].to(dense.device)
     if len(weight.shape) == 3:
         wide = weight.stacked_scale(scale).expand(dense.shape).reshape(-1, dense.shape[-1])
         flat = dense.reshape(-1, dense.shape[-1])
-        return numerics.quantize(flat, wide, Granularity(1, 1), chance=chance).view(dense.shape)
-    return numerics.quantize(dense, scale, weight.scheme.weight.granularity, chance=chance)
+        return numerics.quantize(flat, wide, Granularity(1, 1), generator=generator).view(dense.shape)
+    return numerics.quantize(dense, scale, weight.scheme.weight.granularity, generator=generator)

@@ -52,9 +52,9 @@ class QuantizedModule(nn.Module):
     # Names of the scales of its inputs that have yet to be measured, and are NaN. Kernels are given none instead.
     unmeasured: tuple[str, ...] = ()
     # The dtype of the float weights that it was made of, or of the model that it was loaded into; None: not known.
-    made_of: torch.dtype | None = None
+    original_dtype: torch.dtype | None = None
 
-    # Names of what somebody had set on the layer that it stands for, and is set on it, too (`convert.take_over`).
+    # Names of what somebody had set on the layer that it stands for, and is set on it, too (`swap.copy_hooks`).
     foreign: tuple[str, ...] = ()
     # Its name in the model that it was loaded or quantized in, for errors.
     name_in_model: str = ""
@@ -72,7 +72,7 @@ class QuantizedModule(nn.Module):
         """
         before: Any = self._parameters.get(name)
         if type(param) is not QuantizedWeight:
-            if type(before) is QuantizedWeight and self.made_of is not None and before.dtype == param.dtype:
+            if type(before) is QuantizedWeight and self.original_dtype is not None and before.dtype == param.dtype:
                 refuse_own_values(param.detach(), before.codes, before._part, before._source)
             return
         owner = param._source.owner(param._part.whole)
@@ -191,12 +191,12 @@ class QuantizedModule(nn.Module):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
-    def awaits_calibration(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether scales of its inputs have yet to be measured (`hf_fp8.calibrate`): kernels that need them raise till then."""
         return bool(self.unmeasured)
 
-    @awaits_calibration.setter
-    def awaits_calibration(self, awaits: bool) -> None:
+    @needs_calibration.setter
+    def needs_calibration(self, awaits: bool) -> None:
         self.unmeasured = tuple(self._input_scales()) if awaits else ()
 
     def see_calibration(self) -> None:
@@ -230,9 +230,9 @@ class QuantizedModule(nn.Module):
         """The module that this one stands for, with its weights multiplied out, on the same device."""
         raise NotImplementedError
 
-    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
+    def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[Self, Change]:
         """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
-        rounding them makes of the change. chance: as in `quantize_weight`.
+        rounding them makes of the change. generator: as in `quantize_weight`.
 
         Scheme, dtypes of the scales and scales of inputs are this one's. Raises ScaleError for NaN or infinite weights.
         """
@@ -248,6 +248,9 @@ class QuantizedModule(nn.Module):
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "made_of" in state:  # what `original_dtype` was called up to 0.1
+            state = {**state, "original_dtype": state["made_of"]}
+            del state["made_of"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._hold()
 
@@ -269,8 +272,8 @@ class QuantizedModule(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)  # type: ignore[no-untyped-call]
-        if self.made_of is not None:
-            self.made_of = fn(torch.empty(0, dtype=self.made_of)).dtype
+        if self.original_dtype is not None:
+            self.original_dtype = fn(torch.empty(0, dtype=self.original_dtype)).dtype
         with codes_for_certain():
             super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
         self._hold()

@@ -1,4 +1,4 @@
-"""FP8PointwiseConv: a convolution with a kernel of one point, which is a linear layer over the channels."""
+"""QuantizedConv1x1: a convolution with a kernel of one point, which is a linear layer over the channels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 from ..errors import InputError
 from ..formats.scheme import Scheme
-from .linear import FP8Linear
+from .linear import QuantizedLinear
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class FP8PointwiseConv(FP8Linear):
-    """A 1x1 convolution as an FP8Linear: `weight` (out_channels, in_channels), and the rest as there.
+class QuantizedConv1x1(QuantizedLinear):
+    """A 1x1 convolution as an QuantizedLinear: `weight` (out_channels, in_channels), and the rest as there.
 
     Inputs are (B, C, *spatial) or (C, *spatial); inputs are quantized over the channels, so that "per-token" is per point.
     """
@@ -37,8 +37,8 @@ class FP8PointwiseConv(FP8Linear):
         return None
 
     @classmethod
-    def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> FP8PointwiseConv:
-        """As FP8Linear's, for a 1x1 convolution."""
+    def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> QuantizedConv1x1:
+        """As QuantizedLinear's, for a 1x1 convolution."""
         assert isinstance(linear, Convolution)
         stride = tuple(linear.stride)
         new = cls(linear.in_channels, linear.out_channels, scheme, stride=stride, backend=backend, device="meta")

@@ -1,5 +1,5 @@
-"""A mixture's experts (FP8Experts) from codes to the family's own layout and back, one expert at a time; and LoRA on stacks of
-them: rows times the two small matrices of the expert that they were routed to."""
+"""Stacks of experts (QuantizedExperts) from codes to the family's own layout and back, one expert at a time; and LoRA on them:
+rows times the two small matrices of the expert that they were routed to."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) -> tuple[dict[str, nn.Parameter], Change]:
+def requantized(experts: Any, dense: nn.Module, generator: torch.Generator | None) -> tuple[dict[str, nn.Parameter], Change]:
     """Parameters of `experts` made of those of `dense`, the family's module, and what rounding makes of the change."""
     found: dict[str, nn.Parameter] = {}
     change = Change()
@@ -141,7 +141,7 @@ def requantized(experts: Any, dense: nn.Module, chance: torch.Generator | None) 
                 place, was = (w.part(part) if projection.parts > 1 else w for w in (new, held))
                 try:
                     made = quantize_weight(
-                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, was.scale[expert], chance
+                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, was.scale[expert], generator
                     )
                 except ScaleError as error:
                     raise ScaleError(f"{projection.name} of expert {expert}: {error}") from None

@@ -1,4 +1,4 @@
-"""FP8Experts: a mixture's experts in FP8, in the place of the host's module that holds them dense."""
+"""QuantizedExperts: a mixture's experts in FP8, in the place of the host's module that holds them dense."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .parameters import plain_scale
 # tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
 # eighth of them. Not measured.
 UNSORTED = 1 / 4
-# Values of `config._experts_implementation` that FP8Experts takes, with one forward for all: the host has one for prefill and
-# one for decode, between which `generate` switches; here the number of tokens decides.
+# Values of `config._experts_implementation` that QuantizedExperts takes, with one forward for all: the host has one for prefill
+# and one for decode, between which `generate` switches; here the number of tokens decides.
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 
 
@@ -91,7 +91,7 @@ class ExpertsLayout:
         return "gate_up_proj" if self.has_gate else "up_proj"
 
 
-class FP8Experts(QuantizedModule):
+class QuantizedExperts(QuantizedModule):
     """Experts whose stacked weights stay in E4M3: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
 
     Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts), NaN for
@@ -176,7 +176,7 @@ class FP8Experts(QuantizedModule):
     def decoder(self, name: str) -> Decoder:
         projection = self._projection(name)
         decode = partial(stacks.decode, self.family, self.layout, projection, stacks.is_interleaved(self, projection))
-        return Decoder(decode, getattr(self, projection.scale), self.made_of or torch.bfloat16, self.called(name))
+        return Decoder(decode, getattr(self, projection.scale), self.original_dtype or torch.bfloat16, self.called(name))
 
     def forward(
         self,
@@ -295,7 +295,7 @@ class FP8Experts(QuantizedModule):
         """
         if self.is_offloaded:
             raise UnsupportedError(
-                "offloaded FP8Experts cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
+                "offloaded QuantizedExperts cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
         return stacks.rebuilt(self, dtype, empty=False)
 
@@ -303,9 +303,9 @@ class FP8Experts(QuantizedModule):
         """The same with weights that take no memory, and are NaN."""
         return stacks.rebuilt(self, dtype, empty=True)
 
-    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[FP8Experts, Change]:
+    def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[QuantizedExperts, Change]:
         """As in `QuantizedModule`; dense: the family's module."""
-        found, change = stacks.requantized(self, dense, chance)
+        found, change = stacks.requantized(self, dense, generator)
         new = self._twin()
         for name, parameter in found.items():
             setattr(new, name, parameter)
@@ -331,5 +331,5 @@ class FP8Experts(QuantizedModule):
         return f"{self.family.__name__}, {stacks}, backend={self.backend}"
 
 
-def _stacks(experts: FP8Experts) -> str:
+def _stacks(experts: QuantizedExperts) -> str:
     return " and ".join(projection.name for projection in experts.projections)

@@ -34,10 +34,10 @@ def _run(
     backend: str,
     backward: str,
     original: torch.Tensor | None = None,
-    made_of: torch.Tensor | None = None,
+    snapshot: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if original is not None:
-        refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
+        refuse_changed(original, snapshot, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
     kernel = kernel_for(x, weight, scheme, backend)
@@ -91,8 +91,8 @@ def scaled_linear(
     row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements of bf16,
     fp16 or float32. input_scale: one element, for static schemes; None if it is not known. bias: (N,). Returns (..., N) in
     the dtype of x. Gradients flow to x, through the dequantized weight, and bias. backward: "exact", or "quantized" to
-    round the gradient to 8 bits and multiply it with the codes. layer: the FP8Linear that asks, if it has siblings to share
-    the quantized input with (`shared_input`). kept: the float weight beside the codes and what they were made of
+    round the gradient to 8 bits and multiply it with the codes. layer: the QuantizedLinear that asks, if it has siblings
+    to share the quantized input with (`shared_input`). kept: the float weight beside the codes and what they were made of
     (`originals`), to be compared when compiled code runs.
 
     Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel

@@ -1,4 +1,4 @@
-"""FP8Linear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors, or made of a float weight."""
+"""QuantizedLinear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors, or made of a float weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ORIGINALS = ("discard", "keep", "offload")
 
 
-class FP8Linear(QuantizedModule, nn.Linear):
+class QuantizedLinear(QuantizedModule, nn.Linear):
     """Linear layer with `weight` (N, K) in E4M3, `weight_scale` and, for static schemes, `input_scale` (1,).
 
     With an int8 scheme, `weight` is int8.
@@ -49,8 +49,8 @@ class FP8Linear(QuantizedModule, nn.Linear):
             (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it. Once it was
             changed, running and saving the layer raise StaleError until codes are made anew; see `originals.is_changed`.
         name_in_model: its name in the model that it was loaded or quantized in, for errors.
-        made_of, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it asked
-            for gradients; what `to_linear` gives has both.
+        original_dtype, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it
+            asked for gradients; what `to_linear` gives has both.
         observer: called with each input while the layer is being calibrated.
     """
 
@@ -106,10 +106,10 @@ class FP8Linear(QuantizedModule, nn.Linear):
 
     def decoder(self, name: str) -> Decoder:
         decode = partial(numerics.dequantize_rows, granularity=self.scheme.weight.granularity)
-        return Decoder(decode, self.weight_scale, self.made_of or torch.bfloat16, self.called(name))
+        return Decoder(decode, self.weight_scale, self.original_dtype or torch.bfloat16, self.called(name))
 
     @classmethod
-    def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> FP8Linear:
+    def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> QuantizedLinear:
         """An empty layer on the meta device for what `linear` computes, with its bias as it is."""
         assert isinstance(linear, nn.Linear)
         new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
@@ -120,11 +120,11 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """Take over what of `layer`, which this one stands for, is not its weight."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         self.bias = layer.bias  # type: ignore[assignment]
-        self.made_of, self.trainable = weight.dtype, weight.requires_grad
+        self.original_dtype, self.trainable = weight.dtype, weight.requires_grad
         self.train(layer.training)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto", **options: Any) -> FP8Linear:
+    def from_linear(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto", **options: Any) -> QuantizedLinear:
         """The layer that `linear`, a plain nn.Linear with a float weight on any device (meta too), is in `scheme`.
 
         options: those of `quantize_from`. The bias is taken over as it is. Raises ScaleError for NaN or infinite weights.
@@ -134,7 +134,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         new.quantize_from(weight.flatten(1), **options)
         return new
 
-    def share_weight(self, other: FP8Linear) -> None:
+    def share_weight(self, other: QuantizedLinear) -> None:
         """Hold the weight of `other`: codes, scale and the original, if it was kept. Inputs, and their scale, are its own."""
         self.weight, self.weight_scale = other.weight, other.weight_scale
         self.original, self.originals = other.original, other.originals
@@ -258,11 +258,11 @@ class FP8Linear(QuantizedModule, nn.Linear):
         return self.original.to(self.weight.device, dtype, copy=copy)
 
     @torch.no_grad()
-    def requantized(self, dense: nn.Module, chance: torch.Generator | None = None) -> tuple[Self, Change]:
+    def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[Self, Change]:
         """As in `QuantizedModule`. An original that was kept is now the new weight."""
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
         granularity = self.scheme.weight.granularity
-        codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, chance)
+        codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, generator)
         new, change = self._twin(), Change()
         new.weight = nn.Parameter(codes, requires_grad=False)
         new.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -321,7 +321,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         """
         if self.weight.is_meta:
             raise UnsupportedError(
-                "an offloaded FP8Linear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
+                "an offloaded QuantizedLinear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self.restored_weight(dtype, copy=True), requires_grad=self.trainable)
@@ -362,7 +362,7 @@ class FP8Linear(QuantizedModule, nn.Linear):
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"
 
 
-def refuse_torn(layers: Iterable[FP8Linear]) -> None:
+def refuse_torn(layers: Iterable[QuantizedLinear]) -> None:
     """Raise UnsupportedError if layers that hold the same codes have float weights that were changed, and not to the same.
 
     They have one to begin with; `.to()` gives each its own.

@@ -25,9 +25,9 @@ def as_it_is(original: torch.Tensor) -> torch.Tensor:
     same memory, so that this is not given to another tensor meanwhile.
     """
     with torch.inference_mode(False):
-        made_of = original.data
-    torch._C._autograd._unsafe_set_version_counter((made_of,), (original._version,))
-    return _static(made_of)
+        snapshot = original.data
+    torch._C._autograd._unsafe_set_version_counter((snapshot,), (original._version,))
+    return _static(snapshot)
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,21 +36,21 @@ def _static(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def is_changed(original: torch.Tensor, made_of: torch.Tensor | None) -> bool:
-    """Whether `original` was written to since `made_of` (None: it never was it), or is in other memory now (`.data = ...`).
+def is_changed(original: torch.Tensor, snapshot: torch.Tensor | None) -> bool:
+    """Whether `original` was written to since `snapshot` (None: it never was it), or is in other memory now (`.data = ...`).
 
     What this does not see, like torch itself, are values written behind the version counter: through `.data`, numpy or a
     foreign kernel.
     """
-    if made_of is None or original._version != made_of._version:
+    if snapshot is None or original._version != snapshot._version:
         return True
-    return original.data_ptr() != made_of.data_ptr()
+    return original.data_ptr() != snapshot.data_ptr()
 
 
-def refuse_changed(original: torch.Tensor, made_of: torch.Tensor | None, layer: str) -> None:
+def refuse_changed(original: torch.Tensor, snapshot: torch.Tensor | None, layer: str) -> None:
     """Raise StaleError for a float weight of `layer` that is not what its codes were made of."""
-    if is_changed(original, made_of):
-        how = "replaced" if made_of is None else "changed"
+    if is_changed(original, snapshot):
+        how = "replaced" if snapshot is None else "changed"
         raise StaleError(
             f"the float weight of {layer} (`original`, {'x'.join(map(str, original.shape))} in {original.dtype}) was {how} "
             "after its codes were made, and they are those of the weight before: hf_fp8.requantize_model(model) makes them "

@@ -40,7 +40,7 @@ def quantize_once(
 ) -> Input:
     """``kernel.quantize(rows, input_scale, scheme)``, or what it gave another layer for the same x.
 
-    x: the tensor that the layer was called with; rows: x as (M, K). layer: the FP8Linear whom the codes are for; None
+    x: the tensor that the layer was called with; rows: x as (M, K). layer: the QuantizedLinear whom the codes are for; None
     shares nothing.
     """
     assert kernel.quantize is not None

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..formats.scheme import Scheme
 from .base import QuantizedModule, foreign_attributes
-from .experts import FP8Experts, Projection
-from .linear import FP8Linear, refuse_torn
+from .experts import Projection, QuantizedExperts
+from .linear import QuantizedLinear, refuse_torn
 
 # Where a module keeps hooks, and what is said of some of them.
 _HOOKS = (
@@ -34,11 +34,11 @@ def swap_linear(
     scale_dtype: torch.dtype,
     input_scale_dtype: torch.dtype | None,
     backend: str,
-) -> FP8Linear:
-    """Put an empty FP8Linear on the meta device in the place of the `nn.Linear` called `name`."""
+) -> QuantizedLinear:
+    """Put an empty QuantizedLinear on the meta device in the place of the `nn.Linear` called `name`."""
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
-    new = FP8Linear(
+    new = QuantizedLinear(
         old.in_features,
         old.out_features,
         scheme,
@@ -85,9 +85,9 @@ def swap_experts(
     interleaved: bool,
     scale_dtypes: dict[str, torch.dtype],
     backend: str,
-) -> FP8Experts:
-    """Put empty FP8Experts on the meta device in the place of the host's experts module called `name`."""
-    new = FP8Experts(
+) -> QuantizedExperts:
+    """Put empty QuantizedExperts on the meta device in the place of the host's experts module called `name`."""
+    new = QuantizedExperts(
         model.get_submodule(name), first, second,
         interleaved=interleaved, scale_dtypes=scale_dtypes, backend=backend, device="meta",
     )  # fmt: skip
@@ -97,12 +97,12 @@ def swap_experts(
 
 
 def let_siblings_share(model: nn.Module) -> None:
-    """Tell the FP8Linears of one parent with the same in_features and input scheme (q, k and v; gate and up) of each other.
+    """Tell QuantizedLinears of one parent with the same in_features and input scheme (q, k and v; gate and up) of each other.
 
     They are the ones that may quantize an input once for all (`shared_input`).
     """
     for name, parent in model.named_modules():
-        layers = [layer for layer in parent.children() if isinstance(layer, FP8Linear)]
+        layers = [layer for layer in parent.children() if isinstance(layer, QuantizedLinear)]
         for layer in layers:
             family = [
                 other for other in layers if (other.in_features, other.scheme.input) == (layer.in_features, layer.scheme.input)
@@ -111,7 +111,7 @@ def let_siblings_share(model: nn.Module) -> None:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """Replace every FP8Linear and FP8Experts of `model` by what it stands for, weights multiplied out, in place.
+    """Replace every QuantizedLinear and QuantizedExperts of `model` by what it stands for, weights multiplied out, in place.
 
     dtype: of the new weights and biases; by default that of the model's dense parameters (without
     any, what the layers were made of, else bfloat16), and layers that kept their float weights
@@ -141,21 +141,21 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
     if default is None:
         frozen = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
-        made_of = next((layer.made_of for layer in layers if layer.made_of), torch.bfloat16)
-        default = next(dense, made_of)
+        original_dtype = next((layer.original_dtype for layer in layers if layer.original_dtype), torch.bfloat16)
+        default = next(dense, original_dtype)
 
     def dense_of(layer: QuantizedModule) -> nn.Module:
         original = getattr(layer, "original", None)
         new = layer.to_dense(asked or (default if original is None else original.dtype))
-        if isinstance(layer, FP8Linear):
+        if isinstance(layer, QuantizedLinear):
             layer.original = None  # of which `new` has a copy
-        take_over(layer, new)
+        copy_hooks(layer, new)
         return new
 
     for layer in layers:
         if layer.is_offloaded:
             layer.to_dense(default)  # raises
-    linears = [layer for layer in layers if isinstance(layer, FP8Linear)]
+    linears = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     refuse_torn(linears)
     changed = {id(layer) for layer in linears if layer.is_stale}
     made: dict[int, nn.Module] = {}  # a module that sits in two places stays one module
@@ -165,14 +165,14 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
         if isinstance(module, QuantizedModule):
             if id(module) not in made:
                 made[id(module)] = new = dense_of(module)
-                if isinstance(module, FP8Linear):
+                if isinstance(module, QuantizedLinear):
                     new.weight = weights.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type]
-            model = put(model, name, made[id(module)])
+            model = replace_module(model, name, made[id(module)])
     restore_fused_paths(model)
     return model
 
 
-def put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put `new` in the place of the module called `name`. Returns `model`, or `new` if that is the model itself."""
     if not name:
         return new
@@ -201,7 +201,7 @@ def restore_fused_paths(model: nn.Module) -> None:
                 setattr(module, name, vars(module).pop(f"_hf_fp8_{name}"))
 
 
-def take_over(old: nn.Module, new: nn.Module) -> None:
+def copy_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give `new` what was put on `old`: attributes; hooks, its users' and accelerate's, which brings inputs to its device."""
     for name in (foreign := foreign_attributes(old)):
         setattr(new, name, getattr(old, name))

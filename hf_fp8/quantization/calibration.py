@@ -18,8 +18,8 @@ from ..errors import CalibrationError, UnsupportedError
 from ..formats.scheme import CODE_MAX
 from ..kernels import Routing
 from ..nn.base import QuantizedModule
-from ..nn.experts import FP8Experts, Projection
-from ..nn.linear import FP8Linear
+from ..nn.experts import Projection, QuantizedExperts
+from ..nn.linear import QuantizedLinear
 from .observers import Observer, over_ranks, prototype_of
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,12 @@ def calibrate(
         stack.callback(model.register_forward_hook(count).remove)
         for layer in dict.fromkeys(t.layer for t in targets):
             own = [t for t in targets if t.layer is layer]
-            if isinstance(layer, FP8Linear):
+            if isinstance(layer, QuantizedLinear):
                 watches[own[0].name] = _LinearWatch(layer, observers[own[0].name], inputs)
                 stack.callback(layer.register_forward_pre_hook(watches[own[0].name].hook(), with_kwargs=True).remove)
                 layer.observer = watches[own[0].name]
             else:
-                assert isinstance(layer, FP8Experts)
+                assert isinstance(layer, QuantizedExperts)
                 layer.observer = _ExpertsWatch({t.projection: observers[t.name] for t in own})
             stack.callback(setattr, layer, "observer", None)
         yield run
@@ -138,7 +138,7 @@ def apply_scales(model: nn.Module, scales: Mapping[str, float | Sequence[float] 
 
 @dataclass(frozen=True)
 class _Target:
-    """An input scale that is to be measured: of an FP8Linear, or of one projection of FP8Experts."""
+    """An input scale that is to be measured: of an QuantizedLinear, or of one projection of QuantizedExperts."""
 
     name: str
     layer: QuantizedModule
@@ -156,10 +156,10 @@ class _Target:
     @property
     def codes(self) -> torch.dtype:
         """The dtype to which inputs will be quantized."""
-        if isinstance(self.layer, FP8Linear):
+        if isinstance(self.layer, QuantizedLinear):
             scheme = self.layer.scheme
         else:
-            assert isinstance(self.layer, FP8Experts)
+            assert isinstance(self.layer, QuantizedExperts)
             scheme = next(p.scheme for p in self.layer.projections if p.name == self.projection)
         assert scheme.input is not None
         return scheme.input.dtype
@@ -168,11 +168,11 @@ class _Target:
 def _targets(model: nn.Module) -> list[_Target]:
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, FP8Linear) and module.scheme.has_static_input:
+        if isinstance(module, QuantizedLinear) and module.scheme.has_static_input:
             if module.input_scale is None:
                 module.await_scale("input_scale", (1,), module.weight_scale)
             found.append(_Target(name, module))
-        elif isinstance(module, FP8Experts):
+        elif isinstance(module, QuantizedExperts):
             for p in module.projections:
                 if p.scheme.has_static_input:
                     if getattr(module, p.input_scale) is None:
@@ -183,8 +183,8 @@ def _targets(model: nn.Module) -> list[_Target]:
 
 def _check(model: nn.Module, targets: list[_Target]) -> None:
     if not targets:
-        schemes = {m.scheme.describe() for m in model.modules() if isinstance(m, FP8Linear)}
-        schemes |= {p.scheme.describe() for m in model.modules() if isinstance(m, FP8Experts) for p in m.projections}
+        schemes = {m.scheme.describe() for m in model.modules() if isinstance(m, QuantizedLinear)}
+        schemes |= {p.scheme.describe() for m in model.modules() if isinstance(m, QuantizedExperts) for p in m.projections}
         found = f"its FP8 layers have {_some(sorted(schemes))}" if schemes else "it has no FP8 layers at all"
         raise CalibrationError(
             f"{type(model).__name__} has no layer with a static input scheme, and only those are calibrated: {found}. Other "
@@ -221,9 +221,9 @@ class _Inputs:
 
 
 class _LinearWatch:
-    """The observer of an FP8Linear; remembers which tensors it was given, as a hash of their numbers."""
+    """The observer of an QuantizedLinear; remembers which tensors it was given, as a hash of their numbers."""
 
-    def __init__(self, layer: FP8Linear, observer: Observer, inputs: _Inputs) -> None:
+    def __init__(self, layer: QuantizedLinear, observer: Observer, inputs: _Inputs) -> None:
         self.layer, self.observer, self.inputs = layer, observer, inputs
         self.history = 0
         self.given: int | None = None
@@ -250,7 +250,7 @@ class _LinearWatch:
 
 
 class _ExpertsWatch:
-    """The observer of FP8Experts: one for each projection with static inputs, with a stream for each expert."""
+    """The observer of QuantizedExperts: one for each projection with static inputs, with a stream for each expert."""
 
     def __init__(self, observers: dict[str | None, Observer]) -> None:
         self.observers = observers

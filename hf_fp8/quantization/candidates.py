@@ -21,13 +21,13 @@ from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.model_code import weights_read_directly
 from ..loading.quantization_plan import is_dense_by_default
 from ..nn.base import QuantizedModule, foreign_attributes
-from ..nn.conv import Convolution, FP8PointwiseConv
+from ..nn.conv import Convolution, QuantizedConv1x1
 from .transformers_model import plan_in_place, plan_int8, transformers_models
 
 Filter = Callable[[str, nn.Module], bool]
 logger = logging.getLogger(__name__)
 # Names that mean something on a quantized layer.
-_OURS = {*dir(FP8PointwiseConv), *vars(FP8PointwiseConv(1, 1, FP8_DYNAMIC, device="meta"))}
+_OURS = {*dir(QuantizedConv1x1), *vars(QuantizedConv1x1(1, 1, FP8_DYNAMIC, device="meta"))}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _own_code(module: nn.Module) -> str | None:
     kind = type(module)
     if kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__}, and may compute something else"
-    if isinstance(module, Convolution) and (reason := FP8PointwiseConv.why_not(module)):
+    if isinstance(module, Convolution) and (reason := QuantizedConv1x1.why_not(module)):
         return reason
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules or module.weight is None:
         return "it holds more than a weight and a bias (a weight norm, or the like, makes the weight anew)"

@@ -28,7 +28,7 @@ from .methods import HF_FP8, how_stored
 from .source import Source
 
 # Called with the bytes of the source that have been dealt with since the last call.
-Tick = Callable[[int], Any]
+ProgressCallback = Callable[[int], Any]
 # By which a folder is known for a checkpoint, which `overwrite` may replace.
 _MARK = "config.json"
 
@@ -69,7 +69,7 @@ def quantize_checkpoint(
     input_scales: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
-    tick: Tick = lambda count: None,
+    tick: ProgressCallback = lambda count: None,
 ) -> Written:
     """Write the FP8 checkpoint that `config`, with a scheme, makes of a dense one; `destination` appears when it is whole.
 
@@ -153,7 +153,7 @@ def dequantize_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    tick: Tick = lambda count: None,
+    tick: ProgressCallback = lambda count: None,
 ) -> Written:
     """Write the dense checkpoint that a quantized one stands for: weights multiplied out in float32 and rounded once.
 
@@ -233,7 +233,7 @@ def _write(
     make: Callable[[str], Iterator[tuple[str, torch.Tensor]] | None],
     quantization: dict[str, Any] | None,
     overwrite: bool,
-    tick: Tick,
+    tick: ProgressCallback,
     dtype: torch.dtype | None = None,
 ) -> None:
     files = _files(written)

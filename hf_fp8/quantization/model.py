@@ -1,4 +1,4 @@
-"""`quantize_model`: the Linears of any PyTorch model become FP8Linears, one after the other."""
+"""`quantize_model`: the Linears of any PyTorch model become QuantizedLinears, one after the other."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..integrations.config import FP8Config
 from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
 from ..nn.base import QuantizedModule
-from ..nn.conv import FP8PointwiseConv
-from ..nn.linear import ORIGINALS, FP8Linear, refuse_torn
-from ..nn.swap import leave_fused_paths, let_siblings_share, put, take_over
+from ..nn.conv import QuantizedConv1x1
+from ..nn.linear import ORIGINALS, QuantizedLinear, refuse_torn
+from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace_module
 from .candidates import Choice, Filter, choose
-from .transformers_model import adopt, fill_experts
+from .transformers_model import attach_quantizer, fill_experts
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def quantize_model(
 def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: dict[str, Any], inplace: bool) -> nn.Module:
     """Put the layers of `choice` in the place of those that they are made of. how: with what they are made. settings: their
     attributes. Returns `model`, or what `quantize_model` returns instead."""
-    made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], FP8Linear]()
+    made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], QuantizedLinear]()
     root = model
     for name, scheme in choice.layers.items():
         old = model.get_submodule(name)
@@ -100,7 +100,7 @@ def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: di
                 setattr(new, attribute, value)
             made[id(old)] = new
         if inplace:
-            root = put(root, name, made[id(old)])
+            root = replace_module(root, name, made[id(old)])
         del old  # so that its weight is freed before the next one is quantized
     if not made and choice.layers:
         said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
@@ -109,7 +109,7 @@ def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: di
         root = _copy(model, made)
         for name in choice.layers:
             if id(old := model.get_submodule(name)) in made:
-                root = put(root, name, made[id(old)])
+                root = replace_module(root, name, made[id(old)])
     return root
 
 
@@ -120,9 +120,9 @@ def requantize_model(model: nn.Module) -> nn.Module:
     Raises UnsupportedError, before anything is changed, for a layer whose original was not kept, and for layers with one weight
     whose originals were changed to different values.
     """
-    layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     refuse_torn(layers)
-    done: dict[int, FP8Linear] = {}
+    done: dict[int, QuantizedLinear] = {}
     keep: list[torch.Tensor] = []  # so that no id is given twice
     # Those without one come first, and raise; of layers with the same codes the one whose original was changed.
     for layer in sorted(layers, key=lambda layer: (layer.original is not None, not layer.is_stale)):
@@ -136,15 +136,17 @@ def requantize_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _layer(old: nn.Module, scheme: Scheme, by_weight: dict[tuple[int, Scheme], FP8Linear], how: dict[str, Any]) -> FP8Linear:
-    kind = FP8Linear if isinstance(old, nn.Linear) else FP8PointwiseConv
+def _layer(
+    old: nn.Module, scheme: Scheme, by_weight: dict[tuple[int, Scheme], QuantizedLinear], how: dict[str, Any]
+) -> QuantizedLinear:
+    kind = QuantizedLinear if isinstance(old, nn.Linear) else QuantizedConv1x1
     twin = by_weight.get((id(old.weight), scheme))
     if twin is None:
         new = by_weight[id(old.weight), scheme] = kind.from_linear(old, scheme, **how)
     else:
         new = kind.like(old, scheme, backend=how["backend"])
         new.share_weight(twin)
-    take_over(old, new)
+    copy_hooks(old, new)
     return new
 
 
@@ -165,7 +167,7 @@ def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) 
         part: Any = root.get_submodule(path)
         for plan in quantizer.layout.experts.values() if quantizer.layout is not None else ():
             fill_experts(part, plan, backend=quantizer.quantization_config.backend, device=device)
-        adopt(part, quantizer)
+        attach_quantizer(part, quantizer)
     let_siblings_share(root)
     leave_fused_paths(root)
     guard_savers(root)

@@ -242,7 +242,7 @@ class Mse(Histogram):
         edges = torch.arange(BINS + 1, dtype=torch.float32, device=amax.device) * width
         # The largest is known, and often alone in its bin: half a bin is much beside what it costs to clip it a little.
         values = torch.where(edges[:, 1:] > amax, amax, edges[:, :-1] + width / 2)
-        # The first bins are wider than the steps of E4M3 there; one value each would be rounded by chance.
+        # The first bins are wider than the steps of E4M3 there; one value each would be rounded stochastically.
         fine = ((torch.arange(COARSE * SPLIT, dtype=torch.float32, device=amax.device) + 0.5) * (width / SPLIT)).minimum(amax)
         counts = self.counts.double()
         split = (counts[:, :COARSE] / SPLIT).repeat_interleave(SPLIT, 1)

@@ -28,9 +28,9 @@ from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
 from ..kernels import BACKENDS
 from ..nn.base import QuantizedModule
-from ..nn.conv import Convolution, FP8PointwiseConv
-from ..nn.linear import FP8Linear
-from ..nn.swap import leave_fused_paths, let_siblings_share, put, take_over
+from ..nn.conv import Convolution, QuantizedConv1x1
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace_module
 from ..version import __version__
 
 CONFIG = "quantization.json"
@@ -55,11 +55,11 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
         name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedModule)
     }
     for name, module in layers.items():
-        if not isinstance(module, FP8Linear):
+        if not isinstance(module, QuantizedLinear):
             raise UnsupportedError(f"{name} is a {type(module).__name__} of a transformers model: use its save_pretrained")
         if module.is_offloaded:
             raise UnsupportedError(f"{name} is on the meta device, or offloaded: there is nothing to be saved")
-        if module.awaits_calibration:
+        if module.needs_calibration:
             raise CalibrationError(f"{name} has no input scale yet: calibrate the model before it is saved (hf_fp8.calibrate)")
         module.refuse_stale(name)
     if getattr(model, "hf_quantizer", None) is not None:
@@ -78,7 +78,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
     described = {
         "format": FORMAT,
         "hf_fp8": __version__,
-        "modules": {name: _describe(module) for name, module in layers.items() if isinstance(module, FP8Linear)},
+        "modules": {name: _describe(module) for name, module in layers.items() if isinstance(module, QuantizedLinear)},
         "shared": shared,
     }
     with whole_folder(Path(folder), replaces=CONFIG) as part:
@@ -112,7 +112,7 @@ def load_quantized(
         if kept not in checkpoint.tensors:
             raise MissingTensorError(f"{kept}, which {name} shares, is not in the files of {folder}")
         held[name] = checkpoint.tensors[kept]
-    made: dict[int, FP8Linear] = {}
+    made: dict[int, QuantizedLinear] = {}
     layers = {}
     for name, entry in described["modules"].items():
         old = _module(model, name, folder)
@@ -126,8 +126,8 @@ def load_quantized(
     for name, layer in layers.items():
         layer.to_empty(device=_place(_module(model, name, folder).weight, device))
     for name, layer in layers.items():
-        take_over(_module(model, name, folder), layer)
-        model = put(model, name, layer)
+        copy_hooks(_module(model, name, folder), layer)
+        model = replace_module(model, name, layer)
     _assign(model, state, described["shared"], device)
     let_siblings_share(model)
     leave_fused_paths(model)
@@ -136,9 +136,9 @@ def load_quantized(
     return model
 
 
-def _describe(layer: FP8Linear) -> dict[str, Any]:
+def _describe(layer: QuantizedLinear) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "linear", "scheme": layer.scheme.text, "backend": layer.backend}
-    if isinstance(layer, FP8PointwiseConv):
+    if isinstance(layer, QuantizedConv1x1):
         found.update(kind="conv1x1", stride=list(layer.stride))
     if layer.compute_dtype is not None:
         found["compute_dtype"] = str(layer.compute_dtype).removeprefix("torch.")
@@ -147,12 +147,12 @@ def _describe(layer: FP8Linear) -> dict[str, Any]:
     return found
 
 
-def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> FP8Linear:
-    kind = FP8PointwiseConv if entry["kind"] == "conv1x1" else FP8Linear
+def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
+    kind = QuantizedConv1x1 if entry["kind"] == "conv1x1" else QuantizedLinear
     fits = isinstance(old, nn.Linear)
     if isinstance(old, Convolution):
-        fits = kind is FP8PointwiseConv and FP8PointwiseConv.why_not(old) is None and list(old.stride) == entry.get("stride")
-    elif kind is FP8PointwiseConv:
+        fits = kind is QuantizedConv1x1 and QuantizedConv1x1.why_not(old) is None and list(old.stride) == entry.get("stride")
+    elif kind is QuantizedConv1x1:
         fits = False
     if not fits or isinstance(old, QuantizedModule):
         raise MismatchError(
@@ -167,7 +167,9 @@ def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> FP8Linear:
     return new
 
 
-def _compare(model: nn.Module, layers: dict[str, FP8Linear], held: dict[str, TensorInfo], folder: Path, strict: bool) -> None:
+def _compare(
+    model: nn.Module, layers: dict[str, QuantizedLinear], held: dict[str, TensorInfo], folder: Path, strict: bool
+) -> None:
     """Raise unless the files hold what the model will."""
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for name, layer in layers.items():

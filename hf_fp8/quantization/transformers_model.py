@@ -24,7 +24,7 @@ from ..loading.keys import KeyMap, PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
 from ..nn.base import QuantizedModule
-from ..nn.experts import FP8Experts
+from ..nn.experts import QuantizedExperts
 from ..nn.swap import swap_experts
 
 
@@ -77,8 +77,8 @@ def _head(model: PreTrainedModel, layers: set[str]) -> list[str]:
     return [name for name, module in model.named_modules() if module is head and head is not None and name not in layers]
 
 
-def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> FP8Experts:
-    """Put FP8Experts, made of the dense ones, in their place: one expert at a time goes through `device`."""
+def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> QuantizedExperts:
+    """Put QuantizedExperts, made of the dense ones, in their place: one expert at a time goes through `device`."""
     dense = model.get_submodule(plan.name)
     new = swap_experts(
         model, plan.name, plan.first.projection, plan.second.projection,
@@ -88,17 +88,17 @@ def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, dev
         values: torch.Tensor = getattr(dense, stack.projection.name).detach()
         if values.is_meta:
             continue
-        made_of = quantize_stack(stack, partial(_expert, new, stack, values, device), broken := list[str]())
+        quantized = quantize_stack(stack, partial(_expert, new, stack, values, device), broken := list[str]())
         if broken:
             raise ScaleError("; ".join(broken))
-        for name, made in made_of.items():
+        for name, made in quantized.items():
             setattr(new, name.rpartition(".")[2], nn.Parameter(made.to(values.device), requires_grad=False))
-        new.made_of = values.dtype
+        new.original_dtype = values.dtype
         del dense._parameters[stack.projection.name]  # free it before the next one
     return new
 
 
-def adopt(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
+def attach_quantizer(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
     """Tell `model`, which has been changed as the quantizer's layout says, what it is now."""
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
@@ -107,7 +107,7 @@ def adopt(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
     quantizer.postprocess_model(model)
 
 
-def _expert(new: FP8Experts, stack: Stack, values: torch.Tensor, device: Any, part: int, expert: int) -> torch.Tensor:
+def _expert(new: QuantizedExperts, stack: Stack, values: torch.Tensor, device: Any, part: int, expert: int) -> torch.Tensor:
     layout = new.layout
     where = TensorSlice("", expert, part, stack.projection.parts, layout.is_transposed, not layout.is_concatenated)
     return where.take(values).to(device or values.device)

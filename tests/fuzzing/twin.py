@@ -115,7 +115,7 @@ def run(model: nn.Module) -> torch.Tensor:
 
 def load_ours(folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> Result:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    kept = frozenset(name for name, module in model.named_modules() if type(module).__name__ == "FP8Linear")
+    kept = frozenset(name for name, module in model.named_modules() if type(module).__name__ == "QuantizedLinear")
     return Result(run(model), kept)
 
 

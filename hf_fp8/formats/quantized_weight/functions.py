@@ -193,7 +193,7 @@ def _set_data(weight: Any, new: torch.Tensor) -> None:
         _accept_cast(weight, new, "data")
         found = weight._source.owner(weight._part.whole)
         if found is not None:
-            found[0].made_of = new.dtype
+            found[0].original_dtype = new.dtype
         return
     _accept_codes(weight, new, "data")
     with torch._C.DisableTorchFunctionSubclass():

@@ -13,9 +13,9 @@ from torch import nn
 
 from ...errors import UnsupportedError
 from ...nn.base import QuantizedModule
-from ...nn.conv import FP8PointwiseConv
-from ...nn.experts import FP8Experts
-from ...nn.linear import FP8Linear
+from ...nn.conv import QuantizedConv1x1
+from ...nn.experts import QuantizedExperts
+from ...nn.linear import QuantizedLinear
 from ..patches import bind, original
 from .forward import activate_lora, dora_forward, move_adapter
 from .merge import merge, merge_adapter, unload_and_optionally_merge, unload_stack, unmerge, unmerge_adapter
@@ -136,9 +136,9 @@ def _keep(record: Record, layer: Any) -> None:
 
 def _copy_to_read(base: QuantizedModule) -> nn.Module:
     """What PEFT takes for the layer while it makes an adapter. Of experts it reads shapes alone."""
-    dtype = base.made_of or torch.bfloat16
+    dtype = base.original_dtype or torch.bfloat16
     with _onloaded(base):
-        copied = base.outline(dtype) if isinstance(base, FP8Experts) else base.to_dense(dtype)
+        copied = base.outline(dtype) if isinstance(base, QuantizedExperts) else base.to_dense(dtype)
     return copied.requires_grad_(False)
 
 
@@ -160,7 +160,7 @@ def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
 
     Raises UnsupportedError if one did so to an offloaded layer.
     """
-    if not isinstance(base, FP8Linear) or _starts_beside(config):
+    if not isinstance(base, QuantizedLinear) or _starts_beside(config):
         return True
     with _onloaded(base):
         untouched = torch.equal(stand_in.weight.flatten(1), base.restored_weight(stand_in.weight.dtype))
@@ -198,7 +198,7 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
         reads = "kasa_config truncates the weight, if need be in the first forward"
     elif kind == "MISS" and config.init_weights not in (True, False):
         reads = f"init_weights={config.init_weights!r} computes with the weight"
-    elif isinstance(base, FP8PointwiseConv) and (kind not in ON_CONVOLUTIONS or getattr(config, "use_dora", False)):
+    elif isinstance(base, QuantizedConv1x1) and (kind not in ON_CONVOLUTIONS or getattr(config, "use_dora", False)):
         reads = f"only {', '.join(sorted(ON_CONVOLUTIONS))} (no DoRA) go on convolutions in FP8"
     elif getattr(config, "use_dora", False) and has_offload_hook(base):
         reads = "DoRA reads the weight in each forward, and it is offloaded"
@@ -210,7 +210,7 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
             f"init_lora_weights={start!r} looks at the model's weights before the adapters are made, and would take the codes "
             f"of {name} for weights: choose another, or load with FP8Config(dequantize=True)"
         )
-    if parameter is not None and isinstance(base, FP8Linear):
+    if parameter is not None and isinstance(base, QuantizedLinear):
         leaf = name.removesuffix(f".{parameter}").rpartition(".")[2]
         raise UnsupportedError(
             f"target_parameters names {name}, the weight of a Linear: PEFT would add to its codes. "

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ...nn.expert_weights import LowRank
-from ...nn.experts import FP8Experts
-from ...nn.linear import FP8Linear
+from ...nn.experts import QuantizedExperts
+from ...nn.linear import QuantizedLinear
 from ..patches import original
 from .state import innermost
 
 
 @contextmanager
 def activate_lora(layer: Any, active_adapters: list[str]) -> Iterator[None]:
-    """`ParamWrapper._activate_lora`: FP8Experts multiply with adapters themselves, which PEFT would add to their codes."""
+    """`ParamWrapper._activate_lora`: QuantizedExperts multiply with adapters themselves; PEFT would add them to the codes."""
     base = layer.get_base_layer()
-    if isinstance(base, FP8Experts):
+    if isinstance(base, QuantizedExperts):
         names = [name for name in active_adapters if name in layer.lora_A]
         how = base.adapted(layer.parameter_name, [_factors(layer, base, name) for name in names])
     else:
@@ -28,7 +28,7 @@ def activate_lora(layer: Any, active_adapters: list[str]) -> Iterator[None]:
         yield
 
 
-def _factors(layer: Any, base: FP8Experts, name: str) -> LowRank:
+def _factors(layer: Any, base: QuantizedExperts, name: str) -> LowRank:
     """The matrices of an adapter on a stack, as PEFT's `ParamWrapper.get_delta_factors` reads them.
 
     It multiplies them in the family's layout, (E, N, K) or its transpose, and takes Llama-4's for the other one.
@@ -46,9 +46,9 @@ def move_adapter(layer: Any, *args: Any, **kwargs: Any) -> Any:
     move = original(layer, "_move_adapter_to_device_of_base_layer")
     holder = innermost(layer)
     base = holder.base_layer
-    if not isinstance(base, FP8Experts):
+    if not isinstance(base, QuantizedExperts):
         return move(*args, **kwargs)
-    holder.base_layer = base.outline(base.made_of or torch.bfloat16)
+    holder.base_layer = base.outline(base.original_dtype or torch.bfloat16)
     try:
         return move(*args, **kwargs)
     finally:
@@ -69,8 +69,8 @@ def dora_forward(
 
     With dropout it would compute the base layer's part with it, too, and keep it for the backward pass: the layer does that.
     """
-    if isinstance(base_layer, FP8Linear):
+    if isinstance(base_layer, QuantizedLinear):
         base_result = base_layer(x) if base_result is None else base_result
-        base_layer = _FloatLayer(base_layer.restored_weight(base_layer.made_of or torch.bfloat16), base_layer.bias)
+        base_layer = _FloatLayer(base_layer.restored_weight(base_layer.original_dtype or torch.bfloat16), base_layer.bias)
     found: torch.Tensor = original(dora, "forward")(x, base_layer=base_layer, base_result=base_result, **rest)
     return found

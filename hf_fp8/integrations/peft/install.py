@@ -2,7 +2,7 @@
 
 PEFT reads and writes `base_layer.weight`, which here holds codes. So while it makes an adapter, or merges one, the layer is
 replaced by what it stands for. Forwards and gradients call the layer, and need nothing; but for DoRA, which reads the
-weight, and for adapters on stacks of experts, which FP8Experts multiplies itself.
+weight, and for adapters on stacks of experts, which QuantizedExperts multiplies itself.
 
 Few functions of PEFT are replaced for the whole process, those that meet quantized layers first. They replace methods of the
 very tuners and adapters that are on quantized layers (`create.bind_tuner`, `create.bind_adapter`); others are PEFT's own.

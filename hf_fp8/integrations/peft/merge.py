@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import UnsupportedError
 from ...loading.serving import describe, torn
 from ...nn.base import QuantizedModule
-from ...nn.linear import FP8Linear
+from ...nn.linear import QuantizedLinear
 from ..patches import original
 from .merge_policy import finalize_merge, forget, reporting
 from .state import Record, has_offload_hook, innermost, record_of
@@ -151,6 +151,6 @@ def _schemes(model: nn.Module) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            scheme = module.scheme.describe() if isinstance(module, FP8Linear) else None
+            scheme = module.scheme.describe() if isinstance(module, QuantizedLinear) else None
             found[name.removesuffix(".base_layer")] = scheme
     return found

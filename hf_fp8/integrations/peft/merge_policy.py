@@ -14,13 +14,13 @@ from torch import nn
 from ...errors import ConfigError, ScaleError
 from ...formats.weights import Change
 from ...nn.base import QuantizedModule
-from ...nn.swap import take_over
+from ...nn.swap import copy_hooks
 
 logger = logging.getLogger(__name__)
 
 INTO = ("quantized", "dense")
 ROUNDING = ("stochastic", "nearest")
-# Below this share of a change, the report speaks of loss. SmolLM2, all layers together: by chance 1.00 stays, a weight in
+# Below this share of a change, the report speaks of loss. SmolLM2, all layers together: stochastically 1.00 stays, a weight in
 # bfloat16 keeps 0.94, to the nearest code 0.05 (10 steps of training) to 0.25 (100).
 KEPT = 0.9
 
@@ -88,9 +88,9 @@ def merging(
     """How adapters are merged inside the block: ``with hf_fp8.merging("dense"): model.merge_and_unload()``.
 
     The weights of a quantized layer lie on its codes, and most adapters move them by much less than half a step: to the
-    nearest code, they would all go back to where they were. So they are rounded by chance, which keeps what the adapter does
-    on the whole and adds a little noise, another one in each merge; `torch.manual_seed` repeats it. Processes that merge the
-    same adapter into copies of one model need the same seed. docs/training.md has the numbers.
+    nearest code, they would all go back to where they were. So they are rounded stochastically, which keeps what the adapter
+    does on the whole and adds a little noise, another one in each merge; `torch.manual_seed` repeats it. Processes that merge
+    the same adapter into copies of one model need the same seed. docs/training.md has the numbers.
 
     Args:
         into: "quantized" rounds each merged weight to codes, with fresh scales where it has outgrown its own, which is the
@@ -107,7 +107,7 @@ def merging(
     if rounding not in ROUNDING:
         raise ConfigError(f"merging(rounding={rounding!r}): it is one of {', '.join(ROUNDING)}")
     if least_kept is not None and rounding != "nearest":
-        raise ConfigError("least_kept is for rounding='nearest': by chance all of a change is kept, but for noise around it")
+        raise ConfigError("least_kept is for rounding='nearest': stochastic rounding keeps all of a change, but for noise")
     seeds = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
     token = _current.set(_Merging(into, rounding, least_kept, report := MergeReport(), seeds))
     try:
@@ -159,19 +159,19 @@ def finalize_merge(name: str, base: QuantizedModule, merged: nn.Module, *, neare
         change = Change()
         if how.into == "quantized":
             try:
-                chance = None
+                generator = None
                 if how.rounding == "stochastic" and not nearest:
-                    chance = _generator(how.seeds, next(merged.parameters()).device)
-                new, change = base.requantized(merged, chance)
+                    generator = _generator(how.seeds, next(merged.parameters()).device)
+                new, change = base.requantized(merged, generator)
             except ScaleError as error:
                 raise ScaleError(f"{name}: with the adapter merged, {error}") from None
         dense = new is None or (how.least_kept is not None and change.kept < how.least_kept)
         if dense:
-            new = merged.to(base.made_of or torch.bfloat16).requires_grad_(False)
+            new = merged.to(base.original_dtype or torch.bfloat16).requires_grad_(False)
             if not all(bool(p.isfinite().all()) for p in new.parameters()):
                 raise ScaleError(f"{name}: with the adapter merged, the weight has values that are NaN or infinite")
             change = Change()
         assert new is not None
-        take_over(base, new)
+        copy_hooks(base, new)
         how.report.layers[name] = MergedLayer(name, dense, change)
     return new

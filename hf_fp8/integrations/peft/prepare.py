@@ -11,7 +11,7 @@ from torch import nn
 
 from ...formats.quantized_weight.tensor import QuantizedWeight, values
 from ...nn.base import QuantizedModule
-from ...nn.linear import FP8Linear
+from ...nn.linear import QuantizedLinear
 from ...nn.swap import swap_back
 
 
@@ -33,7 +33,7 @@ def update_copy(host: Any) -> Any:
 def reduce_intruders(host: Any) -> Any:
     def reduce_intruder_dimension(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
         """PEFT's, which compares adapters with the weights below: with float copies, one at a time."""
-        layers = [module for module in peft_model.modules() if isinstance(getattr(module, "base_layer", None), FP8Linear)]
+        layers = [module for module in peft_model.modules() if isinstance(getattr(module, "base_layer", None), QuantizedLinear)]
         for layer in layers:
             layer.get_base_layer = partial(_float_copy, layer.base_layer)
         try:
@@ -45,8 +45,8 @@ def reduce_intruders(host: Any) -> Any:
     return reduce_intruder_dimension
 
 
-def _float_copy(base: FP8Linear) -> nn.Module:
-    return base.to_dense(base.made_of or torch.bfloat16)
+def _float_copy(base: QuantizedLinear) -> nn.Module:
+    return base.to_dense(base.original_dtype or torch.bfloat16)
 
 
 def with_float_heads(host: Any) -> Any:
@@ -76,6 +76,6 @@ def prepare(host: Any) -> Any:
         finally:
             del model.is_loaded_in_8bit
             for layer in layers:
-                layer.made_of = torch.float32
+                layer.original_dtype = torch.float32
 
     return prepare_model_for_kbit_training
