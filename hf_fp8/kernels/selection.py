@@ -199,8 +199,8 @@ def has_fp8_matmul(device: torch.device) -> str | None:
 def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if "auto" gains from FP8 weights on `device`: it has FP8 units, or a kernel that widens weights as it reads them."""
     lacking = has_fp8_matmul(device)
-    if lacking is None or dtype not in _FLOATS:
-        return lacking
+    if lacking is None:
+        return None
     widening = _why_not_there(triton.WEIGHT_ONLY, Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
     return None if widening is None else f"{lacking}; {widening}"
 
