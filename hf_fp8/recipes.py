@@ -130,7 +130,7 @@ _ONE_MEANING = {
     **dict.fromkeys(("weight_dtype", "activation_dtype"), ("torch.float8_e4m3fn",)),
     "packing_format": ("None", "PLAIN", "plain"),
     "layout": ("None", "PlainLayout()"),
-    "mm_config": ("None", "Float8MMConfig(emulate=False, use_fast_accum=True, pad_inner_dim=False)"),  # `kernels.torch_mm`
+    "mm_config": ("None", "Float8MMConfig(emulate=False, use_fast_accum=True, pad_inner_dim=False)"),  # `kernels/torch_fp8`
     "kernel_preference": ("AUTO", "auto"),
     "act_mapping_type": ("None", "SYMMETRIC"),
     **dict.fromkeys(("reduce_range", "weight_only_decode", "quantize_and_dequantize_output"), ("None", "False")),

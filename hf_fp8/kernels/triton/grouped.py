@@ -84,7 +84,7 @@ def _grouped(
                 if W_COLS > 0:
                     at = step * BLOCK_K // W_COLS * stride_ck
                     w_scale = tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)
-                product *= w_scale[None, :]  # first, as in triton_mm
+                product *= w_scale[None, :]  # first, as in scaled_mm
                 if X_COLS > 0:
                     at = step * BLOCK_K // X_COLS * stride_sk
                     x_scale = tl.load(x_scale_rows + at, mask=here, other=0.0).to(tl.float32)

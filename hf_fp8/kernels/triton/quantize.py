@@ -1,6 +1,6 @@
 """Triton: scale and codes of an input in one pass, with the reference's rounding.
 
-Import only where `triton_support.why_not` says None. All work on CUDA, ROCm and XPU builds of Triton.
+Import only where `support.why_not` says None. All work on CUDA, ROCm and XPU builds of Triton.
 """
 
 from __future__ import annotations
