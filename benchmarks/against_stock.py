@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build import STATIC_TENSOR, differing, error, group_input, tensors, tiny_llama, write
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
-from moe import gpt_oss, is_linear, llama4, mixtral, qwen3_moe
+from support.build import STATIC_TENSOR, differing, error, group_input, tensors, tiny_llama, write
+from support.moe import gpt_oss, is_linear, llama4, mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import hf_fp8

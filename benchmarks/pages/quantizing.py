@@ -11,11 +11,11 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import build
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
+from support import build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import hf_fp8

@@ -172,13 +172,23 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
         if path.exists() and any(path.iterdir()):
             shutil.rmtree(old, ignore_errors=True)  # of a process that was killed while it deleted it
             path.rename(old)
-        part.rename(path)  # over an empty folder, too
+        _move_in(part, path)
         _sync(path.parent)
     except BaseException:
         _put_back(old, path)
         shutil.rmtree(part, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_in(part: Path, path: Path) -> None:
+    """Rename `part` to `path`, where nothing is, or an empty folder. Raises ConfigError if somebody was faster."""
+    try:
+        part.rename(path)
+    except OSError as error:
+        if path.exists() and any(path.iterdir()):
+            raise ConfigError(f"{path} has been written by another thread or process meanwhile, and stays as it is") from error
+        raise
 
 
 def _new_beside(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
@@ -132,13 +132,14 @@ def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
 
     Looks where the host does, and under `compression_config`, the key that writers used in 2024.
     """
-    return _written(vars(part) for part in (config, config.get_text_config(decoder=True)))
+    return _written((config, config.get_text_config(decoder=True)))
 
 
-def _written(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _written(parts: Iterable[Any]) -> dict[str, Any] | None:
+    """What the first of `parts` that says anything of quantization says; they are configs, or the JSON of configs."""
     for part in parts:
         for key in _CONFIG_KEYS:
-            found = part.get(key)
+            found = (part if isinstance(part, dict) else vars(part)).get(key)
             if found is None:
                 continue
             written: dict[str, Any] = plain(found if isinstance(found, dict) else found.to_dict())
@@ -162,7 +163,7 @@ def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
         on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)
     except OSError:  # not in the default cache: nothing to hold against
         return None
-    return _written(part for part in (on_disk, on_disk.get("text_config")) if part is not None)
+    return _written(part for part in (on_disk, on_disk.get("text_config")) if isinstance(part, dict))
 
 
 def merge(written: dict[str, Any], passed: Any) -> FP8Config:

@@ -1,0 +1,183 @@
+"""Models with codes in several processes: DistributedDataParallel, and FSDP2's `fully_shard`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from support.build import stock_transformers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import hf_fp8
+from hf_fp8.integrations.ddp import IGNORED, quantized_names
+
+pytestmark = pytest.mark.hostless
+
+SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "INT8")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.lm_head = nn.Linear(48, 64), nn.Linear(64, 48, bias=False), nn.Linear(48, 40, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.b(self.a(x).relu()))
+
+    def by_hand(self, x: torch.Tensor) -> torch.Tensor:
+        """As fused losses do it."""
+        return self.b(self.a(x).relu()) @ self.lm_head.weight.to(x.dtype).T
+
+
+def adapted(scheme: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = Net()
+    hf_fp8.quantize_model(net, scheme, backend="int8" if scheme == "INT8" else "weight_only")
+    torch.manual_seed(1)
+    return get_peft_model(net, LoraConfig(r=4, target_modules=["a", "b"], init_lora_weights=False))
+
+
+def batch(rank: int) -> torch.Tensor:
+    return torch.randn(6, 48, generator=torch.Generator().manual_seed(rank))
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model(x).square().mean().backward()
+    return {n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    if dist.get_rank():
+        with torch.no_grad():  # so that there is something to send
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    net = model.base_model.model
+    for part in (net.a, net.b, net.lm_head):
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def process(rank: int, folder: str, ways: dict[str, Callable[[nn.Module], nn.Module]]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name, way in ways.items():
+        for scheme in SCHEMES:
+            model = way(adapted(scheme))
+            net = model.module.base_model.model if hasattr(model, "module") else model.base_model.model
+            by_hand = None
+            if name == "sharded":
+                fused = fully_shard(Fused(adapted(scheme)))
+                head = whole(net.lm_head.weight)  # between two forwards, as a fused loss of trl's reads it
+                by_hand = (
+                    fused(batch(rank)).detach(),
+                    head.to(torch.float32),
+                    head.codes,
+                    whole(net.state_dict()["lm_head.weight"]).codes,
+                )
+            found = gradients(model, batch(rank))
+            kinds = {n: str(p.dtype) for n, p in net.named_parameters()}
+            torch.save((found, kinds, by_hand), f"{folder}/{name}-{scheme}-{rank}.pt")
+    for scheme in SCHEMES:  # as scripts do it that know no DDP
+        model = adapted(scheme)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if rank and parameter.is_floating_point() and parameter.itemsize > 1:
+                    parameter.data *= 3
+            net = model.base_model.model
+            if rank:
+                net.lm_head.weight.codes.copy_(net.lm_head.weight.codes.roll(1, 0))
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, 0)
+        refused = ""
+        try:
+            dist.all_reduce(net.lm_head.weight)
+        except hf_fp8.errors.UnsupportedError as error:
+            refused = str(error)
+        torch.save((net.lm_head.dequantized_weight(), refused), f"{folder}/sent-{scheme}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+class Fused(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.net = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.base_model.model.by_hand(x)
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    ways = {"replicated": data_parallel, "sharded": sharded}
+    torch.multiprocessing.spawn(process, (str(tmp_path), ways), nprocs=2)
+    for scheme in SCHEMES:
+        each = [gradients(adapted(scheme), batch(rank)) for rank in (0, 1)]
+        wanted = {name: (each[0][name] + each[1][name]) / 2 for name in each[0]}
+        codes = {f"{name}.weight" for name in ("a.base_layer", "b.base_layer", "lm_head")}
+        for name in ways:
+            for rank in (0, 1):
+                found, kinds, by_hand = torch.load(tmp_path / f"{name}-{scheme}-{rank}.pt")
+                assert found.keys() == wanted.keys()
+                for key, gradient in wanted.items():
+                    assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm(), (name, scheme, key)
+                assert {n for n, kind in kinds.items() if kind in ("torch.int8", "torch.float8_e4m3fn")} == codes
+                if by_hand is not None:
+                    net, (logits, values, *codes_read) = adapted(scheme).base_model.model, by_hand
+                    wanted_logits = net.b(net.a(batch(rank)).relu()) @ net.lm_head.dequantized_weight().T
+                    assert (logits - wanted_logits).norm() <= 1e-5 * wanted_logits.norm()
+                    assert torch.equal(values, net.lm_head.dequantized_weight())
+                    assert all(torch.equal(read, net.lm_head.weight) for read in codes_read)
+
+    for scheme in SCHEMES:
+        sent, refused = torch.load(tmp_path / f"sent-{scheme}-1.pt")
+        assert torch.equal(sent, adapted(scheme).base_model.model.lm_head.dequantized_weight())
+        assert "lm_head.weight holds codes" in refused and "all_reduce" in refused
+
+
+def test_names_for_any_wrapping() -> None:
+    model = adapted("FP8_DYNAMIC")
+    names = quantized_names(model)
+    parameters = dict(model.named_parameters())
+    assert "base_model.model.a.base_layer.weight" in names and "base_model.model.lm_head.weight_scale" in names
+    assert set(names) <= parameters.keys() and len(names) == 6
+    assert quantized_names(nn.Linear(2, 2)) == []
+    shared = hf_fp8.quantize_model(Net())
+    both = nn.ModuleDict({"one": shared, "two": copy.copy(shared)})
+    assert len(quantized_names(both)) == 12
+
+
+def test_what_a_user_leaves_out_stays_out(tmp_path: Path) -> None:
+    model = adapted("FP8_DYNAMIC")
+    setattr(model, IGNORED, ["mine"])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)
+    finally:
+        dist.destroy_process_group()
+    assert set(getattr(model, IGNORED)) == {"mine", *quantized_names(model)}
+
+
+def test_a_model_without_codes_is_left_alone(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        assert nn.parallel.DistributedDataParallel(model)(torch.ones(1, 4)).shape == (1, 4)
+    finally:
+        dist.destroy_process_group()
+    assert not hasattr(model, IGNORED)
+    with stock_transformers():
+        assert nn.parallel.DistributedDataParallel.__init__.__module__.startswith("torch")

@@ -1,0 +1,294 @@
+"""What PyTorch, transformers and users do to a model once it is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.build import IDS, KEEP, OFFLOAD, differing, error, load, logits, stock_transformers, tensors, tiny_llama, write
+from support.checkpoints import checkpoint
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import hf_fp8
+from hf_fp8 import FP8Config, QuantizedLinear
+from hf_fp8.formats.scheme import FP8
+
+
+@pytest.mark.parametrize("config", [KEEP, FP8Config(backend="scaled_mm")], ids=["weight_only", "scaled_mm"])
+def test_what_is_done_to_models(config: FP8Config, fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8, config)
+    wanted = logits(model)
+    torch.save(model, tmp_path / "whole.pt")
+    others = {
+        "deepcopy": copy.deepcopy(model),
+        "torch.save": torch.load(tmp_path / "whole.pt", weights_only=False),
+        "to cpu": load(fp8, config).to("cpu"),
+        "state_dict": load(fp8, config),
+    }
+    others["state_dict"].load_state_dict(model.state_dict())
+    for name, other in others.items():
+        assert torch.equal(logits(other), wanted), name
+        other.save_pretrained(tmp_path / name)
+        assert not [n for n in differing(tensors(tmp_path / name), tensors(fp8)) if "_proj" in n], name
+
+
+def test_compiled_in_one_graph(fp8: Path) -> None:
+    model = load(fp8, FP8Config(backend="scaled_mm"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert error(compiled(IDS, use_cache=False).logits, logits(model)) < 1e-5
+
+
+def test_inductor(fp8: Path) -> None:
+    model = load(fp8, FP8Config(backend="scaled_mm"))
+    mlp = torch.compile(model.model.layers[0].mlp, fullgraph=True)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        assert error(mlp(x), model.model.layers[0].mlp(x)) < 0.05  # fused norms may move a value to the next code
+
+
+def test_generate(fp8: Path) -> None:
+    model = load(fp8)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(IDS, **greedy)
+    assert out.shape == (2, 17)
+    assert torch.equal(out, load(fp8, FP8Config(dequantize=True)).generate(IDS, **greedy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_first_call_through_a_submodule_and_casts(dtype: torch.dtype, fp8: Path) -> None:
+    model = load(fp8)
+    x = torch.randn(1, 3, 64)
+    first = model.model.layers[0].mlp(x)
+    assert first.isfinite().all()
+    model.to(dtype)
+    assert model.model.layers[0].mlp(x.to(dtype)).dtype == dtype
+    assert error(model.model.layers[0].mlp(x.to(dtype)), first) < 0.02
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, QuantizedLinear)} == {FP8}
+    assert {m.weight_scale.dtype for m in model.modules() if isinstance(m, QuantizedLinear)} == {torch.bfloat16}
+
+
+def test_threads_on_first_call(fp8: Path) -> None:
+    model = load(fp8)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: logits(model), range(8)))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dequantize_afterwards(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    wanted = logits(model)
+    model.dequantize()
+    assert torch.equal(logits(model), wanted)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    model.save_pretrained(tmp_path / "dense")
+    with stock_transformers():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert torch.equal(logits(stock), wanted)
+
+
+@pytest.mark.parametrize("folder_name", ["mixtral-dyn", "llama-static-kv"])
+def test_dequantize_afterwards_writes_native_names(folder_name: str, tmp_path: Path) -> None:
+    path = checkpoint(folder_name, tmp_path)
+    model = load(path)
+    wanted = logits(model)
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    assert not any("scale" in name for name in tensors(tmp_path / "dense"))
+    with stock_transformers():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert torch.equal(logits(stock), wanted)
+
+
+def test_dequantizing_to_float32_does_not_round_through_bf16(tmp_path: Path) -> None:
+    written, _ = write(tiny_llama(), tmp_path, scale_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj.weight"
+    exact = written[name].double() * written[f"{name}_scale"].double()
+    assert torch.equal(model.get_parameter(name).double(), exact)
+
+
+@pytest.mark.parametrize("config", [FP8Config(), FP8Config(dequantize=True), KEEP], ids=["auto", "dequantize", "weight_only"])
+def test_mixed(config: FP8Config, tmp_path: Path) -> None:
+    path = checkpoint("llama-mixed", tmp_path)
+    reference = load_file(tmp_path / "reference.safetensors")
+    model = load(path, config)
+    with torch.no_grad():
+        found = model(reference["input_ids"], use_cache=False).logits
+    assert error(found, reference["logits"]) < 1e-2
+    model.save_pretrained(tmp_path / "saved")
+    if config.dequantize:
+        assert not hasattr(model.config, "quantization_config")
+        assert not any("packed" in name for name in tensors(tmp_path / "saved"))
+    with stock_transformers():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        with torch.no_grad():
+            read = stock(reference["input_ids"], use_cache=False).logits
+    if config is KEEP:  # stock quantizes the inputs of this one, as the checkpoint says
+        assert error(read, reference["logits_quantized_input"]) < 1e-2
+    else:
+        assert error(read, found) < 1e-5
+
+
+def test_dequantizing_an_offloaded_model_is_refused(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8, device_map=OFFLOAD, offload_folder=tmp_path / "offload")
+    wanted = logits(model)
+    with pytest.raises(hf_fp8.errors.UnsupportedError, match="offloaded"):
+        model.dequantize()
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize("first", [None, FP8Config(dequantize=True), "afterwards"], ids=str)
+@pytest.mark.parametrize("second", [None, KEEP], ids=["auto", "weight_only"])
+def test_the_config_of_a_dequantized_model(first: Any, second: Any, fp8: Path, tmp_path: Path) -> None:
+    """Nothing in it says FP8 any more; passed on, it must not make codes into values."""
+    model = load(fp8).dequantize() if first == "afterwards" else load(fp8, first)
+    wanted = logits(model)
+    options = {} if second is None else {"quantization_config": second}
+    again = LlamaForCausalLM.from_pretrained(fp8, config=model.config, dtype=torch.float32, **options)
+    assert torch.equal(logits(again), wanted)
+    assert any(isinstance(m, QuantizedLinear) for m in again.modules()) == (second is not None)
+    model.save_pretrained(tmp_path / "dense")
+    assert "_name_or_path" not in (tmp_path / "dense" / "config.json").read_text()
+    if second is None:
+        dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense", config=model.config, dtype=torch.float32)
+        assert torch.equal(logits(dense), wanted)
+        assert not hasattr(dense.config, "quantization_config")
+
+
+def test_an_edited_weight_of_another_format_is_not_lost(tmp_path: Path) -> None:
+    model = load(checkpoint("llama-mixed", tmp_path))
+    logits(model)  # the host decompresses
+    model.model.layers[0].mlp.gate_proj.weight.data.mul_(2)
+    with pytest.raises(hf_fp8.errors.UnsupportedError, match=r"layers\.0\.mlp\.gate_proj"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("how", [lambda m: m.dequantize(), hf_fp8.dequantize_model], ids=["method", "function"])
+def test_dequantize_after_saving(how: Any, fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    model.save_pretrained(tmp_path / "fp8 again")
+    wanted = logits(model)
+    how(model).save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert error(logits(again), wanted) < 1e-2  # the host wrote the model's dtype, bfloat16
+
+
+def test_one_layer_replaced(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = mlp.up_proj.to_linear(torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert type(again.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("backend", ["auto", "weight_only"])
+def test_a_config_inside_text_config(backend: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    path = checkpoint("qwen2vl-dyn", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    options = {"quantization_config": FP8Config(backend=backend), "dtype": torch.float32}
+    model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").read_text().count("config_groups") == (backend != "auto")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    wanted = logits(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32))
+    assert torch.equal(logits(again), wanted)
+    passed = AutoModelForImageTextToText.from_pretrained(path, config=model.config, dtype=torch.float32)
+    assert torch.equal(logits(passed), wanted)
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "exact": {"targets": [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)],
+              "quantized": lambda n: n.endswith("q_proj.weight")},
+    "regex": {"targets": [r"re:model\.layers\..*_proj"]},
+    "head group": {
+        "quantized": lambda n: n.endswith(("_proj.weight", "lm_head.weight")), "ignore": [], "targets": ["re:.*_proj"],
+        "config_edit": lambda c: c["quantization_config"]["config_groups"].update(
+            head={**c["quantization_config"]["config_groups"]["group_0"], "targets": ["lm_head"]}
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_saved_as_another_class(name: str, tmp_path: Path) -> None:
+    """The names lose their prefix, and a group may lose all of its modules."""
+    from transformers import AutoModel
+
+    write(tiny_llama(), tmp_path / "causal", **NAMED[name])
+    options = {"quantization_config": KEEP, "dtype": torch.float32}
+    base = AutoModel.from_pretrained(tmp_path / "causal", **options)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base", **options)
+    assert torch.equal(again(IDS).last_hidden_state, base(IDS).last_hidden_state)
+    assert any(isinstance(m, QuantizedLinear) for m in again.modules())
+
+
+@pytest.mark.parametrize("config", [FP8Config(), FP8Config(backend="int8"), KEEP], ids=["dense", "int8", "kept"])
+def test_adapters_are_saved_twice(config: FP8Config, fp8: Path, tmp_path: Path) -> None:
+    """The model card of an adapter names the base model, as YAML, and is read at the next save."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(load(fp8, config), LoraConfig(target_modules=["q_proj"]))
+    for _ in range(2):
+        adapted.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"base_model: {fp8}" in card and "python/object" not in card
+
+
+def test_adapters_learn_and_leave_the_base_alone(fp8: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = load(fp8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = tuned(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = tuned.get_base_model().state_dict()
+    for name, tensor in before.items():
+        found = next(t for n, t in after.items() if n.replace(".base_layer", "") == name)
+        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_explain(fp8: Path) -> None:
+    kept, dense = hf_fp8.explain(load(fp8, FP8Config(backend="scaled_mm"))), hf_fp8.explain(load(fp8, FP8Config()))
+    assert len(kept) == len(dense) == 14
+    assert {row.kernel for row in kept} == {"scaled_mm_rowwise"} and {row.kernel for row in dense} == {"dense"}
+    assert all("no FP8 units" in row.reason for row in dense)
+    first = next(row for row in kept if row.name == "model.layers.0.mlp.up_proj")
+    assert first.bytes == 96 * 64 + 96 * 2 and first.scheme == "channel x token (dynamic)"
+    table = str(kept)
+    assert "model.layers.*.mlp.up_proj" in table and f"{sum(row.bytes for row in kept):,}" in table
+    assert str(hf_fp8.explain(torch.nn.Linear(2, 2))) == "no FP8 modules"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_other_formats_keep_their_scales_too(dtype: torch.dtype, forward_first: bool, tmp_path: Path) -> None:
+    """The host casts int4 scales to the model's dtype; what is saved is what was read."""
+    path = checkpoint("llama-mixed", tmp_path)
+    model = load(path, dtype=dtype)
+    if forward_first:
+        logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    read, saved = tensors(path), tensors(tmp_path / "saved")
+    quantized = {name for name in read if "weight_" in name or read[name].dtype == FP8}
+    assert quantized <= set(saved) and not quantized & set(differing(read, saved))

@@ -1,0 +1,69 @@
+"""torch.compile: one graph whatever the backend, the same numbers, and no compiling again while decoding."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from support.build import IDS, STATIC_TENSOR, cached, load, tiny_llama, write
+from transformers import StaticCache
+
+from hf_fp8 import FP8Config
+from hf_fp8.formats.scheme import TENSOR, Granularity
+
+BACKENDS = ["weight_only", "scaled_mm", "int8"]
+SCHEMES: dict[str, dict[str, Any]] = {
+    "channel": {},
+    "static": {"weight": TENSOR, "inputs": STATIC_TENSOR},
+    "block": {"weight": Granularity(32, 32)},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "backend"), [*(("channel", backend) for backend in BACKENDS), ("static", "scaled_mm"), ("block", "scaled_mm")]
+)
+def test_one_graph_and_the_same_numbers(scheme: str, backend: str, tmp_path: Path) -> None:
+    write(tiny_llama(), tmp_path, **SCHEMES[scheme])
+    model = load(tmp_path, FP8Config(backend=backend))
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for ids in (IDS, IDS[:, :1], IDS[:1, :7]):
+            assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_compiles_once(backend: str, fp8: Path) -> None:
+    model = load(fp8, FP8Config(backend=backend))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model.forward, fullgraph=True, backend=counter)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        model(IDS[:1], **cached(model, cache), use_cache=True)
+        for token in range(6):
+            step(IDS[:1, token : token + 1].contiguous(), **cached(model, cache), use_cache=True)
+            if token == 1:
+                settled = counter.frame_count
+    assert counter.frame_count == settled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on CPUs")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_inductor(backend: str, fp8: Path) -> None:
+    layer = load(fp8, FP8Config(backend=backend)).model.layers[0].mlp
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        for rows in (1, 9):
+            x = torch.randn(rows, 64)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)

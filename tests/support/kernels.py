@@ -1,0 +1,76 @@
+"""Operands of a matmul, its exact result, and which kernels take it."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_fp8.formats import numerics
+from hf_fp8.formats.scheme import (
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    FP8_STATIC,
+    FP8_WEIGHT_ONLY,
+    INT8_DYNAMIC,
+    ROW,
+    TENSOR,
+    Granularity,
+    Scheme,
+    TensorScheme,
+)
+from hf_fp8.kernels import KERNELS, Problem, why_not
+
+CPU = torch.device("cpu")
+SCHEMES = {
+    "dynamic": FP8_DYNAMIC,
+    "static": FP8_STATIC,
+    "block": FP8_BLOCK,
+    "weight_only": FP8_WEIGHT_ONLY,
+    "channel x static": Scheme(TensorScheme(ROW), TensorScheme(TENSOR)),
+    "channel x dynamic tensor": Scheme(TensorScheme(ROW), TensorScheme(TENSOR, dynamic=True)),
+    "tensor x token": Scheme(TensorScheme(TENSOR), TensorScheme(ROW, dynamic=True)),
+    "group 40 x group 64": Scheme(TensorScheme(Granularity(1, 40)), TensorScheme(Granularity(1, 64), dynamic=True)),
+    "block 48x32 x token": Scheme(TensorScheme(Granularity(48, 32)), TensorScheme(ROW, dynamic=True)),
+    "int8": INT8_DYNAMIC,
+}
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+# It computes in bfloat16 whatever it is given.
+IN_BFLOAT16 = "int8_weight_only"
+# dB below which an output is too far from the product of the dequantized operands, by dtype: 20 log10(2) per bit
+# of mantissa, less a few for the sum.
+THRESHOLD = {torch.float32: 110.0, torch.bfloat16: 42.0, torch.float16: 58.0}
+
+
+def operands(scheme: Scheme, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(m + n + k)
+    w = torch.randn(n, k, generator=generator)
+    weight = scheme.weight
+    w_scale = numerics.compute_scale(w, weight.granularity, weight.dtype)
+    x = torch.randn(m, k, generator=generator).clamp(-4, 4).to(dtype)
+    return {
+        "x": x,
+        "weight": numerics.quantize(w, w_scale, weight.granularity, weight.dtype),
+        "weight_scale": w_scale,
+        "input_scale": torch.tensor([4 / 448]) if scheme.has_static_input else None,
+    }
+
+
+def expected(scheme: Scheme, given: dict[str, torch.Tensor], quantized_input: bool = True) -> torch.Tensor:
+    """The matmul of the dequantized operands, in float64."""
+    x = given["x"].to(torch.promote_types(given["x"].dtype, torch.float32))
+    if scheme.input is not None and quantized_input:
+        q, scale = numerics.quantize_input(x, scheme.input, given["input_scale"])
+        x = q.double() * numerics.expand_scale(scale, scheme.input.granularity, *q.shape).double()
+    w = given["weight"].double() * numerics.expand_scale(
+        given["weight_scale"], scheme.weight.granularity, *given["weight"].shape
+    )
+    return x.double() @ w.t()
+
+
+def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(20 * torch.log10(wanted.norm() / (found.double() - wanted).norm().clamp(min=1e-300)))
+
+
+def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:
+    """The kernels that take the problem."""
+    problem = Problem(device, scheme, n, k, dtype)
+    return [kernel.name for kernel in KERNELS if why_not(kernel, problem) is None]
