@@ -83,6 +83,15 @@ def test_the_top_is_short() -> None:
     assert len(found) <= 14, found
 
 
+def test_functions_fit_on_a_screen() -> None:
+    """60 lines, docstring and signature included. Their complexity is ruff's matter (C901)."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
+
+
 def test_import_is_lean() -> None:
     code = (
         "import sys, torch; from transformers import CompressedTensorsConfig, PreTrainedModel;"

@@ -26,21 +26,12 @@ SLACK = 1.5
 
 
 @triton.jit
-def _grouped(
-    x, w, x_scales, w_scales, out, rows, slots, experts, offsets, S, N, K, E, grid_m, share, part, part_scales, scale_rows,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_sm, stride_sk, stride_ce, stride_cn, stride_ck,
-    QUANTIZED: tl.constexpr, X_COLS: tl.constexpr, W_COLS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-    SORTED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _rows_of_tile(
+    tile, experts, offsets, S, E, SORTED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    grid_n = tl.cdiv(N, BLOCK_N)
-    first_m = pid // (GROUP * grid_n) * GROUP
-    height = min(grid_m - first_m, GROUP)
-    tile = first_m + pid % (GROUP * grid_n) % height
-    n = pid % (GROUP * grid_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    """(expert, numbers of its rows in this tile, which of those there are). Sorted rows: each expert has a whole number of
+    tiles; expert E stands for the rows behind all others, which no expert takes. Else each tile is one row."""
     if SORTED:
-        # Expert E is nobody: the rows behind all others. Each has so many tiles of rows; which of them is this?
         each = tl.arange(0, BLOCK_E)
         end = tl.where(each < E, tl.load(offsets + each, mask=each < E, other=0), S)
         start = tl.load(offsets + each - 1, mask=(each > 0) & (each <= E), other=0)
@@ -56,6 +47,42 @@ def _grouped(
         expert = tl.load(experts + tile).to(tl.int32)
         m = tile + tl.arange(0, BLOCK_M)
         here = tl.arange(0, BLOCK_M) < 1
+    return expert, m, here
+
+
+@triton.jit
+def _block_of(step, BLOCK_K: tl.constexpr, COLS: tl.constexpr):
+    """Which block of COLS columns, with a scale of its own, a step along K is in; 0 where there is one scale for all."""
+    return step * BLOCK_K // COLS if COLS > 0 else 0
+
+
+@triton.jit
+def _product(xt, wt, x_scales, w_scales, x_scale, w_scale, here, below, X_COLS: tl.constexpr, W_COLS: tl.constexpr):
+    """One step's product of codes, times the scales that belong to this step, the weight's first as in scaled_mm."""
+    product = tl.dot(xt, tl.trans(wt)).to(tl.float32)
+    if W_COLS > 0:
+        w_scale = tl.load(w_scales, mask=below, other=0.0).to(tl.float32)
+    product *= w_scale[None, :]
+    if X_COLS > 0:
+        product *= tl.load(x_scales, mask=here, other=0.0).to(tl.float32)[:, None]
+    return product
+
+
+@triton.jit
+def _grouped(
+    x, w, x_scales, w_scales, out, rows, slots, experts, offsets, S, N, K, E, grid_m, share, part, part_scales, scale_rows,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_sm, stride_sk, stride_ce, stride_cn, stride_ck,
+    QUANTIZED: tl.constexpr, X_COLS: tl.constexpr, W_COLS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    SORTED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    grid_n = tl.cdiv(N, BLOCK_N)
+    first_m = pid // (GROUP * grid_n) * GROUP
+    height = min(grid_m - first_m, GROUP)
+    tile = first_m + pid % (GROUP * grid_n) % height
+    n = pid % (GROUP * grid_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert, m, here = _rows_of_tile(tile, experts, offsets, S, E, SORTED, BLOCK_E, BLOCK_M)
     taken = (expert >= 0) & (expert < E)
     k_tiles = tl.where(taken, tl.cdiv(K, BLOCK_K), 0)
     e = tl.where(taken, expert, 0).to(tl.int64)
@@ -80,18 +107,10 @@ def _grouped(
             if X_COLS == 0 and W_COLS == 0:
                 acc = tl.dot(xt, tl.trans(wt), acc)
             else:
-                product = tl.dot(xt, tl.trans(wt)).to(tl.float32)
-                if W_COLS > 0:
-                    at = step * BLOCK_K // W_COLS * stride_ck
-                    w_scale = tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32)
-                product *= w_scale[None, :]  # first, as in scaled_mm
-                if X_COLS > 0:
-                    at = step * BLOCK_K // X_COLS * stride_sk
-                    x_scale = tl.load(x_scale_rows + at, mask=here, other=0.0).to(tl.float32)
-                    product *= x_scale[:, None]
-                acc += product
+                x_at, w_at = _block_of(step, BLOCK_K, X_COLS) * stride_sk, _block_of(step, BLOCK_K, W_COLS) * stride_ck
+                acc += _product(xt, wt, x_scale_rows + x_at, w_scale_rows + w_at, x_scale, w_scale, here, n < N, X_COLS, W_COLS)
         elif W_COLS > 0:
-            at = step * BLOCK_K // W_COLS * stride_ck
+            at = _block_of(step, BLOCK_K, W_COLS) * stride_ck
             power, rest = power_of(tl.load(w_scale_rows + at, mask=n < N, other=0.0).to(tl.float32), DTYPE)
             wide = tl.trans(widened(wt, power, DTYPE, BITS))
             acc += tl.dot(xt.to(DTYPE), wide, input_precision="ieee") * rest[None, :]
