@@ -19,32 +19,42 @@ from transformers.utils import logging
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.scheme import FP8, TENSOR
+from hf_fp8.integrations import placement
 from hf_fp8.integrations.placement import compute_device
 
-WAYS: dict[str, Any] = {
-    "FP8Config": FP8Config(),
-    "dequantize": FP8Config(dequantize=True),
-    "stock": CompressedTensorsConfig(),
-    "stock, dequantize": CompressedTensorsConfig(dequantize=True),
-    "stock, run_compressed": CompressedTensorsConfig(run_compressed=True),
-    "stock, not run_compressed": CompressedTensorsConfig(run_compressed=False),
-    "stock, optimized": CompressedTensorsConfig(use_optimized_inference=True),
-    "stock, both": CompressedTensorsConfig(use_optimized_inference=True, dequantize=True),
-    "dict": {"quant_method": "compressed-tensors"},
-    "dict, dequantize": {"quant_method": "compressed-tensors", "dequantize": True},
-    "dict, run_compressed": {"run_compressed": False},
-    "our dict": {"quant_method": "hf_fp8", "experts": "auto"},
-    "dict of two": {"dequantize": True, "use_optimized_inference": True},
+# What is passed as `quantization_config` -> whether weights stay in FP8 where a kernel for them is.
+WAYS: dict[str, tuple[Any, bool]] = {
+    "nothing": (None, True),
+    "FP8Config": (FP8Config(), True),
+    "dequantize": (FP8Config(dequantize=True), False),
+    "stock": (CompressedTensorsConfig(), True),
+    "stock, dequantize": (CompressedTensorsConfig(dequantize=True), False),
+    "stock, run_compressed": (CompressedTensorsConfig(run_compressed=True), True),
+    "stock, not run_compressed": (CompressedTensorsConfig(run_compressed=False), False),
+    "stock, optimized": (CompressedTensorsConfig(use_optimized_inference=True), True),
+    "stock, both": (CompressedTensorsConfig(use_optimized_inference=True, dequantize=True), False),
+    "dict": ({"quant_method": "compressed-tensors"}, True),
+    "dict, dequantize": ({"quant_method": "compressed-tensors", "dequantize": True}, False),
+    "dict, not run_compressed": ({"run_compressed": False}, False),
+    "our dict": ({"quant_method": "hf_fp8", "experts": "auto"}, True),
+    "dict of two": ({"dequantize": True, "use_optimized_inference": True}, False),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_of_calling(way: str, fp8: Path) -> None:
+def test_ways_of_calling(way: str, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU dequantizes whatever it is told; a device with FP8 kernels does what it is told."""
+    asked, kept = WAYS[way]
+    options = {} if asked is None else {"quantization_config": asked}
+    found = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32, **options)
     plain = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32)
-    found = load(fp8, WAYS[way])
     assert torch.equal(logits(found), logits(plain))
-    assert not any(isinstance(module, QuantizedLinear) for module in found.modules())  # this is a CPU
+    assert not any(isinstance(module, QuantizedLinear) for module in found.modules())
     assert not hasattr(found.config, "quantization_config")
+    monkeypatch.setattr(placement, "why_not_kept", lambda device, dtype: None)
+    there = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32, **options)
+    assert sum(isinstance(module, QuantizedLinear) for module in there.modules()) == (14 if kept else 0)
+    assert hasattr(there.config, "quantization_config") is kept
 
 
 @pytest.mark.parametrize("way", [KEEP, {"backend": "weight_only"}, {"quant_method": "hf_fp8", "backend": "weight_only"}])

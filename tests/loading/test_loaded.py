@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.build import IDS, KEEP, OFFLOAD, differing, error, load, logits, stock_transformers, tensors, tiny_llama, write
+from support.build import (
+    IDS,
+    KEEP,
+    OFFLOAD,
+    differing,
+    error,
+    load,
+    logits,
+    moved,
+    stock_transformers,
+    tensors,
+    tiny_llama,
+    write,
+)
 from support.checkpoints import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -28,10 +41,11 @@ def test_what_is_done_to_models(config: FP8Config, fp8: Path, tmp_path: Path) ->
     others = {
         "deepcopy": copy.deepcopy(model),
         "torch.save": torch.load(tmp_path / "whole.pt", weights_only=False),
-        "to cpu": load(fp8, config).to("cpu"),
+        "moved": moved(load(fp8, config)),
         "state_dict": load(fp8, config),
     }
-    others["state_dict"].load_state_dict(model.state_dict())
+    for name in ("moved", "state_dict"):
+        others[name].load_state_dict(model.state_dict())
     for name, other in others.items():
         assert torch.equal(logits(other), wanted), name
         other.save_pretrained(tmp_path / name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.build import OFFLOAD, differing, error, tensors, tiny_llama, write
+from support.build import OFFLOAD, differing, error, moved, tensors, tiny_llama, write
 from support.experts import KEEP, experts_of, load, write_family
 from support.moe import IDS, causal, is_linear, qwen3_moe, write_transposed
 from torch.nn.utils import parametrize
@@ -64,10 +64,11 @@ def test_what_is_done_to_models(qwen: tuple[PreTrainedModel, Path], tmp_path: Pa
     others = {
         "deepcopy": copy.deepcopy(kept),
         "torch.save": torch.load(tmp_path / "whole.pt", weights_only=False),
-        "to cpu": load(model, path).to("cpu"),
+        "moved": moved(load(model, path)),
         "state_dict": load(model, path),
     }
-    others["state_dict"].load_state_dict(kept.state_dict())
+    for name in ("moved", "state_dict"):
+        others[name].load_state_dict(kept.state_dict())
     for name, other in others.items():
         assert torch.equal(causal(other), wanted), name
         other.save_pretrained(tmp_path / name)

@@ -18,6 +18,7 @@ import hf_fp8
 from hf_fp8 import FP8Config
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
+from hf_fp8.nn.base import QuantizedModule
 
 State = dict[str, torch.Tensor]
 
@@ -172,3 +173,11 @@ def stock_transformers() -> Iterator[None]:
         yield
     finally:
         hf_fp8.register()
+
+
+def moved(model: Any) -> Any:
+    """`model`, whose quantized modules have been to another device, meta, and come back without values."""
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            module.to("meta").to_empty(device="cpu")
+    return model
