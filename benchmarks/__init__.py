@@ -13,4 +13,4 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / ".demo"  # where models are kept from run to run
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-sys.path.append(str(ROOT / "tests"))  # the small models of build.py and moe.py
+sys.path.append(str(ROOT / "tests"))  # support: small models
