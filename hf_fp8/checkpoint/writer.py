@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -168,11 +169,8 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
         yield part
         for file in [part, *part.rglob("*")]:
             _sync(file)
-        check_place(path, replaces)  # somebody else may have been here meanwhile
-        if path.exists() and any(path.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed while it deleted it
-            path.rename(old)
-        _move_in(part, path)
+        check_place(path, replaces)  # another thread or process may have written there meanwhile
+        _move_in(part, path, old if replaces is not None else None)
         _sync(path.parent)
     except BaseException:
         _put_back(old, path)
@@ -181,13 +179,22 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _move_in(part: Path, path: Path) -> None:
-    """Rename `part` to `path`, where nothing is, or an empty folder. Raises ConfigError if somebody was faster."""
+def _move_in(part: Path, path: Path, old: Path | None) -> None:
+    """Rename `part` to `path`. old: where to move what is there, None if nothing may be there but an empty folder.
+
+    Raises ConfigError if another thread or process writes there at the same time.
+    """
     try:
-        part.rename(path)
+        if old is not None and path.exists() and any(path.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed while it deleted it
+            path.rename(old)
+        part.rename(path)  # over an empty folder, too
     except OSError as error:
-        if path.exists() and any(path.iterdir()):
-            raise ConfigError(f"{path} has been written by another thread or process meanwhile, and stays as it is") from error
+        vanished = isinstance(error, FileNotFoundError) and part.exists()
+        if vanished or error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ConfigError(
+                f"{path} was written by another thread or process at the same time, and stays as it is"
+            ) from error
         raise
 
 
@@ -197,7 +204,8 @@ def _new_beside(path: Path) -> Path:
 
 def _put_back(old: Path, path: Path) -> None:
     if old.exists() and not path.exists():
-        old.rename(path)
+        with contextlib.suppress(OSError):  # somebody else does it at the same time; else `old` stays for the next one
+            old.rename(path)
 
 
 def _sync(path: Path) -> None:

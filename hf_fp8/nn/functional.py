@@ -34,10 +34,10 @@ def _run(
     backend: str,
     backward: str,
     original: torch.Tensor | None = None,
-    snapshot: torch.Tensor | None = None,
+    made_of: torch.Tensor | None = None,  # this name stays: what inductor has in its cache calls the op by it
 ) -> torch.Tensor:
     if original is not None:
-        refuse_changed(original, snapshot, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
+        refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
     kernel = kernel_for(x, weight, scheme, backend)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import torch
+
 import hf_fp8
 from hf_fp8.integrations import old_names
 
 # What each name of `hf_fp8` is; of functions and classes how they are called; and where old names are.
 # Written by `python tests/project/test_public_api.py`.
 WRITTEN = Path(__file__).parents[1] / "data" / "public_api.txt"
+OPS = ("scaled_grouped_linear", "scaled_linear", "times_weight")
 
 
 def described() -> list[str]:
@@ -23,6 +26,8 @@ def described() -> list[str]:
             lines.append(f"{name}{inspect.signature(value)}")
         else:
             lines.append(f"{name}: {type(value).__name__}")
+    # Compiled code in inductor's cache calls ops by these.
+    lines += [str(getattr(torch.ops.hf_fp8, name).default._schema) for name in OPS]
     return lines + [f"{name}: deprecated, {place}" for name, place in sorted(old_names.NAMES.items())]
 
 
