@@ -1,1 +1,1 @@
-"""Modules that hold codes and scales, and their ops."""
+"""Quantized modules (FP8 or int8 codes plus scales) and their custom ops. Codes are the stored 8-bit numbers."""

@@ -1,7 +1,7 @@
-"""What a linear gives back to its input: the gradient of its output times the weight, (M, N) @ (N, K), as one custom op.
+"""Input gradient of a quantized linear: output gradient times weight, (M, N) @ (N, K), as one custom op.
 
-The op is opaque to `torch.compile`, so that no graph can come to hold a multiplied-out weight; and it is its own
-derivative with the weight transposed, so that gradients of gradients are right.
+The op is opaque to `torch.compile`, so a graph never stores a dequantized weight. Its derivative is the same op with the
+weight transposed, so second-order gradients are correct. Codes are the stored 8-bit values, E4M3 or int8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..kernels import Input, Weight, kernel_for
 from ..kernels import torch_fp8 as torch_mm
 from . import custom_op
 
-# How a gradient is multiplied: as it is, with the dequantized weight; or rounded to 8 bits, with the codes.
+# "exact": gradient times the dequantized weight. "quantized": gradient rounded to 8 bits, times the codes.
 BACKWARDS = ("exact", "quantized")
 
 
@@ -33,7 +33,7 @@ def _run(
 
 
 def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """In pieces of columns, of which each gives columns of the result: the same sums, and no float copy of the whole."""
+    """x @ dequantized weight, a block of columns at a time: the same sums, without a float copy of the whole weight."""
     elements = torch_mm.elements_at_once(weight.device)
     granularity = scheme.weight.granularity
     if weight.numel() <= elements:
@@ -45,9 +45,9 @@ def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, sc
 
 
 def _turned(scheme: Scheme) -> Scheme | None:
-    """The scheme of the transposed weight, inputs rounded per token or group; None if its scales cannot be turned.
+    """The scheme of the transposed weight, with inputs quantized per token or group; None if its scales cannot be transposed.
 
-    Scales per row of W would be scales per column of its transpose: those go into the gradient instead, before it is rounded.
+    Scales per row of W would be scales per column of its transpose: the gradient is multiplied by them before it is rounded.
     """
     granularity = scheme.weight.granularity
     if granularity == ROW:
@@ -63,16 +63,16 @@ def _turned(scheme: Scheme) -> Scheme | None:
 def _quantized(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme, turned: Scheme
 ) -> torch.Tensor:
-    """A forward with the transposed weight, where the device has a kernel for that; else as exact."""
+    """A quantized matmul with the transposed weight if the device has a kernel for it, else `_exact`."""
     backend = "int8" if turned == INT8_DYNAMIC else "scaled_mm"
     kernel = kernel_for(x, weight.t(), turned.text, backend)
-    # Without a `quantize`: for few rows, where reading the weight is what takes the time.
+    # No `quantize`: the weight-only kernel for few rows, where reading the weight takes most of the time.
     if kernel.quantize is None or kernel.quantize is torch_mm.fake_quantize:
         return _exact(x, weight, weight_scale, scheme)
-    # Kernels want its rows contiguous, but for the CPU's int8 one.
+    # All kernels except the int8 kernel for CPUs need contiguous rows.
     codes = weight.t() if turned == INT8_DYNAMIC and weight.device.type == "cpu" else weight.t().contiguous()
     if scheme.weight.granularity == ROW:
-        given = x.float() * weight_scale.float().reshape(1, -1)  # in float32: a product of two small numbers
+        given = x.float() * weight_scale.float().reshape(1, -1)  # float32, as the product of two small numbers may underflow
         scale = weight_scale.new_ones((codes.shape[0], 1), dtype=torch.float32)
     else:
         given, scale = x, weight_scale.t().contiguous() if weight_scale.ndim == 2 else weight_scale

@@ -1,4 +1,7 @@
-"""What every module that holds codes and scales has in common: casts leave them alone, state dicts are checked."""
+"""QuantizedModule, the base class of modules that hold codes (stored 8-bit values) and scales.
+
+Casts leave codes and scales unchanged; state dicts are checked before they are loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,30 @@ from .parameters import held_by, let_gather, plain_scale, scale_held
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What others put on a module itself (accelerate's hooks, `module.compile()`), bound to it.
+# Instance attributes that accelerate's hooks or `module.compile()` set and bind to the module.
 OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
-# What a layer is made of, and what PyTorch, transformers or accelerate put on it; anything else is of someone's own.
+# Attributes set by PyTorch, transformers or accelerate; any other attribute was set by user code.
 OF_A_LAYER = frozenset(
     {*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta")), *OF_AN_INSTANCE, "_is_hf_initialized"}
 )
 
 
 def foreign_attributes(module: nn.Module) -> tuple[str, ...]:
-    """Names of what somebody has set on a float layer, or on the one that this one stands for."""
+    """Names of attributes that user code set on a float layer, or on the float layer that a quantized one replaces."""
     if isinstance(module, QuantizedModule):
         return module.foreign
     return tuple(name for name in vars(module) if name not in OF_A_LAYER)
 
 
 class QuantizedModule(nn.Module):
-    """A module whose parameters `holds` names: codes -> the scales that belong to them.
+    """Base class of modules with codes and scales; `holds` maps the name of each codes parameter to those of its scales.
 
-    `.to(dtype)`, `.half()` and the like leave codes and scales as they are, since a cast would change or lose the
-    values; a state dict with other codes, or with codes and without their scale, is refused.
+    `.to(dtype)`, `.half()` and similar casts leave codes and scales unchanged, as a cast would change or lose the
+    values. A state dict with codes of another dtype, or with codes but not their scale, is refused.
     """
 
-    # name of a parameter with codes -> names of its scales, the weight's own first; any may be None
+    # codes parameter -> its scales: the weight's scale first, then the input's; any of them may be None
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
@@ -49,26 +52,26 @@ class QuantizedModule(nn.Module):
         """Names of all codes and scales."""
         return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
 
-    # Names of the scales of its inputs that have yet to be measured, and are NaN. Kernels are given none instead.
+    # Names of input scales that are not measured yet, and hold NaN. Kernels get None instead of them.
     unmeasured: tuple[str, ...] = ()
-    # The dtype of the float weights that it was made of, or of the model that it was loaded into; None: not known.
+    # Dtype of the float weights that were quantized, or of the model that the layer was loaded into; None if not known.
     original_dtype: torch.dtype | None = None
 
-    # Names of what somebody had set on the layer that it stands for, and is set on it, too (`swap.copy_hooks`).
+    # Names of attributes that user code set on the replaced float layer; `swap.copy_hooks` sets them here, too.
     foreign: tuple[str, ...] = ()
-    # Its name in the model that it was loaded or quantized in, for errors.
+    # Its name in the model, for error messages.
     name_in_model: str = ""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's, to which assigning a parameter leads: codes become a QuantizedWeight that belongs to this layer."""
+        """As nn.Module's (assigning a parameter calls it); codes become a QuantizedWeight that belongs to this layer."""
         if param is not None and name in self.holds and not is_certain():
             self._bring_scale(name, param)
         super().register_parameter(name, self._as_held(name, param))
 
     def _bring_scale(self, name: str, param: Any) -> None:
-        """Of codes that another layer holds take its scales, too; so that layers share both, or a copy has both.
+        """Take over the scales together with the codes of another layer, so that both are shared or both are copied.
 
-        Raises UnsupportedError if they do not fit, and for values that were cast to the dtype of codes.
+        Raises UnsupportedError if the scales do not fit, and for values that were cast to the dtype of codes.
         """
         before: Any = self._parameters.get(name)
         if type(param) is not QuantizedWeight:
@@ -80,8 +83,8 @@ class QuantizedModule(nn.Module):
             return
         if not is_whole(param):
             raise UnsupportedError(
-                f"{self.called(name)} is given codes of a part of a weight, or in another order, whose scales cannot come "
-                "along: hf_fp8.dequantize_model(model) gives weights that can be changed"
+                f"{self.called(name)} was assigned codes of a part of another weight, or in another order, without "
+                "matching scales: call hf_fp8.dequantize_model(model) to get weights that can be changed"
             )
         leaf = self.holds[name][0]
         if owner is not None and owner[0]._parameters[owner[1]] is param:
@@ -92,13 +95,13 @@ class QuantizedModule(nn.Module):
         self.take_scale(name, param._source.decoder(param._part.whole).scale)
 
     def take_scale(self, name: str, scale: torch.Tensor) -> None:
-        """Hold the scales of codes that came from elsewhere. Raises UnsupportedError if this scheme has others."""
+        """Replace the scales by those of codes from another layer. Raises UnsupportedError if their shape differs."""
         leaf = self.holds[name][0]
         held = self._parameters[leaf]
         assert held is not None
         if scale.shape != held.shape:
             raise UnsupportedError(
-                f"{self.called(name)} is given codes with scales of shape {[*scale.shape]}, and its scheme has {[*held.shape]}"
+                f"{self.called(name)} was assigned codes with scales of shape {[*scale.shape]}; its scheme has {[*held.shape]}"
             )
         if scale.dtype == held.dtype and not held.is_meta:
             with torch.no_grad():
@@ -114,42 +117,42 @@ class QuantizedModule(nn.Module):
         return scale_held(param)
 
     def _hold(self) -> None:
-        """See to it that codes and scales, which may have been put into `_parameters` by themselves, belong to this layer."""
+        """Make codes and scales that were written directly into `_parameters` belong to this layer."""
         for name in self.quantized:
             if name in self._parameters:
                 self._parameters[name] = self._as_held(name, self._parameters[name])
 
     def decoder(self, name: str) -> Decoder:
-        """What the codes called `name` mean, for whoever reads them as values."""
+        """The Decoder that dequantizes the codes called `name`."""
         raise NotImplementedError
 
     def called(self, name: str = "") -> str:
-        """What errors call this module, or its parameter `name`."""
+        """The name of this module, or of its parameter `name`, in error messages."""
         module = self.name_in_model or f"a {type(self).__name__}"
         if not name:
             return module
         return f"{module}.{name}" if self.name_in_model else f"{name} of {module}"
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """The dtype and shape that the scheme gives the codes called `name`."""
+        """The dtype and shape of the codes called `name` under the scheme."""
         raise NotImplementedError
 
     def scale_count(self, name: str) -> int:
-        """How many scales the scheme gives the codes called `name`."""
+        """The number of scales of the codes called `name` under the scheme."""
         raise NotImplementedError
 
     def held_scale(self, name: str) -> torch.Tensor:
         """The scales of the codes called `name`, for kernels.
 
-        Raises UnsupportedError if they are not as many as the scheme says, or in another dtype than scales have.
+        Raises UnsupportedError if their number differs from the scheme's, or their dtype is not one of `SCALES`.
         """
         leaf = self.holds[name][0]
         found: Any = self._parameters.get(leaf)
         if found is None or found.numel() != self.scale_count(name) or found.dtype not in SCALES:
             held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
             raise UnsupportedError(
-                f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} in bfloat16, float16 or "
-                "float32: it was replaced after the layer was quantized"
+                f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} scale(s) in bfloat16, float16 "
+                "or float32: it was replaced after the layer was quantized"
             )
         scale: torch.Tensor = plain_scale(found)
         return scale
@@ -157,7 +160,7 @@ class QuantizedModule(nn.Module):
     def held_codes(self, name: str) -> torch.Tensor:
         """The codes called `name` as a plain tensor, for kernels.
 
-        Raises UnsupportedError if somebody has put something else in their place.
+        Raises UnsupportedError if they were replaced by a tensor of another dtype or shape.
         """
         found: Any = self._parameters.get(name)
         codes: torch.Tensor = found.codes if type(found) is QuantizedWeight else found
@@ -166,7 +169,7 @@ class QuantizedModule(nn.Module):
         return codes
 
     def refuse_replaced(self) -> None:
-        """Raise UnsupportedError if codes or scales are not of the dtype and shape that the scheme gives them."""
+        """Raise UnsupportedError if codes or scales do not have the dtype and shape of the scheme."""
         self.refuse_parametrized()
         for name in self.holds:
             self.held_codes(name)
@@ -177,13 +180,13 @@ class QuantizedModule(nn.Module):
         held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
         raise UnsupportedError(
             f"{self.called(name)} is {held}, where its scheme has {[*shape]} codes in {dtype}: it was replaced or cast after "
-            "the layer was quantized. model.to(dtype) leaves codes as they are; hf_fp8.dequantize_model(model), before that, "
-            "gives weights that can be changed"
+            "the layer was quantized. model.to(dtype) leaves codes unchanged; to change weights, call "
+            "hf_fp8.dequantize_model(model) first"
         )
 
     @property
     def has_static_input(self) -> bool:
-        """Whether it holds scales of its inputs."""
+        """Whether it has static input scales."""
         return bool(self._input_scales())
 
     def _input_scales(self) -> dict[str, torch.Tensor]:
@@ -192,7 +195,7 @@ class QuantizedModule(nn.Module):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether scales of its inputs have yet to be measured (`hf_fp8.calibrate`): kernels that need them raise till then."""
+        """Whether input scales are not measured yet (`hf_fp8.calibrate`); kernels that need them raise until they are."""
         return bool(self.unmeasured)
 
     @needs_calibration.setter
@@ -200,22 +203,22 @@ class QuantizedModule(nn.Module):
         self.unmeasured = tuple(self._input_scales()) if awaits else ()
 
     def see_calibration(self) -> None:
-        """Note which scales of its inputs have yet to be measured: those that are NaN, of experts for all of a stack.
+        """Update `unmeasured`: the input scales that are all NaN.
 
-        Where some experts have one, those without are experts that nothing was routed to: their rows come out as NaN.
+        If only some experts of a stack have a scale, no token was routed to the others: their outputs are NaN.
         """
         here = {name: scale for name, scale in self._input_scales().items() if not scale.is_meta}
         self.unmeasured = tuple(name for name, scale in here.items() if not bool(scale.isfinite().any()))
 
     def await_scale(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> None:
-        """Hold a scale of inputs that has yet to be measured, in the dtype of `like` and on its device."""
-        # NaN, so that it cannot be taken for a scale wherever it gets to.
+        """Register an input scale that is not measured yet, in the dtype and on the device of `like`."""
+        # NaN, so that it is never used as a valid scale by mistake.
         self.register_parameter(name, nn.Parameter(like.new_full(shape, torch.nan), requires_grad=False))
         if not like.is_meta:
             self.unmeasured = (*self.unmeasured, name)
 
     def freeze(self) -> None:
-        """Codes and scales have no gradient: the loader may have asked for one."""
+        """Set requires_grad=False on codes and scales; the loader may have set it to True."""
         for name in self.quantized:
             parameter = getattr(self, name)
             if parameter is not None:
@@ -223,23 +226,23 @@ class QuantizedModule(nn.Module):
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the codes are somewhere else, such as on disk, until the module is called."""
+        """Whether the codes are offloaded (for example to disk) until the module is called."""
         return any(tensor.is_meta for name in self.holds if (tensor := getattr(self, name)) is not None)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
-        """The module that this one stands for, with its weights multiplied out, on the same device."""
+        """The float module that this one replaces, with dequantized weights, on the same device."""
         raise NotImplementedError
 
     def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[Self, Change]:
-        """A new module like this one with the weights of `dense`, which `to_dense` gave and somebody changed since; and what
-        rounding them makes of the change. generator: as in `quantize_weight`.
+        """A new module of this kind with the quantized weights of `dense`, and the effect of rounding on the change.
 
-        Scheme, dtypes of the scales and scales of inputs are this one's. Raises ScaleError for NaN or infinite weights.
+        dense: what `to_dense` returned, with weights that were changed since. generator: as in `quantize_weight`.
+        Scheme, scale dtypes and input scales are kept. Raises ScaleError for NaN or infinite weights.
         """
         raise NotImplementedError
 
     def _twin(self) -> Self:
-        """A module that shares all it has with this one, so far; hooks too, but for those bound to it."""
+        """A shallow copy that shares parameters, buffers, submodules and hooks, except hooks bound to this instance."""
         new = self.__new__(type(self))
         new.__dict__.update({name: value for name, value in vars(self).items() if name not in OF_AN_INSTANCE})
         for name in ("_parameters", "_buffers", "_modules"):
@@ -248,19 +251,19 @@ class QuantizedModule(nn.Module):
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "made_of" in state:  # what `original_dtype` was called up to 0.1
+        if "made_of" in state:  # the name of `original_dtype` up to version 0.1
             state = {**state, "original_dtype": state["made_of"]}
             del state["made_of"]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._hold()
 
     def refuse_parametrized(self) -> None:
-        """Raise UnsupportedError if somebody computes codes anew at each call (`torch.nn.utils.parametrize`)."""
+        """Raise UnsupportedError if codes or scales are parametrized (`torch.nn.utils.parametrize`)."""
         parametrized: Any = self._modules.get("parametrizations")
         if parametrized is not None and any(name in parametrized for name in self.quantized):
             raise UnsupportedError(
-                f"this {type(self).__name__} is parametrized (torch.nn.utils.parametrize), which would be done to its codes, "
-                "not to its weights. Adapters of PEFT work: import hf_fp8 before they are added; else load with "
+                f"this {type(self).__name__} is parametrized (torch.nn.utils.parametrize), which would change its codes, "
+                "not its weights. PEFT adapters are supported: import hf_fp8 before adding them; otherwise load with "
                 "FP8Config(dequantize=True)"
             )
 
@@ -301,12 +304,13 @@ class QuantizedModule(nn.Module):
         for name, scales in self.holds.items():
             codes, held_as = state_dict.get(prefix + name), self.form_of(name)[0]
             if codes is not None and (own := self._parameters.get(name)) is not None and is_cast_of(own, codes):
-                # As adapters are saved with the head, or what casts a whole state dict gives: nothing changes, scales neither.
+                # The unchanged weight in a float dtype: a head saved with adapters, or a state dict that was cast. Keep
+                # codes and scales.
                 held, scale = self._parameters[scales[0]], state_dict.get(prefix + scales[0])
                 assert held is not None
                 if scale is not None and not _same_scale(held, scale):
                     raise StateDictError(
-                        f"{prefix}{name} is the weight of this layer, and {prefix}{scales[0]} is not its scale: take both from "
+                        f"{prefix}{name} is the weight of this layer, but {prefix}{scales[0]} is not its scale: take both from "
                         "one state dict, or compute with hf_fp8.dequantize_model(model)"
                     )
                 state_dict = {**state_dict, prefix + name: own, **({} if scale is None else {prefix + scales[0]: held})}
@@ -314,23 +318,25 @@ class QuantizedModule(nn.Module):
             if codes is not None and codes.dtype != held_as:
                 raise StateDictError(
                     f"{prefix}{name} is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it. "
-                    "hf_fp8.dequantize_model(model) first, load, and hf_fp8.quantize_model(model) again"
+                    "Call hf_fp8.dequantize_model(model), load the state dict, then call hf_fp8.quantize_model(model)"
                 )
             if codes is not None and prefix + scales[0] not in state_dict:
-                raise StateDictError(f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of codes has both")
+                raise StateDictError(
+                    f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of a quantized layer needs both"
+                )
             if type(codes) is QuantizedWeight and not self._fits(codes, state_dict[prefix + scales[0]]):
                 raise StateDictError(
-                    f"{prefix}{name} is of another weight than {prefix}{scales[0]}, a part of one, or in another order: take "
-                    "both from one state dict, or compute with hf_fp8.dequantize_model(model)"
+                    f"{prefix}{name} does not belong to {prefix}{scales[0]}: it is another weight, a part of one, or in "
+                    "another order. Take both from one state dict, or compute with hf_fp8.dequantize_model(model)"
                 )
-            if type(codes) is torch.Tensor:  # of a file, or somebody's own
+            if type(codes) is torch.Tensor:  # from a file or from user code
                 refuse_values(
                     codes, self.held_codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]])
                 )
             for scale_name in scales:
                 scale, held = state_dict.get(prefix + scale_name), getattr(self, scale_name)
                 if scale is not None and held is not None and scale.dtype != held.dtype:
-                    # Copied as it is, not rounded to what was held before.
+                    # Keep the dtype of the state dict: no rounding to the dtype held so far.
                     self.register_parameter(scale_name, nn.Parameter(held.detach().to(scale.dtype), requires_grad=False))
         with codes_for_certain():
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -339,14 +345,14 @@ class QuantizedModule(nn.Module):
             self.see_calibration()
 
     def _fits(self, codes: QuantizedWeight, scale: torch.Tensor) -> bool:
-        """Whether an entry of a state dict comes with its own scale."""
+        """Whether `codes`, an entry of a state dict, belong to `scale`."""
         kept = codes._source.kept
         if kept is None or scale.is_meta or kept.scale.is_meta:
             return is_whole(codes)
         return is_whole(codes) and _same_scale(kept.scale, scale)
 
     def _ratio(self, name: str, new: torch.Tensor) -> float:
-        """By how much scales are larger than those that they are to replace."""
+        """Mean magnitude of the new scales divided by that of the held ones."""
         held = getattr(self, name)
         if held.is_meta or new.is_meta:
             return 1.0
@@ -355,7 +361,7 @@ class QuantizedModule(nn.Module):
 
 
 def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether two scales are one, but for a cast of the first to the dtype of the second."""
+    """Whether two scales are equal after a cast of the first to the dtype of the second."""
     if held.is_meta or given.is_meta:
         return held.shape == given.shape
     mine = held.detach().to(given.dtype)
@@ -363,8 +369,8 @@ def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:
 
 
 def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What `fn`, a `.to()` or the like, would make of `tensor`, but for its dtype."""
-    # Ask where fn would put a tensor, without casting this one: codes cast to bf16 are garbage.
+    """`tensor` moved as `fn` (such as `.to()`) would move it, with its dtype unchanged."""
+    # Ask fn for the device with an empty tensor: codes cast to bf16 would be garbage.
     device = fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device
     if device == tensor.device:
         moved = fn(tensor)

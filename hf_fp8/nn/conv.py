@@ -1,4 +1,4 @@
-"""QuantizedConv1x1: a convolution with a kernel of one point, which is a linear layer over the channels."""
+"""QuantizedConv1x1: a 1x1 convolution, computed as a linear layer over the channels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class QuantizedConv1x1(QuantizedLinear):
-    """A 1x1 convolution as an QuantizedLinear: `weight` (out_channels, in_channels), and the rest as there.
+    """A 1x1 convolution as a QuantizedLinear, with `weight` (out_channels, in_channels).
 
-    Inputs are (B, C, *spatial) or (C, *spatial); inputs are quantized over the channels, so that "per-token" is per point.
+    Inputs are (B, C, *spatial) or (C, *spatial). They are quantized over the channels: "per-token" means per spatial point.
     """
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, stride: tuple[int, ...] = (1,), **options: Any):
@@ -26,10 +26,10 @@ class QuantizedConv1x1(QuantizedLinear):
 
     @staticmethod
     def why_not(conv: nn.Module) -> str | None:
-        """Why a convolution is no linear layer over its channels; None if it is."""
+        """The reason why a convolution is not a linear layer over its channels; None if it is one."""
         assert isinstance(conv, Convolution)
         if any(size != 1 for size in conv.kernel_size):
-            return f"its kernel is {'x'.join(map(str, conv.kernel_size))}, and only one point is a linear layer"
+            return f"its kernel is {'x'.join(map(str, conv.kernel_size))}, and only 1x1 kernels are linear layers"
         if conv.groups != 1:
             return f"it has {conv.groups} groups"
         if isinstance(conv.padding, str) or any(size != 0 for size in conv.padding):
@@ -38,7 +38,7 @@ class QuantizedConv1x1(QuantizedLinear):
 
     @classmethod
     def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> QuantizedConv1x1:
-        """As QuantizedLinear's, for a 1x1 convolution."""
+        """As `QuantizedLinear.like`, for a 1x1 convolution."""
         assert isinstance(linear, Convolution)
         stride = tuple(linear.stride)
         new = cls(linear.in_channels, linear.out_channels, scheme, stride=stride, backend=backend, device="meta")
@@ -46,20 +46,20 @@ class QuantizedConv1x1(QuantizedLinear):
         return new
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, *spatial) or without B -> the same with out_channels, points `stride` apart."""
+        """input: (B, in_channels, *spatial) or (in_channels, *spatial). Returns out_channels at every `stride`-th point."""
         channels = -1 - len(self.stride)
         if input.ndim not in (len(self.stride) + 1, len(self.stride) + 2):
-            raise InputError(f"a convolution over {len(self.stride)} dimensions was given an input of shape {[*input.shape]}")
+            raise InputError(f"a {len(self.stride)}d convolution got an input of shape {[*input.shape]}")
         last = not input.is_contiguous() and input.movedim(channels, -1).is_contiguous()
         if any(step != 1 for step in self.stride):
             for dim, step in enumerate(self.stride, -len(self.stride)):
                 input = input[(slice(None),) * (input.ndim + dim) + (slice(None, None, step),)]
         out = super().forward(input.movedim(channels, -1)).movedim(-1, channels)
-        # As a convolution does: channels last only if they came so. What follows may take a view.
+        # Channels-last output only for channels-last input, as in a convolution. The next module may call `.view`.
         return out if last else out.contiguous()
 
     def to_dense(self, dtype: torch.dtype) -> Any:
-        """The convolution, with the original weight if it was kept, else the dequantized one."""
+        """The float convolution, with `original` if it was kept, else the dequantized weight."""
         linear = self.to_linear(dtype)
         kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(self.stride)]
         stride: Any = self.stride

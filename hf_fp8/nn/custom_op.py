@@ -1,4 +1,4 @@
-"""Custom ops: opaque to `torch.compile`, known to autograd."""
+"""Definition of custom ops that are opaque to `torch.compile` and support autograd."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def define(
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
 ) -> Any:
-    """The op ``hf_fp8::name``: `run`, whose annotations are its schema, on every device.
+    """Define the op ``hf_fp8::name``, which calls `run` on every device; the annotations of `run` give its schema.
 
-    fake: the same on tensors without memory. backward, setup_context: as in `torch.library.register_autograd`.
+    fake: the implementation for fake tensors. backward, setup_context: as in `torch.library.register_autograd`.
 
-    `torch.library.custom_op` makes the same op, but with a wrapper in Python around each call of `run`, which takes 10 to 20 us
+    `torch.library.custom_op` defines the same op, but wraps each call of `run` in Python, which takes 10 to 20 us
     (torch 2.13.0): 12 to 16% of a call of a 64x64 int8 linear with one row, 1 to 9% where gradients or FP8 make it slower.
     """
     qualified = f"hf_fp8::{name}"

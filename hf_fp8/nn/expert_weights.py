@@ -1,5 +1,7 @@
-"""Stacks of experts (QuantizedExperts) from codes to the family's own layout and back, one expert at a time; and LoRA on them:
-rows times the two small matrices of the expert that they were routed to."""
+"""Conversion of QuantizedExperts to the model family's float module and back, one expert at a time; and LoRA on experts.
+
+A stack is one parameter with the weights of all experts, (E, N, K); "the host" is transformers.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,23 @@ from ..formats.weights import Change, quantize_weight
 from ..kernels import ExpertWeights, Routing
 from ..kernels import torch_grouped as grouped_mm
 
-# Elements of a row that a grouped matmul wants to be a multiple of: 16 bytes of 16-bit numbers.
+# The row length of a grouped matmul must be a multiple of this: 16 bytes of 16-bit numbers.
 ALIGNED = 8
 
 
 def weights_of(experts: Any, projection: Any) -> ExpertWeights:
-    """A stack as kernels take it."""
+    """Codes and scales of a stack, as kernels need them."""
     scale = getattr(experts, projection.scale)
     return ExpertWeights(experts.held_codes(projection.name), scale, projection.scheme, projection.parts)
 
 
 def is_interleaved(experts: Any, projection: Any) -> bool:
-    """Whether the family's rows of gate and up take turns where this module's lie over each other."""
+    """Whether the family interleaves gate and up rows where this module concatenates them."""
     return projection is experts.first and not experts.layout.is_concatenated and not experts.interleaved
 
 
 def rebuilt(experts: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
-    """The family's own module, in its own layout, on the same device. empty: its weights take no memory and say nothing."""
+    """The family's float module, in its own layout, on the same device. empty: its weights take no memory and are NaN."""
     dense: nn.Module = experts.family.__new__(experts.family)
     nn.Module.__init__(dense)
     vars(dense).update({name: getattr(experts, name) for name in experts.attributes})
@@ -61,16 +63,16 @@ def decode(
     rows: slice,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Some experts of a stack multiplied out, (E, N, K), for whoever reads it as values.
+    """Dequantize the experts `rows` of a stack: (len(rows), N, K), for code that reads the parameter as values.
 
-    Raises UnsupportedError for families that hold their stacks otherwise: what their code computes with it would be wrong.
+    Raises UnsupportedError for families with another layout, as their code would compute wrong results with these values.
     """
     if layout.is_transposed or turns:
-        how = "transposed" if layout.is_transposed else "rows of gate and up taking turns"
+        how = "transposed" if layout.is_transposed else "with gate and up rows interleaved"
         raise UnsupportedError(
             f"{projection.name} is read as values, and {family.__name__} would hold it {how}, unlike its codes "
-            f"({[*codes.shape]} in {codes.dtype}): experts.to_dense(dtype) gives the family's own module, and "
-            "FP8Config(experts='dequantize') loads it so"
+            f"({[*codes.shape]} in {codes.dtype}): use the module of experts.to_dense(dtype), or load with "
+            "FP8Config(experts='dequantize')"
         )
     w = ExpertWeights(codes[rows], scale[rows], projection.scheme, projection.parts)
     out = torch.empty(w.codes.shape, dtype=dtype, device=codes.device)
@@ -91,7 +93,7 @@ def _empty(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _dense(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A stack as the family holds it."""
+    """The dequantized stack in the family's layout."""
     w = weights_of(experts, projection)
     out = torch.empty(_shape(experts, projection), dtype=dtype, device=w.codes.device)
     for expert, rows in enumerate(_rows(experts, out)):
@@ -105,18 +107,18 @@ def _dense(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _rows(experts: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views (N, K) of each expert of a stack in the family's layout."""
+    """A view (N, K) of each expert of `values`, a stack in the family's layout."""
     yield from values.transpose(1, 2) if experts.layout.is_transposed else values
 
 
 def rows_as_held(experts: Any, projection: Any, values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(N, K) of each expert of a stack in the family's layout, its rows in the order of the codes."""
+    """(N, K) of each expert of `values`, a stack in the family's layout, with rows in the order of the codes."""
     for rows in _rows(experts, values):
         yield torch.cat([rows[::2], rows[1::2]]) if is_interleaved(experts, projection) else rows
 
 
 def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
-    """Whether a stack is what `rebuilt` gave: no adapter is on it."""
+    """Whether a stack is what `rebuilt` returned: no adapter was merged into it."""
     w = weights_of(experts, projection)
     for expert, rows in enumerate(rows_as_held(experts, projection, values)):
         if not all(torch.equal(rows[a:b], piece) for piece, a, b in grouped_mm.pieces(w, expert, values.dtype)):
@@ -126,7 +128,7 @@ def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def requantized(experts: Any, dense: nn.Module, generator: torch.Generator | None) -> tuple[dict[str, nn.Parameter], Change]:
-    """Parameters of `experts` made of those of `dense`, the family's module, and what rounding makes of the change."""
+    """Quantize the changed stacks of `dense`, the family's module: new parameters for `experts`, and the effect of rounding."""
     found: dict[str, nn.Parameter] = {}
     change = Change()
     for projection in experts.projections:
@@ -161,7 +163,7 @@ def requantized(experts: Any, dense: nn.Module, generator: torch.Generator | Non
 
 
 class LowRank(NamedTuple):
-    """What is added to a stack (E, N, K): ``scaling * b @ a``. a: (E, r, K), b: (E, N, r), rows as the stack's."""
+    """A low-rank update of a stack (E, N, K): ``scaling * b @ a``. a: (E, r, K), b: (E, N, r), rows ordered as the stack's."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -169,9 +171,9 @@ class LowRank(NamedTuple):
 
 
 def product(x: torch.Tensor, factors: LowRank, routing: Routing) -> torch.Tensor:
-    """(S, N) in the dtype of x (R, K): for each output of `routing` its row times its expert's a and b; 0 where there is none.
+    """x times a and b of the expert of each row: (S, N) in the dtype of x (R, K); 0 for outputs without an expert.
 
-    Gradients flow to x, a and b. What is kept for them is the rows, sorted, and (S, r).
+    Gradients flow to x, a and b. Saved for backward: the sorted rows and a tensor of shape (S, r).
     """
     n_experts, rank, _ = factors.a.shape
     routing = routing if routing.offsets is not None else grouped_mm.sort(routing, n_experts)
@@ -179,8 +181,8 @@ def product(x: torch.Tensor, factors: LowRank, routing: Routing) -> torch.Tensor
     a, b = factors.a.to(x.dtype), (factors.b * factors.scaling).to(x.dtype)
     if fill := -rank % ALIGNED:
         a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
-    a, b = a.contiguous(), b.contiguous()  # PEFT's are views that grouped matmuls refuse
-    # Behind the last expert's rows nothing would be written, nor in the backward pass: it takes those of nobody, too.
+    a, b = a.contiguous(), b.contiguous()  # grouped matmuls refuse PEFT's strided views
+    # Rows without an expert come last and would not be written, in the backward pass neither: the last expert computes them.
     offsets = routing.offsets.clone()
     offsets[-1:] = routing.experts.shape[0]
     out = _grouped_linear(_grouped_linear(routing.gather(x), a, offsets), b, offsets)
@@ -189,7 +191,7 @@ def product(x: torch.Tensor, factors: LowRank, routing: Routing) -> torch.Tensor
 
 
 def _grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The host's; one expert after the other in float64, for which torch has no grouped matmul."""
+    """The host's grouped linear; in float64, for which torch has no grouped matmul, one expert after the other."""
     if x.dtype == torch.float64:
         out: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight.transpose(1, 2), offsets)
     else:

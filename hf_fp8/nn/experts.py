@@ -1,4 +1,4 @@
-"""QuantizedExperts: a mixture's experts in FP8, in the place of the host's module that holds them dense."""
+"""QuantizedExperts: the merged experts of an MoE layer in FP8, in place of the dense module of transformers ("the host")."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .expert_weights import LowRank, product
 from .grouped import known, route, scale_shape_of_experts, scaled_grouped_linear
 from .parameters import plain_scale
 
-# A few tokens are not sorted by expert: sorting is five launches, and what it saves is reading an expert twice that two
-# tokens chose. With the k experts of each token drawn at random, (T - 1) * k / 2E of the bytes are read again; up to an
-# eighth of them. Not measured.
+# Few tokens are not sorted by expert: sorting costs five kernel launches, and only avoids reading an expert again for each
+# further token that chose it. If the k experts of each token are random, (T - 1) * k / 2E of the bytes are read again;
+# this limit allows an eighth. Not measured.
 UNSORTED = 1 / 4
-# Values of `config._experts_implementation` that QuantizedExperts takes, with one forward for all: the host has one for prefill
-# and one for decode, between which `generate` switches; here the number of tokens decides.
+# Supported values of `config._experts_implementation`; the forward is the same for all. In the host, `generate` switches
+# between one for prefill and one for decode; here the number of tokens decides.
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One stack of an experts module: its parameter's name, (E, N, K), and how it is stored.
+    """One stack of an experts module: the name of its parameter, its shape (E, N, K), and how it is stored.
 
-    parts: how many matrices lie over each other along N, each with scales of its own (`kernels.ExpertWeights`).
+    parts: number of matrices concatenated along N, each with separate scales (`kernels.ExpertWeights`).
     """
 
     name: str
@@ -60,7 +60,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How a family's module holds its parameters, in the words of the host's `use_experts_implementation`."""
+    """Parameter layout of a family's experts module, in the terms of the host's `use_experts_implementation`."""
 
     is_transposed: bool
     is_concatenated: bool
@@ -71,11 +71,11 @@ class ExpertsLayout:
 
     @staticmethod
     def of(module: nn.Module | None) -> ExpertsLayout | None:
-        """The layout of a merged experts module; None if `module` is none, or none that the host has described."""
+        """The layout of a merged experts module; None if `module` is not one, or the host gives no layout for it."""
         if module is None or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
             return None
         if type(module).__name__ == "Llama4TextExperts":
-            # The one family without the decorator: (E, H, 2I), [gate; up]; it is given a copy of all tokens for each
+            # The only family without the decorator: (E, H, 2I), [gate; up]. Its input is a copy of all tokens for each
             # expert, multiplied by the router's scores.
             return ExpertsLayout(is_transposed=True, is_concatenated=True, has_bias=False, is_prerouted=True)
         names = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
@@ -92,25 +92,25 @@ class ExpertsLayout:
 
 
 class QuantizedExperts(QuantizedModule):
-    """Experts whose stacked weights stay in E4M3: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
+    """Merged experts with stacked E4M3 weights: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
 
-    Beside them `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts), NaN for
-    experts that were not measured: kernels that quantize inputs with it give NaN for their rows.
-    Whatever the family, rows are outputs and gate lies over up; only a file that stacks them interleaved is held so
-    (`interleaved`). Biases, activation, gating and norms are the family's own. Loading makes these modules (docs/formats.md,
-    "Experts"); nobody else need.
+    Each stack has `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts), NaN
+    for experts that were not calibrated: kernels that quantize inputs return NaN for their rows.
+    For every family, rows are outputs, and gate rows come before up rows; they are interleaved only if the file stores them so
+    (`interleaved`). Biases, activation, gating and norms are those of the family. Created by the loader (docs/formats.md,
+    "Experts"); not meant to be constructed directly.
 
     Args:
-        experts: the host's module, whose attributes, biases and submodules this one takes over.
+        experts: the host's module, whose attributes, biases and submodules are taken over.
         first, second: its two stacks.
-        interleaved: rows of gate and up take turns, instead of lying over each other.
-        scale_dtypes: name of a scale -> dtype in which it is held.
+        interleaved: gate and up rows are interleaved instead of concatenated.
+        scale_dtypes: name of a scale -> its dtype.
         backend: "auto", "scaled_mm" or "weight_only"; see `kernels.select_grouped`.
 
-    Attributes that are no arguments:
-        observer: called with a projection, its input and the routing that says which expert reads which row of it, while the
-            layer is being calibrated; inputs are not quantized then.
-        low_rank: what adapters add to a stack, by its name (`adapted`).
+    Other attributes:
+        observer: called with a projection, its input, and the routing of its rows to experts, while the layer is being
+            calibrated; inputs are not quantized then.
+        low_rank: name of a stack -> low-rank updates of adapters (`adapted`).
     """
 
     def __init__(
@@ -184,11 +184,11 @@ class QuantizedExperts(QuantizedModule):
         top_k_index: torch.Tensor | None = None,
         top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) to (T, H); an index of E or more is nobody.
+        """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) -> (T, H); an index of E or more means no expert.
 
-        Families that route beforehand (Llama-4) give (E * T, H) alone and get the same back. Raises UnsupportedError
-        for parametrized stacks (`refuse_parametrized`); CalibrationError if a kernel that runs quantizes inputs with static
-        scales of which a stack has none that was measured. If only some experts have none, what they make of a token is NaN.
+        Families that route beforehand (Llama-4) pass only (E * T, H) and get the same shape. Raises UnsupportedError
+        for parametrized stacks (`refuse_parametrized`); CalibrationError if the kernel quantizes inputs with static scales
+        and no expert of a stack has one. If only some experts have none, their outputs are NaN.
         """
         self.refuse_parametrized()
         dtype = hidden_states.dtype
@@ -200,22 +200,22 @@ class QuantizedExperts(QuantizedModule):
         name = getattr(getattr(self, "config", None), "_experts_implementation", None) or "eager"
         if name not in IMPLEMENTATIONS:
             raise UnsupportedError(
-                f"experts_implementation={name!r} does not run FP8 experts; {', '.join(map(repr, IMPLEMENTATIONS))} do, "
-                "or load with FP8Config(experts='dequantize')"
+                f"experts_implementation={name!r} does not support FP8 experts: use one of "
+                f"{', '.join(map(repr, IMPLEMENTATIONS))}, or load with FP8Config(experts='dequantize')"
             )
         return self.routed(hidden_states, top_k_index, top_k_weights).to(dtype)
 
     def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """(T, H) of tokens x (T, H), weighted by (T, k)."""
+        """Sum of the chosen experts' outputs for tokens x (T, H), weighted by `weights` (T, k): (T, H)."""
         ids, found = known(ids, self.first.shape[0])
         out = self._each(x, ids)  # (T, k, H)
         weights = torch.where(found, weights, 0.0)
-        # A sum over k in a fixed order: the same bits on every run.
+        # The sum over k has a fixed order, so results are the same bits on every run.
         total: torch.Tensor = (out * weights.unsqueeze(-1)).sum(1)
         return total.to(x.dtype)
 
     def _prerouted(self, x: torch.Tensor) -> torch.Tensor:
-        """A token that the router left out is a row of zeros, and comes out as one: no expert need look at it."""
+        """Experts of Llama-4: rows of zeros are tokens that were not routed to an expert; they are skipped and stay zero."""
         n_experts = self.first.shape[0]
         x = x.reshape(-1, self.first.shape[2])
         expert = torch.arange(n_experts, device=x.device).repeat_interleave(x.shape[0] // n_experts)
@@ -223,19 +223,19 @@ class QuantizedExperts(QuantizedModule):
         return self._each(x, ids.unsqueeze(1)).squeeze(1)
 
     def _each(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """(T, k, H): what each chosen expert makes of each token."""
+        """(T, k, H): the output of each chosen expert for each token."""
         n_experts = self.first.shape[0]
         count, k = ids.shape
         expected = None
         if self.layout.is_prerouted:
-            expected = count // n_experts  # one expert a token, as in all of Llama-4
+            expected = count // n_experts  # one expert per token, as in all Llama-4 models
         elif getattr(self, "_is_expert_parallel", False):
             expected = count * k
         sort = x.device.type == "cpu" or (count - 1) * k > n_experts * UNSORTED
         to_first, to_second = route(ids, n_experts, sort=sort, expected=expected)
         y = self._multiply(self.first, x, to_first)
         if not self.layout.is_concatenated and not self.interleaved:
-            y = torch.stack(y.chunk(2, -1), -1).flatten(-2)  # as the family's gate wants it
+            y = torch.stack(y.chunk(2, -1), -1).flatten(-2)  # interleaved, as the family's gate expects
         y = self._gate(self._with_bias(y, self.first, to_first.experts))
         y = self._multiply(self.second, y, to_second)
         y = self._with_bias(y, self.second, ids.reshape(-1))
@@ -289,9 +289,9 @@ class QuantizedExperts(QuantizedModule):
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
-        """The family's own module, in its own layout, with dense weights on the same device.
+        """The family's module, in its own layout, with dequantized weights on the same device.
 
-        Raises UnsupportedError for offloaded experts, which are not here to be read.
+        Raises UnsupportedError for offloaded experts, as their codes cannot be read.
         """
         if self.is_offloaded:
             raise UnsupportedError(
@@ -300,7 +300,7 @@ class QuantizedExperts(QuantizedModule):
         return stacks.rebuilt(self, dtype, empty=False)
 
     def outline(self, dtype: torch.dtype) -> nn.Module:
-        """The same with weights that take no memory, and are NaN."""
+        """As `to_dense`, with NaN weights that take no memory."""
         return stacks.rebuilt(self, dtype, empty=True)
 
     def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[QuantizedExperts, Change]:
@@ -314,10 +314,12 @@ class QuantizedExperts(QuantizedModule):
 
     @contextmanager
     def adapted(self, name: str, factors: Sequence[LowRank]) -> Iterator[None]:
-        """Add ``scaling * b @ a`` to the stack called `name` for a while; rows of b in the family's order."""
+        """Context manager that adds ``scaling * b @ a`` to the stack called `name`; rows of b are in the family's order."""
         projection = next((p for p in self.projections if p.name == name), None)
         if projection is None:
-            raise UnsupportedError(f"{name} of {self.family.__name__} is no stack of weights: adapters go on {_stacks(self)}")
+            raise UnsupportedError(
+                f"{name} of {self.family.__name__} is not a stack of weights: adapters are supported on {_stacks(self)}"
+            )
         if stacks.is_interleaved(self, projection):
             factors = [f._replace(b=torch.cat([f.b[:, ::2], f.b[:, 1::2]], 1)) for f in factors]
         self.low_rank[name] = tuple(factors)

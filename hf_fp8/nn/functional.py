@@ -1,7 +1,7 @@
 """`scaled_linear`: quantize the input as the scheme says, multiply, add the bias; one custom op.
 
-One opaque op keeps kernel selection out of the traced graph: `torch.compile(fullgraph=True)` sees
-a single node, and the choice of kernel is made from the real device and M at run time.
+The op is opaque, so kernel selection is not traced: `torch.compile(fullgraph=True)` sees a single node, and the kernel is
+selected at run time from the real device and M.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .backward import times_weight
 from .originals import refuse_changed
 from .shared_input import quantize_once
 
-# What inputs may be.
+# Supported dtypes of inputs.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -50,7 +50,7 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward, *_ = inputs
-    ctx.save_for_backward(weight, weight_scale)  # references: nothing of size (N, K) or (M, K) is made
+    ctx.save_for_backward(weight, weight_scale)  # references: no new tensor of size (N, K) or (M, K)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -87,30 +87,30 @@ def scaled_linear(
 ) -> torch.Tensor:
     """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
 
-    x: (..., K) in bf16, fp16, float32 or float64, any strides, M = 0 allowed; a per-token scale is one per
-    row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements of bf16,
+    x: (..., K) in bf16, fp16, float32 or float64, any strides, M = 0 allowed; per-token scales are one per
+    row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements in bf16,
     fp16 or float32. input_scale: one element, for static schemes; None if it is not known. bias: (N,). Returns (..., N) in
-    the dtype of x. Gradients flow to x, through the dequantized weight, and bias. backward: "exact", or "quantized" to
-    round the gradient to 8 bits and multiply it with the codes. layer: the QuantizedLinear that asks, if it has siblings
-    to share the quantized input with (`shared_input`). kept: the float weight beside the codes and what they were made of
-    (`originals`), to be compared when compiled code runs.
+    the dtype of x. Gradients flow to x (through the dequantized weight) and to bias. backward: "exact", or "quantized" to
+    round the gradient to 8 bits and multiply it with the codes. layer: the calling QuantizedLinear, if siblings share its
+    quantized input (`shared_input`). kept: the original float weight and its snapshot (`originals`), compared when compiled
+    code runs.
 
-    Raises InputError for an x of another dtype or last dimension, KernelError for a forced kernel
-    that cannot run; CalibrationError if the kernel quantizes x and the scheme is static, without an input scale; StaleError
-    if what is `kept` was changed.
+    Raises InputError for an x of another dtype or last dimension; KernelError for a forced kernel
+    that cannot run; CalibrationError if the kernel quantizes x, the scheme is static and there is no input scale; StaleError
+    if the original in `kept` was changed.
     """
     weight = codes_of(weight)
     if x.dtype not in FLOATS:
         hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
         raise InputError(
             f"an FP8 linear takes inputs in bfloat16, float16, float32 or float64, got {x.dtype}.{hint} "
-            "Load with FP8Config(dequantize=True) if the model cannot be changed."
+            "If the model's code cannot be changed, load with FP8Config(dequantize=True)."
         )
     if x.shape[-1] != weight.shape[1]:
         raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
     if forward_ad._current_level >= 0:
         refuse_forward_mode(x)
-    # Reshaped outside of the op: a view that it returned could not be changed in place under autograd.
+    # Reshaped outside of the op: under autograd, a view returned by an op cannot be changed in place.
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and can_bypass_dispatcher(x, weight, weight_scale, bias):
         kernel = kernel_for(rows, weight, scheme.text, backend)
@@ -122,19 +122,19 @@ def scaled_linear(
 
 
 def refuse_forward_mode(x: torch.Tensor) -> None:
-    """Raise InputError for an x with a tangent, which the op would drop."""
+    """Raise InputError if x has a forward-mode tangent, which the op would drop."""
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise InputError(
-            "forward-mode gradients (torch.func.jvp, dual numbers) do not pass through quantized layers: use backward(), or "
+            "forward-mode gradients (torch.func.jvp, dual numbers) are not supported by quantized layers: use backward(), or "
             "load with FP8Config(dequantize=True)"
         )
 
 
 def can_bypass_dispatcher(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """True if no autograd, tracing, functorch or dispatch mode is active: then a plain function does what the op would.
+    """True if no autograd, tracing, functorch or dispatch mode is active, so a plain function can replace the op.
 
-    The op's way through the dispatcher and back into Python takes 15 us, more than some of the kernels, and a small
-    model calls 200 of them for each token.
+    Calling the op through the dispatcher takes 15 us, more than some of the kernels, and a small model calls 200 of them
+    for each token.
     """
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.is_meta or weight.is_meta:
         return False

@@ -1,4 +1,4 @@
-"""`scaled_grouped_linear`: rows times the experts that they were routed to, as one custom op; and the routing itself."""
+"""`scaled_grouped_linear`: each row times the weight of its expert, as one custom op; and the routing of tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .functional import FLOATS, can_bypass_dispatcher, refuse_forward_mode
 
 
 def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None = None) -> tuple[Routing, Routing]:
-    """The routing of the first and the second linear of experts, from what a router chose.
+    """Routings of the first and the second linear of experts, from the experts that a router chose.
 
-    ids: (T, k) int64, E for nobody (see `known`). The first linear takes the T tokens, its S = T * k outputs, in
-    the order of experts if `sort`, are the input of the second, whose outputs are in the order of `ids`. expected: see
+    ids: (T, k) int64, E for no expert (see `known`). The input of the first linear is the T tokens. Its S = T * k outputs,
+    sorted by expert if `sort`, are the input of the second; the outputs of that are in the order of `ids`. expected: see
     `Routing`.
     """
     k, flat = ids.shape[1], ids.reshape(-1)
@@ -32,14 +32,14 @@ def route(ids: torch.Tensor, n_experts: int, *, sort: bool, expected: int | None
 
 
 def known(ids: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int64 ids with E for whatever is not in 0..E-1, where they are in it)."""
+    """(ids as int64 with E for values outside 0..E-1, mask of the ids inside it)."""
     ids = ids.long()
     found = (ids >= 0) & (ids < n_experts)
     return torch.where(found, ids, n_experts), found
 
 
 def scale_shape_of_experts(scheme: Scheme, n_experts: int, n: int, k: int, parts: int) -> tuple[int, ...]:
-    """The shape of the scales of (E, N, K) weights: tensor (E, parts), channel (E, N, 1), else a grid for each part."""
+    """The scale shape of (E, N, K) weights: tensor (E, parts), channel (E, N, 1), else one grid for each part."""
     if scheme.weight.granularity.is_tensor:
         return (n_experts, parts)
     rows, cols = scheme.weight.granularity.grid(n // parts, k)
@@ -77,7 +77,7 @@ def _multiply(
     if not kernel.quantizes or w.scheme.input is None:
         return kernel.multiply(Input(x), w, routing, x.dtype)
     if input_scale is not None and w.parts > 1:
-        # The matrices of one expert may have been calibrated each for itself.
+        # The parts (gate, up) may have different static scales.
         each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], routing, backend) for i in range(w.parts)]
         return torch.cat(each, 1)
     given, routing = grouped_mm.quantize(x, routing, w.scheme.input, input_scale, n_experts)
@@ -92,7 +92,7 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, weight_scale, _, experts, rows, offsets, slots, _, share, parts, scheme, _ = inputs
-    ctx.save_for_backward(weight, weight_scale, experts, rows, offsets, slots)  # references: nothing of a weight's size is made
+    ctx.save_for_backward(weight, weight_scale, experts, rows, offsets, slots)  # references, no copies
     ctx.rest = (share, parts, scheme, x.shape[0])
 
 
@@ -121,7 +121,7 @@ def _grad_x(
     scheme: str,
     n_rows: int,
 ) -> torch.Tensor:
-    """The gradient of x (R, K), through the dequantized weights."""
+    """The gradient of x (R, K), computed with the dequantized weights."""
     w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
     routing = Routing(experts, rows, offsets, slots, share=share)
     routing = routing if routing.offsets is not None else grouped_mm.sort(routing, weight.shape[0])
@@ -137,10 +137,10 @@ def _fake_grad(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Te
 
 
 def _no_second(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
-    raise InputError("gradients of gradients do not pass through FP8 experts: load with FP8Config(experts='dequantize')")
+    raise InputError("gradients of gradients are not supported by FP8 experts: load with FP8Config(experts='dequantize')")
 
 
-# An op of its own, so that a traced backward need not know how many rows each expert has.
+# A separate op, so that a traced backward does not depend on the number of rows of each expert.
 _scaled_grouped_linear_grad = custom_op.define("scaled_grouped_linear_grad", _grad_x, fake=_fake_grad, backward=_no_second)
 _scaled_grouped_linear = custom_op.define(
     "scaled_grouped_linear", _run, fake=_fake, backward=_backward, setup_context=_setup_context
@@ -158,21 +158,21 @@ def scaled_grouped_linear(
     parts: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Rows of x, each times the weight of the expert that it was routed to, quantized as `scheme` says.
+    """Each row of x times the weight of its expert, inputs quantized as `scheme` says.
 
     x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: per tensor (E, parts), per channel
-    (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)), where `parts` matrices lie over each other along N,
-    each with a grid of scales of its own (gate over up: 2). input_scale: (E, parts), for static schemes. groups: (R,)
-    integers, the expert of each row (another number than 0..E-1: nobody); or `hf_fp8.kernels.Routing`, which says how rows
-    are gathered, sorted and put back. Returns (R, N), or (S, N) for S outputs of `Routing`, in the dtype of x, 0 where there
+    (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)); parts: number of matrices concatenated along N, each
+    with a separate grid of scales (2 for gate and up). input_scale: (E, parts), for static schemes. groups: (R,)
+    integers, the expert of each row (outside 0..E-1: no expert); or an `hf_fp8.kernels.Routing`, which says how rows
+    are gathered, sorted and scattered. Returns (R, N), or (S, N) for S outputs of `Routing`, in the dtype of x, 0 where there
     is no expert. Gradients flow to x, through the dequantized weights.
 
-    Raises InputError for operands whose dtype or shape do not fit, KernelError for a forced kernel that cannot run.
+    Raises InputError for operands of the wrong dtype or shape, KernelError for a forced kernel that cannot run.
     """
     weight = codes_of(weight)
     if isinstance(groups, torch.Tensor):
         if groups.ndim != 1 or groups.shape[0] != x.shape[0]:
-            raise InputError(f"{tuple(groups.shape)} experts were given for {x.shape[0]} rows; it is one for each")
+            raise InputError(f"groups has shape {tuple(groups.shape)} for {x.shape[0]} rows; it needs one expert for each row")
         first, second = route(known(groups, weight.shape[0])[0].unsqueeze(1), weight.shape[0], sort=True)
         groups = first._replace(slots=second.slots)
     n_experts, n, k = weight.shape

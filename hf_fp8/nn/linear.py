@@ -1,4 +1,4 @@
-"""QuantizedLinear: an `nn.Linear` whose weight and scales are the checkpoint's own tensors, or made of a float weight."""
+"""QuantizedLinear: an `nn.Linear` with codes (stored 8-bit values) and scales, loaded or quantized from a float weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .parameters import plain_scale
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What becomes of the float weight that a layer was quantized from.
+# What to do with the original float weight: discard it, keep it on the device, or offload it to the CPU.
 ORIGINALS = ("discard", "keep", "offload")
 
 
@@ -31,26 +31,26 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     With an int8 scheme, `weight` is int8.
 
-    The parameters are the tensors of the file, so `state_dict` and `save_pretrained` need no code.
-    Outputs have the dtype of the input. `.to(dtype)`, `.half()` and the like cast the bias alone.
+    Parameters are the tensors of the file, so `state_dict` and `save_pretrained` work without conversion.
+    Outputs have the dtype of the input. `.to(dtype)`, `.half()` and similar casts change only the bias.
 
     Args:
         in_features, out_features: K and N.
         scheme: how the weight is stored and the input quantized.
         bias: whether there is a bias, of dtype `bias_dtype`.
-        scale_dtype, input_scale_dtype: dtypes in which the scales are held (bf16, fp16 or float32).
+        scale_dtype, input_scale_dtype: dtypes of the scales (bf16, fp16 or float32).
         backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
 
-    Attributes that are no arguments:
-        compute_dtype: the dtype to which inputs are cast first; None takes them as they are. cast_output: whether
+    Other attributes:
+        compute_dtype: the dtype to which inputs are cast first; None does not cast them. cast_output: whether
             outputs are then cast back to the dtype of the input.
         backward: "exact", or "quantized" to round gradients to 8 bits, too; see `FP8Config`.
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
-            (`originals` "keep") or on the CPU ("offload"). In no state dict; `requantize` and `to_linear` read it. Once it was
-            changed, running and saving the layer raise StaleError until codes are made anew; see `originals.is_changed`.
-        name_in_model: its name in the model that it was loaded or quantized in, for errors.
-        original_dtype, trainable: the dtype of that weight (or of the model that the layer was loaded into), and whether it
-            asked for gradients; what `to_linear` gives has both.
+            (`originals` "keep") or on the CPU ("offload"). Not part of a state dict; `requantize` and `to_linear` read it. If
+            it was changed, running and saving the layer raise StaleError until `requantize`; see `originals.is_changed`.
+        name_in_model: its name in the model, for error messages.
+        original_dtype, trainable: the dtype of that weight (or of the model that the layer was loaded into), and its
+            requires_grad; the layer of `to_linear` has both.
         observer: called with each input while the layer is being calibrated.
     """
 
@@ -69,10 +69,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would initialise the weight, which E4M3 cannot
+        nn.Module.__init__(self)  # nn.Linear.__init__ would initialise the weight, which fails for E4M3
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.backend = scheme, backend
-        # The name of what this layer and its siblings are part of, if they may quantize a common input once.
+        # Name of the parent module, if this layer and its siblings may share one quantized input.
         self.shares_input: str | None = None
         self.compute_dtype: torch.dtype | None = None
         self.cast_output = True
@@ -110,14 +110,14 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     @classmethod
     def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> QuantizedLinear:
-        """An empty layer on the meta device for what `linear` computes, with its bias as it is."""
+        """An empty layer on the meta device with the sizes and the bias of `linear`."""
         assert isinstance(linear, nn.Linear)
         new = cls(linear.in_features, linear.out_features, scheme, backend=backend, device="meta")
         new.remember(linear)
         return new
 
     def remember(self, layer: nn.Module) -> None:
-        """Take over what of `layer`, which this one stands for, is not its weight."""
+        """Take over the bias, weight dtype, requires_grad and training flag of `layer`, which this one replaces."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         self.bias = layer.bias  # type: ignore[assignment]
         self.original_dtype, self.trainable = weight.dtype, weight.requires_grad
@@ -125,9 +125,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto", **options: Any) -> QuantizedLinear:
-        """The layer that `linear`, a plain nn.Linear with a float weight on any device (meta too), is in `scheme`.
+        """Quantize `linear`, a plain nn.Linear with a float weight on any device (including meta).
 
-        options: those of `quantize_from`. The bias is taken over as it is. Raises ScaleError for NaN or infinite weights.
+        options: those of `quantize_from`. The bias is taken over unchanged. Raises ScaleError for NaN or infinite weights.
         """
         new = cls.like(linear, scheme, backend=backend)
         weight: torch.Tensor = linear.weight  # type: ignore[assignment]
@@ -135,7 +135,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return new
 
     def share_weight(self, other: QuantizedLinear) -> None:
-        """Hold the weight of `other`: codes, scale and the original, if it was kept. Inputs, and their scale, are its own."""
+        """Share the weight of `other`: codes, scale and, if kept, the original. The input scale is not shared."""
         self.weight, self.weight_scale = other.weight, other.weight_scale
         self.original, self.originals = other.original, other.originals
         self._made_of = other._made_of
@@ -146,12 +146,12 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def quantize_from(
         self, weight: torch.Tensor, *, device: torch.device | str | None = None, originals: str = "discard"
     ) -> None:
-        """Make codes and scale of a float weight (N, K), and keep it as `originals` says ("discard", "keep", "offload").
+        """Quantize a float weight (N, K) into this layer, and keep it as `originals` says ("discard", "keep", "offload").
 
-        device: where to compute; the results are put where the weight is. An input scale has yet to be measured then.
+        device: where to compute; results are moved to the device of `weight`. A static input scale is to be measured later.
         """
         if originals not in ORIGINALS:
-            raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
+            raise ConfigError(f"originals={originals!r} is not supported; use one of {', '.join(ORIGINALS)}")
         granularity, home = self.scheme.weight.granularity, weight.device
         scale_dtype = scale_dtype_of(weight.dtype)
         if weight.is_meta:
@@ -173,35 +173,37 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "original":
             value = None if value is None else kept(value)
-            self._made_of = None  # unless `_keep` says so
+            self._made_of = None  # `_keep` sets it after this
         super().__setattr__(name, value)
 
     def _keep(self, weight: torch.Tensor) -> None:
-        """Hold a float weight as the one that the codes were made of."""
+        """Store `weight` as `original`, and take a snapshot, as the codes were computed from it."""
         self.original = weight
         assert self.original is not None
         self._made_of = as_it_is(self.original)
 
     @property
     def is_stale(self) -> bool:
-        """Whether `original` was changed or replaced since the codes were made of it."""
+        """Whether `original` was changed or replaced after the codes were computed from it."""
         return self.original is not None and is_changed(self.original, self._made_of)
 
     def refuse_stale(self, name: str = "") -> None:
-        """Raise StaleError, about the layer called `name`, if `is_stale`."""
+        """Raise StaleError if `is_stale`. name: the layer's name in the message."""
         if self.original is not None:
             refuse_changed(self.original, self._made_of, name or self.name_in_model or f"this {type(self).__name__}")
 
     def _to_compare(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What compiled code is to compare when it runs: not an exported program, which has no original, and not one that is on
-        the CPU alone, as that would keep CUDA graphs off."""
+        """(original, snapshot) that compiled code compares at run time, else (None, None).
+
+        Exported programs have no original; an original on another device than the codes would disable CUDA graphs.
+        """
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if compiled and self.original is not None and self.original.device == self.held_codes("weight").device:
             return self.original, self._made_of
         return None, None
 
     def requantize(self) -> None:
-        """Make codes and scale anew of `original`, which may have been changed since; `input_scale` stays.
+        """Quantize `original` again, which may have been changed; `input_scale` is kept.
 
         Raises UnsupportedError if the original was not kept.
         """
@@ -212,14 +214,14 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self._keep(original)
 
     def reset_parameters(self) -> None:
-        """Nothing: FP8 weights come from a checkpoint or from a float weight."""
+        """Do nothing: FP8 weights come from a checkpoint or from a float weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., K) in bf16, fp16, float32 or float64. Returns (..., N) in the same dtype (or autocast's).
 
-        Raises CalibrationError if the kernel that runs quantizes inputs with a static scale that has yet to be measured or is
-        missing, which those that leave inputs as they are (`backend="weight_only"`) do not; StaleError if `original` was
-        changed (compiled code looks when it runs; not at originals that are offloaded, nor in a recorded CUDA graph).
+        Raises CalibrationError if the kernel quantizes inputs with a static scale that is missing or not measured yet
+        (kernels that do not quantize inputs, `backend="weight_only"`, do not raise); StaleError if `original` was
+        changed (compiled code checks at run time, but not offloaded originals, and not in a recorded CUDA graph).
         """
         if self.original is not None and not torch.compiler.is_compiling():
             self.refuse_stale()
@@ -248,18 +250,18 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return out.to(dtype) if self.cast_output and out.dtype != dtype else out
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight (N, K) multiplied out in float32 and rounded once to `dtype`."""
+        """The weight (N, K), dequantized in float32 and rounded once to `dtype`."""
         return numerics.dequantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, dtype)
 
     def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
-        """The float weight: the original if it was kept, itself or a copy, else the dequantized one."""
+        """`original` (with `copy`: a copy of it) if it was kept, else the dequantized weight."""
         if self.original is None:
             return self.dequantized_weight(dtype)
         return self.original.to(self.weight.device, dtype, copy=copy)
 
     @torch.no_grad()
     def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[Self, Change]:
-        """As in `QuantizedModule`. An original that was kept is now the new weight."""
+        """As in `QuantizedModule`. If the original was kept, it is replaced by the new weight."""
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
         granularity = self.scheme.weight.granularity
         codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, generator)
@@ -278,7 +280,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return new, change
 
     def _rows(self, rows: slice) -> torch.Tensor:
-        """Rows of the weight in float32, whole blocks of them."""
+        """Rows of the weight in float32; `rows` covers whole blocks."""
         if self.original is not None:
             return self.original[rows].to(self.weight.device, torch.float32)
         granularity = self.scheme.weight.granularity
@@ -288,9 +290,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     @torch.no_grad()
     def requantize_int8(self) -> None:
-        """Turn the weight into int8 with one float32 scale per row, in place; inputs become int8 per token.
+        """Convert the weight in place to int8 with one float32 scale per row; inputs are then quantized to int8 per token.
 
-        Codes of E4M3 have 4 significant bits and their own exponent, int8 has 8 bits below the largest of a row. On
+        E4M3 codes have 4 significant bits and an exponent; int8 has 8 bits relative to the largest value of a row. On
         SmolLM2 int8 weights add 0.15% of perplexity, int8 inputs another 0.1 to 0.4% (docs/accuracy.md). An
         `input_scale` is dropped. Raises UnsupportedError for an offloaded layer.
         """
@@ -299,7 +301,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.refuse_stale()
         if self.weight.is_meta:
             raise UnsupportedError(
-                "backend='int8' re-quantizes weights after loading, and an offloaded layer's weight is not here to be read: "
+                "backend='int8' re-quantizes weights after loading, and cannot read the weight of an offloaded layer: "
                 "load onto one device, or with backend='weight_only'"
             )
         codes, scale = requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
@@ -315,9 +317,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A plain `nn.Linear` with a copy of `original`, or else the dequantized weight, on the same device.
+        """A plain `nn.Linear` on the same device with a copy of `original` if it was kept, else the dequantized weight.
 
-        Raises UnsupportedError for an offloaded layer, whose weight is not here to be read.
+        Raises UnsupportedError for an offloaded layer, as its weight cannot be read.
         """
         if self.weight.is_meta:
             raise UnsupportedError(
@@ -341,7 +343,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, by pickling or deepcopy, counts its changes anew.
+        # Version counters restart in a copy (pickle, deepcopy): `__setstate__` takes a new snapshot.
         return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -356,16 +358,16 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}weight" in state_dict:
-            self.original = None  # of another weight
+            self.original = None  # it belongs to the weight before
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"
 
 
 def refuse_torn(layers: Iterable[QuantizedLinear]) -> None:
-    """Raise UnsupportedError if layers that hold the same codes have float weights that were changed, and not to the same.
+    """Raise UnsupportedError if layers that share codes have originals that were changed to different values.
 
-    They have one to begin with; `.to()` gives each its own.
+    At first they share one original; `.to()` gives each layer a separate one.
     """
     changed: dict[int, torch.Tensor] = {}
     for layer in layers:

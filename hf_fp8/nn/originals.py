@@ -1,4 +1,4 @@
-"""Float weights that are kept beside the codes made of them: whether they have been changed since."""
+"""Original float weights that are kept together with their codes, and the check whether they were changed since."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import StaleError
 
 
 def kept(weight: torch.Tensor) -> torch.Tensor:
-    """`weight`, or a tensor in its memory: no parameter, and one that counts its changes, though made under inference mode."""
+    """`weight` as a plain tensor in the same memory, without gradient, with a version counter even under inference mode."""
     if weight.requires_grad or isinstance(weight, torch.nn.Parameter):
         weight = weight.detach()
     if weight.is_inference():
@@ -19,10 +19,10 @@ def kept(weight: torch.Tensor) -> torch.Tensor:
 
 
 def as_it_is(original: torch.Tensor) -> torch.Tensor:
-    """What codes were made of, to be compared with `original` later: its memory, with a count of changes that stands still.
+    """A snapshot to compare with `original` later: a tensor in the same memory with a frozen version counter.
 
-    A tensor and no number, since compiled code has numbers for constants, and would be compiled anew for each. It is in the
-    same memory, so that this is not given to another tensor meanwhile.
+    It is a tensor instead of a number, as compiled code treats numbers as constants and would be recompiled for each. It
+    holds the same memory, so that the allocator cannot give the memory to another tensor.
     """
     with torch.inference_mode(False):
         snapshot = original.data
@@ -31,16 +31,15 @@ def as_it_is(original: torch.Tensor) -> torch.Tensor:
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:
-    """As `torch._dynamo.mark_static_address`, whose import takes long: CUDA graphs would copy it in each replay."""
+    """`torch._dynamo.mark_static_address`, which is slow to import; without it CUDA graphs copy the tensor at each replay."""
     tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
     return tensor
 
 
 def is_changed(original: torch.Tensor, snapshot: torch.Tensor | None) -> bool:
-    """Whether `original` was written to since `snapshot` (None: it never was it), or is in other memory now (`.data = ...`).
+    """Whether `original` was written to after `snapshot`, or has other memory now (`.data = ...`); True if that is None.
 
-    What this does not see, like torch itself, are values written behind the version counter: through `.data`, numpy or a
-    foreign kernel.
+    Writes that bypass the version counter (through `.data`, numpy or an external kernel) are not detected, as in torch.
     """
     if snapshot is None or original._version != snapshot._version:
         return True
@@ -48,11 +47,11 @@ def is_changed(original: torch.Tensor, snapshot: torch.Tensor | None) -> bool:
 
 
 def refuse_changed(original: torch.Tensor, snapshot: torch.Tensor | None, layer: str) -> None:
-    """Raise StaleError for a float weight of `layer` that is not what its codes were made of."""
+    """Raise StaleError if the codes of `layer` were not computed from the present values of its original."""
     if is_changed(original, snapshot):
         how = "replaced" if snapshot is None else "changed"
         raise StaleError(
             f"the float weight of {layer} (`original`, {'x'.join(map(str, original.shape))} in {original.dtype}) was {how} "
-            "after its codes were made, and they are those of the weight before: hf_fp8.requantize_model(model) makes them "
-            "anew, hf_fp8.dequantize_model(model) goes on with the float weights"
+            "after its codes were computed, so they are out of date: call hf_fp8.requantize_model(model) to compute them "
+            "again, or hf_fp8.dequantize_model(model) to continue with the float weights"
         )

@@ -1,4 +1,4 @@
-"""Parameters of quantized modules, made of what is assigned to them: QuantizedWeight and WeightScale."""
+"""Parameters of quantized modules: QuantizedWeight and WeightScale, created from assigned plain parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import UnsupportedError
-from ..formats.quantized_weight import functions as weight_functions  # noqa: F401  # what a QuantizedWeight does
+from ..formats.quantized_weight import functions as weight_functions  # noqa: F401  # registers its functions
 from ..formats.quantized_weight.source import Decoder, Part, Source
 from ..formats.quantized_weight.tensor import QuantizedWeight, as_parameter, whole
 
-_twins: Any = WeakIdKeyDictionary()  # a plain parameter -> what was made of it
+_twins: Any = WeakIdKeyDictionary()  # plain parameter -> QuantizedWeight or WeightScale (weak reference)
 
 
 class WeightScale(torch.nn.Parameter):
-    """A scale, as a parameter of a `QuantizedModule`: a cast of itself assigned to `.data` does not round it.
+    """A scale parameter of a `QuantizedModule`: assigning a cast of itself to `.data` does not round it.
 
-    plain: a tensor in the same memory that is no parameter, for kernels: tracing knows no subclasses.
+    plain: a plain tensor in the same memory, for kernels, as tracing does not support subclasses.
     """
 
     plain: torch.Tensor
@@ -45,7 +45,7 @@ class WeightScale(torch.nn.Parameter):
 
 
 def held_by(module: Any, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, a parameter called `leaf` of `module`, as a QuantizedWeight that belongs to it; other kinds as they are."""
+    """`tensor`, a parameter called `leaf` of `module`, as a QuantizedWeight of that module; other types unchanged."""
     if type(tensor) is torch.nn.Parameter:
         tensor = _twin_of(tensor, _codes_parameter)
     if type(tensor) is QuantizedWeight:
@@ -57,8 +57,11 @@ def held_by(module: Any, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def let_gather(module: Any, leaf: str, tensor: Any) -> None:
-    """Of codes that FSDP2 has put in pieces, let `full_tensor` give a QuantizedWeight; it is a DTensor, and its own would
-    give plain codes, or nothing where the backend cannot send FP8 (gloo; NCCL before compute capability 9.0)."""
+    """If `tensor` is a DTensor (codes sharded by FSDP2), make its `full_tensor` return a QuantizedWeight.
+
+    DTensor's own method would return plain codes, or fail where the backend cannot send FP8 (gloo; NCCL before compute
+    capability 9.0).
+    """
     if type(tensor).__name__ == "DTensor":
         tensor.full_tensor = partial(_gathered, weakref.ref(module), leaf, weakref.ref(tensor))
 
@@ -68,7 +71,7 @@ def _gathered(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any], **_
 
     layer, sharded = module(), pieces()
     if layer is None or sharded is None:
-        raise UnsupportedError(f"{leaf} is to be gathered, and its layer is gone: keep the model")
+        raise UnsupportedError(f"{leaf} cannot be gathered, as its layer was deleted: keep a reference to the model")
     bits = sharded.to_local().view(torch.uint8)
     place = sharded.device_mesh, sharded.placements
     codes = DTensor.from_local(bits, *place, shape=sharded.shape, stride=sharded.stride()).full_tensor().view(sharded.dtype)
@@ -80,7 +83,7 @@ def _gathered(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any], **_
 
 
 def _twin_of(parameter: torch.nn.Parameter, make: Callable[[torch.nn.Parameter], Any]) -> Any:
-    """What `make` gives for a plain parameter: the same one for all modules that share it."""
+    """``make(parameter)``, cached, so that all modules that share a plain parameter get the same object."""
     known = _twins.get(parameter)
     found = None if known is None else known()
     if found is None or found.data_ptr() != parameter.data_ptr() or found.shape != parameter.shape:
@@ -96,7 +99,7 @@ def _codes_parameter(parameter: torch.nn.Parameter) -> QuantizedWeight:
 
 
 def scale_held(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, a scale that is a parameter of a module, as a WeightScale; other kinds as they are."""
+    """`tensor`, a scale parameter, as a WeightScale; other types unchanged."""
     if type(tensor) is not torch.nn.Parameter:
         return tensor
     found: torch.Tensor = _twin_of(tensor, _scale_parameter)
@@ -108,5 +111,5 @@ def _scale_parameter(parameter: torch.nn.Parameter) -> WeightScale:
 
 
 def plain_scale(scale: Any) -> Any:
-    """A scale as kernels take it; itself if it is to have a gradient, which they refuse."""
+    """The plain tensor of a scale, for kernels; `scale` itself if it requires a gradient, so that the op can refuse it."""
     return scale.plain if type(scale) is WeightScale and not scale.requires_grad else scale

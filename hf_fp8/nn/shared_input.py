@@ -1,10 +1,10 @@
-"""Layers that are given the same input (q, k and v; gate and up) quantize it once.
+"""Layers that receive the same input (q, k and v; gate and up) quantize it once.
 
-One slot per thread holds the codes of the last input. They are used again only by a sibling (`let_siblings_share`) that
-has not used them yet, for the same tensor object with the same memory, shape and version. So nothing depends on an
-earlier call of the same layer, and the codes go when the input goes. What torch cannot see, and this neither, is an
-input that is overwritten between q and k through `.data`, numpy or a foreign kernel: `layer.shares_input = None`
-switches sharing off for a layer.
+One slot per thread holds the codes of the last input. They are reused only by a sibling (`let_siblings_share`) that
+has not used them yet, for the same tensor object with the same memory, shape and version. So a result never depends on an
+earlier call of the same layer, and the codes are freed together with the input. An input that is overwritten between q and k
+through `.data`, numpy or an external kernel is not detected, as in torch: `layer.shares_input = None` disables sharing for a
+layer.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _slot = _Slot()
 def quantize_once(
     kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, layer: Any
 ) -> Input:
-    """``kernel.quantize(rows, input_scale, scheme)``, or what it gave another layer for the same x.
+    """``kernel.quantize(rows, input_scale, scheme)``, or the result that another layer got for the same x.
 
-    x: the tensor that the layer was called with; rows: x as (M, K). layer: the QuantizedLinear whom the codes are for; None
-    shares nothing.
+    x: the tensor that the layer was called with; rows: x as (M, K). layer: the calling QuantizedLinear; None disables
+    sharing.
     """
     assert kernel.quantize is not None
     if layer is None or x.is_inference():  # inference tensors have no version counter
         return kernel.quantize(rows, input_scale, scheme)
-    # What a CUDA graph records, and what ran before, are two worlds.
+    # A CUDA graph must not use codes computed before its recording, nor may later calls use codes of the recording.
     recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
     static = None if input_scale is None else (id(input_scale), input_scale._version)
     memory = (x._version, x.data_ptr(), x.shape, x.stride())

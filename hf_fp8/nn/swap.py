@@ -1,4 +1,4 @@
-"""Swapping modules: a Linear or experts for the FP8 module that awaits its tensors, and back."""
+"""Replacing a Linear or an experts module by an empty FP8 module, and back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .base import QuantizedModule, foreign_attributes
 from .experts import Projection, QuantizedExperts
 from .linear import QuantizedLinear, refuse_torn
 
-# Where a module keeps hooks, and what is said of some of them.
+# Attributes in which nn.Module stores hooks and flags of hooks.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook",
 )  # fmt: skip
-# (class, attribute, its value without a fused path)
+# (class, attribute, value that disables its fused path)
 _FUSED: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -35,7 +35,7 @@ def swap_linear(
     input_scale_dtype: torch.dtype | None,
     backend: str,
 ) -> QuantizedLinear:
-    """Put an empty QuantizedLinear on the meta device in the place of the `nn.Linear` called `name`."""
+    """Replace the `nn.Linear` called `name` by an empty QuantizedLinear on the meta device."""
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     new = QuantizedLinear(
@@ -56,7 +56,7 @@ def swap_linear(
 
 
 def untie(model: Any, weight: str) -> None:
-    """Let a weight of a transformers model be its own: tying would overwrite it, codes with values."""
+    """Untie `weight` of a transformers model, as `tie_weights()` would overwrite it (codes with values)."""
     if weight in model.all_tied_weights_keys:
         del model.all_tied_weights_keys[weight]
         if model.get_output_embeddings() is not model.get_submodule(weight.rpartition(".")[0]):
@@ -66,10 +66,12 @@ def untie(model: Any, weight: str) -> None:
 
 
 def untie_what_differs(model: Any) -> None:
-    """Parameters that the files fill by themselves, beside those that the class would tie them to, stay their own:
-    `tie_weights()`, which evaluation harnesses call, would make them one."""
+    """Untie parameters for which the files have separate tensors, although the model class ties them.
+
+    A later `tie_weights()`, which evaluation harnesses call, would replace one by the other.
+    """
     held = dict(model.named_parameters(remove_duplicate=False))
-    # As `tie_weights()` finds them: loading leaves out of `all_tied_weights_keys` what the files fill, and changes no more.
+    # The pairs that `tie_weights()` finds: loading only removes pairs that the files fill from `all_tied_weights_keys`.
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if target in held and source in held and held[target] is not held[source]:
             model.all_tied_weights_keys.setdefault(target, source)
@@ -86,7 +88,7 @@ def swap_experts(
     scale_dtypes: dict[str, torch.dtype],
     backend: str,
 ) -> QuantizedExperts:
-    """Put empty QuantizedExperts on the meta device in the place of the host's experts module called `name`."""
+    """Replace the experts module of transformers called `name` by empty QuantizedExperts on the meta device."""
     new = QuantizedExperts(
         model.get_submodule(name), first, second,
         interleaved=interleaved, scale_dtypes=scale_dtypes, backend=backend, device="meta",
@@ -97,9 +99,9 @@ def swap_experts(
 
 
 def let_siblings_share(model: nn.Module) -> None:
-    """Tell QuantizedLinears of one parent with the same in_features and input scheme (q, k and v; gate and up) of each other.
+    """Mark QuantizedLinears that may receive the same input, so that it is quantized once (`shared_input`).
 
-    They are the ones that may quantize an input once for all (`shared_input`).
+    They are children of one parent with the same in_features and input scheme (q, k and v; gate and up).
     """
     for name, parent in model.named_modules():
         layers = [layer for layer in parent.children() if isinstance(layer, QuantizedLinear)]
@@ -111,14 +113,13 @@ def let_siblings_share(model: nn.Module) -> None:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """Replace every QuantizedLinear and QuantizedExperts of `model` by what it stands for, weights multiplied out, in place.
+    """Replace every QuantizedLinear and QuantizedExperts of `model` by its float module with dequantized weights, in place.
 
-    dtype: of the new weights and biases; by default that of the model's dense parameters (without
-    any, what the layers were made of, else bfloat16), and layers that kept their float weights
-    (`quantize_model(originals=...)`) get those back, to the bit. One layer is held twice at a time,
-    never the model. Returns `model` (or, if `model` is such a layer itself, the new layer). A
-    transformers model that was loaded in FP8 is also told that it is dense now, so that it saves as
-    such: it is the same as `model.dequantize()`.
+    dtype: of the new weights and biases; by default that of the model's dense parameters (if there are none, that of the
+    original weights, else bfloat16), and layers that kept their float weights (`quantize_model(originals=...)`) get exactly
+    those back. Only one layer at a time is in memory twice. Returns `model` (or, if `model` is itself a quantized layer, the
+    new layer). A transformers model that was loaded in FP8 is also marked as dense, so that it is saved as such; this is the
+    same as `model.dequantize()`.
 
     Raises UnsupportedError, before anything is changed, if a layer is offloaded.
     """
@@ -128,14 +129,14 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
         return dequantized
     for module in list(model.modules()):
         if module is not model and getattr(module, "hf_quantizer", None) is not None:
-            dequantize_model(module, dtype)  # a transformers model in one of another kind
+            dequantize_model(module, dtype)  # a transformers model inside another module
     return swap_back(model, dtype)
 
 
-@torch.inference_mode(False)  # what is made here may be trained
+@torch.inference_mode(False)  # the new parameters may be trained
 @torch.no_grad()
 def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default: torch.dtype | None = None) -> nn.Module:
-    """`dequantize_model`, without a word to transformers. default: the dtype where none is given and none was kept."""
+    """`dequantize_model` without updating transformers' state. default: the dtype if none is given and no original was kept."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     asked: torch.dtype | None = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if default is None:
@@ -148,7 +149,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
         original = getattr(layer, "original", None)
         new = layer.to_dense(asked or (default if original is None else original.dtype))
         if isinstance(layer, QuantizedLinear):
-            layer.original = None  # of which `new` has a copy
+            layer.original = None  # `new` has a copy of it
         copy_hooks(layer, new)
         return new
 
@@ -158,10 +159,11 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
     linears = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     refuse_torn(linears)
     changed = {id(layer) for layer in linears if layer.is_stale}
-    made: dict[int, nn.Module] = {}  # a module that sits in two places stays one module
-    weights: dict[int, nn.Parameter] = {}  # and a weight of two modules one weight
+    made: dict[int, nn.Module] = {}  # a shared module stays shared
+    weights: dict[int, nn.Parameter] = {}  # and so does a shared weight
     modules = list(model.named_modules(remove_duplicate=False))
-    for name, module in sorted(modules, key=lambda found: id(found[1]) not in changed):  # a changed weight is all twins'
+    # Changed originals first: all layers that share the weight get the changed one.
+    for name, module in sorted(modules, key=lambda found: id(found[1]) not in changed):
         if isinstance(module, QuantizedModule):
             if id(module) not in made:
                 made[id(module)] = new = dense_of(module)
@@ -173,7 +175,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put `new` in the place of the module called `name`. Returns `model`, or `new` if that is the model itself."""
+    """Replace the module called `name` by `new`. Returns `model`, or `new` if `name` is empty (the model itself)."""
     if not name:
         return new
     model.set_submodule(name, new)
@@ -181,9 +183,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def leave_fused_paths(model: nn.Module) -> None:
-    """Switch off what torch's own encoder does without calling its Linears, where those hold codes.
+    """Disable the fused paths of torch's encoder, which do not call its Linears, where those are quantized.
 
-    `restore_fused_paths` undoes it. In torch.nn.modules.transformer, an activation of 0 is one without a fused kernel.
+    `restore_fused_paths` undoes it. In torch.nn.modules.transformer, an activation of 0 means that no fused kernel exists.
     """
     for module in model.modules():
         for kind, name, off in _FUSED:
@@ -193,7 +195,7 @@ def leave_fused_paths(model: nn.Module) -> None:
 
 
 def restore_fused_paths(model: nn.Module) -> None:
-    """Undo `leave_fused_paths` where no codes are left."""
+    """Undo `leave_fused_paths` in modules without quantized layers."""
     for module in model.modules():
         for kind, name, _ in _FUSED:
             holds_codes = any(isinstance(part, QuantizedModule) for part in module.modules())
@@ -202,12 +204,12 @@ def restore_fused_paths(model: nn.Module) -> None:
 
 
 def copy_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` what was put on `old`: attributes; hooks, its users' and accelerate's, which brings inputs to its device."""
+    """Copy from `old` to `new`: user attributes, hooks, and accelerate's hook, which moves inputs to the device."""
     for name in (foreign := foreign_attributes(old)):
         setattr(new, name, getattr(old, name))
     if isinstance(new, QuantizedModule):
         new.foreign = foreign
     for name in _HOOKS:
-        setattr(new, name, getattr(old, name))  # the very dicts: handles remove hooks from those
+        setattr(new, name, getattr(old, name))  # the same dicts, as hook handles remove from them
     if (hook := getattr(old, "_hf_hook", None)) is not None:
         add_hook_to_module(new, hook)

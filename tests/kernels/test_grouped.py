@@ -134,7 +134,7 @@ def test_inputs_that_do_not_fit() -> None:
             scaled_grouped_linear(x, weight, scale, FP8_DYNAMIC, routing)
     with pytest.raises(InputError, match=r"weight_scale has shape \(3, 4, 1\).*it is \(3, 8, 1\)"):
         scaled_grouped_linear(torch.ones(2, 16), weight, scale[:, :4], FP8_DYNAMIC, routing)
-    with pytest.raises(InputError, match="one for each"):
+    with pytest.raises(InputError, match="one expert for each row"):
         scaled_grouped_linear(torch.ones(2, 16), weight, scale, FP8_DYNAMIC, torch.tensor([1]))
 
 
