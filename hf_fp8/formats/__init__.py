@@ -1,1 +1,1 @@
-"""What stored numbers mean: schemes, scales, codes and the reference arithmetic."""
+"""Quantization schemes, codes (stored 8-bit values), scales, and the reference arithmetic."""

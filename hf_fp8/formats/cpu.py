@@ -1,12 +1,12 @@
-"""E4M3 codes to floats on a CPU, and memory for what lives only inside one call there.
+"""Fast conversion of E4M3 codes to floats on a CPU, and scratch memory that is reused between calls.
 
-An E4M3 code is, bit for bit, a float16 number that is 256 times too small: the sign at the top, four exponent bits with a bias
-of 7 instead of 15, three mantissa bits; subnormals line up too. Two vector operations on 16-bit integers put the bits there,
-where torch's own cast is a loop over single elements. Only the NaN code means something else (480 / 256).
+The bits of an E4M3 code, shifted, are those of a float16 number that is 256 times too small: sign, four exponent bits with a
+bias of 7 instead of 15, three mantissa bits; subnormals match, too. Two vector operations on 16-bit integers shift the bits,
+while torch's own cast loops over single elements. Only the NaN code differs (it would become 480 / 256).
 
-Memory is kept from call to call, as fresh memory can cost more than what is done with it: the C allocator gives large blocks
-back to the system and gets new pages, zeroed one by one, at the next call. A 512-token forward of a small model in int8: 0.85 s
-with fresh temporaries, 0.68 s with an allocator that keeps them (two cores, glibc).
+Memory is reused between calls, as new memory can cost more time than the computation: the C allocator returns large blocks
+to the system and gets new pages, zeroed one by one, at the next call. A 512-token forward of a small model in int8: 0.85 s
+with new temporaries, 0.68 s with an allocator that keeps them (two cores, glibc).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import threading
 
 import torch
 
-# What is kept of a sign-extended code shifted left by 7: the sign, not its copy below, then exponent and mantissa.
+# Bit mask for a sign-extended code shifted left by 7: keeps sign, exponent and mantissa, drops the copied sign bit.
 _SIGN_EXPONENT_MANTISSA = -0x4080  # 0xBF80 as int16
 _NAN_CODE = 0x7F
-# Below it, 256 times a scale is finite.
+# For scales below this, 256 * scale is finite.
 _LARGE = 2.0**119
-# Bytes kept per thread and name at most; larger problems are worked on in pieces of this size. An int8 matmul of
+# Maximum number of bytes kept per thread and name; larger problems are processed in pieces of this size. An int8 matmul of
 # 512 x 1536 (3 MB of sums) loses 30% in pieces of 1 MB, nothing measurable in pieces of 16.
 SIZE = 16 * 2**20
 
@@ -28,7 +28,7 @@ _kept = threading.local()
 
 
 def multiply_out(q: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out[...] = q * scale``, multiplied in float32 and rounded once to the dtype of `out`, exactly as torch does.
+    """Dequantize, ``out[...] = q * scale``: multiplied in float32, rounded once to the dtype of `out`, exactly as torch does.
 
     q: (rows, cols) in E4M3 on the CPU. scale: float32, broadcastable to it. out: (rows, cols), any float dtype.
     """
@@ -56,5 +56,5 @@ def scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
 
 
 def rows_at_once(cols: int, bytes_per_element: int = 4) -> int:
-    """Rows of `cols` elements that fit."""
+    """Number of rows of `cols` elements that fit into `SIZE` bytes."""
     return max(1, SIZE // (cols * bytes_per_element))

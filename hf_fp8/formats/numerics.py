@@ -1,6 +1,6 @@
-"""Reference maths in plain torch, on any device: the definition that every kernel is held against.
+"""Reference arithmetic in plain torch, on any device: every kernel is tested against it.
 
-Rounding is that of compressed-tensors (quantization/lifecycle/forward.py and
+Codes are the stored 8-bit values, E4M3 or int8. Rounding is that of compressed-tensors (quantization/lifecycle/forward.py and
 quantization/utils/helpers.py): ``scale = amax / 448``, ``q = e4m3(clamp(x / scale, -448, 448))``.
 int8 is the same with 127 and rounding to the nearest integer, ties to even. Everything is computed in
 float32 (float64 for inputs in float64) and rounded once at the end.
@@ -17,19 +17,20 @@ from .cpu import multiply_out
 from .quantized_weight.tensor import codes_of
 from .scheme import CODE_MAX, FP8, Granularity, TensorScheme
 
-# The scale where amax / 448 is 0: a normal number, which no device takes for 0 in x / scale.
+# The scale if amax / 448 is 0: a normal number, which no device flushes to 0 in x / scale.
 MIN_SCALE = torch.finfo(torch.float32).tiny
-# Rows that `outlier_columns` looks at, as columns that stand out do so in nearly every row; how many times the mean of all
-# columns one must have; and how many times the loudest, for any to be worth a product of their own. SmolLM2, 512 rows, KL
-# divergence in 1e-3: the 16 largest columns by all rows 2.7, by 64 2.8, by 32 3.0; one in 24 above 2.5 times the mean
-# 2.5, only if one is above 5 times 2.6, 8 times 2.7 (the input of most o_proj is left alone), 12 times 3.5.
+# SAMPLE_ROWS: rows that `outlier_columns` samples, as outlier columns are large in nearly every row. OUTLYING: an outlier
+# column has more than this times the mean of all columns. WORTHWHILE: there are outliers only if the largest column has more
+# than this times the mean, else a separate product does not pay off. SmolLM2, 512 rows, KL divergence in 1e-3: the 16 largest
+# columns by all rows 2.7, by 64 2.8, by 32 3.0; one in 24 above 2.5 times the mean 2.5, only if one is above 5 times 2.6,
+# 8 times 2.7 (the input of most o_proj then has no outliers), 12 times 3.5.
 SAMPLE_ROWS = 64
 OUTLYING, WORTHWHILE = 2.5, 5.0
-# Elements that `dequantize` works on at a time on a CPU, so that temporaries stay in the cache. Measured for
+# Elements that `dequantize` processes at a time on a CPU, so that temporaries stay in the cache. Measured for
 # 5632x2048 to float32 on two cores, ms: 35 at 2**16, 28 at 2**17, 27 at 2**18, 22 at 2**19, 23 at 2**20; torch's own
 # cast and product 65 to 75. To bfloat16 26, 22, 17, 16, 15; torch 52 to 89.
 CPU_CHUNK = 2**19
-# On other devices, where weights are multiplied out in pieces to hold little beside them: 64 MB of float32.
+# On other devices, where weights are dequantized in pieces to limit memory: 64 MB of float32.
 GPU_CHUNK = 2**24
 
 
@@ -42,10 +43,10 @@ def _blocks(x: torch.Tensor, granularity: Granularity) -> tuple[int, int]:
 
 
 def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """Scales (`granularity.grid`) that map the largest magnitude of each block to the largest code of `dtype`.
+    """Scales (`granularity.grid`) that map the amax of each block to the largest code of `dtype`.
 
-    x: (rows, cols), any float dtype; scales are in its `wide` one. A zero block gives the smallest normal float32, so its
-    values quantize to zero; a block with NaN or inf gives a NaN or inf scale, so that it stays visible.
+    x: (rows, cols), any float dtype; scales are in its `wide` dtype. The scale of a zero block is the smallest normal float32,
+    so its values quantize to zero; the scale of a block with NaN or inf is NaN or inf, so that the error stays visible.
     """
     if x.numel() == 0:
         return torch.full(granularity.grid(*x.shape), MIN_SCALE, dtype=wide(x.dtype), device=x.device)
@@ -53,7 +54,7 @@ def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype 
 
 
 def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
-    """The largest magnitude of each block of x (rows, cols), which is not empty: `granularity.grid`, in the dtype of x."""
+    """The amax of each block of a non-empty x (rows, cols): `granularity.grid`, in the dtype of x."""
     rows, cols = x.shape
     grid_rows, grid_cols = granularity.grid(rows, cols)
     magnitude = x.abs()
@@ -68,17 +69,17 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What values of a float dtype are computed in: float32, and float64 for float64, whose values float32 cannot hold."""
+    """The dtype for computing with values of `dtype`: float64 for float64 (float32 cannot hold its values), else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """The scale, in the `wide` dtype, that maps a magnitude to the largest code of `dtype`."""
+    """The scale, in the `wide` dtype, that maps `amax` to the largest code of `dtype`."""
     return torch.threshold_(amax.to(wide(amax.dtype)) / CODE_MAX[dtype], 0.0, MIN_SCALE)  # NaN stays
 
 
 def expand_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
-    """`scale`, in any shape that holds `granularity.grid` elements, in the `wide` dtype, broadcastable to (rows, cols)."""
+    """`scale`, any shape with `granularity.grid` elements, in the `wide` dtype and broadcastable to (rows, cols)."""
     return broadcast_scale(scale.to(wide(scale.dtype)), granularity, rows, cols)
 
 
@@ -101,9 +102,9 @@ def quantize(
 ) -> torch.Tensor:
     """x (rows, cols) in float -> codes of `dtype` of the same shape, contiguous.
 
-    Finite values saturate at the largest code. NaN and infinite values become NaN in E4M3: with a static
-    scale an overflow upstream would otherwise come out as a plausible finite number. int8 has no NaN: they
-    become 0, and it is the NaN or infinite scale of their block that keeps them visible. generator: round up or down at random
+    Finite values saturate at the largest code. NaN and infinite values become NaN in E4M3; otherwise, with a static
+    scale, an earlier overflow would become a plausible finite number. int8 has no NaN: such values
+    become 0, and the NaN or infinite scale of their block keeps the error visible. generator: round up or down at random
     (`stochastic_round`).
     """
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
@@ -117,14 +118,14 @@ def quantize(
 
 
 def stochastic_round(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Each of x (float32) as one of the two codes of `dtype` around it: the nearer it is to one, the likelier that one.
+    """Stochastic rounding of x (float32) to one of the two nearest codes of `dtype`; the nearer code is more likely.
 
-    So the mean of many is kept, which rounding to the nearest does not do: values that lie on codes and are moved by less
-    than half a step would all go back. Stochastic rounding, as in Croci et al., doi.org/10.1098/rsos.211631.
+    The mean over many values is preserved. Rounding to nearest does not preserve it: values that lie on codes and change by
+    less than half a step would all be rounded back. See Croci et al., doi.org/10.1098/rsos.211631.
     """
     step = torch.ones_like(x)
     if dtype == FP8:
-        # Three bits behind the leading one, down to the step of subnormals, 2**-9.
+        # Three bits after the leading one; the smallest step is that of subnormals, 2**-9.
         exponent = torch.frexp(x).exponent.clamp_(min=-5) - 4
         step = torch.ldexp(step, exponent)
     x = x / step  # exact: a power of two
@@ -148,7 +149,7 @@ def dequantize(
 def dequantize_rows(
     q: torch.Tensor, scale: torch.Tensor, rows: slice, dtype: torch.dtype, *, granularity: Granularity
 ) -> torch.Tensor:
-    """Rows (start, stop) of ``dequantize(q, scale, granularity, dtype)``, without the others but for those of their blocks."""
+    """Rows (start, stop) of ``dequantize(q, scale, granularity, dtype)``; only the blocks that contain them are dequantized."""
     count, cols = q.shape
     if rows.start == 0 and rows.stop == count:
         return dequantize(q, scale, granularity, dtype)
@@ -162,23 +163,23 @@ def dequantize_rows(
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """quantize to codes of `dtype`, then dequantize to the dtype of x."""
+    """Quantize to codes of `dtype`, then dequantize to the dtype of x."""
     return dequantize_input(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
 
 
 def dequantize_input(q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
-    """`dequantize`; but the largest number of `dtype` for what was rounded up beyond it."""
+    """`dequantize`, with values beyond the range of `dtype` (by rounding up) clamped to its largest number."""
     largest = torch.finfo(dtype).max
     return dequantize(q, scale, granularity, dtype).clamp_(-largest, largest)
 
 
 def require_static(scheme: TensorScheme, static: torch.Tensor | None) -> None:
-    """Raise CalibrationError if inputs are to be quantized with a static scale, and there is none."""
+    """Raise CalibrationError if the scheme of the inputs is static and `static`, its scale, is None."""
     if static is None and not scheme.dynamic:
         raise CalibrationError(
-            "this layer quantizes its inputs with a static scale, and has no input scale yet: it was not measured, or the "
-            "checkpoint has none. Run some data through the model under `with hf_fp8.calibrate(model):`, leave inputs as they "
-            "are with backend='weight_only', or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+            "this layer quantizes its inputs with a static scale, and has no input scale yet: it was not calibrated, or the "
+            "checkpoint has none. Run data through the model under `with hf_fp8.calibrate(model):`, use backend='weight_only' "
+            "(inputs are not quantized), or a scheme with dynamic inputs, for example FP8_DYNAMIC"
         )
 
 
@@ -198,14 +199,14 @@ def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor |
 
 
 def outlier_columns(x: torch.Tensor, most: int) -> torch.Tensor:
-    """Numbers of the columns of x (M, K) that are loudest, each value taken relative to the mean magnitude of its row.
+    """Indices of the columns of x (M, K) with the largest magnitude relative to the mean magnitude of the row.
 
-    By a sample of rows, evenly spread; rows of zeros or with NaN or inf have no say. At most `most`: on a CPU only those
-    that are `OUTLYING` times as loud as all columns on average, and none where not one is `WORTHWHILE` times as loud;
-    elsewhere, where to ask how many these are would be to wait for the device, always `most`.
+    Estimated on up to `SAMPLE_ROWS` evenly spaced rows; zero and non-finite rows are ignored. On a CPU at most `most`: only
+    columns above `OUTLYING` times the mean of all columns, and none if no column is above `WORTHWHILE` times the mean. On
+    other devices always `most`, as counting them would wait for the device.
     """
     rows = x[:: -(-x.shape[0] // SAMPLE_ROWS)].abs()
-    # The mean of numbers up to 1: that of a row of huge ones would overflow.
+    # Divide by the row's amax first: the mean of a row of huge values would overflow.
     rows = rows.to(wide(x.dtype)).div_(rows.amax(1, keepdim=True))
     rows = rows.div_(rows.mean(1, keepdim=True)).nan_to_num_(nan=0.0)
     sums = rows.sum(0, dtype=torch.float32)
@@ -219,14 +220,14 @@ def outlier_columns(x: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def chunk(device: torch.device) -> int:
-    """Elements of a weight that are worked on at a time."""
+    """Elements of a weight that are processed at a time."""
     return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def pieces(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(codes, their scales, first row): q in pieces of whole blocks of rows, of about `elements` each."""
+    """Yield (codes, their scales, first row): q split into pieces of whole blocks of rows, about `elements` each."""
     q = codes_of(q)
     rows, cols = q.shape
     scale = scale.reshape(granularity.grid(rows, cols))
@@ -240,11 +241,11 @@ def pieces(
 def pieces_of_columns(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(codes, their scales, first column): views of q in pieces of whole blocks of columns, of about `elements` each."""
+    """Yield (codes, their scales, first column): views of q in pieces of whole blocks of columns, about `elements` each."""
     q = codes_of(q)
     rows, cols = q.shape
     scale = scale.reshape(granularity.grid(rows, cols))
-    width = granularity.cols if granularity.cols > 1 else 64  # what matmuls like
+    width = granularity.cols if granularity.cols > 1 else 64  # a multiple that suits matmuls
     step = max(elements // max(rows, 1) // width, 1) * width
     for start in range(0, cols, step):
         part = scale if granularity.cols == -1 else scale[:, start // width : -(-(start + step) // width)]

@@ -1,4 +1,4 @@
-"""Plain pickles of FP8 tensors that can be read again: of models, of state dicts, of what `gather_object` sends."""
+"""Fix for plain pickles of FP8 tensors, as in models, state dicts and `gather_object`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .scheme import FP8
 
 
 def install() -> None:
-    """Mend how Python's `pickle` writes FP8 tensors, if this torch does not do it right by itself.
+    """Register a reducer for Python's `pickle` of FP8 tensors, if this version of torch pickles them wrongly.
 
-    torch 2.13 pickles tensors of its newer dtypes (float8, uint16, ...) by their untyped storage, in a form that nothing
-    reads: `pickle.dumps` succeeds, `pickle.loads` raises AttributeError, whoever calls it. `torch.save` and `multiprocessing`
-    have ways of their own, which this leaves alone. What is written with it is read without it, too.
+    torch 2.13 pickles tensors of its newer dtypes (float8, uint16, ...) by their untyped storage in a form that cannot be
+    read: `pickle.dumps` succeeds, `pickle.loads` always raises AttributeError. `torch.save` and `multiprocessing` use other
+    code, which is not changed. Pickles written with the fix can also be read without it.
     """
     try:
         pickle.loads(pickle.dumps(torch.empty(1, dtype=FP8)))
@@ -25,6 +25,6 @@ def install() -> None:
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> Any:
-    """What torch writes of a tensor of bytes; its own function that rebuilds a tensor takes that for any dtype."""
+    """Pickle the storage as one of uint8; torch's function that rebuilds a tensor accepts it for any dtype."""
     of_bytes: Any = torch.storage.TypedStorage
     return of_bytes(wrap_storage=storage, dtype=torch.uint8, _internal=True).__reduce__()

@@ -1,6 +1,6 @@
-"""What is quantized and how: one granularity type and frozen schemes, for every format.
+"""Quantization schemes of weights and inputs: Granularity, TensorScheme, Scheme, and their names.
 
-A scale is always the factor that a stored value is multiplied by: ``real = stored * scale``.
+A scale is always the factor by which a code (a stored 8-bit value) is multiplied: ``real = stored * scale``.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ class TensorScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A linear layer: 8-bit weights (N, K) and, unless `input` is None (W8A16), 8-bit inputs (M, K).
+    """The scheme of a linear layer: 8-bit weights (N, K) and, unless `input` is None (W8A16), 8-bit inputs (M, K).
 
-    ``scheme.text`` and ``Scheme.parse`` are inverse to each other, so that a scheme can be passed
-    through a custom op.
+    ``Scheme.parse(scheme.text)`` returns the scheme, so that a scheme can be passed to a custom op as a string.
     """
 
     weight: TensorScheme
@@ -91,7 +90,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.weight.dynamic:
-            raise ConfigError("weights are quantized ahead of time: their TensorScheme is not dynamic")
+            raise ConfigError("the TensorScheme of a weight cannot be dynamic: weights are quantized ahead of time")
         rows, cols = self.weight.granularity.rows, self.weight.granularity.cols
         if not self.weight.granularity.is_row and (cols == 1 or (rows == -1) != (cols == -1)):
             raise ConfigError(f"weights have scales per tensor, channel, group or block, not {self.weight.granularity}")
@@ -120,7 +119,7 @@ class Scheme:
         return self.input is not None and not self.input.dynamic
 
     def describe(self) -> str:
-        """For people: ``channel x token (dynamic)``."""
+        """A readable description, e.g. ``channel x token (dynamic)``."""
         weight = {"-1x-1": "tensor", "1x-1": "channel"}.get(str(self.weight.granularity))
         if weight is None:
             weight = ("group " if self.weight.granularity.rows == 1 else "block ") + (
@@ -137,7 +136,7 @@ class Scheme:
 
 
 def scale_shape(granularity: Granularity, n_rows: int, n_cols: int) -> tuple[int, ...]:
-    """The shape in which a module holds the scale of an (n_rows, n_cols) matrix.
+    """The shape of the scale parameter of an (n_rows, n_cols) matrix.
 
     tensor (1,), channel (N, 1), group (N, ceil(K/g)), block (ceil(N/bn), ceil(K/bk)).
     """
@@ -152,11 +151,11 @@ FP8_STATIC = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR))
 FP8_BLOCK = Scheme(TensorScheme(Granularity(128, 128)), TensorScheme(Granularity(1, 128), dynamic=True))
 FP8_WEIGHT_ONLY = Scheme(TensorScheme(ROW))
 FP8_TENSOR = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR, dynamic=True))
-# What backend="int8" re-quantizes FP8 layers to; compressed-tensors calls it W8A8, or INT8.
+# backend="int8" re-quantizes FP8 layers to this; compressed-tensors calls it W8A8 or INT8.
 INT8_DYNAMIC = Scheme(TensorScheme(ROW, dtype=INT8), TensorScheme(ROW, dynamic=True, dtype=INT8))
 INT8_WEIGHT_ONLY = Scheme(TensorScheme(ROW, dtype=INT8))
 
-# What a scheme may be called where one is asked for.
+# Names of schemes in arguments, with aliases.
 SCHEMES = {
     "FP8_DYNAMIC": FP8_DYNAMIC,
     "FP8": FP8_STATIC,
@@ -172,12 +171,12 @@ SCHEMES = {
 
 
 def scheme_named(scheme: str | Scheme) -> Scheme:
-    """The scheme of a name of `SCHEMES`, in any case; a Scheme is itself. Raises ConfigError."""
+    """The scheme with a name of `SCHEMES` (case-insensitive); a Scheme is returned unchanged. Raises ConfigError."""
     if isinstance(scheme, Scheme):
         return scheme
     found = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
     if found is None:
         near = get_close_matches(str(scheme).upper(), SCHEMES, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"scheme={scheme!r}: it is a Scheme or one of {', '.join(SCHEMES)}{hint}")
+        raise ConfigError(f"scheme={scheme!r} is not known; use a Scheme or one of {', '.join(SCHEMES)}{hint}")
     return found

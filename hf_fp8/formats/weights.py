@@ -1,5 +1,5 @@
-"""Float weights to codes and scales, in plain torch, and what becomes of a change to a weight, such as a merged adapter, when
-the result is rounded to codes again."""
+"""Quantization of float weights to codes (8-bit values) and scales in plain torch; and Change, which measures how much of a
+change to a weight (for example a merged adapter) is left after it is quantized again."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .scheme import CODE_MAX, FP8, ROW, Granularity, scale_shape
 
 
 def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the scale of a weight of `dtype` is made: its own, as in compressed-tensors; float32 of float64."""
+    """The dtype of the scale of a weight of `dtype`: the same, as in compressed-tensors; float32 for float64."""
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """The scale of weights whose largest magnitude is `amax` (`amax_of`), computed and rounded in its dtype.
+    """The scale of weights with the given `amax` (`amax_of`), computed and rounded in its dtype.
 
-    That is compressed-tensors' arithmetic (quantization/utils/helpers.py, calculate_qparams) to the bit: a block of zeros
-    gets the dtype's eps. Only where amax / 448 underflows, which there is taken for zero, it is the smallest positive
-    number instead, so that the block is kept.
+    This is compressed-tensors' arithmetic (quantization/utils/helpers.py, calculate_qparams), bit for bit: a block of zeros
+    gets the dtype's eps. The only difference: if amax / 448 underflows, which compressed-tensors treats as zero, the scale
+    is the smallest positive number, so that the block is not lost.
     """
     info = torch.finfo(amax.dtype)
     return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least_scale(amax.dtype)))
 
 
 def least_scale(dtype: torch.dtype) -> float:
-    """The smallest positive number of `dtype` that scales may have: in float16 a subnormal, as its normal ones end early."""
+    """The smallest positive scale in `dtype`: a subnormal in float16, as the range of its normal numbers is small."""
     info = torch.finfo(dtype)
     return float(info.tiny * info.eps if dtype == torch.float16 else info.tiny)
 
@@ -42,14 +42,14 @@ def quantize_weight(
     held: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A float weight (N, K) -> (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
+    """Quantize a float weight (N, K): (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
 
     Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
-    (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. In pieces: what is
-    held beside weight and codes is of a fixed size.
+    (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. The weight is
+    processed in pieces: temporary memory is of a fixed size.
 
-    held: the scale that the weight had before somebody changed it a little. Blocks for which it still does keep it, as
-    their values lie on its codes; others get one of its dtype.
+    held: the scale of the weight before a small change. Blocks that it still fits keep it, as their unchanged values are
+    exactly its codes; other blocks get a new scale of the same dtype.
     generator: round up or down at random (`stochastic_round`) instead of to the nearest code.
 
     Raises ScaleError for weights with NaN or infinity.
@@ -68,11 +68,11 @@ def quantize_weight(
     scale.copy_(weight_scale_of(scale, dtype))
     if held is not None:
         fresh = scale.to(held.dtype)
-        # Among the smallest numbers of a dtype the next lower one may be far below: the largest weight would be cut.
+        # Near the smallest numbers of a dtype, rounding down may lower the scale a lot, which would clip the largest weight.
         low = fresh.to(compute) < scale * (1 - 2**-7)
         fresh = torch.where(low, fresh + least_scale(held.dtype), fresh).to(compute)
         before = held.reshape(scale.shape).to(compute)
-        # Not smaller than needed, and not so large that int8 would lose more than one bit.
+        # Keep the held scale unless it is too small, or so large that int8 would lose more than one bit.
         scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
     largest = CODE_MAX[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
@@ -86,9 +86,9 @@ def quantize_weight(
 def requantize(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (N, K) times its scales, quantized anew: (codes of `dtype`, float32 scales (N, 1) per row).
+    """Dequantize q (N, K) and quantize it again: (codes of `dtype`, float32 scales (N, 1) per row).
 
-    In pieces: a float32 copy of the whole is never held.
+    Processed in pieces, without a float32 copy of the whole weight.
     """
     q = codes_of(q)
     rows, cols = q.shape
@@ -104,10 +104,10 @@ def requantize(
 
 @dataclass
 class Change:
-    """Sums over a layer's weights, in float64: W before, M as it should be, Q as it is stored.
+    """Sums over a layer's weights, in float64: W before the change, M the exact result, Q the stored (quantized) result.
 
-    Codes of a weight that hardly changed are the codes it had: rounding does not blur a small change, it drops it. So `kept`
-    says more than the error does.
+    Weights that changed little keep their codes: rounding does not blur a small change but drops it. So `kept` tells more
+    than `error`.
     """
 
     delta: float = 0.0  # |M - W|^2
@@ -116,7 +116,7 @@ class Change:
     norm: float = 0.0  # |M|^2
 
     def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor) -> None:
-        """Count in a piece: W, M and Q, float32 of one shape."""
+        """Add a piece: W, M and Q in float32, of the same shape."""
         delta, missed = wanted - before, after - wanted
         self.delta += float(delta.square().sum(dtype=torch.float64))
         self.found += float(((after - before) * delta).sum(dtype=torch.float64))
@@ -125,20 +125,20 @@ class Change:
 
     @property
     def kept(self) -> float:
-        """The share of the change that is there, along its own direction: 1 is all, 0 none."""
+        """The share of the change that is in Q, projected on the direction of the change: 1 is all, 0 is nothing."""
         return self.found / self.delta if self.delta else 1.0
 
     @property
     def size(self) -> float:
-        """||M - W|| / ||M||: how much was to change."""
+        """||M - W|| / ||M||: the relative size of the change."""
         return (self.delta / self.norm) ** 0.5 if self.norm else 0.0
 
     @property
     def noise(self) -> float:
-        """||Q - M|| / ||M - W||: how large what rounding adds is beside the change. It points nowhere in particular."""
+        """||Q - M|| / ||M - W||: the rounding error relative to the change. It has no preferred direction."""
         return (self.missed / self.delta) ** 0.5 if self.delta else 0.0
 
     @property
     def error(self) -> float:
-        """||Q - M|| / ||M||: how far what is stored is from what it should be."""
+        """||Q - M|| / ||M||: the relative error of the stored result."""
         return (self.missed / self.norm) ** 0.5 if self.norm else 0.0

@@ -1,1 +1,1 @@
-"""QuantizedWeight: a parameter of codes that computes as the weight that it stands for."""
+"""QuantizedWeight: a parameter that stores codes (8-bit values) and is used in computations as the dequantized weight."""

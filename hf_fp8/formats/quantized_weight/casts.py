@@ -1,4 +1,7 @@
-"""Values that somebody cast to the dtype of codes, told from codes: averages of state dicts, for one."""
+"""Detection of float values that were cast to the dtype of codes, for example by averaging state dicts.
+
+Codes are the stored 8-bit values; such values without a scale would be read as codes.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,19 @@ import torch
 from ...errors import UnsupportedError
 from .source import Part, Source
 
-# Codes that replace others with scales as they were, and are this many times smaller, are values that somebody cast to the
-# dtype of codes: that makes them smaller by 1 / scale, which is 448 (int8: 127) by the largest weight of a row or block.
+# New codes for unchanged scales that are this many times smaller than the old ones are values that were cast to the dtype of
+# codes: a cast makes them smaller by 1 / scale, which is 448 (int8: 127) divided by the largest weight of a row or block.
 SMALLER = 8
-# How many codes are looked at for that, in rows that are evenly spread.
+# Number of codes that are sampled for this check, in evenly spaced rows.
 _SAMPLE = 2**18
-# Cosine of values and the weight that they are made of: 0.97 and more for means of fine-tuned models, near 0 for any others.
+# Threshold for the cosine of values and held weight: 0.97 and more for means of fine-tuned models, near 0 for other values.
 ALIKE = 0.5
-# Whether what is written are codes for certain, so that nobody has to guess.
+# True while the written tensors are known to be codes, so that the check is skipped.
 _certain: ContextVar[bool] = ContextVar("hf_fp8_certain", default=False)
 
 
 def refuse_own_values(new: torch.Tensor, codes: torch.Tensor, part: Part, source: Source) -> None:
-    """Raise UnsupportedError if `new`, which is to replace `codes`, is near the values that these stand for, cast to
-    their dtype."""
+    """Raise UnsupportedError if `new`, which replaces `codes`, is similar to their dequantized values, cast to their dtype."""
     if _certain.get():
         return
     if new.shape != codes.shape or new.is_meta or codes.is_meta or not codes.numel() or part.whole is not codes:
@@ -37,38 +39,38 @@ def refuse_own_values(new: torch.Tensor, codes: torch.Tensor, part: Part, source
     try:
         decoder = source.decoder(codes)
         held = decoder.decode(codes, decoder.scale, slice(0, len(codes)), torch.float32)[::step]
-    except UnsupportedError:  # values that nobody can have read
+    except UnsupportedError:  # the values cannot have been read either
         return
     if float(held.norm()) * SMALLER > float(before.norm()):
-        return  # scales of 1 or so are what there is no telling by
-    # Like the weight itself, or some function of it. int8: values below 0.5 are 0.
+        return  # with scales of about 1, values and codes cannot be told apart
+    # Similar to the weight itself, or to a function of it. int8: values below 0.5 are cast to 0.
     if not size or float((given.to(held.device) * held).sum()) > ALIKE * size * float(held.norm()):
         _raise_cast(decoder.name, codes.dtype)
 
 
 def _raise_cast(name: str, dtype: torch.dtype) -> None:
     raise UnsupportedError(
-        f"{name} holds codes in {dtype}, and is to get values that were cast to that dtype, without a scale. "
-        "hf_fp8.dequantize_model(model) gives a model with weights that can be computed with and loaded; "
-        "hf_fp8.quantize_model(model) makes codes of them again"
+        f"{name} holds codes in {dtype}, but was given values that were cast to that dtype, without a scale. Call "
+        "hf_fp8.dequantize_model(model) before computing with or loading weights, and hf_fp8.quantize_model(model) to quantize "
+        "them again"
     )
 
 
 def refuse_values(new: torch.Tensor, old: torch.Tensor, name: str, scales: float = 1.0) -> None:
-    """Raise UnsupportedError if plain codes `new` that are to replace `old` are values cast to the dtype of codes.
+    """Raise UnsupportedError if the plain tensor `new`, which replaces `old`, holds values cast to the dtype of codes.
 
-    scales: by how much the scales that come with them are larger. Such values are smaller than codes by their scale.
+    scales: ratio of the new scales to the old ones. Values are smaller than their codes by a factor of the scale.
     """
     if new.shape != old.shape or new.is_meta or old.is_meta or not new.numel():
         return
     largest, before = _largest(new), _largest(old)
     is_smaller = largest * SMALLER * max(scales, 1.0) <= before
-    if is_smaller and before and (largest or scales * SMALLER > 1):  # a weight of zeros comes with a scale of next to nothing
+    if is_smaller and before and (largest or scales * SMALLER > 1):  # the scale of a zero weight is tiny
         _raise_cast(name, old.dtype)
 
 
 def _largest(codes: torch.Tensor) -> float:
-    """The largest magnitude among rows that are evenly spread, NaN left out."""
+    """The amax of evenly spaced rows, ignoring NaN."""
     return float(codes[:: _step(codes)].float().abs().nan_to_num(0.0).max())
 
 
@@ -77,13 +79,13 @@ def _step(codes: torch.Tensor) -> int:
 
 
 def is_certain() -> bool:
-    """Whether what is written are codes for certain, and scales are seen to."""
+    """Whether written tensors are known to be codes with the right scales (`codes_for_certain`)."""
     return _certain.get()
 
 
 @contextmanager
 def codes_for_certain() -> Iterator[None]:
-    """A block in which codes are moved, or copied together with their scales."""
+    """Context manager for moving codes, or copying them together with their scales: checks for cast values are skipped."""
     token = _certain.set(True)
     try:
         yield

@@ -1,5 +1,7 @@
-"""What functions of torch do with a QuantizedWeight: those that ask or move get its codes, those that write are refused, all
-others get its values.
+"""Dispatch of torch functions on a QuantizedWeight.
+
+Functions that query or move the tensor get its codes; functions that write to it are refused; all others get the dequantized
+values.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from .tensor import (
     values_dtype,
 )
 
-# Functions of torch by name, as `__torch_function__` is told of them. A property is called by its own name.
-# Those that ask what a tensor is, or for its memory, not for its values (a pointer to values would be one to memory that is
-# free again); or that make a new one like it.
+# Names of torch functions as `__torch_function__` gets them; a property has its own name.
+# Functions that query metadata or memory, not values (a pointer to temporary values would point to freed memory), or that
+# create a new tensor like this one.
 _ASKS = frozenset(
     {
         "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset", "data_ptr",
@@ -46,7 +48,7 @@ _ASKS = frozenset(
         "__dlpack_device__",
     }
 )  # fmt: skip
-# Those that give the same numbers in another place or shape.
+# Functions that return the same numbers on another device or in another shape.
 _MOVES = frozenset(
     {
         "detach", "data", "alias", "clone", "contiguous", "cpu", "cuda", "xpu", "pin_memory", "view_as", "reshape", "flatten",
@@ -55,9 +57,9 @@ _MOVES = frozenset(
         "split_with_sizes", "__getitem__", "view", "to",
     }
 )  # fmt: skip
-# Those that ask whether two tensors are the same: of codes, if the other one holds such.
+# Functions that compare two tensors: they compare codes if the other tensor has the dtype of codes.
 _COMPARES = frozenset({"equal", "eq", "ne", "__eq__", "__ne__"})
-# Of torch.distributed: gloo, and NCCL before compute capability 9.0, cannot send FP8, and can send bytes.
+# Functions of torch.distributed that get codes as bytes: gloo, and NCCL before compute capability 9.0, cannot send FP8.
 _SENDS_ONE = frozenset({"broadcast", "send", "recv", "isend", "irecv"})
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 _IN_PLACE = ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]
@@ -72,7 +74,7 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     first: Any = args[0] if args else None
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and str(func).startswith("hf_fp8."):
         args, kwargs = tree_map_only(QuantizedWeight, codes_of, (args, kwargs))
-        return func(*args, **kwargs)  # our own kernels
+        return func(*args, **kwargs)  # ops of hf_fp8
     if getattr(func, "__module__", "").startswith("torch.distributed"):
         return _communicate(func, name, args, kwargs)
     if name == "data=":
@@ -80,7 +82,7 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     if name.endswith("=") or name == "requires_grad_":  # requires_grad, grad, names
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
-        if "requires_grad" in name:  # kernels, which are given the codes, refuse to have one
+        if "requires_grad" in name:  # so that the ops, which get the codes, can refuse a gradient
             first.codes.requires_grad_(first.requires_grad)
         return found
     if name == "copy_":
@@ -103,10 +105,10 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
             args, kwargs = tree_map_only(QuantizedWeight, codes_of, (args, kwargs))
             return func(*args, **kwargs)
         raise UnsupportedError(
-            f"{called(held[0])} holds codes in {held[0].codes.dtype}, and {name} was given it with another tensor of that "
-            "dtype. Cast inputs to their own dtype instead of the weight's; codes themselves are `weight.codes`"
+            f"{called(held[0])} holds codes in {held[0].codes.dtype}, and {name} was called with it and another tensor of that "
+            "dtype. Do not cast inputs to the dtype of the weight; to compute with codes, use `weight.codes`"
         )
-    # Two weights are the same if their values are, whatever these are computed in.
+    # Two weights are equal if their float32 values are equal, whatever dtype they have by default.
     read = partial(values, dtype=torch.float32) if name in _COMPARES and not others else values
     args, kwargs = tree_map_only(QuantizedWeight, read, (args, kwargs))
     return func(*args, **kwargs)
@@ -117,15 +119,15 @@ def _is_dtype(args: Any, kwargs: Any) -> bool:
 
 
 def _move(func: Any, weight: QuantizedWeight, rest: Any, kwargs: Any) -> Any:
-    """The same for codes, in the form in which `func` gives it: a tensor or several."""
-    if any(isinstance(t, torch.Tensor) for t in tree_iter((rest, kwargs))):  # chosen by other tensors: no view
+    """Apply `func` to the codes; returns a QuantizedWeight, or several if `func` returns several tensors."""
+    if any(isinstance(t, torch.Tensor) for t in tree_iter((rest, kwargs))):  # indexed by other tensors: not a view
         rest, kwargs = tree_map_only(QuantizedWeight, values, (rest, kwargs))
         return func(values(weight), *rest, **kwargs)
     moved = func(weight.codes, *rest, **kwargs)
     first = moved if isinstance(moved, torch.Tensor) else moved[0] if len(moved) else weight.codes
     is_part = not (is_whole(weight) and first.shape == weight.codes.shape)
     if is_part and is_copy(first, weight.codes) and not weight._source.exported:
-        return func(values(weight), *rest, **kwargs)  # of a part only its values are of use, but in a state dict
+        return func(values(weight), *rest, **kwargs)  # a copied part is only useful as values, except in a state dict
     if isinstance(moved, torch.Tensor):
         found = moved_weight(weight, moved, lambda found: func(found, *rest, **kwargs))
         if weight.requires_grad and moved.requires_grad:  # `values` refuses it
@@ -135,12 +137,12 @@ def _move(func: Any, weight: QuantizedWeight, rest: Any, kwargs: Any) -> Any:
 
 
 def _communicate(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """torch.distributed: what sends a tensor sends its codes, as bytes where it is one tensor; sums of codes are refused."""
+    """torch.distributed: codes are sent, as bytes by functions that send one tensor; reductions are refused."""
     if "reduce" in name:
         for weight in _weights((args, kwargs)):
             raise UnsupportedError(
-                f"{called(weight)} holds codes in {weight.codes.dtype}: {name} would compute with them as if they were the "
-                "weight. Send `layer.dequantized_weight()`, or leave frozen weights out"
+                f"{called(weight)} holds codes in {weight.codes.dtype}: {name} would compute with codes instead of the weight. "
+                "Use `layer.dequantized_weight()`, or leave out frozen weights"
             )
     plain = (lambda weight: weight.codes.view(torch.uint8)) if name in _SENDS_ONE else codes_of
     args, kwargs = tree_map_only(QuantizedWeight, plain, (args, kwargs))
@@ -153,8 +155,10 @@ def _piece(func: Any, rest: Any, kwargs: Any, index: int, found: torch.Tensor) -
 
 
 def _cast(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """`.to`, `.type`, `.type_as`: of a weight, values where the dtype is another one, else a move; of another tensor, a cast to
-    the dtype of a weight's values."""
+    """`.to`, `.type`, `.type_as`.
+
+    Of a weight: values if the dtype changes, else moved codes. Of another tensor: a cast to the dtype of the weight's values.
+    """
     first, rest = args[0], args[1:]
     if type(first) is not QuantizedWeight:  # x.to(weight), x.type_as(weight)
         like = rest[0] if rest else kwargs.pop("other")
@@ -185,8 +189,8 @@ def _cast(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _set_data(weight: Any, new: torch.Tensor) -> None:
-    """``weight.data = new``: other codes, or what a cast of itself gave, which changes nothing but the dtype of its values."""
-    if type(weight) is not QuantizedWeight:  # of a plain tensor
+    """``weight.data = new``: new codes, or the weight in another float dtype, which only changes the dtype of its values."""
+    if type(weight) is not QuantizedWeight:  # a plain tensor
         weight.data = values(new)  # type: ignore[arg-type]
         return
     if codes_of(new).dtype != weight.codes.dtype:
@@ -205,7 +209,7 @@ def _set_data(weight: Any, new: torch.Tensor) -> None:
 
 
 def _copy(func: Any, into: Any, of: Any, *rest: Any, **kwargs: Any) -> Any:
-    """``into.copy_(of)``: codes where both are of their dtype, else values, and never values over codes."""
+    """``into.copy_(of)``: copies codes if both have the dtype of codes, else values; never values over codes."""
     if type(into) is not QuantizedWeight:
         into.copy_(of.codes if into.dtype == of.codes.dtype else values(of, into.dtype), *rest, **kwargs)
     elif codes_of(of).dtype != into.codes.dtype:
@@ -217,14 +221,14 @@ def _copy(func: Any, into: Any, of: Any, *rest: Any, **kwargs: Any) -> Any:
 
 
 def _accept_codes(weight: QuantizedWeight, new: torch.Tensor, how: str) -> None:
-    """See to the scale of codes that are to replace others: those of another weight bring theirs along.
+    """Check codes that replace those of `weight`, and take over their scale if they belong to another weight.
 
-    Raises UnsupportedError for codes whose scale cannot come along, and for values that were cast to the dtype of codes.
+    Raises UnsupportedError for codes whose scale cannot be taken over, and for values that were cast to the dtype of codes.
     """
     if is_certain():
         return
     if type(new) is not QuantizedWeight and (weight._source.exported or is_whole(weight)):
-        if not weight._source.exported:  # what is loaded into a state dict comes with scales
+        if not weight._source.exported:  # data loaded into a state dict comes with scales
             refuse_own_values(new, weight.codes, weight._part, weight._source)
         return
     found = weight._source.owner(weight._part.whole)
@@ -238,40 +242,39 @@ def _accept_codes(weight: QuantizedWeight, new: torch.Tensor, how: str) -> None:
         except UnsupportedError:
             pass
     raise UnsupportedError(
-        f"{called(weight)} holds codes in {weight.codes.dtype}: `{how}` would bring codes of another weight, of a part or in "
-        "another order, and leave their scales behind (`weight.codes` are the codes themselves). "
-        "hf_fp8.dequantize_model(model) gives a model with weights that can be changed, hf_fp8.quantize_model(model) makes "
-        "codes of them again"
+        f"{called(weight)} holds codes in {weight.codes.dtype}: `{how}` would copy codes of another weight, of a part of one "
+        "or in another order, but not their scales. Call hf_fp8.dequantize_model(model) before changing weights, and "
+        "hf_fp8.quantize_model(model) to quantize them again; to compute with codes, use `weight.codes`"
     )
 
 
 def _accept_cast(weight: QuantizedWeight, new: torch.Tensor, how: str) -> None:
-    """Raise UnsupportedError, naming the layer, unless `new` is what the weight is in another dtype."""
+    """Raise UnsupportedError, naming the layer, unless `new` is the dequantized weight in a float dtype."""
     if new.device == weight.codes.device and is_cast_of(weight, new):
         return
     raise UnsupportedError(
         f"{called(weight)} holds {[*weight.codes.shape]} codes in {weight.codes.dtype}: `{how}` would write values of "
-        f"{new.dtype} {[*new.shape]} over them, without a scale. hf_fp8.dequantize_model(model) gives a model with weights "
-        "that can be changed, hf_fp8.quantize_model(model) makes codes of them again"
+        f"{new.dtype} {[*new.shape]} over them, without a scale. Call hf_fp8.dequantize_model(model) before changing weights, "
+        "and hf_fp8.quantize_model(model) to quantize them again"
     )
 
 
 def _refuse_writing(func: Any, name: str, args: Any, kwargs: Any) -> None:
     written = [kwargs["out"]] if kwargs.get("out") is not None else []
     if (name.endswith("_") and not name.endswith("__")) or name in _WRITING_OPERATORS or kwargs.get("inplace"):
-        written.append(args[0] if args else next(iter(kwargs.values())))  # torch.nn.init's pass a keyword
+        written.append(args[0] if args else next(iter(kwargs.values())))  # torch.nn.init functions pass a keyword
     if isinstance(func, torch._ops.OpOverload):
         takes = zip(func._schema.arguments, args, strict=False)
         written += [given for taken, given in takes if taken.alias_info is not None and taken.alias_info.is_write]
     if name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None:
         written.append((args, kwargs))
     for weight in _weights(written):
-        if weight.codes.is_meta:  # as transformers initialises what is offloaded
+        if weight.codes.is_meta:  # transformers initialises offloaded weights in place
             continue
         raise UnsupportedError(
             f"{called(weight)} holds codes in {weight.codes.dtype}: {name} would change them in place, as if they were the "
-            "weight. hf_fp8.dequantize_model(model) gives a model with weights that can be changed, "
-            "hf_fp8.quantize_model(model) makes codes of them again"
+            "weight. Call hf_fp8.dequantize_model(model) before changing weights, and hf_fp8.quantize_model(model) to quantize "
+            "them again"
         )
 
 

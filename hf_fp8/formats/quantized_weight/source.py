@@ -1,4 +1,4 @@
-"""Where codes belong, and which part of a weight a tensor of codes is: what is needed to multiply it out."""
+"""The data needed to dequantize a QuantizedWeight: the owner of its codes, and which part of the weight it is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ...errors import UnsupportedError
 
 
 class Decoder(NamedTuple):
-    """How codes become values. decode: (codes, scale, rows, dtype) -> values of these rows of the first dimension, or raises.
+    """How to dequantize codes. decode: (codes, scale, rows, dtype) -> values of these rows of the first dimension, or raises.
 
-    dtype: what the values are in where nobody asks for another one. name: the parameter's in its model, for errors.
+    dtype: default dtype of the values. name: name of the parameter in its model, for error messages.
     """
 
     decode: Callable[[torch.Tensor, torch.Tensor, slice, torch.dtype], torch.Tensor]
@@ -26,9 +26,9 @@ class Decoder(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a weight a tensor is: rows of the first dimension, and what was done to those since."""
+    """Which part of a weight a tensor is: rows of the first dimension, and the operations applied to them (`steps`)."""
 
-    whole: torch.Tensor  # the codes of all of it, a plain tensor
+    whole: torch.Tensor  # all codes of the weight, a plain tensor
     rows: slice
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
 
@@ -39,15 +39,15 @@ class Part:
 
 @dataclass
 class Source:
-    """Where codes belong. owners: modules that hold them as a parameter, and its name there; kept: what it was when they were
-    copied, for a copy, which outlives changes of the module."""
+    """Where codes belong. owners: modules that hold them as a parameter, and its name there. kept: for a copy, the Decoder
+    at the time of copying, so that later changes of the module do not affect it."""
 
     owners: list[tuple[weakref.ref[Any], str]] = field(default_factory=list)
     kept: Decoder | None = None
-    exported: bool = False  # an entry of a state dict, of which numpy gets the codes
+    exported: bool = False  # an entry of a state dict: numpy() returns codes
 
     def owner(self, whole: torch.Tensor) -> tuple[Any, str] | None:
-        """A module whose parameter lies in the memory of `whole`, and its name there."""
+        """A module whose parameter shares the memory of `whole`, and the parameter's name; None if there is none."""
         for reference, leaf in self.owners:
             module = reference()
             held = None if module is None else module._parameters.get(leaf)
@@ -56,21 +56,21 @@ class Source:
         return None
 
     def decoder(self, whole: torch.Tensor) -> Decoder:
-        """Raises UnsupportedError if no module says any more what these codes mean."""
+        """The Decoder of the codes. Raises UnsupportedError if no module holds them any more."""
         if self.kept is not None:
             return self.kept
         found = self.owner(whole)
         if found is None:
             raise UnsupportedError(
-                f"{[*whole.shape]} codes in {whole.dtype} are read as values, and the layer that held them is gone, or holds "
-                "others now: read them from the layer (`layer.dequantized_weight()`), or keep it"
+                f"{[*whole.shape]} codes in {whole.dtype} are read as values, but the layer that held them was deleted or "
+                "holds other codes now: keep the layer, and read the weight from it (`layer.dequantized_weight()`)"
             )
         decoder: Decoder = found[0].decoder(found[1])
         return decoder
 
 
 def rows_of(codes: torch.Tensor, whole: torch.Tensor) -> slice | None:
-    """Which rows of the first dimension `codes` are, or which one; None if they are something else."""
+    """The rows of `whole` (first dimension) that `codes`, a view, consists of; None if it is another kind of view."""
     if whole.ndim < 2 or not whole.numel() or codes.ndim not in (whole.ndim, whole.ndim - 1):
         return None
     count = len(codes) if codes.ndim == whole.ndim else 1

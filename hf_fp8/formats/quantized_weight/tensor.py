@@ -1,7 +1,7 @@
-"""QuantizedWeight: a parameter of codes that computes as the weight it stands for, whoever reads it.
+"""QuantizedWeight: a parameter that stores codes (8-bit values) and is used in computations as the dequantized weight.
 
-What moves a tensor (views, copies, `.to(device)`, pickling, safetensors) moves its codes. Everything else is done with the
-dequantized values, so that nothing can compute with codes by mistake; and nothing can write values over them.
+Functions that move a tensor (views, copies, `.to(device)`, pickling, safetensors) move its codes. All others get the
+dequantized values, so that no code computes with codes by mistake; values cannot be written over codes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .source import Decoder, Part, Source, rows_of
 
 
 class QuantizedWeight(torch.Tensor):
-    """Codes of a weight, E4M3 or int8, as a parameter of a `QuantizedModule`, which makes it of what is assigned to it.
+    """Codes of a weight, E4M3 or int8, as a parameter of a `QuantizedModule`, which creates it from an assigned parameter.
 
-    `dtype`, `shape` and memory are those of the codes; so are views, copies, pickles and what safetensors writes. As an operand
-    it is the dequantized weight, in the dtype that the layer was made of or, with `.to(dtype)`, `.float()`, in that one.
-    Raises UnsupportedError where values would be written into it (but for what `.to(dtype)` gives of itself, which changes
-    nothing), for operands that were cast to the dtype of the codes, and where a gradient is asked for.
+    `dtype`, `shape` and memory are those of the codes, also in views, copies, pickles and safetensors files. As an operand
+    it is the dequantized weight, in the original dtype of the layer or the one requested by `.to(dtype)`, `.float()`.
+    Raises UnsupportedError if values are written into it (except its own values as `.to(dtype)` returns them, which changes
+    nothing), for operands that were cast to the dtype of the codes, and if a gradient is requested.
     """
 
-    handle: ClassVar[Callable[[Any, Any, Any], Any]]  # of `weight_functions`, which needs this class
-    asks: ClassVar[frozenset[str]]  # names of functions that do not ask for values, of `weight_functions`, too
+    handle: ClassVar[Callable[[Any, Any, Any], Any]]  # set by `functions`, which imports this class
+    asks: ClassVar[frozenset[str]]  # names of functions that do not read values; set there, too
     codes: torch.Tensor  # a plain tensor in the same memory
     _part: Part
     _source: Source
@@ -76,7 +76,7 @@ class QuantizedWeight(torch.Tensor):
 
 
 def name_of(func: Any) -> str:
-    """Of a function of torch; of the getter or setter of a property the property's, with "=" for a setter."""
+    """The name of a torch function; for getters and setters the name of the property, with "=" appended for a setter."""
     name: str = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):
         return str(func.__self__.__name__) + ("=" if name == "__set__" else "")
@@ -88,12 +88,12 @@ def _read_by_compiled_code(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 _uncompiled: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _read_by_compiled_code, reason="the weight of a quantized layer is read as values, which graphs do not hold: call the layer"
+    _read_by_compiled_code, reason="reading the weight of a quantized layer as values cannot be compiled: call the layer"
 )
 
 
 def codes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain codes of a QuantizedWeight, in its memory; any other tensor itself."""
+    """The codes of a QuantizedWeight as a plain tensor in the same memory; other tensors are returned unchanged."""
     return tensor.codes if type(tensor) is QuantizedWeight else tensor
 
 
@@ -102,7 +102,7 @@ def is_parameter(tensor: torch.Tensor) -> bool:
 
 
 def whole(codes: torch.Tensor) -> QuantizedWeight:
-    """Plain codes that are to become the parameter of some module."""
+    """A QuantizedWeight of plain codes that has no owner yet."""
     return _wrap(codes, Part.all_of(codes), Source())
 
 
@@ -110,7 +110,7 @@ def _wrap(codes: torch.Tensor, part: Part, source: Source) -> QuantizedWeight:
     with torch._C.DisableTorchFunctionSubclass():
         found: QuantizedWeight = torch.Tensor._make_subclass(QuantizedWeight, codes, False)
     found.codes, found._part, found._source = codes, part, source
-    codes._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]  # else CUDA graphs copy it in each replay
+    codes._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]  # else CUDA graphs copy it at each replay
     return found
 
 
@@ -122,9 +122,9 @@ def as_parameter(weight: QuantizedWeight, requires_grad: bool) -> QuantizedWeigh
 
 
 def values(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The dequantized weight, or of a view of it the same part. dtype: by default what the layer was made of.
+    """The dequantized weight, or the same part of it for a view. dtype: by default the original dtype of the layer.
 
-    Raises UnsupportedError if the weight is to have a gradient, or nothing says what the codes mean.
+    Raises UnsupportedError if the weight requires a gradient, or no module holds the codes any more.
     """
     decoder = weight._source.decoder(weight._part.whole)
     if weight.requires_grad and torch.is_grad_enabled():
@@ -151,7 +151,7 @@ def is_copy(codes: torch.Tensor, of: torch.Tensor) -> bool:
 
 
 def is_whole(weight: QuantizedWeight) -> bool:
-    """Whether it is all of its weight, nothing of which was moved to another place."""
+    """Whether it is the whole weight, in the original order."""
     part = weight._part
     return not part.steps and part.rows == slice(0, len(part.whole)) and weight.codes.shape == part.whole.shape
 
@@ -159,11 +159,11 @@ def is_whole(weight: QuantizedWeight) -> bool:
 def moved_weight(
     weight: QuantizedWeight, codes: torch.Tensor, step: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> QuantizedWeight:
-    """What `step` makes of a weight, `codes` of its codes. step: None for a copy as it is."""
+    """The QuantizedWeight of `codes`, the result of applying `step` to the codes of `weight`. step: None for a plain copy."""
     part, source = weight._part, weight._source
     copied = is_copy(codes, weight.codes)
     if copied and (source.kept is not None or source.owner(part.whole) is not None):
-        kept = source.decoder(part.whole)  # as it is now: the layer may get other codes and scales
+        kept = source.decoder(part.whole)  # the present one: the layer may get other codes and scales later
         source = Source(kept=kept._replace(scale=kept.scale.detach().clone().to(codes.device)), exported=source.exported)
     same_place = step is None or copied or codes.stride() == part.whole.stride()
     if is_whole(weight) and codes.shape == part.whole.shape and same_place:
@@ -178,12 +178,12 @@ def moved_weight(
 
 
 def values_dtype(weight: QuantizedWeight) -> torch.dtype:
-    """The dtype of its values where nobody asks for another."""
+    """The default dtype of its values."""
     return weight._source.decoder(weight._part.whole).dtype
 
 
 def is_cast_of(weight: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether floats are what a weight stands for, in their dtype."""
+    """Whether `given`, a float tensor, equals the dequantized weight in its dtype."""
     if type(weight) is not QuantizedWeight or not given.is_floating_point() or given.itemsize < 2:
         return False
     if given.shape != weight.codes.shape:
@@ -193,12 +193,12 @@ def is_cast_of(weight: torch.Tensor, given: torch.Tensor) -> bool:
     try:
         with torch.no_grad():
             return torch.equal(given, values(weight, given.dtype).to(given.device))
-    except UnsupportedError:  # nobody can have read it
+    except UnsupportedError:  # the values cannot have been read before either
         return False
 
 
 def _reduce_shared(weight: QuantizedWeight) -> Any:
-    """For processes that share memory."""
+    """Reducer for `torch.multiprocessing` (shared memory)."""
     if is_parameter(weight):
         return torch._utils._rebuild_parameter, (weight.codes, weight.requires_grad, {})
     return reduce_tensor(weight.codes)  # type: ignore[no-untyped-call]
@@ -208,7 +208,9 @@ ForkingPickler.register(QuantizedWeight, _reduce_shared)
 
 
 def export(weight: torch.Tensor, decoder: Decoder) -> None:
-    """Make `weight` an entry of a state dict, which may outlive its layer: by the layer's own scale, into which others are
-    loaded as into the codes."""
+    """Mark `weight` as an entry of a state dict, which may outlive its layer.
+
+    The decoder has the layer's own scale tensor, so that loading into the state dict changes codes and scale together.
+    """
     if type(weight) is QuantizedWeight:
         weight._source = Source(kept=decoder, exported=True)
