@@ -1,4 +1,4 @@
-"""Which kernel runs where, and the reasons: `select`, `select_grouped`, `use`, `why_not`."""
+"""Matmul kernels for quantized weights, and their selection with reasons: `select`, `select_grouped`, `use`, `why_not`."""
 
 from .base import LARGEST_K, ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight
 from .probing import probe

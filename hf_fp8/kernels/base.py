@@ -1,4 +1,4 @@
-"""What a kernel is, what it is asked, and what it is given."""
+"""Types of kernels (Kernel, GroupedKernel), of the problem that they are selected for, and of their operands."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from ..formats.scheme import CODE_MAX, INT8, Scheme
 
-# Products of int8 codes whose sum always fits into int32.
+# Largest K for which a sum of products of int8 codes always fits into int32.
 LARGEST_K = (2**31 - 1) // int(CODE_MAX[INT8]) ** 2
 
 
 class Input(NamedTuple):
-    """An input as a kernel takes it.
+    """An input, prepared for a kernel.
 
-    x: (M, K), codes or, where they have no scale, values. scale: in the layout that the kernel wants. columns, outliers:
-    (R,) numbers of columns whose codes are 0, and (M, R) what stands in them, in float32, any strides.
+    x: (M, K), codes (8-bit values), or float values if there is no scale. scale: in the layout that the kernel needs. columns,
+    outliers: (R,) indices of the outlier columns, whose codes are 0, and (M, R) their values in float32, any strides.
     """
 
     x: torch.Tensor
@@ -27,7 +27,7 @@ class Input(NamedTuple):
     outliers: torch.Tensor | None = None
 
     def rows(self, start: int, end: int) -> Input:
-        """A part of the rows, for scales per row."""
+        """Rows start to end; only for scales per row."""
         if start == 0 and end >= self.x.shape[0]:
             return self
         scale, outliers = (None if t is None else t[start:end] for t in (self.scale, self.outliers))
@@ -35,7 +35,7 @@ class Input(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A layer's own operands, as the checkpoint stores them: codes (N, K), scales, bias (N,), and what they mean."""
+    """Operands of a layer as the checkpoint stores them: codes (N, K), scales, bias (N,), and their scheme."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -44,10 +44,10 @@ class Weight(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """A stack of weights: codes (E, N, K), rows contiguous along K, scales, and what they mean.
+    """A stack of expert weights: codes (E, N, K), rows contiguous along K, scales, and their scheme.
 
-    parts: how many matrices lie over each other along N, each with a grid of scales of its own (gate and up: a grid
-    over both together would have fewer rows where the block does not divide N / 2). scale: (E, N, 1) per channel,
+    parts: number of matrices concatenated along N, each with a separate grid of scales (gate and up: one grid over both
+    would have fewer rows if the block does not divide N / 2). scale: (E, N, 1) per channel,
     (E, parts) per tensor, else (E, parts * ceil(N / parts / rows), ceil(K / cols)).
     """
 
@@ -64,13 +64,13 @@ class ExpertWeights(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Which expert multiplies which row. Output i is row `rows[i] // share` of the input times expert `experts[i]`.
+    """Assignment of rows to experts. Output i is row `rows[i] // share` of the input times the weight of expert `experts[i]`.
 
-    experts: (S,) int64; E where no expert does, and the output is 0. rows: (S,) int64; None stands for 0, 1, 2, ...
-    share: how many outputs a row of the input has, one beside the other.
-    offsets: (E,) int32, how many outputs there are up to and with each expert, where `experts` is sorted; None: it is not.
-    slots: (S,) int64, where output i is written; None: in its own place. expected: about how many outputs are an expert's,
-    where many are nobody's; None: all, or nearly. Numbers of experts below 0 or above E are not allowed.
+    experts: (S,) int64; E for no expert: the output is 0. rows: (S,) int64; None means 0, 1, 2, ...
+    share: number of consecutive outputs per row of the input.
+    offsets: (E,) int32, number of outputs up to and including each expert, if `experts` is sorted; None if it is not.
+    slots: (S,) int64, index at which output i is written; None means i. expected: approximate number of outputs with an
+    expert, if many have none; None: all or nearly all have one. Values of `experts` below 0 or above E are not allowed.
     """
 
     experts: torch.Tensor
@@ -86,17 +86,17 @@ class Routing(NamedTuple):
         return Routing(self.experts.to(device), rows, offsets, slots, self.expected, self.share)
 
     def rows_each(self, n_experts: int) -> int:
-        """How many rows an expert that has any gets on average, rounded up."""
+        """Average number of rows of an expert that has any rows, rounded up."""
         count = self.experts.shape[0] if self.expected is None else self.expected
         return -(-count // max(min(n_experts, count), 1))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of x in the order of outputs."""
+        """The rows of x in the order of the outputs."""
         rows = self.row_numbers()
         return x if rows is None else x[rows]
 
     def row_numbers(self) -> torch.Tensor | None:
-        """The row of each output; None: its own."""
+        """The row of x for each output; None if output i uses row i."""
         if self.share == 1:
             return self.rows
         rows = torch.arange(self.experts.shape[0], device=self.experts.device) if self.rows is None else self.rows
@@ -113,7 +113,7 @@ MultiplyGrouped = Callable[[Input, ExpertWeights, Routing, torch.dtype], torch.T
 
 @dataclass(frozen=True)
 class Problem:
-    """All that the choice of a kernel depends on but M, which varies per call."""
+    """Everything that kernel selection depends on, except M, which varies per call."""
 
     device: torch.device
     scheme: Scheme
@@ -123,17 +123,17 @@ class Problem:
 
 
 def takes_all(_: object) -> None:
-    """What `why_not_scheme` and `why_not_device` are for kernels that decline nothing."""
+    """Default of `why_not_scheme` and `why_not_device`: the kernel declines nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseKernel:
-    """How a kernel describes itself, for `selection`.
+    """Properties of a kernel that `selection` uses.
 
-    why_not_scheme: why it is not made for a scheme; None if it is. why_not_device: the same for what its code needs of a
-    device, sizes and dtypes; asked for schemes that it is made for. probes: schemes, one for each layout of scales; it is
-    trusted only where it gives exact results with them (`probing`). Without any it is plain torch, and trusted everywhere.
-    is_triton: on a CPU it runs in Triton's interpreter, for tests, and is trusted there: a probe would take minutes.
+    why_not_scheme: the reason why it does not support a scheme; None if it does. why_not_device: the same for device, sizes
+    and dtypes; only called with supported schemes. probes: one scheme for each layout of scales; the kernel is used on a
+    device only if it gives exact results with them (`probing`). Kernels in plain torch have none, and are used everywhere.
+    is_triton: on a CPU it runs in Triton's interpreter, for tests, without probes: they would take minutes.
     """
 
     name: str
@@ -145,46 +145,46 @@ class BaseKernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel(BaseKernel):
-    """A way to multiply, in two steps: quantize the input (None: leave it as it is), then multiply.
+    """A matmul in two steps: quantize the input (None: it is not quantized), then multiply.
 
-    Between the two lies what layers with the same input can share.
+    Layers with the same input can share the result of the first step.
     """
 
     quantize: Quantize | None = None
     multiply: Multiply
-    splits_outliers: bool = False  # some columns of an input come as outliers
+    splits_outliers: bool = False  # `quantize` returns some columns as outliers
 
     def run(self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight) -> torch.Tensor:
-        """Both steps: x (M, K), M > 0, to (M, N) in the dtype of x."""
+        """Quantize and multiply: x (M, K), M > 0 -> (M, N) in the dtype of x."""
         given = Input(x) if self.quantize is None else self.quantize(x, input_scale, weight.scheme)
         return self.multiply(given, weight, x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedKernel(BaseKernel):
-    """A way to multiply rows by the experts that they were routed to. quantizes: it takes inputs as codes, not as they are."""
+    """A matmul of rows with the weights of their experts. quantizes: inputs are codes, else floats."""
 
     multiply: MultiplyGrouped
     quantizes: bool = False
 
 
 def why_sums_overflow(problem: Problem) -> str | None:
-    """Why products of int8 codes cannot be added up in int32; None if they can, or are not int8."""
+    """The reason why sums of int8 products may overflow int32; None if they cannot, or the codes are not int8."""
     if problem.scheme.weight.dtype == INT8 and problem.k > LARGEST_K:
         return f"sums of K={problem.k} products of int8 codes may overflow int32 (up to {LARGEST_K} never do)"
     return None
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What floats of `dtype` are multiplied in with multiplied-out weights: the same; but float32 for float16 on a CPU.
+    """The dtype of matmuls with dequantized weights for inputs of `dtype`: the same, except float32 for float16 on a CPU.
 
-    Weights are not always in the range of float16 (their scales are float32), nor are sums before the bias. And it is the
-    faster one without float16 units: 2048x2048 by 4, 64, 256 rows on an AMD EPYC with AVX-512, one thread, 2.8, 22 and 108 ms
-    in float16, 2.4, 10 and 29 in float32. GPUs have such units, and there Triton's kernels come first.
+    Dequantized weights may exceed the range of float16 (their scales are float32), and so may sums before the bias is added.
+    float32 is also faster without float16 units: 2048x2048 by 4, 64, 256 rows on an AMD EPYC with AVX-512, one thread, 2.8, 22
+    and 108 ms in float16, 2.4, 10 and 29 in float32. GPUs have such units, and there Triton's kernels are preferred.
     """
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
 
 
 def add_bias(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`out`, changed in place."""
+    """Add the bias to `out` in place, and return it."""
     return out if bias is None else out.add_(bias.to(out.dtype))

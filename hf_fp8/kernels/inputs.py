@@ -1,4 +1,4 @@
-"""Quantizing an input: in one pass by Triton where it runs, else by the reference."""
+"""Quantization of an input: in one pass with Triton where it is available, else with the reference code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def quantize_input(
     """(codes, scale) of x (M, K), any strides, as `numerics.quantize_input` defines them.
 
     per_row: a scale for the whole of x is repeated for each row, (M, 1). kept, for scales per row: (K,) float32, 0
-    for the columns that are taken for zeros. Raises CalibrationError for a static scheme without a scale.
+    for columns that are treated as zeros. Raises CalibrationError for a static scheme without a scale.
     """
     numerics.require_static(scheme, input_scale)
     if triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):

@@ -1,7 +1,7 @@
 """Per-token int8 quantization of inputs, with outlier columns kept in float (LLM.int8()).
 
 In language models a few columns of an input are 10 to 100 times as large as the others, in nearly every row
-(arXiv 2208.07339). A scale that reaches up to them leaves few codes for all others. They are multiplied in float.
+(arXiv 2208.07339). A scale that covers them leaves few codes (8-bit values) for the others, so they are multiplied in float.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .base import Input
 from .inputs import quantize_input
 from .triton import support as triton_support
 
-# Columns set aside at most: so many, two for each row, and one in so many of all. Measured with numerics.OUTLYING, which
-# says how loud they must be: SmolLM2 (K = 576 and 1,536), KL divergence from int8 weights with inputs left in float, 4,096
-# tokens in calls of 512 rows, in 1e-3: none 23.0; up to one in 32 and above 3 times the mean 2.9; one in 24 and 2.5
-# times 2.5; one in 16 and 2 times 2.1, for twice as many columns. In calls of 1 row with 1 column 5.9, 2 2.9, 4 1.6; of 2
-# rows with 4 2.1; of 4 with 8 1.6.
+# Limits for the number of outlier columns: OUTLIERS in total, OUTLIERS_PER_ROW for each row of input, and one in
+# COLUMNS_PER_OUTLIER of all columns. Measured together with numerics.OUTLYING, the threshold for outliers: SmolLM2 (K = 576 and
+# 1,536), KL divergence from int8 weights with float inputs, 4,096 tokens in calls of 512 rows, in 1e-3: no outliers 23.0; up
+# to one column in 32 and above 3 times the mean 2.9; one in 24 and 2.5 times 2.5; one in 16 and 2 times 2.1, for twice as many
+# columns. In calls of 1 row with 1 column 5.9, 2 2.9, 4 1.6; of 2 rows with 4 2.1; of 4 with 8 1.6.
 # The cost, 2 threads, warm weights, 12 to 16 columns: 512 rows of 576x576 44%, 576x1536 25%, 2048x5632 13%; 64 rows 33 to
 # 74%; of a prefill of 512 tokens 5% (float32) and 11% (bfloat16).
 OUTLIERS, OUTLIERS_PER_ROW, COLUMNS_PER_OUTLIER = 64, 2, 24
-# Elements of an input up to which the number of steps counts, not the memory that they go through: what one thread
-# does at a time (at::internal::GRAIN_SIZE).
+# Up to this many elements of an input, the time depends on the number of torch calls instead of memory traffic: one thread
+# processes them at once (at::internal::GRAIN_SIZE).
 SMALL = 2**15
-# Elements of it that are worked on at a time: 2 MB of float32, which two cores' caches hold from pass to pass. From 2**17 to
-# all at once a prefill of SmolLM2 differed by less than the noise (820 to 876 ms).
+# Elements of larger inputs that are processed at a time: 2 MB of float32, which stay in the caches of two cores between
+# passes. From 2**17 to all at once, a prefill of SmolLM2 differed by less than the noise (820 to 876 ms).
 PIECE = 2**19
 
 
@@ -37,23 +37,23 @@ def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) 
 
 
 def quantize_but_outliers(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
-    """The same of all columns but those that stand out; these come as they are.
+    """As `quantize`, with outlier columns returned in float instead.
 
-    Which they are depends on the rows of the call, as in LLM.int8(). So a row's result does, too: a row that alone is loud
-    in a column is rounded as by `quantize`.
+    The choice of columns depends on all rows of the call, as in LLM.int8(), and so does the result of each row: if only one
+    row is large in a column, that column is quantized as in `quantize`.
     """
     m, k = x.shape
     columns = numerics.outlier_columns(x, min(OUTLIERS, OUTLIERS_PER_ROW * m, k // COLUMNS_PER_OUTLIER))
     if not len(columns):
         return _quantize(x, scheme, None)
     kept = torch.ones(k, dtype=torch.float32, device=x.device).index_fill_(0, columns, 0.0)
-    # In this order gathered three times as fast for 16-bit floats: 0.03 ms instead of 0.1 for 512 rows.
+    # This order of operations is three times as fast for 16-bit floats: 0.03 ms instead of 0.1 for 512 rows.
     outliers = x.t().index_select(0, columns).t().float()
     return _quantize(x, scheme, kept)._replace(columns=columns, outliers=outliers)
 
 
 def _quantize(x: torch.Tensor, scheme: Scheme, kept: torch.Tensor | None) -> Input:
-    """kept: (K,) float32, 0 for the columns that are taken for zeros, else 1."""
+    """kept: (K,) float32, 0 for columns that are treated as zeros, else 1."""
     assert scheme.input is not None
     if x.device.type == "cpu" and x.dtype.itemsize <= 4 and triton_support.why_not(x.device) is not None:
         return _on_cpu(x, kept)
@@ -61,7 +61,7 @@ def _quantize(x: torch.Tensor, scheme: Scheme, kept: torch.Tensor | None) -> Inp
 
 
 def _on_cpu(x: torch.Tensor, kept: torch.Tensor | None) -> Input:
-    """In fewer passes than the reference, over memory that stays in the cache."""
+    """Quantize in fewer passes than the reference code, on pieces that stay in the cache."""
     m, k = x.shape
     if m * k <= SMALL:
         values = x.float() if kept is None else x * kept
@@ -79,13 +79,13 @@ def _on_cpu(x: torch.Tensor, kept: torch.Tensor | None) -> Input:
             values.copy_(piece)
             if kept is not None:
                 values.mul_(kept)
-        # Two reductions, as abs would be a pass that writes, and vector_norm and aminmax are no vector loops.
+        # Two reductions, as abs needs a pass that writes, and vector_norm and aminmax are not vectorized.
         torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_(), out=scale)
-        # No clamp: the scale is that of the largest. Rows with NaN or inf give NaN, which the cast makes 0.
+        # No clamp needed, as the scale comes from the amax. Rows with NaN or inf become NaN, which the cast converts to 0.
         codes[start : start + step] = values.div_(_scale(scale)).round_()
     return Input(codes, scales)
 
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:
-    """Scales (M, 1) for the largest magnitudes of rows, in their place."""
+    """Scales (M, 1) for the amax of rows, computed in place."""
     return torch.threshold_(amax.div_(127.0), 0.0, numerics.MIN_SCALE)  # as `numerics.scale_of`

@@ -1,6 +1,6 @@
-"""Hold a kernel against exact numbers on the device at hand before it is trusted there.
+"""Probes: check that a kernel gives exact results on a device before it is used there.
 
-Scale layouts and supported types differ between devices and versions, and a kernel that takes the wrong layout
+Scale layouts and supported dtypes differ between devices and versions, and a kernel that expects another layout
 gives wrong numbers without an error.
 """
 
@@ -16,30 +16,30 @@ from ..formats.scheme import CODE_MAX, INT8, Scheme
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Routing, Weight
 from .torch_grouped import quantize, sort
 
-# 17 rows at least for torch._int_mm on CUDA; sizes that every kernel takes.
+# Sizes that every kernel supports; torch._int_mm on CUDA needs at least 17 rows.
 M, N, K = 32, 256, 384
-# Every so many columns of x hold the largest code: more often than columns are set aside as outliers.
+# Every 8th column of x holds the largest code: more columns than can be split off as outliers.
 EVERY = 8
-# Experts of the probe's rows, two by two; 5 is nobody.
+# Experts of the rows of the probe, two for each row; 5 is no expert.
 IDS = (0, 2, 2, 3, 0, 2, 2, 4, 0, 5, 4, 4)
 
 
 @cache
 def probe(kernel: Kernel | GroupedKernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run `kernel` on `device` with operands whose result is known exactly.
+    """Run `kernel` on `device` with operands whose result is known exactly; None, or the reason why it must not be used.
 
-    Small integers with power-of-two scales that differ along every axis: any correct kernel gives the
-    float64 result bit for bit. Returns None, or the reason why the kernel must not be used.
+    Operands are small integers with power-of-two scales that differ along every axis, so any correct kernel gives the
+    float64 result bit for bit.
     """
     try:
-        # Not under the modes of whoever happens to be first: fake tensors, another default device.
+        # Disable the caller's modes, such as fake tensors or another default device: the result is cached.
         with torch.device("cpu"), _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
             if isinstance(kernel, GroupedKernel):
                 return _grouped(kernel, scheme, device, dtype)
             return _linear(kernel, scheme, device, dtype)
-    except NotImplementedError:  # whose text is a page
+    except NotImplementedError:  # its message is very long
         return f"torch {torch.__version__} has no such kernel for {device.type}"
-    except Exception as error:  # Triton's compiler and torch's kernels raise all kinds
+    except Exception as error:  # Triton's compiler and torch's kernels raise many types
         first_line = str(error).strip().split("\n")[0]
         return f"torch {torch.__version__} cannot run it on {device.type} with {dtype} output ({first_line[:120]})"
 
@@ -52,7 +52,7 @@ def _linear(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.d
 
 
 def _grouped(kernel: GroupedKernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
-    # Few rows and many, which run in tiles of their own.
+    # Few and many rows, as they run in tiles of different sizes.
     for ids in (IDS, IDS * 60):
         x, weights, scales, routing, expected = exact_experts(scheme, dtype, ids=ids)
         given = Input(x)
@@ -60,7 +60,7 @@ def _grouped(kernel: GroupedKernel, scheme: Scheme, device: torch.device, dtype:
             assert scheme.input is not None
             given, routing = quantize(x, routing, scheme.input, None, len(weights))
         moved = Input(given.x.to(device), None if given.scale is None else given.scale.to(device))
-        # A scale for each row of blocks is one for each of two matrices, one over the other.
+        # If N has two rows of blocks, test them as two parts concatenated along N.
         parts = 2 if scheme.weight.granularity.rows == N // 2 else 1
         held = ExpertWeights(weights.to(device), scales.to(device), scheme, parts)
         for routed in (routing, routing._replace(offsets=None), routing._replace(expected=len(ids))):
@@ -81,11 +81,11 @@ def exact_experts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing, torch.Tensor]:
     """`exact_operands` for five experts: (x, weights, scales, sorted routing, expected), on the CPU.
 
-    ids: an expert for each row, in turn over the rows of x, each of which has two; 5 is nobody.
+    ids: experts of the rows of x, two consecutive ones for each row; 5 is no expert.
     """
     m = len(ids) // 2
     x, weight, scale, _, _ = exact_operands(scheme, dtype, m, n, k)
-    # Experts have each other's rows, with other scales.
+    # Experts have the same rows in another order, and other scales.
     weights = torch.stack([weight.float().roll(e, 0) for e in range(5)]).to(weight.dtype)
     scales = torch.stack([scale * 2.0**-e for e in range(5)])
     flat = torch.tensor(ids)
@@ -101,7 +101,7 @@ def exact_operands(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(x, weight, weight_scale, input_scale, x @ W.T in `dtype`) on the CPU, exact in any order of summation.
 
-    loud: exact only if the columns that stand out are set aside.
+    loud: add outlier columns; the result is exact only if the kernel splits them off.
     """
     generator = torch.Generator("cpu").manual_seed(m + n + k)
     x = torch.randint(-1, 2, (m, k), generator=generator).float()
@@ -111,20 +111,20 @@ def exact_operands(
     row_factor = 2.0 ** torch.randint(-3, 4, (m, 1), generator=generator).float()
     static = None
     if scheme.input is not None:
-        # Each block of x has the largest code in it, hence a scale of 1 before the factor below: several times, as
-        # some columns may be set aside.
+        # Each block of x contains the largest code, hence a scale of 1 before the factor below. It occurs several times,
+        # as some columns may be split off.
         step = min(EVERY, scheme.input.granularity.cols) if scheme.input.granularity.cols > 0 else EVERY
         largest = CODE_MAX[scheme.input.dtype]
         x[:, ::step] = largest
         w[:, ::step] = 0.0
         if scheme.input.dtype == INT8:
-            # Sums of int8 are exact: two by two they count, too, by the 1 that they differ in.
+            # Sums of int8 products are exact, so large codes are tested, too: pairs of them with the same weight add up to 1.
             second = torch.arange(step, k, 2 * step)
             x[:, second] = 1 - largest
             pairs = torch.randint(-1, 2, (n, len(second)), generator=generator).float()
             w[:, second - step] = w[:, second] = pairs
         if loud:
-            # Two that leave a sum small enough for bfloat16.
+            # Two outlier columns whose sum is small enough for bfloat16.
             sign = 2.0 * torch.randint(0, 2, (m,), generator=generator) - 1
             x[:, 1], x[:, 2] = 16 * largest * sign, 16 * (1 - largest) * sign
             w[:, 2] = w[:, 1]

@@ -1,4 +1,4 @@
-"""The kernels in order of preference: of a list, the first that takes a problem. The last of each takes every one."""
+"""Lists of kernels in order of preference: the first that supports a problem is used. The last of each supports all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from . import torch_fp8, torch_grouped, torch_int8
 from .base import GroupedKernel, Kernel
 from .triton import entries as triton
 
-# They compute what the scheme says, inputs quantized.
+# Kernels that quantize inputs as the scheme says.
 QUANTIZED: tuple[Kernel, ...] = (
     torch_fp8.TENSORWISE,
     torch_fp8.ROWWISE,
@@ -16,9 +16,9 @@ QUANTIZED: tuple[Kernel, ...] = (
     triton.SCALED_MM,
     torch_fp8.DEQUANTIZE,
 )
-# They leave inputs as they are.
+# Kernels that do not quantize inputs.
 WEIGHT_ONLY: tuple[Kernel, ...] = (torch_int8.WEIGHT_ONLY, triton.WEIGHT_ONLY, torch_fp8.WEIGHT_ONLY)
-# The same two lists for stacks of experts.
+# The same for stacks of experts.
 GROUPED_QUANTIZED: tuple[GroupedKernel, ...] = (
     torch_grouped.SCALED_GROUPED_MM,
     triton.GROUPED_SCALED_MM,

@@ -1,4 +1,4 @@
-"""Which kernel runs where: the first of its list that takes a problem, with the reasons of those before it."""
+"""Kernel selection: the first kernel of a list that supports a problem, with the reasons why those before it do not."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ K = TypeVar("K", bound=BaseKernel)
 
 @dataclass(frozen=True)
 class Selection(Generic[K]):
-    """The kernels chosen for a problem: `small` for up to `limit` rows of input, `kernel` for more; and why.
+    """The kernels selected for a problem: `small` for up to `limit` rows of input, `kernel` for more; and the reason.
 
-    Of a stack of experts, rows are those that an expert gets on average.
+    For a stack of experts, the number of rows is the average per expert.
     """
 
     kernel: K
@@ -56,13 +56,13 @@ class Selection(Generic[K]):
 def use(name: str) -> Iterator[None]:
     """Force one kernel of `KERNELS` or `GROUPED_KERNELS` by name within the block, for tests, benchmarks and bug reports.
 
-    A layer that the kernel cannot serve raises `KernelError` instead of taking another one; linears take no notice of a
-    kernel for experts, and the other way round. Kernels are chosen when a layer runs: compiled code obeys, too, but a
-    CUDA graph that was recorded before does not.
+    A layer that the kernel does not support raises `KernelError` instead of using another kernel. Linears ignore a kernel for
+    experts, and experts ignore one for linears. Kernels are selected when a layer runs, in compiled code, too, but a CUDA graph
+    that was recorded before does not change.
     """
     known = [*_LINEAR_NAMES, *_GROUPED_NAMES]
     if name not in known:
-        raise KernelError(f"unknown kernel {name!r}; there are: {', '.join(known)}")
+        raise KernelError(f"unknown kernel {name!r}; use one of {', '.join(known)}")
     token = _forced.set(name)
     try:
         yield
@@ -71,11 +71,11 @@ def use(name: str) -> Iterator[None]:
 
 
 def select(problem: Problem, backend: str = "auto") -> Selection[Kernel]:
-    """The kernels for `problem`: the forced one, else the first of its list that does not decline.
+    """The kernels for `problem`: the forced one, else the first of its list that supports it.
 
-    backend: "scaled_mm" computes what the checkpoint says (inputs quantized by the scheme); "weight_only"
-    leaves inputs as they are; "int8" is for layers re-quantized to int8. "auto" takes what is fastest: the
-    checkpoint's arithmetic for many rows of input, and a weight-only kernel for few, if the device has a fused one.
+    backend: "scaled_mm" quantizes inputs as the checkpoint's scheme says; "weight_only" does not quantize
+    inputs; "int8" is for layers re-quantized to int8. "auto" uses the fastest: the checkpoint's scheme for many rows of
+    input, and a weight-only kernel for few, if the device has a fused one.
     """
     if forced := _LINEAR_NAMES.get(_forced.get()):
         return _honour(forced, problem)
@@ -83,7 +83,7 @@ def select(problem: Problem, backend: str = "auto") -> Selection[Kernel]:
 
 
 def kernel_for(x: torch.Tensor, weight: torch.Tensor, scheme: str, backend: str) -> Kernel:
-    """`select`, for the operands of a call: x (M, K) and weight (N, K)."""
+    """The selected kernel for the operands of a call: x (M, K) and weight (N, K)."""
     m, k = x.shape
     if forced := _LINEAR_NAMES.get(_forced.get()):
         return _honour(forced, Problem(x.device, Scheme.parse(scheme), weight.shape[0], k, x.dtype)).kernel
@@ -91,19 +91,19 @@ def kernel_for(x: torch.Tensor, weight: torch.Tensor, scheme: str, backend: str)
 
 
 def select_grouped(problem: Problem, backend: str = "auto") -> Selection[GroupedKernel]:
-    """`select` for a stack of experts, (E, N, K): N and K of the problem are those of one of them."""
+    """`select` for a stack of experts (E, N, K); `problem` has N and K of one expert."""
     if forced := _GROUPED_NAMES.get(_forced.get()):
         return _honour(forced, problem)
     return _select_grouped(problem.device, problem.scheme.text, problem.n, problem.k, problem.dtype, backend)
 
 
 def why_not(kernel: BaseKernel, problem: Problem) -> str | None:
-    """None if `kernel` takes `problem`, else the reason why not."""
+    """None if `kernel` supports `problem`, else the reason why not."""
     return kernel.why_not_scheme(problem.scheme) or _why_not_there(kernel, problem)
 
 
 def _why_not_there(kernel: BaseKernel, problem: Problem) -> str | None:
-    """`why_not`, of a scheme that the kernel is made for. A kernel with `probes` is only trusted where it passes them."""
+    """`why_not` for a scheme that the kernel supports. A kernel with `probes` must pass them on the device."""
     if reason := kernel.why_not_device(problem):
         return reason
     if kernel.probes and problem.dtype not in _FLOATS:
@@ -123,13 +123,13 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
     scheme = problem.scheme
     if backend not in BACKENDS:
-        raise KernelError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+        raise KernelError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
     if backend == "int8" and scheme != INT8_DYNAMIC:
-        raise KernelError(f"backend='int8' runs layers that were re-quantized to int8, not {scheme.describe()}")
+        raise KernelError(f"backend='int8' is for layers that were re-quantized to int8, not {scheme.describe()}")
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
     auto = backend == "auto" and scheme.weight.dtype == FP8 and fused is not WEIGHT_ONLY[-1]
     if reason is None and auto and (lacking := has_fp8_matmul(device)):
-        reason = f"weights stay in FP8, inputs as they are: {lacking}; backend='int8' may be faster for many rows"
+        reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:
         return Selection(fused, reason)
     return _by_rows(QUANTIZED, WEIGHT_ONLY, problem, backend, "M = {}")
@@ -144,21 +144,21 @@ def _select_grouped(
         raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")
     reason = _why_weight_only(problem.scheme, backend)
     if reason is None and backend == "auto" and (lacking := has_fp8_matmul(device)):
-        reason = f"weights stay in FP8, inputs as they are: {lacking}"
+        reason = f"weights stay in FP8, inputs are not quantized: {lacking}"
     if reason is not None:
         return Selection(_first(GROUPED_WEIGHT_ONLY, problem)[0], reason)
-    return _by_rows(GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, problem, backend, "{} rows an expert")
+    return _by_rows(GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, problem, backend, "{} rows per expert")
 
 
 def _why_weight_only(scheme: Scheme, backend: str) -> str | None:
-    """Why inputs are left as they are, whatever the device; None if they need not be."""
+    """The reason, independent of the device, why inputs are not quantized; None if there is none."""
     if backend == "weight_only":
         return "backend='weight_only'"
     return "the checkpoint does not quantize inputs (W8A16)" if scheme.input is None else None
 
 
 def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Problem, backend: str, unit: str) -> Selection[K]:
-    """The kernel that quantizes inputs; for few rows the weight-only one, if it is fused and the backend leaves the choice."""
+    """The kernel that quantizes inputs; for few rows the weight-only one, if it is fused and the backend is not "scaled_mm"."""
     kernel, declined = _first(quantized, problem)
     codes = "int8" if problem.scheme.weight.dtype == INT8 else "FP8"
     found = "no 8-bit kernel takes such scales" if kernel is quantized[-1] else f"{codes} matmul on {problem.device.type}"
@@ -170,11 +170,11 @@ def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Prob
 
 
 def _first(kernels: tuple[K, ...], problem: Problem) -> tuple[K, str]:
-    """The first of `kernels` that does not decline, and the reasons of those before it."""
+    """The first of `kernels` that supports `problem`, and the reasons why those before it do not."""
     reasons: list[str] = []
     for kernel in kernels:
         if kernel.why_not_scheme(problem.scheme) is not None:
-            continue  # made for other schemes: no news
+            continue  # other schemes: not worth a reason
         reason = _why_not_there(kernel, problem)
         if reason is None:
             return kernel, "; ".join(reasons)
@@ -197,7 +197,7 @@ def has_fp8_matmul(device: torch.device) -> str | None:
 
 @cache
 def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if "auto" gains from FP8 weights on `device`: it has FP8 units, or a kernel that widens weights as it reads them."""
+    """None if "auto" keeps FP8 weights on `device`: it has FP8 units, or a kernel that dequantizes weights as it reads them."""
     lacking = has_fp8_matmul(device)
     if lacking is None:
         return None
@@ -207,7 +207,7 @@ def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def why_not_kept_experts(device: torch.device, dtype: torch.dtype, scheme: Scheme = FP8_WEIGHT_ONLY) -> str | None:
-    """None if "auto" gains from experts in FP8 on `device`: it has a kernel that reads just those with rows, as they are."""
+    """None if "auto" keeps experts in FP8 on `device`: it has a kernel that reads the codes of only the experts with rows."""
     if dtype not in _FLOATS:
         return f"no kernel for {dtype}"
     reading = triton.GROUPED_WEIGHT_ONLY

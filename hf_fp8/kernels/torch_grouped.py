@@ -1,4 +1,4 @@
-"""Stacks of experts in plain torch: quantizing what was routed, `scaled_grouped_mm`, and one expert at a time."""
+"""Kernels for stacks of experts in plain torch: `scaled_grouped_mm`, and dequantization of one expert at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .inputs import quantize_input
 def quantize(
     x: torch.Tensor, routing: Routing, scheme: TensorScheme, input_scale: torch.Tensor | None, n_experts: int
 ) -> tuple[Input, Routing]:
-    """Codes and scales (float32; float64 of such) of x (R, K), and the routing by which to read them.
+    """Codes and scales (float32; float64 for float64) of x (R, K), and the routing to use with them.
 
-    Tokens are quantized once, before they are copied to their experts, wherever a row's scale depends on the row alone.
-    Scales per tensor belong to an expert: the checkpoint's `input_scale` (E, 1), or from all rows that it is given; then
-    rows are copied first, and a scale stands for each, (S, 1). Where that is NaN, as of an expert that was not measured, so
-    are the codes. Raises CalibrationError for a static scheme without `input_scale`.
+    If the scale of a row depends only on that row, tokens are quantized once, before they are copied to their experts.
+    Per-tensor scales belong to an expert: the checkpoint's `input_scale` (E, 1), or computed from all rows of the expert; then
+    rows are copied first, with one scale for each, (S, 1). If the scale is NaN, as for an expert that was not calibrated, the
+    codes are NaN, too. Raises CalibrationError for a static scheme without `input_scale`.
     """
     numerics.require_static(scheme, input_scale)
     if not scheme.granularity.is_tensor:
@@ -39,7 +39,7 @@ def quantize(
 
 
 def scaled_grouped_mm(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
-    """Row-wise scales on both sides, in torch's own kernel; for sorted rows."""
+    """torch's `scaled_grouped_mm` with row-wise scales on both sides; rows are sorted first if they are not."""
     assert x.scale is not None
     if routing.offsets is None:
         routing = sort(routing, w.codes.shape[0])
@@ -52,7 +52,7 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, routing: Routing, dtype: torch
     offsets, x_scale = routing.offsets, routing.gather(x.scale).reshape(-1)
     nobody = routing.experts >= n_experts
     if routing.expected is None:
-        # What lies behind the last expert's rows would not be written: it takes those few, too, times 0.
+        # Rows without an expert come last and would not be written: the last expert computes them with a scale of 0.
         offsets = offsets.clone()
         offsets[-1:] = routing.experts.shape[0]
         x_scale = x_scale.masked_fill(nobody, 0.0)
@@ -73,7 +73,7 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, routing: Routing, dtype: torch
 
 
 def sort(routing: Routing, n_experts: int) -> Routing:
-    """The same in the order of experts."""
+    """The routing sorted by expert."""
     expert, order = torch.sort(routing.experts, stable=True)
     rows = order if routing.rows is None else routing.rows[order]
     slots = order if routing.slots is None else routing.slots[order]
@@ -81,12 +81,12 @@ def sort(routing: Routing, n_experts: int) -> Routing:
 
 
 def offsets_of(experts: torch.Tensor, n_experts: int) -> torch.Tensor:
-    """(E,) int32: how many of `experts`, sorted, come up to and with each."""
+    """(E,) int32: the number of entries of the sorted `experts` up to and including each expert."""
     return torch.searchsorted(experts, torch.arange(n_experts, device=experts.device), right=True, out_int32=True)
 
 
 def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
-    """One expert after the other, its weight multiplied out piece by piece. Reads how many rows each has: waits for a GPU."""
+    """One expert after the other, its weight dequantized in pieces. Waits for a GPU, to read the number of rows per expert."""
     n_experts, n, _ = w.codes.shape
     routing = routing if routing.offsets is not None else sort(routing, n_experts)
     assert routing.offsets is not None
@@ -107,10 +107,10 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
 
 
 def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """(rows of one expert's weight multiplied out, number of the first, of the one after the last)."""
+    """Yield (dequantized rows of one expert's weight, index of the first row, index after the last row)."""
     granularity = w.scheme.weight.granularity
     chunk = numerics.chunk(w.codes.device)
-    # Where rows have scales of their own it does not matter which matrix they are of.
+    # With separate scales for each row, parts need no separate treatment.
     parts = [w] if granularity.rows == 1 else [w.part(index) for index in range(w.parts)]
     base = 0
     for part in parts:
@@ -122,9 +122,9 @@ def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> torch.Tensor:
-    """grad (S, N), sorted by expert, times the weights of its experts, dequantized: (S, K) in float32 (float64 of such).
+    """grad (S, N), sorted by expert, times the dequantized weights of the experts: (S, K) in float32 (float64 for float64).
 
-    In bfloat16 on GPUs all experts at once, a few columns of each at a time, without waiting for the GPU; elsewhere
+    In bfloat16 on GPUs all experts are computed at once, a few columns at a time, without waiting for the GPU; otherwise
     one expert after the other.
     """
     assert routing.offsets is not None
@@ -148,7 +148,7 @@ def _times_columns(grad: torch.Tensor, w: ExpertWeights, routing: Routing, out: 
     granularity = w.scheme.weight.granularity
     width = granularity.cols if granularity.cols > 1 else 64
     step = max(numerics.GPU_CHUNK // (n_experts * n) // width, 1) * width
-    nobody = (routing.experts >= n_experts).unsqueeze(1)  # rows behind the last expert's are not written
+    nobody = (routing.experts >= n_experts).unsqueeze(1)  # rows without an expert come last and are not written
     for start in range(0, k, step):
         codes = w.codes[:, :, start : start + step]
         scale = w.scale.float()
@@ -168,7 +168,7 @@ def _times_columns(grad: torch.Tensor, w: ExpertWeights, routing: Routing, out: 
 
 
 def _of_input(w: ExpertWeights, scale: torch.Tensor) -> Granularity:
-    """What one scale of the codes of an input covers: those of whole tensors stand here for each row."""
+    """The granularity of the scales of an input; per-tensor scales are repeated for each row here."""
     assert w.scheme.input is not None
     return ROW if scale.shape[1] == 1 else w.scheme.input.granularity
 

@@ -1,6 +1,6 @@
-"""int8 weights with one scale per row, int8 inputs with one per token: `torch._int_mm` on CPUs and CUDA.
+"""int8 kernels: weights with one scale per row, inputs with one per token, `torch._int_mm` on CPUs and CUDA.
 
-Products of int8 codes add up exactly in int32, so all the error is that of rounding weights and inputs.
+Sums of products of int8 codes (8-bit values) are exact in int32, so the only error is from rounding weights and inputs.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from .triton import support as triton_support
 # The vector loop of the CPU kernel behind `_weight_int8pack_mm` reads 16 to 64 columns at a time without a
 # remainder: with K = 24 it gives wrong numbers, with K = 5 it crashes (torch 2.13.0, AVX-512).
 PACK_COLUMNS = 64
-# Elements of a weight up to which it is the faster one for few rows: it has fewer and simpler steps around it, but
-# streams weights at 10 GB/s where `_int_mm` does 14. SmolLM2's linears (up to 0.9 M), M = 1: 13.2 ms against 15.5;
+# Up to this many elements of a weight, `_weight_int8pack_mm` is faster for few rows: it needs fewer and simpler steps, but
+# reads weights at 10 GB/s, `_int_mm` at 14. SmolLM2's linears (up to 0.9 M), M = 1: 13.2 ms against 15.5;
 # TinyLlama's (up to 11.5 M) 61 against 48.
 PACK_ELEMENTS = 2**21
-# Below it, a weight's scale times a sum of products of codes, or of inputs below `LARGE` with codes, is in float32's range.
+# For weight scales below this, scale times a sum of products of codes, or of codes and inputs below `LARGE`, fits float32.
 LARGE = 2.0**90
-# Above it, inputs keep their bits in bfloat16.
+# If the amax of an input is above this, its values lose no bits to underflow in bfloat16.
 SMALL = 2.0**-100
-# cuBLAS refuses fewer rows of input than 17; 32 is the next tile.
+# cuBLAS needs at least 17 rows of input; 32 is the next tile size.
 LEAST_ROWS = 32
 
 
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Codes (M, K) times codes (N, K) in int32, then outliers, both scales and the bias in float32; rounded once to `dtype`."""
     assert x.scale is not None
-    # (R, N): the weights of the outliers. Rows of the transposed view are gathered three times as fast as columns.
+    # (R, N): weights of the outlier columns. Gathering rows of the transposed view is three times as fast as columns.
     beside = None if x.columns is None else w.codes.t().index_select(0, x.columns).float()
     if x.x.device.type == "cpu" and triton_support.why_not(x.x.device) is not None:
         return _weight_first(x, w, beside, dtype) if x.x.shape[0] <= _weight_first_up_to() else _on_cpu(x, w, beside, dtype)
@@ -48,7 +48,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _scaled(total: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None) -> torch.Tensor:
-    """`total` (M, N), sums in float32, with scales, outliers and bias; in place."""
+    """Apply scales, outliers and bias to `total` (M, N), float32 sums, in place."""
     assert x.scale is not None
     w_scale = w.scale.float().reshape(1, -1)
     if w_scale.device.type != "cpu" or float(w_scale.amax()) < LARGE:
@@ -75,7 +75,7 @@ def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype
         part = x.rows(start, start + step)
         sums = out.view(torch.int32) if in_place else scratch("sums", (part.x.shape[0], n), torch.int32)
         torch._int_mm(part.x, w.codes.t(), out=sums)
-        # int32 to float32 in its own place: the first touch of new memory costs more than the cast.
+        # Cast int32 to float32 in place: the first access to new memory costs more than the cast.
         total = _scaled(sums.view(torch.float32).copy_(sums), part, w, beside)
         if not in_place:
             out[start : start + step] = total
@@ -84,9 +84,9 @@ def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype
 
 @cache
 def _weight_first_up_to() -> int:
-    """Rows of input up to which the product is taken as weight times input.
+    """Number of input rows up to which the product is computed as weight times input.
 
-    oneDNN repacks the second operand at each call, so that had better be the small one. Measured with cold weights,
+    oneDNN repacks the second operand at each call, so the second operand should be the small one. Measured with cold weights,
     both ways, ms for a model's linears: Xeon with AMX, 826 MB of TinyLlama's shapes M=1 48 / 64, 4 54 / 66,
     16 64 / 83; 110 MB of SmolLM2's M=1 15.5 / 18.4, 16 20.4 / 23.9. Without AMX (oneDNN held to VNNI) M=1 44 / 44,
     2 92 / 76.
@@ -95,15 +95,15 @@ def _weight_first_up_to() -> int:
 
 
 def weight_only(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Codes times x in bfloat16: for CPUs, few rows and small weights.
+    """Codes times x in bfloat16, for CPUs, few rows and small weights.
 
-    The sums are float32, but x and the product are rounded to bfloat16 (8 bits), also for a float32 x. That is less
-    than int8 codes of x lose.
+    Sums are float32, but x and the product are rounded to bfloat16 (8 bits), also for a float32 x. This error is smaller
+    than that of quantizing x to int8.
     """
     least, most = (end.item() for end in torch.aminmax(x.x))
     if SMALL < max(-least, most) < LARGE:
         return add_bias(torch.mul(_packed(x.x, w.codes), w.scale.float().reshape(1, -1)), w.bias).to(dtype)
-    # Rows brought to the size of 1, where sums with codes do not overflow.
+    # Scale rows to a magnitude of about 1, so that sums with codes do not overflow.
     amax = x.x.abs().amax(1, keepdim=True).float()
     power = torch.ldexp(torch.ones_like(amax), torch.frexp(amax).exponent.clamp_(-100, 120))
     return _scaled(_packed(x.x / power, w.codes).float(), Input(x.x, power), w, None).to(dtype)
@@ -115,13 +115,13 @@ def _packed(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _ones(n: int) -> torch.Tensor:
-    """The scales that the kernel wants in bfloat16: ours are applied in float32."""
+    """Dummy bfloat16 scales for the kernel; the real scales are applied in float32."""
     with torch.inference_mode(False):
         return torch.ones(n, dtype=torch.bfloat16, device="cpu")
 
 
 def why_not_scheme(scheme: Scheme) -> str | None:
-    """Why the int8 kernels cannot take `scheme`; None if they can."""
+    """The reason why the int8 kernels do not support `scheme`; None if they do."""
     if scheme.weight.dtype != INT8 or scheme.weight.granularity != ROW:
         return "it takes int8 weights with a scale per row"
     if scheme.input is None or scheme.input.dtype != INT8 or scheme.input.granularity != ROW or not scheme.input.dynamic:
@@ -130,7 +130,7 @@ def why_not_scheme(scheme: Scheme) -> str | None:
 
 
 def why_not_device(problem: Problem) -> str | None:
-    """Why `multiply` cannot run there; None if it can."""
+    """The reason why `multiply` cannot run on this device with these sizes; None if it can."""
     if reason := why_sums_overflow(problem):
         return reason
     if problem.k < 2:
@@ -143,20 +143,20 @@ def why_not_device(problem: Problem) -> str | None:
 
 
 def why_no_outliers(problem: Problem) -> str | None:
-    """The same, with columns of inputs split off as outliers."""
+    """`why_not_device` for the kernel that splits off outlier columns."""
     if problem.k < COLUMNS_PER_OUTLIER:
         return f"K={problem.k} is less than {COLUMNS_PER_OUTLIER} columns"
     return why_not_device(problem)
 
 
 def why_not_weight_only(problem: Problem) -> str | None:
-    """Why `weight_only` cannot run there; None if it can."""
+    """The reason why `weight_only` cannot run on this device with these sizes; None if it can."""
     if problem.device.type != "cpu":
-        return f"made for CPUs, not for {problem.device.type}"
+        return f"it is for CPUs, not for {problem.device.type}"
     if problem.k % PACK_COLUMNS:
         return f"K={problem.k} must be a multiple of {PACK_COLUMNS}"
     if problem.n * problem.k > PACK_ELEMENTS:
-        return f"slower for weights of more than {PACK_ELEMENTS} elements"
+        return f"it is slower for weights of more than {PACK_ELEMENTS} elements"
     return None
 
 

@@ -178,7 +178,7 @@ def test_experts(fake_gpu: Fake) -> None:
     problem = Problem(GPU, FP8_DYNAMIC, 256, 512, BF16)
     fake_gpu((9, 0))
     choice = select_grouped(problem)
-    assert str(choice) == "triton_grouped_weight_only (M <= 64), scaled_grouped_mm" and "64 rows an expert" in choice.reason
+    assert str(choice) == "triton_grouped_weight_only (M <= 64), scaled_grouped_mm" and "64 rows per expert" in choice.reason
     assert str(select_grouped(problem, "scaled_mm")) == "scaled_grouped_mm"
     assert str(select_grouped(problem, "weight_only")) == "triton_grouped_weight_only"
     block = select_grouped(Problem(GPU, FP8_BLOCK, 256, 512, BF16), "scaled_mm")

@@ -1,1 +1,1 @@
-"""Kernels written in Triton, and where they run."""
+"""Kernels in Triton, and the check on which devices they run."""

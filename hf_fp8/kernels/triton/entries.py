@@ -1,4 +1,4 @@
-"""How Triton's kernels describe themselves. Nothing here imports Triton before one of them is run."""
+"""Kernel entries of the Triton kernels. Triton is imported when one of them runs for the first time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .tiling import why_not_scaled_mm, why_not_weight_only
 
 
 def why_not_device(problem: Problem) -> str | None:
-    """Why Triton's kernels cannot run there; None if they can."""
+    """The reason why Triton kernels cannot run on the device; None if they can."""
     return support.why_not(problem.device)
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
-    """A function of one of the files that import Triton, which happens at the first call."""
+    """A function of a module that imports Triton; the module is imported at the first call."""
     found = cache(lambda: getattr(import_module(f".{module}", __package__), function))
     return lambda *args: found()(*args)
 

@@ -1,8 +1,8 @@
-"""Triton: rows times the experts that they were routed to, E4M3 weights, inputs quantized or as they are.
+"""Triton kernel for experts: each row times the E4M3 weight of its expert, inputs quantized or in float.
 
-One kernel for prefill and decode. Sorted rows: a program finds its expert from the counts, so that the host needs to
-know none of them. Rows that are not sorted: a program for each row, which spares a few tokens the sorting. Either way
-only the bytes of experts with rows are read, and rows are gathered and put in their places on the way.
+One kernel for prefill and decode. If rows are sorted, a program finds its expert from the counts on the device, so the CPU
+does not need to read them. If rows are not sorted, there is one program for each row, which saves sorting for few tokens. In
+both cases only codes (8-bit values) of experts with rows are read, and the kernel gathers and scatters the rows itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .scales import power_of, times_scales, widened
 from .support import native_e4m3, on_device
 from .tiling import columns
 
-# Tiles are for so many times the rows that an expert has on average: of groups of 16 drawn at random, two in five have
-# more, and would read their weights twice. Not measured.
+# Tiles are sized for this many times the average number of rows per expert: with 16 random rows on average, two in five
+# experts have more, and would otherwise read their weights twice. Not measured.
 SLACK = 1.5
 
 
@@ -29,8 +29,8 @@ SLACK = 1.5
 def _rows_of_tile(
     tile, experts, offsets, S, E, SORTED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """(expert, numbers of its rows in this tile, which of those there are). Sorted rows: each expert has a whole number of
-    tiles; expert E stands for the rows behind all others, which no expert takes. Else each tile is one row."""
+    """(expert, indices of its rows in this tile, mask of the valid ones). Sorted rows: each expert has a whole number of
+    tiles; expert E means the last rows, which have no expert. Else each tile is one row."""
     if SORTED:
         each = tl.arange(0, BLOCK_E)
         end = tl.where(each < E, tl.load(offsets + each, mask=each < E, other=0), S)
@@ -42,7 +42,7 @@ def _rows_of_tile(
         mine = each == expert
         within = tile - tl.sum(tl.where(mine, upto - tiles, 0), 0)
         m = tl.sum(tl.where(mine, start, 0), 0) + within * BLOCK_M + tl.arange(0, BLOCK_M)
-        here = m < tl.sum(tl.where(mine, end, 0), 0)  # none for a tile behind the last
+        here = m < tl.sum(tl.where(mine, end, 0), 0)  # all False for a tile after the last one
     else:
         expert = tl.load(experts + tile).to(tl.int32)
         m = tile + tl.arange(0, BLOCK_M)
@@ -52,13 +52,13 @@ def _rows_of_tile(
 
 @triton.jit
 def _block_of(step, BLOCK_K: tl.constexpr, COLS: tl.constexpr):
-    """Which block of COLS columns, with a scale of its own, a step along K is in; 0 where there is one scale for all."""
+    """Index of the block of COLS columns (one scale each) that contains this step along K; 0 if there is only one scale."""
     return step * BLOCK_K // COLS if COLS > 0 else 0
 
 
 @triton.jit
 def _product(xt, wt, x_scales, w_scales, x_scale, w_scale, here, below, X_COLS: tl.constexpr, W_COLS: tl.constexpr):
-    """One step's product of codes, times the scales that belong to this step, the weight's first as in scaled_mm."""
+    """Product of the codes of one step times the scales of the step, the weight's scale first as in scaled_mm."""
     product = tl.dot(xt, tl.trans(wt)).to(tl.float32)
     if W_COLS > 0:
         w_scale = tl.load(w_scales, mask=below, other=0.0).to(tl.float32)
@@ -123,14 +123,14 @@ def _grouped(
             acc *= x_scale[:, None]
     elif W_COLS == 0:
         acc *= rest[None, :]
-    acc = tl.where(taken, acc, 0.0)  # a row that nobody takes may hold anything, and so may its scale
+    acc = tl.where(taken, acc, 0.0)  # rows without an expert and their scales may be garbage
     at_m = tl.load(slots + m, mask=here, other=0) if HAS_SLOTS else m
     at = at_m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=here[:, None] & (n[None, :] < N))
 
 
 def multiply(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
-    """x (R, K), codes with scales (R, 1) or (R, groups) or values, times E4M3 weights (E, N, K); (S, N) in `dtype`."""
+    """x (R, K), floats or codes with scales (R, 1) or (R, groups), times E4M3 weights (E, N, K): (S, N) in `dtype`."""
     values, codes = x.x, w.codes
     s, k = routing.experts.shape[0], values.shape[1]
     n_experts, n, _ = codes.shape
@@ -142,11 +142,11 @@ def multiply(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -
     tile = triton_mm.tile(each) if quantized else triton_weight_only.tile(each, values.dtype)
     _, block_m, block_n, block_k, warps, stages = tile
     block_k = columns(of_w, block_k if of_x is None else columns(of_x, block_k))
-    # Each expert with rows, and those without one, may have a last tile that is not full.
+    # Each expert with rows may have a last tile that is not full, and so may the rows without an expert.
     grid_m = s // block_m + min(n_experts + 1, s) if is_sorted else s
     bits = not quantized and not native_e4m3(values.device)
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    # The interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
+    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
     kind = tl.float32 if quantized or values.device.type == "cpu" else kinds[values.dtype]
     part = n // w.parts
     scales = w.scale.reshape(n_experts, w.parts * of_w.grid(part, k)[0], -1)

@@ -1,4 +1,4 @@
-"""Triton: what is left to do after an int8 matmul, in one pass: both scales, outliers, the bias, the cast."""
+"""Triton: the epilogue of an int8 matmul in one pass: both scales, outliers, the bias, the cast."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..base import Input, Weight
 from .scales import power_of, times_scales
 from .support import on_device
 
-# Not measured: 16 KB of sums a program, and the tile of outliers, at most 64 columns, beside it.
+# Not measured: 16 KB of sums per program, plus the tile of outliers (at most 64 columns).
 BLOCK_M, BLOCK_N = 32, 128
-# Columns that tl.dot wants at least.
+# Minimum number of columns for tl.dot.
 LEAST = 16
 
 
@@ -33,7 +33,7 @@ def _scale_sums(
         at_left = m[:, None] * stride_om + r[None, :] * stride_or
         left = tl.load(outliers + at_left, mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
         right = tl.load(beside + r[:, None] * N + n[None, :], mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
-        # Without loss: outliers come from a tensor of this dtype, and int8 codes fit into any.
+        # Both casts are exact: outliers come from a tensor of this dtype, and int8 codes fit into any of them.
         power, rest = power_of(w_scale, DTYPE)
         v += tl.dot(left.to(DTYPE), (right * power).to(DTYPE), input_precision="ieee") * rest
     if HAS_BIAS:
@@ -44,12 +44,12 @@ def _scale_sums(
 def scale_sums(sums: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """(sums (M, N) in int32 * x.scale + x.outliers @ beside) * w.scale + w.bias, in float32, rounded once to `dtype`.
 
-    beside: (R, N) float32, the weights' codes in the columns of the outliers, which came in `dtype`.
+    beside: (R, N) float32, codes of the weight in the outlier columns. Outliers were in `dtype` before.
     """
     m, n = sums.shape
     out = torch.empty((m, n), dtype=dtype, device=sums.device)
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    # The interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
+    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
     kind = tl.float32 if sums.device.type == "cpu" else kinds[dtype]
     count = 0 if beside is None else beside.shape[0]
     outliers = out if x.outliers is None else x.outliers

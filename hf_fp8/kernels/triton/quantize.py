@@ -1,6 +1,6 @@
-"""Triton: scale and codes of an input in one pass, with the reference's rounding.
+"""Triton: scales and codes (8-bit values) of an input in one pass, with the rounding of the reference.
 
-Import only where `support.why_not` says None. All work on CUDA, ROCm and XPU builds of Triton.
+Import only if `support.why_not` returns None. Kernels work with CUDA, ROCm and XPU builds of Triton.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from ...formats import numerics
 from ...formats.scheme import CODE_MAX, INT8, TensorScheme
 from .support import on_device
 
-# Columns of a row that one program keeps in registers between finding the scale and using it. Longer rows
-# are read twice, the second time from L2. Not measured: 16 float32 a thread at 8 warps is a modest 64 registers.
+# Maximum columns of a row that one program keeps in registers between computing the scale and using it. Longer rows
+# are read twice, the second time from L2. Not measured: with 8 warps these are 64 registers per thread.
 ONE_PASS = 16384
 
 
 @triton.jit
 def _scale_of(bits, code_max, min_scale):
-    # The largest magnitude as the largest integer: of non-negative floats the order of the bits is that of the
-    # values, with NaN above all. tl.max would drop NaN. The comparison keeps it: none with it is true.
+    # `bits` is the amax as an integer: the bits of non-negative floats have the order of the values, with NaN as the
+    # largest, while tl.max of floats would drop NaN. The comparison below keeps NaN, as it is False for it.
     amax = bits.to(tl.float32, bitcast=True)
     scale = tl.div_rn(amax, code_max)
     return tl.where(scale == 0.0, min_scale, scale)
@@ -33,11 +33,11 @@ def _codes(v, scale, code_max, IS_INT8: tl.constexpr):
     y = tl.where(y > code_max, code_max, y)
     y = tl.where(y < -code_max, -code_max, y)
     if IS_INT8:
-        # Adding 1.5 * 2**23 leaves no bits for a fraction: round to nearest, ties to even.
+        # After adding 1.5 * 2**23 there are no bits for a fraction: this rounds to nearest, ties to even.
         y = (y + 12582912.0) - 12582912.0
         codes = tl.where(y != y, 0.0, y).to(tl.int8)
     else:
-        # NaN by its bits: what a cast makes of it is not the same everywhere.
+        # NaN is written as bits, as the cast of NaN differs between devices.
         lost = (y != y) | (tl.abs(v) == float("inf"))
         bits = y.to(tl.float8e4nv).to(tl.int8, bitcast=True)
         codes = tl.where(lost, 0x7F, bits).to(tl.int8).to(tl.float8e4nv, bitcast=True)
@@ -92,7 +92,7 @@ def _groups(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    within = tl.arange(0, WIDTH)  # the power of two that holds SIZE
+    within = tl.arange(0, WIDTH)  # WIDTH: SIZE rounded up to a power of two
     at = group[:, None] * SIZE + within[None, :]
     mask = (within < SIZE)[None, :] & (at < K)
     v = tl.load(x + row * stride_m + at * stride_k, mask=mask, other=0.0).to(tl.float32)
@@ -111,8 +111,8 @@ def quantize(
     """(codes, scale) of x (M, K), any strides, as `numerics.quantize_input` defines them, bit for bit.
 
     Scales of groups are (M, ceil(K / size)) with the outer dimension contiguous, as block-wise matmuls
-    want them. per_row: one scale for a whole tensor is repeated for each row, (M, 1). kept, for
-    scales per row: (K,) float32, 0 for the columns that are taken for zeros.
+    need them. per_row: one scale for a whole tensor is repeated for each row, (M, 1). kept, for
+    scales per row: (K,) float32, 0 for columns that are treated as zeros.
     """
     m, k = x.shape
     granularity = scheme.granularity

@@ -1,7 +1,8 @@
 """Triton: 8-bit inputs times 8-bit weights, any scale granularity and any size; scales and bias in the epilogue.
 
-For what torch's own matmuls decline: sizes that are not multiples of 16, block scales where cuBLAS has no kernel
-for them, mixed granularities. Codes are read as they are stored, masked at the edges: nothing is padded or copied.
+For problems that torch's matmuls do not support: sizes that are not multiples of 16, block scales where cuBLAS has no
+kernel for them, mixed granularities. Codes (8-bit values) are read as stored, with masks at the edges, without padding or
+copies.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .scales import times_scales
 from .support import on_device
 from .tiling import columns
 
-# By rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured; the usual sizes for 8-bit
-# operands on Hopper, where an instruction takes 64 rows, and 128 columns of K are one scale of a block scheme.
+# Tiles by rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured; these are the usual sizes for
+# 8-bit operands on Hopper: an instruction computes 64 rows, and block schemes have one scale for 128 columns of K.
 TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 64, 128, 4, 4), (1 << 62, 128, 128, 128, 8, 3))
 # Tiles of M that share a sweep over N, so that the weights are read from L2.
 GROUP_M = 8
@@ -52,7 +53,7 @@ def _scaled_mm(
         if X_COLS == 0 and W_COLS == 0:
             acc = tl.dot(qt, wt, acc)
         else:
-            # The weight's first: those of inputs may be as large as inputs are, and alone they would overflow.
+            # The weight's scale first: the input's scale may be as large as the input, and alone could overflow.
             part = tl.dot(qt, wt).to(tl.float32)
             if W_COLS > 0:
                 at = tile * BLOCK_K // W_COLS * stride_sk
@@ -75,18 +76,18 @@ def _scaled_mm(
 
 
 def tile(m: int) -> tuple[int, int, int, int, int, int]:
-    """The entry of `TILES` for M rows."""
+    """The entry of `TILES` for `m` rows."""
     return next(entry for entry in TILES if m <= entry[0])
 
 
 def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
-    """Codes, and scales (M, 1) or (M, groups)."""
+    """Codes of x, and scales (M, 1) or (M, groups)."""
     assert scheme.input is not None
     return Input(*quantize_input(x, scheme.input, input_scale, per_row=scheme.input.granularity.cols == -1))
 
 
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Codes (M, K) times codes (N, K), both E4M3 or both int8; (M, N) in `dtype`."""
+    """Codes (M, K) times codes (N, K), both E4M3 or both int8: (M, N) in `dtype`."""
     assert x.scale is not None and w.scheme.input is not None
     q, of_x, of_w = x.x, w.scheme.input.granularity, w.scheme.weight.granularity
     m, k = q.shape

@@ -1,4 +1,4 @@
-"""Triton: how scales are multiplied so that what fits in the end fits in between, whatever their sizes."""
+"""Triton: multiplication by scales of any magnitude without intermediate overflow, if the result does not overflow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def times_scales(v, a, b):
-    """v * a * b, the smaller scale first: neither product is beyond both v and the result. NaN in either stays."""
+    """v * a * b, the smaller scale first, so that no product exceeds both v and the result. NaN in a or b is kept."""
     low = tl.where(a < b, a, b)
     high = tl.where(a < b, b, a)
     return v * low * high
@@ -18,9 +18,10 @@ def times_scales(v, a, b):
 def power_of(scale, DTYPE: tl.constexpr):
     """(power, rest): power * rest is `scale` (float32), and power the largest power of two in it.
 
-    For codes that are widened to DTYPE: multiplied by `power` they stay exact, and sums of products with an input are of the
-    size of the result. Sums of bare codes would overflow float32 for inputs above 1e33. Float16 inputs are never that large,
-    and codes times a power would not fit; there it is 1. Bounds: those between which all codes times it are normal numbers.
+    For codes (8-bit values) that are converted to DTYPE: codes times `power` are exact, and sums of products with an input have
+    the magnitude of the result. Sums of bare codes would overflow float32 for inputs above 1e33. Float16 inputs are never that
+    large, and codes times a power may exceed float16; there power is 1. It is limited to the range in which all codes times
+    power are normal numbers.
     """
     bits = scale.to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.minimum(tl.maximum(bits, 17 << 23), 245 << 23)
@@ -32,9 +33,9 @@ def power_of(scale, DTYPE: tl.constexpr):
 
 @triton.jit
 def widened(codes, power, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """Codes (N, K) times `power` (N,) in DTYPE, without a loss. BITS: they are the bits of E4M3."""
+    """Codes (N, K) times `power` (N,) in DTYPE, exactly. BITS: codes are int8 tensors with the bits of E4M3."""
     if BITS:
-        # E4M3 shifted into float16 is the value divided by 256 (see casts.py).
+        # The bits of E4M3, shifted, are a float16 number of 1/256 of the value (see formats/cpu.py).
         half = ((codes.to(tl.int16) << 7) & -0x4080).to(tl.float16, bitcast=True)
         value = half.to(tl.float32) * (power * 256.0)[:, None]
         return tl.where((codes & 0x7F) == 0x7F, float("nan"), value).to(DTYPE)

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run on a device. Nothing here imports Triton before it is asked for."""
+"""Check whether Triton kernels run on a device. This module does not import Triton."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from functools import cache
 
 import torch
 
-# Device types that Triton compiles for; ROCm's is "cuda" too.
+# Device types that Triton compiles for; the type of ROCm devices is "cuda", too.
 _DEVICES = ("cuda", "xpu")
 _interpreted: ContextVar[bool] = ContextVar("hf_fp8_triton_interpreted", default=False)
 
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Within the block, kernels run on a CPU in Triton's interpreter: for tests of their logic, thousands of times slower.
+    """Context manager: kernels run on a CPU in Triton's interpreter, to test their logic; thousands of times slower.
 
     TRITON_INTERPRET=1 must be set before the first kernel is imported.
     """
@@ -37,7 +37,7 @@ def _installed() -> bool:
 
 
 def why_not(device: torch.device) -> str | None:
-    """None if Triton's kernels run on `device`, else the reason why not."""
+    """None if Triton kernels run on `device`, else the reason why not."""
     if device.type == "cpu" and _interpreted.get():
         return None if _installed() else "Triton is not installed"
     if device.type not in _DEVICES:
@@ -48,7 +48,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which with several is not always that of the tensors."""
+    """Context manager that makes the device of x current, as Triton launches kernels on the current device."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
@@ -56,17 +56,17 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (or what the device calls so), to size grids by."""
+    """Number of streaming multiprocessors (or compute units), to choose grid sizes."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     if device.type == "xpu":
         return int(torch.xpu.get_device_properties(device).max_compute_units)
-    return 4  # the interpreter: small, so that tests split K
+    return 4  # the interpreter: a small number, so that tests cover a split K
 
 
 @cache
 def native_e4m3(device: torch.device) -> bool:
-    """Whether Triton has the type float8e4nv on `device`; if not, codes are taken apart by integer operations."""
+    """Whether Triton supports float8e4nv on `device`; if not, codes are converted with integer operations."""
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (8, 9)
     return device.type == "xpu"

@@ -1,31 +1,31 @@
-"""Which scale granularities fit the tiles of our Triton kernels, whose sides are powers of two."""
+"""Check which scale granularities fit the tiles of the Triton kernels, whose sides are powers of two."""
 
 from __future__ import annotations
 
 from ...formats.scheme import Granularity, Scheme
 
-# Columns per tile that tl.dot wants at least: 16 of 16-bit operands, 32 of 8-bit ones.
+# Minimum number of columns per tile for tl.dot: 16 for 16-bit operands, 32 for 8-bit operands.
 LEAST_16_BIT, LEAST_8_BIT = 16, 32
 
 
 def columns(granularity: Granularity, most: int) -> int:
-    """Columns per tile such that a tile has one scale: the largest power of two up to `most` that divides a block's."""
+    """Columns per tile so that a tile has one scale: the largest power of two up to `most` that divides the block's columns."""
     return most if granularity.cols == -1 else min(most, granularity.cols & -granularity.cols)
 
 
 def why_not_weight_only(scheme: Scheme) -> str | None:
-    """Why the weight-only kernel cannot take `scheme`'s weights; None if it can."""
+    """The reason why the weight-only kernel does not support the weights of `scheme`; None if it does."""
     if columns(scheme.weight.granularity, 128) < LEAST_16_BIT:
         return _odd(scheme.weight.granularity)
     return None
 
 
 def why_not_scaled_mm(scheme: Scheme) -> str | None:
-    """Why the scaled matmul cannot take `scheme`; None if it can."""
+    """The reason why the scaled matmul does not support `scheme`; None if it does."""
     if scheme.input is None:
         return "the scheme does not quantize inputs"
     if scheme.weight.dtype != scheme.input.dtype:
-        return "it takes codes of one type on both sides"
+        return "it takes codes of the same dtype on both sides"
     if scheme.input.granularity.rows not in (1, -1):
         return "it takes inputs with scales per tensor, row, or group of columns"
     for granularity in (scheme.weight.granularity, scheme.input.granularity):
@@ -35,4 +35,4 @@ def why_not_scaled_mm(scheme: Scheme) -> str | None:
 
 
 def _odd(granularity: Granularity) -> str:
-    return f"no tile of enough columns has one scale where every {granularity.cols} columns have another"
+    return f"blocks of {granularity.cols} columns do not fit its tiles: a tile with one scale would be too narrow"

@@ -1,7 +1,7 @@
-"""Triton: inputs as they are times 8-bit weights (W8A16), each weight read once and widened in registers.
+"""Triton: float inputs times 8-bit weights (W8A16); codes (8-bit values) are read once and converted in registers.
 
-For few rows, where time is the reading of weights, and for GPUs without FP8 units. Sums are float32 and
-in a fixed order: a split of K is added up by a second kernel, not by atomics.
+For few rows, where reading weights takes most of the time, and for GPUs without FP8 units. Sums are float32 in
+a fixed order: if K is split, a second kernel adds the parts, without atomics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tiling import columns
 
 # Tiles by rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured: sized so that a program
 # has 24 to 32 KB of weights in flight, which a Hopper SM needs to keep its share of the memory busy (3.35 TB/s x
-# about 1 us / 132 = 25 KB); 16 is the least that tl.dot takes.
+# about 1 us / 132 = 25 KB); 16 is the minimum of tl.dot.
 TILES = (
     (16, 16, 32, 256, 4, 4),
     (32, 32, 32, 256, 4, 4),
@@ -80,14 +80,14 @@ def _add_up(parts, bias, out, size, N, SPLITS: tl.constexpr, HAS_BIAS: tl.conste
 
 
 def tile(m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
-    """The entry of `TILES` for M rows of inputs in `dtype`."""
+    """The entry of `TILES` for `m` rows of inputs in `dtype`."""
     up_to, block_m, block_n, block_k, warps, stages = next(entry for entry in TILES if m <= entry[0])
-    # float32 needs twice the shared memory, of which GPUs of compute capability 8.6, 8.9 and 12 have 99 KB a program.
+    # float32 needs twice the shared memory, of which GPUs of compute capability 8.6, 8.9 and 12 have 99 KB per program.
     return up_to, block_m, block_n, block_k // 2 if dtype.itemsize == 4 else block_k, warps, stages
 
 
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """x (M, K) in bf16, fp16 or float32, any strides, times weight (N, K), E4M3 or int8; (M, N) in `dtype`."""
+    """x (M, K) in bf16, fp16 or float32, any strides, times weight (N, K), E4M3 or int8: (M, N) in `dtype`."""
     values, codes = x.x, w.codes
     m, k = values.shape
     n = codes.shape[0]
@@ -95,7 +95,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     _, block_m, block_n, block_k, warps, stages = tile(m, values.dtype)
     block_k = columns(granularity, block_k)
     grid_n, grid_m, tiles = triton.cdiv(n, block_n), triton.cdiv(m, block_m), triton.cdiv(k, block_k)
-    # Two programs for each processor hide each other's latency; a split shorter than four tiles has no pipeline.
+    # Two programs per multiprocessor hide latency; a split of fewer than four tiles cannot be pipelined.
     splits = max(1, min(2 * processors(values.device) // (grid_n * grid_m), tiles // 4, 16))
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
@@ -104,7 +104,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     bits = codes.dtype == FP8 and not native_e4m3(values.device)
     scales = w.scale.reshape(granularity.grid(n, k))
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    # The interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
+    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
     kind = tl.float32 if values.device.type == "cpu" else kinds[values.dtype]
     bias = out if w.bias is None else w.bias
     with on_device(values):
