@@ -118,7 +118,7 @@ def quantize(
 
 
 def stochastic_round(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Stochastic rounding of x (float32) to one of the two nearest codes of `dtype`; the nearer code is more likely.
+    """Stochastic rounding of x (float32) to one of the two neighbouring codes of `dtype`; the nearer code is more likely.
 
     The mean over many values is preserved. Rounding to nearest does not preserve it: values that lie on codes and change by
     less than half a step would all be rounded back. See Croci et al., doi.org/10.1098/rsos.211631.
