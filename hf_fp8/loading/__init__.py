@@ -1,1 +1,1 @@
-"""Which tensor goes where in a model, and how."""
+"""Maps the tensors of a checkpoint to the parameters of a model, and converts them while loading."""

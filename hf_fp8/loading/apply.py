@@ -1,4 +1,4 @@
-"""Changes a model, on the meta device, as a layout says: its Linears and experts become modules that await their tensors."""
+"""Applies a layout to a model on the meta device: replaces its Linears and experts by quantized modules, not yet loaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from .layout import ExpertsPlan, Layout
 
 
 def apply_layout(model: PreTrainedModel, layout: Layout, *, backend: str, needs_input_scales: bool) -> None:
-    """backend: of the new modules. needs_input_scales: whether static input scales that the files lack will be measured; else
-    nothing that runs here uses them, and there is no parameter for them."""
+    """Replace the Linears and experts of `model` that stay in FP8.
+
+    backend: of the new modules. needs_input_scales: whether static input scales that the files lack will be calibrated. If not,
+    nothing that runs here uses them, and they get no parameter.
+    """
     for name, weight in layout.kept.items():
         _swap_linear(model, name, weight, backend, without_input_scale=weight.name in layout.input_scales)
         untie(model, weight.target)

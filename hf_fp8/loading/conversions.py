@@ -1,7 +1,7 @@
-"""The transforms that carry out a layout: handed to the host's loader, reversed by its saver.
+"""Conversion transforms that carry out a layout: run by transformers' loader, reversed by its saver.
 
-The host renames keys by regexes. Here the files' headers have been read first, so keys are routed by name instead: exact,
-fast for tens of thousands of experts, and exactly reversible.
+transformers ("the host" in comments) renames keys by regexes. Here the headers of the files are known first, so keys are
+routed by exact name: this is fast for tens of thousands of experts, and exactly reversible.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, pla
 
 
 def build_conversions(layout: Layout, host: Sequence[WeightTransform]) -> list[WeightTransform]:
-    """What the host's loader is to do for a layout. host: its own transforms, which were matched against."""
+    """Return the transforms that transformers' loader runs for `layout`. host: its own transforms, used in the matching."""
     weights, extra = layout.weights, converters(*layout.unmapped_experts) if layout.unmapped_experts is not None else []
     op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
     stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
     found = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
     found += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]
     for transform in extra:
-        # Not used for loading what is stacked in the files; but what is written is one tensor per expert, its bias too.
+        # Loading experts that are stacked in the files does not use these; but saving writes one tensor per expert, biases too.
         transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
     for transform in [*host, *extra]:
         if isinstance(transform, WeightConverter):
             transform = _merged_converter(transform, layout, weights, op, back)
         found.append(transform)
-    # Of converters the first match wins: ours stand before the host's (see `for_saving`). Renamings all run: ours is the last.
+    # The first matching converter wins, so ours precede the host's (see `for_saving`). All renamings run; ours is the last.
     return [*found, KeyRenaming(layout.aliases, layout.prefix)] if layout.aliases else found
 
 
 def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
-    """The same, such that the host's saver, which goes through them from the end, asks ours first: they know names."""
+    """Move our converters to the end: transformers' saver tries the last first, and ours match exact names."""
     last = [c for c in conversions if isinstance(c, RoutedConverter)]
     return [*(c for c in conversions if c not in last), *last]
 
 
 def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
-    """For weights that fill one parameter each."""
+    """Converters for weights that fill one parameter each."""
     routes, targets, roles = {}, {}, {WEIGHT}
     for parameter in layout.dense.values():
         if set(parameter.sources) != {WEIGHT}:
@@ -69,7 +69,7 @@ def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[
 def _merged_converter(
     base: WeightConverter, layout: Layout, weights: list[StoredWeight], op: Dequantize, back: Requantize
 ) -> WeightConverter:
-    """`base`, dequantizing first, if any FP8 weight passes through it."""
+    """Return `base` with dequantization as its first operation, or `base` itself if no quantized weight goes through it."""
     through = [w for w in weights if w.pattern in base.source_patterns and w.target in layout.dense]
     if not through:
         return base
@@ -90,10 +90,12 @@ def _merged_converter(
 
 
 def _taken_apart(base: WeightConverter, layout: Layout, back: Requantize) -> RoutedConverter:
-    """The reverse of `base`: its operations undone, last to first, for the parameters that are made through it, by their
-    names. The patterns of `base` are regular expressions, and no names."""
+    """Return the reverse of `base` for the parameters it makes: its operations undone, last to first.
+
+    It routes by parameter name, since the patterns of `base` are regular expressions.
+    """
     sources = [plain_pattern(p) for p in base.source_patterns]
-    # The host finds a converter by its pattern: two that make parameters of the same name, in two parts of a model, differ.
+    # The host finds a converter by its pattern, so two that make parameters of the same name, in two submodels, must differ.
     of_this = f"of_{crc32(repr(base.source_patterns).encode()):08x}"
     targets = [f"{plain_pattern(p)}.{of_this}" for p in base.target_patterns]
     assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets), base
@@ -108,18 +110,20 @@ def _taken_apart(base: WeightConverter, layout: Layout, back: Requantize) -> Rou
 
 
 def _fresh_converters(layout: Layout) -> list[WeightTransform]:
-    """For Linears that are quantized while they are loaded. A converter, not a renaming: what the host offloads to disk
-    would else stay what it is in the files."""
+    """Converters for Linears that are quantized while loading.
+
+    Not renamings: with those, weights that transformers offloads to disk would stay unquantized.
+    """
     fresh = {f"{name}.{WEIGHT}": weight for name, weight in layout.kept.items() if weight.part is not None}
     if not fresh:
         return []
     routes = {weight.part.key: (weight.part.key, WEIGHT) for weight in fresh.values() if weight.part is not None}
-    nothing = RoutedConverter({}, [WEIGHT], [WEIGHT], [Reshape({})])  # saved under the names that they have
+    nothing = RoutedConverter({}, [WEIGHT], [WEIGHT], [Reshape({})])  # saved under their current names
     return [RoutedConverter(routes, [WEIGHT], [WEIGHT], [QuantizeWeights(fresh, layout.broken)], reverse=nothing)]
 
 
 def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[WeightTransform]:
-    """For experts that stay in FP8."""
+    """Converters for experts that stay in FP8."""
     if not stacks:
         return []
     routes, back = {}, {}
@@ -140,7 +144,7 @@ def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[Weight
 
 
 def _scale_converters(layout: Layout) -> list[WeightTransform]:
-    """For scales that the file holds in another shape than the module does."""
+    """Converters for scales whose shape in the files differs from that in the module."""
     forth, back, routes = {}, {}, {}
     for module, weight in layout.kept.items():
         shapes = {WEIGHT_SCALE: scale_shape(weight.scheme.weight.granularity, *weight.shape), INPUT_SCALE: (1,)}
@@ -156,9 +160,9 @@ def _scale_converters(layout: Layout) -> list[WeightTransform]:
 
 
 class KeyRenaming(WeightRenaming):  # type: ignore[misc]
-    """Renames exactly the given keys; reversed, it gives them back the names of the file.
+    """Renames exactly the given keys; the reverse restores their names in the files.
 
-    prefix: that of the base model, which keys may gain or lose between a loading and a saving.
+    prefix: that of the base model, which keys may gain or lose between loading and saving.
     """
 
     def __init__(self, names: Mapping[str, str], prefix: str = "") -> None:
@@ -180,7 +184,7 @@ class KeyRenaming(WeightRenaming):  # type: ignore[misc]
 
 
 class RoutedConverter(WeightConverter):  # type: ignore[misc]
-    """Routes the given keys, each to a (target, source pattern); other keys as `base` would, if there is one.
+    """Routes each given key to a (target, source pattern); other keys go through `base`, if given.
 
     `reverse` is the transform that undoes this one on saving.
     """
@@ -215,7 +219,7 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
         return self.reverse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
-        # The loader copies a converter for each parameter it makes; the routes of all keys are shared.
+        # The loader copies a converter for each parameter it makes; the copies share the routes.
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__):
@@ -227,7 +231,7 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
 
 
 class LazyConverter(RoutedConverter):
-    """Hands its op functions that read the tensors, instead of the tensors: the op reads one at a time."""
+    """Passes functions that read the tensors to its op, instead of the tensors, so that the op reads one at a time."""
 
     def materialize_tensors(self) -> dict[str, list[Any]]:
         collected = dict(self.collected_tensors)

@@ -1,4 +1,4 @@
-"""Which parameters of a model the files fill; and errors for those that they ought to fill, and do not."""
+"""Determines which parameters of a model the files fill, and raises if they lack tensors that they should have."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LAYER = re.compile(r".*?\.\d+\.")
 
 
 def check_coverage(model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, scanned: Scan) -> tuple[set[str], list[str]]:
-    """The parameters that the files fill, and those that they do not.
+    """Return the parameters that the files fill, and those that they do not.
 
-    Raises MissingTensorError where the host would leave a parameter random that the files ought to fill: all of them, if the
-    checkpoint is one of this class of model; else those of whose layer, or kind, they hold a part.
+    Raises MissingTensorError for a missing parameter, which transformers would initialize randomly: for any, if config.json
+    names this model class; otherwise only if the files hold other tensors of the same layer or of the same kind.
     """
     filled: set[str] = set()
     numbered: dict[tuple[str, str], list[str]] = {}
@@ -33,7 +33,7 @@ def check_coverage(model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, sc
     missing = _missing(model, filled)
     quantized = {weight.keys[weight.primary] for weight in [*scanned.weights, *scanned.host]}
     for (target, pattern), keys in numbered.items():
-        if not quantized.issuperset(keys):  # else `check_experts` says it better
+        if not quantized.issuperset(keys):  # otherwise `check_experts` raises a more precise error
             _check_numbers(target, pattern, keys, keymap, checkpoint)
     _check_siblings(missing, scanned)
     _check_names(model, missing, scanned)
@@ -41,16 +41,16 @@ def check_coverage(model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, sc
     _check_layers(filled, lacking)
     if model.is_of_class and lacking:
         raise MissingTensorError(
-            f"no tensor in the files goes into {lacking[0]} ({len(lacking)} parameters of {model.cls} in all): the "
-            "checkpoint is incomplete (a shard may be missing), and the host would leave them random"
+            f"{lacking[0]} has no tensor in the files ({len(lacking)} such parameters of {model.cls}): the checkpoint is "
+            "incomplete (a shard may be missing), and transformers would initialize them randomly"
         )
     return filled, missing
 
 
 def _missing(model: ModelFacts, filled: set[str]) -> list[str]:
-    """Parameters and buffers that the files do not fill, though the class says nothing of that."""
+    """Parameters and buffers that the files do not fill and that the model class does not allow to be missing."""
     ignored = [re.compile(pattern) for pattern in model.ignore_missing]
-    # Of parameters that are tied, the files need hold one: the host ties either way.
+    # Of tied parameters the files need only one: the host ties in both directions.
     tied: dict[str, set[str]] = {}
     for name, source in model.tied.items():
         tied.setdefault(source, {source}).add(name)
@@ -59,18 +59,18 @@ def _missing(model: ModelFacts, filled: set[str]) -> list[str]:
 
 
 def _check_numbers(target: str, pattern: str, keys: list[str], keymap: KeyMap, checkpoint: Checkpoint) -> None:
-    """Tensors that the host stacks in the order of their numbers, such as one bias of each expert: none may be missing."""
+    """Check tensors that transformers stacks in order of their numbers, such as one bias per expert: none may be missing."""
     by_number: dict[int, str] = {}
     for key in keys:
         number = next((int(part) for part in reversed(keymap.rename(key).split(".")) if part.isdigit()), -1)
         if number in by_number:
-            raise MismatchError(f"{key} and {by_number[number]} both go into place {number} of {target}")
+            raise MismatchError(f"{key} and {by_number[number]} both map to index {number} of {target}")
         by_number[number] = key
     count = keymap.shapes[target][0] if keymap.is_stacking(pattern) else len(keys)
     if sorted(by_number) != list(range(count)):
         lost = next((number for number in range(count) if number not in by_number), count)
         raise MissingTensorError(
-            f"{len(keys)} tensors such as {keys[0]} go into {target}, which takes those with the numbers 0 to {count - 1}: "
+            f"{target} needs {count} tensors numbered from 0, the files have {len(keys)} for it (such as {keys[0]}): "
             + (f"number {lost} is not in the files" if lost < count else f"{by_number[max(by_number)]} is one too many")
         )
     first = checkpoint.tensors[by_number[0]]
@@ -78,7 +78,8 @@ def _check_numbers(target: str, pattern: str, keys: list[str], keymap: KeyMap, c
         info = checkpoint.tensors[key]
         if keymap.is_stacking(pattern) and info.shape != first.shape and not info.dtype.startswith("F8_"):
             raise MismatchError(
-                f"{key} has shape {list(info.shape)}; {by_number[0]}, with which it goes into {target}, has {list(first.shape)}"
+                f"{key} has shape {list(info.shape)}; {by_number[0]}, with which it is stacked into {target}, has "
+                f"{list(first.shape)}"
             )
 
 
@@ -88,21 +89,21 @@ def _check_siblings(missing: list[str], scanned: Scan) -> None:
         sibling = siblings.get(_NUMBER.sub("*", name))
         if sibling is not None:
             raise MissingTensorError(
-                f"no tensor in the files goes into {name}, though its sibling {sibling} is there: the checkpoint is "
-                "incomplete (a shard may be missing), and the host would leave it random"
+                f"{name} has no tensor in the files, but {sibling} of another layer or expert has one: the checkpoint is "
+                "incomplete (a shard may be missing), and transformers would initialize it randomly"
             )
 
 
 def _check_names(model: ModelFacts, missing: list[str], scanned: Scan) -> None:
-    """FP8 weights that find no module while modules find no weights: one of the two has other names."""
+    """Raise if FP8 weights match no module while modules lack weights: then their names do not correspond."""
     extra = [re.compile(pattern) for pattern in model.ignore_unexpected]
     unmatched = [w.keys[WEIGHT] for w in scanned.weights if not w.target and not any(p.search(w.keys[WEIGHT]) for p in extra)]
-    # A head that this class lacks may be unmatched, one that it adds may be missing: not the same names of both.
+    # Not an error by itself: a head in the files that this class lacks, or a head that it adds.
     if unmatched and missing and not any(weight.target for weight in scanned.weights):
         raise MissingTensorError(
-            f"none of the {len(unmatched)} FP8 weights of the files (such as {unmatched[0]}) has a place in "
-            f"{model.cls}, of which {len(missing)} parameters find none (such as {missing[0]}): their names do "
-            "not fit together, as with another `model_type` in config.json, or another class, than the checkpoint's"
+            f"none of the {len(unmatched)} FP8 weights of the files (such as {unmatched[0]}) matches a module of {model.cls}, "
+            f"and {len(missing)} of its parameters have no tensor in the files (such as {missing[0]}): their names do not fit "
+            "together. Check the `model_type` in config.json and the model class"
         )
     prefix = f"{model.prefix}."
     inside = [name for name in missing if name.startswith(prefix)]
@@ -113,18 +114,18 @@ def _check_names(model: ModelFacts, missing: list[str], scanned: Scan) -> None:
             other = inside[0]
         if other is not None:
             raise MissingTensorError(
-                f"{len(unmatched)} FP8 weights of the files have no place in {model.cls} (such as {key}), while "
-                f"{len(missing)} of its parameters find none (such as {other}): their names do not fit together"
+                f"{len(unmatched)} FP8 weights of the files match no module of {model.cls} (such as {key}), and {len(missing)} "
+                f"of its parameters have no tensor in the files (such as {other}): their names do not fit together"
             )
 
 
 def _check_layers(filled: set[str], missing: list[str]) -> None:
-    """A layer of which the files hold a part is a layer that they ought to hold."""
+    """Raise if the files hold only a part of a layer."""
     begun = {match.group() for name in filled if (match := _LAYER.match(name))}
     for name in missing:
         match = _LAYER.match(name)
         if match and match.group() in begun:
             raise MissingTensorError(
-                f"no tensor in the files goes into {name}, though they hold other tensors of {match.group()[:-1]}: the "
-                "checkpoint is incomplete, or its names do not fit the model, and the host would leave it random"
+                f"{name} has no tensor in the files, but other parameters of {match.group()[:-1]} have: the checkpoint is "
+                "incomplete, or its names do not fit the model, and transformers would initialize it randomly"
             )

@@ -1,4 +1,4 @@
-"""In which dtype the host holds each parameter of a model."""
+"""The dtype in which transformers holds each parameter of a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ WIDE = (torch.float32, torch.float64)
 
 
 class DtypePlan:
-    """What the host's loader does: names that the class wants in float32 are, and what the class itself builds in another
-    dtype than the model's stays in it.
+    """The dtypes that transformers' loader gives to parameters.
 
-    model: on the meta device or loaded. dtype: the model's.
+    Parameters that the class lists for float32 are float32. Parameters that the class itself creates in float32 or float64
+    keep that dtype. model: on the meta device or loaded. dtype: the model's.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -23,7 +23,7 @@ class DtypePlan:
         self._own = {name: p.dtype for name, p in model.named_parameters() if p.dtype in WIDE and p.dtype != dtype}
 
     def wanted(self, name: str) -> torch.dtype | None:
-        """The dtype that the class wants the parameter `name` in by a pattern of names, None if it says nothing of it."""
+        """The dtype that the class requires for the parameter `name` by a name pattern, or None."""
         found = self._pattern.search(name) if self._pattern is not None else None
         if not found or not found.lastgroup:
             return None
@@ -40,8 +40,10 @@ class DtypePlan:
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """That of the model's parameters but those which its class wants in one of their own. `PreTrainedModel.dtype` is that of
-    the first one, whichever it is."""
+    """The dtype of the model's parameters, except those for which its class requires another.
+
+    `PreTrainedModel.dtype` is that of the first parameter, whichever it is.
+    """
     plan = DtypePlan(model, torch.bfloat16)
     held = ((name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() > 1)
     dtype: torch.dtype = next((dtype for name, dtype in held if plan.wanted(name) is None), model.dtype)

@@ -24,7 +24,7 @@ PATTERNS = [pattern(part, role) for part in (0, 1) for role in ROLES]
 
 
 class StackExperts(SharedOp):
-    """Fills a stack and its scales, one expert after the other, each freed when it is copied: no stack is held twice."""
+    """Fills a stack and its scales expert by expert; each expert's tensor is freed once copied, so no stack is held twice."""
 
     def __init__(self, stacks: Mapping[str, Stack]) -> None:
         self.stacks = stacks
@@ -47,7 +47,7 @@ class StackExperts(SharedOp):
                     if out is None:
                         out = torch.empty(_shape(stack, role), dtype=tensor.dtype, device=tensor.device)
                         if role == INPUT_SCALE:
-                            out.fill_(torch.nan)  # that of an expert whose scale is not in the files stays so
+                            out.fill_(torch.nan)  # stays NaN for experts whose scale is not in the files
                     place = _place(stack, out, part, expert)
                     place.copy_(tensor.reshape(place.shape))
             assert out is not None
@@ -56,9 +56,9 @@ class StackExperts(SharedOp):
 
 
 class QuantizeExperts(SharedOp):
-    """Fills a stack and its scales from dense experts, each read, quantized and freed before the next one is.
+    """Fills a stack and its scales from dense experts: each is read, quantized and freed before the next one is read.
 
-    It is given functions that read a tensor (`conversions.LazyConverter`): one for each expert, or one for a whole stack.
+    Its inputs are functions that read a tensor (`conversions.LazyConverter`): one per expert, or one for a whole stack.
     """
 
     def __init__(self, stacks: Mapping[str, Stack], broken: list[str]) -> None:
@@ -82,9 +82,9 @@ class QuantizeExperts(SharedOp):
 
 
 def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor], broken: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a stack by their names in the model, made of the dense matrices (N, K) that `read(part, expert)` gives.
+    """Quantize the dense matrices (N, K) that `read(part, expert)` returns; return a stack's tensors by their model names.
 
-    What is wrong with one is noted in `broken`.
+    Errors are appended to `broken`.
     """
     projection = stack.projection
     n_experts, parts = projection.shape[0], len(stack.sources)
@@ -107,7 +107,7 @@ def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor], broke
 
 
 class SplitExperts(SharedOp):
-    """Gives each expert of a stack back the tensors that it was made of: names, shapes and bytes."""
+    """Splits a stack into the tensors of the files, with their names, shapes and bytes."""
 
     def __init__(self, stacks: Mapping[str, Stack]) -> None:
         self.stacks = stacks
@@ -150,7 +150,7 @@ def _from_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
     shape = _shape(stack, role)
     if role == WEIGHT or (tensor.ndim == 3 and not _is_scalar(stack, role)):
         return tensor.transpose(1, 2).contiguous() if stack.transposed else tensor.reshape(shape)
-    # A scale for each expert, or one for all of them; or one for each of an expert's rows.
+    # One scale for all experts, or one per expert, or one per row of an expert.
     return tensor.reshape(-1, 1).expand(shape).contiguous() if tensor.numel() == 1 else tensor.reshape(shape)
 
 
@@ -162,8 +162,8 @@ def _to_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() > 1 and shape.count(1) == len(shape):
         if not bool((tensor == tensor.flatten()[0]).all()):
             raise UnsupportedError(
-                f"{weight.keys[role]} is one scale for all experts, but those of the model have come to differ: it cannot be "
-                "saved in the checkpoint's form. Call model.dequantize() first to save a dense one"
+                f"{weight.keys[role]} is one scale for all experts, but the scales of the model's experts now differ, so they "
+                "cannot be saved in the checkpoint's layout. Call model.dequantize() first to save a dense checkpoint"
             )
         return tensor.flatten()[:1].reshape(shape)
     return tensor.reshape(shape)

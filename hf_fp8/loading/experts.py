@@ -1,4 +1,4 @@
-"""Which experts modules of a model can stay in FP8, from which tensors of the files; and if not, why not."""
+"""Plans which experts modules stay in FP8 and from which tensors they are filled, or gives the reason why they cannot."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class _Unfit(Exception):
 
 
 def plan_experts(name: str, model: ModelFacts, keymap: KeyMap, parameters: dict[str, Parameter]) -> ExpertsPlan | str:
-    """The plan for the experts module `name` of a model, or the reason why it must be dense.
+    """Return the plan for the experts module `name` of a model, or the reason why it must be dense.
 
-    parameters: what the files have for its parameters, by name.
+    parameters: its parameters by name, with the tensors that fill them.
     """
     layout = model.experts(name)
     if layout is None:
         kind = model.modules[name].cls.__name__ if name in model.modules else "a module that the model lacks"
-        return f"{kind} does not have the host's interface for experts, so what it computes is not known here"
+        return f"{kind} does not have transformers' interface for experts, so its computation is not known here"
     try:
         first = _stack(f"{name}.{layout.first}", keymap, layout, parameters)
         second = _stack(f"{name}.down_proj", keymap, layout, parameters)
@@ -44,10 +44,10 @@ def plan_experts(name: str, model: ModelFacts, keymap: KeyMap, parameters: dict[
 def check_experts(
     layout: ExpertsLayout | None, shapes: Mapping[str, tuple[int, ...]], parameters: dict[str, Parameter]
 ) -> None:
-    """Raise, naming the tensor, for experts of the files that are not just those of the module, or of another shape.
+    """Raise if the experts in the files differ from those of the module in number or shape; the error names the tensor.
 
-    MissingTensorError, MismatchError. layout: the module's; what is known of it is what the host says of it, of others nothing
-    is checked. shapes: of the model's parameters.
+    Raises MissingTensorError or MismatchError. layout: the module's; without one nothing is checked. shapes: of the model's
+    parameters.
     """
     for target, parameter in parameters.items():
         leaf = target.rpartition(".")[2]
@@ -63,10 +63,10 @@ def _check_one_by_one(target: str, weights: list[StoredWeight | DenseTensor], n_
     known = {place: weight for place, weight in enumerate(weights) if isinstance(weight, StoredWeight)}
     for place, weight in known.items():
         key = weight.keys[weight.primary]
-        # As the loader will know it: a `key_mapping` may have made the name.
+        # From the renamed key: a `key_mapping` may have changed the name.
         number = next(int(part) for part in reversed(weight.renamed[weight.primary].split(".")) if part.isdigit())
         if number >= n_experts:
-            raise MismatchError(f"{key} is in the files, but the model's {target} has {n_experts} experts, from 0 on")
+            raise MismatchError(f"{key} is in the files, but the model's {target} has {n_experts} experts, numbered from 0")
         if number != place:
             raise MissingTensorError(
                 f"{key} is in the files, but one of the experts before it is not: the checkpoint is incomplete (a shard may be "
@@ -74,20 +74,20 @@ def _check_one_by_one(target: str, weights: list[StoredWeight | DenseTensor], n_
             )
         if weight.group.scheme is not None and weight.shape != shape:
             raise MismatchError(
-                f"{key} has shape {list(weight.shape)} in the files, an expert of the model's {target} has {list(shape)}: "
-                "the config of the model is not that of the checkpoint"
+                f"{key} has shape {list(weight.shape)} in the files, but an expert of the model's {target} has {list(shape)}: "
+                "the config of the model does not match the checkpoint"
             )
     if len(weights) != n_experts:
         some = next(iter(known.values()), None)
         sample = "" if some is None else f" (such as {some.keys[some.primary]})"
         raise MissingTensorError(
-            f"{len(weights)} experts of {target} are in the files{sample}, of {n_experts} that the model has: the checkpoint "
+            f"{len(weights)} experts of {target} are in the files{sample}, but the model has {n_experts}: the checkpoint "
             "is incomplete (a shard may be missing)"
         )
 
 
 def _sizes(layout: ExpertsLayout, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(E, N, K) of a stack that the model holds in this shape."""
+    """(E, N, K) of a stack that has this shape in the model."""
     experts, rows, cols = shape
     return (experts, cols, rows) if layout.is_transposed else (experts, rows, cols)
 
@@ -110,14 +110,14 @@ def _stack(target: str, keymap: KeyMap, layout: ExpertsLayout, parameters: dict[
     parts = 2 if leaf == layout.first and layout.has_gate else 1
     merge = keymap.converter(patterns[0])
     if merge is None or len(patterns) != parts or not _is_plain_merge(merge, layout):
-        raise _Unfit(f"the host makes {leaf} in a way that is not a plain merge of experts")
+        raise _Unfit(f"transformers makes {leaf} in a way that is not a plain merge of experts")
     order = sorted(patterns, key=merge.source_patterns.index)
     sources = tuple(tuple(w for w in parameter.sources[pattern] if isinstance(w, StoredWeight)) for pattern in order)
     return Stack(target, Projection(leaf, sizes, first.scheme, parts), sources)
 
 
 def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None:
-    """Raise unless all weights, `count` of them, are FP8, of one scheme and with scales of one dtype."""
+    """Raise unless there are `count` weights, all FP8 with the same scheme and the same scale dtypes."""
     if len(weights) < count:
         raise _Unfit(f"some experts of {leaf} are dense in the files")
     if any(weight.group.scheme is None for weight in weights):
@@ -125,13 +125,13 @@ def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None
     first, *rest = weights
     for weight in rest:
         if weight.scheme != first.scheme:
-            raise _Unfit(f"experts of {leaf} are of two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
+            raise _Unfit(f"experts of {leaf} have two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
         if any(weight.dtypes[role] != first.dtypes[role] for role in weight.dtypes.keys() & first.dtypes.keys()):
             raise _Unfit(f"experts of {leaf} differ in the dtypes of their scales")
 
 
 def _is_plain_merge(merge: WeightConverter, layout: ExpertsLayout) -> bool:
-    """Whether a converter stacks experts and lays gate over up, and no more but what the family's layout asks for."""
+    """Whether a converter only stacks experts, concatenates gate and up, and does what the layout of the family requires."""
     if len(merge.target_patterns) != 1:
         return False
     if isinstance(merge, PlainMerge):

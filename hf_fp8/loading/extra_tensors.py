@@ -1,4 +1,4 @@
-"""Tensors of the files that no module of the model holds: carried along, and written back under the names that they had."""
+"""Tensors of the files that no module of the model uses: kept, and saved again under their original names."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ _PASSED = "hf_fp8_extra"
 
 
 class FileNames(KeyRenaming):
-    """Gives tensors back the names of the files where the host's renamings, undone, do not. It stands before all of them, so
-    that it comes last when they are undone."""
+    """Restores the file names of tensors where reversing transformers' renamings does not.
+
+    It is the first of the transforms, so that it runs last when they are reversed.
+    """
 
 
 def unplaced(checkpoint: Checkpoint, scanned: Scan, keymap: KeyMap) -> list[str]:
-    """Keys of the files that the model has no parameter for (the layer that predicts a second token, old buffers)."""
+    """Keys of the files for which the model has no parameter, such as a multi-token prediction layer or obsolete buffers."""
     weights = [*scanned.weights, *scanned.host]
     placed = {key for weight in weights if weight.target for key in weight.keys.values()}
     left = {key for weight in weights if not weight.target for key in weight.keys.values()}
@@ -47,13 +49,13 @@ def unplaced(checkpoint: Checkpoint, scanned: Scan, keymap: KeyMap) -> list[str]
 
 @dataclass
 class Unplaced:
-    """Tensors that the model has no place for: names in the model -> keys of the files, which are read when it is saved."""
+    """Tensors for which the model has no parameter, read from the files only on saving. keys: name for saving -> key."""
 
     checkpoint: Checkpoint
     keys: dict[str, str]
 
     def read(self) -> dict[str, torch.Tensor]:
-        """The tensors, by their names in the model. None, with a warning, if the files are not what they were."""
+        """The tensors by name; an empty dict, with a warning, if the files have changed or cannot be read."""
         try:
             tensors = self.checkpoint.read(list(self.keys.values()))
         except (FP8Error, OSError) as error:
@@ -63,8 +65,10 @@ class Unplaced:
 
 
 def belong_to(model: PreTrainedModel, files: Sequence[str]) -> bool:
-    """Whether what the model has no place for belongs to what is saved: not, if the checkpoint is of another class that
-    shares a part with it, or if somebody made it with fewer layers than it has in the files."""
+    """Whether tensors of the files without a parameter in the model are saved with it.
+
+    They are not if the checkpoint is of another model class, or if the model was loaded with fewer layers than the files have.
+    """
     if not is_of_class(model):
         return False
     try:
@@ -76,22 +80,22 @@ def belong_to(model: PreTrainedModel, files: Sequence[str]) -> bool:
 
 
 def some(keys: Iterable[str]) -> str:
-    """For people: the names among `keys`, those of all layers and experts in one."""
+    """The first 12 of `keys` for a message, with numbers replaced by `*`, so that layers and experts share one entry."""
     folded = dict.fromkeys(".".join("*" if part.isdigit() else part for part in key.split(".")) for key in keys)
     return ", ".join(list(folded)[:12]) + (", ..." if len(folded) > 12 else "")
 
 
 def by_pattern(names: Sequence[str]) -> list[str]:
-    """Regular expressions that match `names`, one for all that differ in numbers alone."""
+    """Regular expressions that match `names`: one for all names that differ only in numbers."""
     folded = (re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) for name in names)
     return [f"^{pattern}$" for pattern in dict.fromkeys(folded)]
 
 
 def keep_names(model: Any, extra: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-    """See to it that `model` is saved under the names of its files.
+    """Make `model` save its tensors under the names they have in its files.
 
-    extra: the tensors that are added to the model's own, by the names under which they are handed to the saver. names: such
-    a name, or that of a quantized weight's tensor -> the key of the files.
+    extra: tensors saved in addition to those of the model, by the names passed to the saver. names: such a name, or that of a
+    quantized weight's tensor -> key in the files.
     """
     conversions: list[WeightTransform] = [
         c for c in model._weight_conversions if not isinstance(c, FileNames) and c.source_patterns != [_PASSED]
@@ -101,7 +105,7 @@ def keep_names(model: Any, extra: Mapping[str, torch.Tensor], names: Mapping[str
     wrong = {}
     for name in sorted(names, key=dot_natural_key):
         key, found = names[name], apply_renamings(name, undone)
-        # With or without the base model's prefix is the host's choice, for all tensors alike.
+        # The host adds or strips the base model's prefix, for all tensors alike.
         if found.removeprefix(prefix) != key.removeprefix(prefix):
             wrong[key] = found
     if extra:

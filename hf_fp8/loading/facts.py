@@ -1,4 +1,4 @@
-"""Facts of a model that decide where the tensors of a checkpoint go in it: collected once, plain data from then on."""
+"""The facts about a model that matching a checkpoint needs, collected once as plain data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .model_code import weights_read_by_kernels, weights_read_directly
 
 @dataclass(frozen=True)
 class ParameterFacts:
-    """A parameter or a buffer of the model.
+    """A parameter or buffer of the model.
 
-    dtype: in which the host will hold it. keeps_dtype: whether that is float32 (or wider) whatever the model's dtype is.
-    is_parameter: whether it is a parameter, and this the first of its names.
+    dtype: in which transformers will hold it. keeps_dtype: whether it is float32 or wider whatever the model's dtype is.
+    is_parameter: False for a buffer, and for further names of a shared parameter.
     """
 
     shape: tuple[int, ...]
@@ -32,9 +32,9 @@ class ParameterFacts:
 class ModuleFacts:
     """A module of the model.
 
-    experts: how it holds merged experts, None if it has none. has_weight: whether its `weight` is a parameter. read_by: the
-    class whose code reads its weight instead of calling it. gives_dtype_to: the transformers model that takes its dtype from
-    this module's weight, the first of its parameters. Both are "" if there is none.
+    experts: layout of its merged experts, None if it has none. has_weight: whether its `weight` is a parameter. read_by: the
+    class whose code reads its weight instead of calling it. gives_dtype_to: class of the transformers model that takes its
+    dtype from this module's weight, which is its first parameter. Both are "" if there is none.
     """
 
     cls: type[nn.Module]
@@ -46,12 +46,12 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What matching a checkpoint with a model needs to know of the model.
+    """The facts about a model that matching a checkpoint needs.
 
     cls: the name of its class. params, modules: by name; shared modules under each of their names. tied: name of a parameter
     -> the one that it is tied to. prefix: that of the base model, which keys of files may have or lack. heads: names of
-    the output embedding. ignore_missing, ignore_unexpected: regular expressions of the class for keys that the files may lack,
-    and may have beyond the model's. is_of_class: whether the files were saved by this very class, as config.json says.
+    the output embedding. ignore_missing, ignore_unexpected: regular expressions of the class for keys that may be missing in
+    the files, or extra there. is_of_class: whether config.json names this class, so that the files were saved by it.
     """
 
     cls: str
@@ -87,13 +87,13 @@ class ModelFacts:
         return {name: parameter.shape for name, parameter in self.params.items()}
 
     def experts(self, name: str) -> ExpertsLayout | None:
-        """How the module `name` holds merged experts; None if the model has no such module, or no experts in it."""
+        """The layout of the merged experts of module `name`; None if there is no such module, or it has none."""
         module = self.modules.get(name)
         return None if module is None else module.experts
 
 
 def is_of_class(model: PreTrainedModel) -> bool:
-    """Whether the checkpoint is one of this very class, by the `architectures` of its config."""
+    """Whether the checkpoint was saved by this model class, according to the `architectures` of its config."""
     return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
 
 

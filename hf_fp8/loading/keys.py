@@ -1,8 +1,8 @@
-"""What the host's loader will call the keys of a checkpoint's files, and per-expert names that it does not map.
+"""Maps keys of checkpoint files to parameter names as transformers' loader does, plus per-expert names that it does not map.
 
-llm-compressor takes merged experts apart into ``experts.N.{gate,up,down}_proj`` Linears, whatever the family. The host maps the
-names that the Hub had before (Mixtral: w1, w3, w2), or none at all (gpt-oss, Llama-4, whose merged parameters are transposed,
-and gpt-oss interleaved with biases).
+llm-compressor splits merged experts into ``experts.N.{gate,up,down}_proj`` Linears, for every model family. transformers ("the
+host" in comments) maps only the older names on the Hub (Mixtral: w1, w3, w2), or none at all (gpt-oss and Llama-4, whose merged
+parameters are transposed; those of gpt-oss are also interleaved and have biases).
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ HUB_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 class KeyMap:
-    """What the host's loader will call a key of the files: `resolve`, with the same rules in the same order.
+    """Maps keys of the files to parameters (`resolve`), by the rules of transformers' loader in the same order.
 
-    shapes: of the model's parameters and buffers, by name. prefix: that of its base model. aliases: a key after the host's
-    renamings -> what it is to be called instead. unmapped_experts: layout and end of the path of experts modules whose names
-    in the files the host does not map; `converters` of ours do.
+    shapes: of the model's parameters and buffers, by name. prefix: that of its base model. aliases: a key after transformers'
+    renamings -> the name to use instead. unmapped_experts: layout and end of the module path of experts whose names
+    transformers does not map; our `converters` do.
 
-    Each key is looked up once: a large mixture of experts has a hundred thousand, and some of the host's renamings are
-    stateful.
+    Results are cached: a large MoE model has a hundred thousand keys, and some of transformers' renamings are stateful.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, conversions: Sequence[WeightTransform]) -> None:
-        conversions = deepcopy(list(conversions))  # they note which of them were used
+        conversions = deepcopy(list(conversions))  # they record whether they were used
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.shapes = shapes
@@ -60,19 +59,19 @@ class KeyMap:
 
     @classmethod
     def of(cls, model: ModelFacts, conversions: Sequence[WeightTransform], keys: Iterable[str]) -> KeyMap:
-        """That of a checkpoint with these keys; names of experts that only llm-compressor gives are mapped, too."""
+        """The KeyMap of a checkpoint with these keys, which also maps llm-compressor's names of experts."""
         keymap = cls(model.shapes, model.prefix, conversions)
         for key in keys:
             keymap._map_expert(key, model)
         return keymap
 
     def _map_expert(self, key: str, model: ModelFacts) -> None:
-        """See to the key of an expert that the host's mapping leaves without a home: by an alias, or by converters."""
+        """Map the key of an expert for which transformers' mapping finds no parameter: by an alias, or by converters."""
         renamed = self.rename(key)
         other = hub_name(renamed)
         if other is None:
             return
-        # A scale goes where its weight does, which it knows by its name.
+        # A scale is mapped like its weight, whose name follows from that of the scale.
         home = renamed if renamed.endswith(".bias") else renamed.rpartition(".")[0] + f".{WEIGHT}"
         if self.convert(home)[0] in self.shapes:
             return
@@ -85,13 +84,13 @@ class KeyMap:
             paths = (path, f"{self.prefix}.{path}", path.removeprefix(f"{self.prefix}."))
             layout = next(filter(None, map(model.experts, paths)), None)
             if layout is not None:
-                # With the name of its parent: `experts` alone is also the end of `shared_experts`.
+                # Include the parent's name: `experts` alone also matches the end of `shared_experts`.
                 self.unmapped_experts = layout, ".".join(path.split(".")[-2:])
                 self._converters += converters(*self.unmapped_experts)
                 self._converted.clear()
 
     def plain(self, key: str) -> str:
-        """`key` after the host's renamings, without our aliases."""
+        """`key` after transformers' renamings, without our aliases."""
         renamed = self._plain.get(key)
         if renamed is None:
             renamed = self._plain[key] = apply_renamings(key, self._renamings)
@@ -103,7 +102,7 @@ class KeyMap:
         return self.aliases.get(renamed, renamed)
 
     def convert(self, renamed: str) -> tuple[str, str | None]:
-        """(parameter of the model, source pattern of the converter that makes it or None) of a renamed key."""
+        """(parameter of the model, source pattern of the converter that makes it, or None) of a renamed key."""
         found = self._converted.get(renamed)
         if found is None:
             target, pattern = apply_converters(renamed, self._converters)
@@ -115,25 +114,27 @@ class KeyMap:
         return next((c for c in self._converters if pattern in c.source_patterns), None)
 
     def others(self, renamed: str, pattern: str | None) -> tuple[str, ...]:
-        """The parameters, beside the one that `convert` gives, that the converter with the source `pattern` makes with it."""
+        """The other parameters that the converter with the source `pattern` makes together with the one from `convert`."""
         used = self.converter(pattern)
         if used is None or len(used.target_patterns) == 1:
             return ()
         found = []
         for pattern in used.target_patterns[1:]:
             probe = copy(used)
-            object.__setattr__(probe, "target_patterns", [pattern])  # the class lets nobody change it
+            object.__setattr__(probe, "target_patterns", [pattern])  # the class forbids setting it
             found.append(self._with_prefix(probe.rename_source_key(renamed)[0]))
         return tuple(found)
 
     def is_stacking(self, pattern: str) -> bool:
-        """Whether the converter with the source `pattern` stacks its tensors, one for each number, into one parameter."""
+        """Whether the converter with the source `pattern` stacks its numbered tensors into one parameter."""
         used = self.converter(pattern)
         return used is not None and len(used.target_patterns) == 1 and isinstance(used.operations[0], MergeModulelist)
 
     def turns(self, target: str, pattern: str | None, shape: tuple[int, ...]) -> bool:
-        """Whether the converter with the source `pattern` swaps the sides of the matrices in a stack of this shape that goes
-        into the parameter `target`: always, or only where they lie the other way."""
+        """Whether the converter with the source `pattern` transposes a stack of this shape for the parameter `target`.
+
+        Some converters always transpose, others only if the shapes differ.
+        """
         used = self.converter(pattern)
         turning = [op for op in used.operations if isinstance(op, Transpose)] if used is not None else []
         if any(op.check_dims for op in turning):
@@ -141,8 +142,8 @@ class KeyMap:
         return len(turning) % 2 == 1
 
     def keeps(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of the files goes into its parameter as it is: through no converter, or through one that turns what
-        lies the other way, and does nothing more."""
+        """Whether a tensor of the files goes into its parameter unchanged: without a converter, or through one that could only
+        transpose it, and does not."""
         target, pattern = self.resolve(key)
         used = self.converter(pattern)
         turns_only = used is None or all(isinstance(op, Transpose) for op in used.operations)
@@ -156,7 +157,7 @@ class KeyMap:
         return target, pattern
 
     def owner(self, key: str, model: ModelFacts) -> Owner:
-        """The module of the model that the weight `key` of the files belongs to."""
+        """The module of the model to which the weight `key` of the files belongs."""
         if key.endswith("weight_packed"):
             key = key.removesuffix("_packed")
         target, pattern = self.resolve(key)
@@ -164,7 +165,7 @@ class KeyMap:
         places = (name, name.rpartition(".")[0]) if target in self.shapes else (name,)
         place = next((place for place in places if place in model.modules), None)
         if pattern is not None:
-            name = self.rename(key).removesuffix(f".{WEIGHT}")  # experts are spoken of one by one
+            name = self.rename(key).removesuffix(f".{WEIGHT}")  # each expert is named separately
         if place is None:
             return Owner(name)
         module = model.modules[place]
@@ -176,7 +177,7 @@ class KeyMap:
 
 
 def hub_name(key: str) -> str | None:
-    """`key` with its projection under the name that the Hub's Mixtral checkpoints have, or None."""
+    """`key` with its projection named as in Mixtral checkpoints on the Hub; None if `key` is not one of an expert."""
     found = EXPERT.match(key)
     if found is None:
         return None
@@ -184,11 +185,11 @@ def hub_name(key: str) -> str | None:
 
 
 class PlainMerge(WeightConverter):  # type: ignore[misc]
-    """A converter of ours from one tensor per expert to the layout of a family's module."""
+    """Our converter from one tensor per expert to the layout of a model family."""
 
 
 def converters(layout: ExpertsLayout, stem: str) -> list[WeightConverter]:
-    """Converters from ``experts.N.{gate,up,down}_proj`` to this layout. stem: the end of the path of such modules."""
+    """Converters from ``experts.N.{gate,up,down}_proj`` to this layout. stem: the end of the path of the experts modules."""
     interleave: list[ConversionOps] = [] if layout.is_concatenated else [Interleave(dim=1, inverse=True)]
     transpose: list[ConversionOps] = [Transpose(1, 2)] if layout.is_transposed else []
 

@@ -1,4 +1,4 @@
-"""Layout: which tensor of a checkpoint goes where in a model, and what becomes of it."""
+"""Layout: for each tensor of a checkpoint, its parameter in the model and whether it stays in FP8."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..checkpoint.validate import Scan
 from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
 from ..nn.experts import ExpertsLayout, Projection
 
-# Where the loader leaves what it decided, on the model: module or parameter name -> (scheme, reason).
+# Attribute of the model in which the loader stores its decisions: module or parameter name -> (scheme, reason).
 NOTES = "_hf_fp8_notes"
 
 
 @dataclass
 class Parameter:
-    """A dense parameter of the model that is made from quantized weights of the file.
+    """A dense parameter of the model that is made from quantized weights of the files.
 
-    sources: the tensors that each source pattern of the host's converter collects, in the order in which it collects them.
-    others: parameters that the converter makes of the same tensors (of a fused q, k and v), in its order after this one.
+    sources: the tensors that each source pattern of transformers' converter collects, in its order. others: further parameters
+    that the converter makes from the same tensors (such as q, k and v from a fused one), in its order after this one.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Parameter:
 
     @property
     def weights(self) -> list[StoredWeight]:
-        """Those of its sources that are quantized in the files."""
+        """The sources that are quantized in the files."""
         return [source for part in self.sources.values() for source in part if isinstance(source, StoredWeight)]
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One projection and the weights that fill it: for each part one of every expert, or one stack of them all.
+    """One projection of an experts module and the weights that fill it: for each part one per expert, or one stack of all.
 
     transposed: the stack in the files is (E, K, N).
     """
@@ -55,7 +55,7 @@ class Stack:
 
     @property
     def roles(self) -> list[str]:
-        """What the files have for it: of static input scales, those of some experts may be missing."""
+        """The roles that the files have; static input scales of single experts may be missing."""
         return [role for role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE) if any(role in weight.keys for weight in self.weights)]
 
     def name_of(self, role: str) -> str:
@@ -80,19 +80,19 @@ class ExpertsPlan:
 
 @dataclass
 class Layout:
-    """Which tensor of the files goes where, and what becomes of it: data, from which `conversions` makes what carries it out.
+    """For each tensor of the files, its parameter in the model: plain data, from which `conversions` makes the transforms.
 
-    kept: module -> weight that stays in FP8. experts: module -> experts that do. dense: parameter -> the weights
-    multiplied out into it. weights: those of all three.
+    kept: module -> weight that stays in FP8. experts: module -> experts that stay in FP8. dense: parameter -> the weights
+    dequantized into it. weights: those of all three.
 
     reasons: name of a dense weight's module or parameter -> why it is dense. extra: names in the model -> keys in the files,
-    of tensors that no module uses though they belong to its weights or its cache. unplaced: the same of those that this
-    class of model has no place for. scales: name of a dense weight -> what its codes were multiplied by, for writing it
-    back. missing: parameters that nothing in the files goes into. file_dtypes: parameter -> dtype of the dense tensors in
-    the files that it is made of. input_scales: name of a weight -> what is wrong with its static input scale. broken: while
-    loading, what was wrong with weights that were to be quantized. aliases: keys after the host's renamings -> what they are
-    to be called instead. prefix: that of the base model, which keys may have or lack. unmapped_experts: layout and end of the
-    path of experts modules whose names in the files the host does not map.
+    of tensors that belong to a module's weights or its KV cache but are not used. unplaced: the same for tensors that match no
+    module of this model class. scales: name of a dense weight -> its scales in the files, for writing it back. missing:
+    parameters without a tensor in the files. file_dtypes: parameter -> dtype of the dense tensors in the files that fill it.
+    input_scales: name of a weight -> what is wrong with its static input scale. broken: errors of weights that should have been
+    quantized, collected while loading. aliases: keys after transformers' renamings -> the names to use instead. prefix: that of
+    the base model, which keys may have or lack. unmapped_experts: layout and end of the module path of experts whose names in
+    the files transformers does not map.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Layout:
 
     @property
     def dense_modules(self) -> list[str]:
-        """Modules whose weights the files hold quantized and the model dense, as a config would have to call them."""
+        """Modules whose weights are quantized in the files and dense in the model, by their names for a config."""
         held = {*self.kept, *(stack.target for plan in self.experts.values() for stack in plan.stacks)}
         merged = [weight for weight in self.scan.host if weight.pattern is not None]
         return [weight.module for weight in self.scan.weights if weight.target and weight.module not in held] + [
@@ -122,5 +122,5 @@ class Layout:
         ]
 
     def saves_fp8(self, dense_because: str | None) -> bool:
-        """Whether the model saves as an FP8 checkpoint: something stays in FP8, or could."""
+        """Whether the model is saved as an FP8 checkpoint: some weights stay in FP8, or could."""
         return dense_because is None or bool(self.experts)

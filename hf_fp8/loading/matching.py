@@ -1,6 +1,7 @@
-"""Matches a checkpoint with a model: where each quantized weight goes, kept in FP8 or dequantized.
+"""Matches a checkpoint with a model: to which parameter each quantized weight goes, and whether it stays in FP8.
 
-Both are data: the facts of the model, and what the host's own renamings and converters make of the keys of the files.
+Works on plain data: the facts of the model, and the keys of the files after the renamings and converters of transformers ("the
+host" in comments).
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from .layout import Layout, Parameter
 
 @dataclass(frozen=True)
 class Policy:
-    """What is wanted of a load.
+    """Options of a match.
 
-    dense_because: why no Linear can stay in FP8, None if they can. experts_because: the same of merged experts of a scheme.
-    dequantize: whether weights of other formats are dequantized, too. needs_input_scales: whether what stays in FP8 uses static
-    ones. other_sizes: whether Linears of other sizes than in the files are left to the host to make anew. read_values: whether
-    to read the scales, to check them and to write weights back; not, if only the layout is wanted.
+    dense_because: why no Linear can stay in FP8, None if they can. experts_because: the same for merged experts of a scheme.
+    dequantize: whether weights of other formats are dequantized, too. needs_input_scales: whether layers in FP8 use static
+    input scales. other_sizes: whether transformers initializes Linears whose size differs from the files, instead of an error.
+    read_values: whether to read the scales, to check them and to write weights back; False if only the layout is needed.
     """
 
     dense_because: str | None = None
@@ -63,12 +64,12 @@ def match_checkpoint(
     policy: Policy,
     parts: Mapping[str, TensorSlice] | None = None,
 ) -> Layout:
-    """Where each tensor of `checkpoint` goes in the model, and what becomes of it.
+    """Return the layout of `checkpoint` on the model.
 
-    keymap: of the keys of the checkpoint. parts: for a checkpoint that is yet to be made of a dense one, key of a weight ->
+    keymap: of the keys of the checkpoint. parts: for a planned checkpoint, to be quantized from a dense one: key of a weight ->
     where its values come from.
 
-    Raises CheckpointError of the fitting kind for files, config and model that contradict each other.
+    Raises a subclass of CheckpointError if files, config and model contradict each other.
     """
     owners = {key: keymap.owner(key, model) for key in weights_of(checkpoint)}
     scanned = scan(checkpoint, spec, owners, model.params.keys(), model.prefix)
@@ -81,10 +82,10 @@ def match_checkpoint(
     for weight in scanned.weights if parts is not None else ():
         part = parts[weight.keys[WEIGHT]]  # type: ignore[index]
         weight.part = replace(part, key=keymap.rename(part.key))
-    # The host runs its own formats module by module; merged into one parameter they are ours to dequantize.
+    # The host runs weights of other formats in its own modules; those merged into one parameter are dequantized here.
     layout.weights = scanned.weights + [w for w in scanned.host if policy.dequantize or w.pattern is not None]
     for weight in scanned.weights:
-        if weight.target or len(weight.shape) != 3:  # else nobody knows which way a stack lies
+        if weight.target or len(weight.shape) != 3:  # otherwise the orientation of a stack is unknown
             weight.check()
     reads = policy.read_values and parts is None
     scales = check_scale_values(scanned.weights, checkpoint) if reads else {}
@@ -103,7 +104,7 @@ def match_checkpoint(
 
 
 def _sort_out(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Policy, filled: set[str]) -> None:
-    """Fill `Layout.kept`, and `dense` with its `reasons`. filled: parameters that the files fill."""
+    """Fill `Layout.kept`, `dense` and `reasons`. filled: parameters that the files fill."""
     for weight in layout.weights:
         if not weight.target:
             continue  # this class of model has no such module: the host reports the key as unexpected
@@ -126,7 +127,7 @@ def _dense(target: str, model: ModelFacts, others: tuple[str, ...]) -> Parameter
 
 
 def _keep_experts(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Policy) -> None:
-    """Move the experts modules that can stay in FP8 from the dense parameters to `Layout.experts`; say why others cannot."""
+    """Move experts modules that can stay in FP8 from `Layout.dense` to `experts`; note in `reasons` why others cannot."""
     names = dict.fromkeys(w.target.rpartition(".")[0] for w in layout.weights if w.is_expert and w.target in layout.dense)
     for name in names:
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
@@ -144,7 +145,7 @@ def _keep_experts(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Pol
         for target in (stack.target for stack in plan.stacks):
             del layout.dense[target]
             layout.reasons.pop(target, None)
-    # What is dense in the files and merged by a converter that now has nothing to dequantize is the host's again.
+    # Dense tensors merged by a converter that now has nothing to dequantize are left to the host.
     merging = {pattern for p in layout.dense.values() if p.weights for pattern in p.sources}
     for target in [target for target, p in layout.dense.items() if not merging & set(p.sources)]:
         del layout.dense[target]
@@ -153,7 +154,7 @@ def _keep_experts(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Pol
 def _scales_of_dense(
     layout: Layout, checkpoint: Checkpoint, scales: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """`Layout.scales`: what the codes of dense weights were multiplied by. scales: those that have been read."""
+    """`Layout.scales`: the scales of weights that are dequantized. scales: those already read."""
     in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
     dense = [w for w in layout.weights if w.module not in layout.kept and w.target not in in_experts]
     host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
@@ -172,7 +173,7 @@ def _carry_extra(layout: Layout, keymap: KeyMap, checkpoint: Checkpoint) -> None
 
 
 def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
-    """Fill in what the host's renamings make of a weight's keys; note those that do not follow their weight."""
+    """Set the parameter and the renamed keys of a weight; add to `late` the keys whose renaming differs from the weight's."""
     if WEIGHT in weight.keys:
         target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])
         weight.renamed = _renamed(weight, keymap, late if target in keymap.shapes else {})
@@ -201,8 +202,10 @@ def _renamed(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> dict
 
 
 def _check_input_scales(layout: Layout) -> None:
-    """Raise for a static input scale that is missing, or no scale, if something uses it: a Linear that stays in FP8, or the
-    experts of a stack, of which none has one. One expert may lack it, as no token came its way in calibration."""
+    """Raise for a missing or invalid static input scale that is used: by a Linear in FP8, or by a whole stack of experts.
+
+    Single experts of a stack may lack it, if calibration routed no token to them.
+    """
     wrong = layout.input_scales
     stacks = [part for plan in layout.experts.values() for stack in plan.stacks for part in stack.sources]
     needed = [weight for weight in layout.kept.values() if weight.name in wrong]
@@ -210,15 +213,14 @@ def _check_input_scales(layout: Layout) -> None:
     for weight in needed:
         kind = ScaleError if INPUT_SCALE in weight.keys else MissingTensorError
         raise kind(
-            f"{wrong[weight.name]}, though config group {weight.group.name!r} quantizes inputs with static scales: the "
+            f"{wrong[weight.name]}, but config group {weight.group.name!r} quantizes inputs with static scales: the "
             "checkpoint is incomplete, damaged or badly calibrated. FP8Config(backend='weight_only') and dequantize=True do "
-            "without it"
+            "not need these scales"
         )
 
 
 def _is_transposed(model: ModelFacts, weight: StoredWeight, keymap: KeyMap) -> bool:
-    """Whether a stack of experts is (experts, in, out) in the files: as it is in the model, or the other way round where
-    the host transposes it."""
+    """Whether a stack of experts is (experts, in, out) in the files: as in the model, or not, if transformers transposes it."""
     layout = model.experts(weight.target.rpartition(".")[0])
     if layout is None or len(weight.shapes.get(WEIGHT, ())) != 3:
         return False
@@ -226,9 +228,9 @@ def _is_transposed(model: ModelFacts, weight: StoredWeight, keymap: KeyMap) -> b
 
 
 def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: bool) -> str | None:
-    """A reason for a weight of another shape than the model's parameter to be dense: the host makes that one anew.
+    """The reason why a weight is dense if its shape differs from the model's parameter, which transformers then initializes.
 
-    Raises MismatchError unless that was asked for.
+    Raises MismatchError unless `other_sizes`.
     """
     if weight.shape == expected:
         return None
@@ -238,9 +240,9 @@ def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: b
 
 
 def _why_tied(tied: Mapping[str, str], target: str, filled: set[str]) -> str | None:
-    """A reason for the parameters of a tie to be dense: the host makes them one, and only one of them has a scale.
+    """The reason why a tied parameter is dense: transformers makes tied ones the same, and only one of them has a scale.
 
-    A target that the files fill beside its source is on its own, and is untied.
+    A target for which the files have a separate tensor next to that of its source is untied instead.
     """
     if target in tied.values() or (target in tied and tied[target] not in filled):
         return "other parameters of the model are tied to it"
@@ -260,12 +262,12 @@ def _why_not_kept(model: ModelFacts, weight: StoredWeight) -> str | None:
     if module.read_by:
         return f"{module.read_by} reads its weight instead of calling it"
     if module.gives_dtype_to:
-        return f"{module.gives_dtype_to} reads its dtype off this weight"
+        return f"{module.gives_dtype_to} reads its dtype from this weight"
     return None
 
 
 def _collect(layout: Layout, model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, other_sizes: bool) -> None:
-    """Fill `Parameter.sources`: what the loader will collect for each dense parameter, in its order; and `file_dtypes`."""
+    """Fill `Parameter.sources`, the tensors that the loader collects for each dense parameter in order; and `file_dtypes`."""
     by_key = {weight.keys[weight.primary]: weight for weight in layout.weights}
     for stored in layout.weights:
         if stored.target in layout.dense and stored.pattern is None:
@@ -278,7 +280,7 @@ def _collect(layout: Layout, model: ModelFacts, keymap: KeyMap, checkpoint: Chec
         if target not in model.params:
             continue
         if pattern in merging:
-            # Also where all that is merged is dense, in a layer that was left out: the converter is the same.
+            # Also if all merged tensors are dense, in a layer that was not quantized: it uses the same converter.
             renamed = keymap.rename(key)
             if target not in layout.dense:
                 layout.dense[target] = _dense(target, model, keymap.others(renamed, pattern))
@@ -295,6 +297,6 @@ def _collect(layout: Layout, model: ModelFacts, keymap: KeyMap, checkpoint: Chec
 
 def _mismatch(key: str, shape: tuple[int, ...], target: str, expected: tuple[int, ...]) -> MismatchError:
     return MismatchError(
-        f"{key} has shape {list(shape)} in the files, the model's {target} has {list(expected)}: the config of the model is "
-        "not that of the checkpoint"
+        f"{key} has shape {list(shape)} in the files, the model's {target} has {list(expected)}: the config of the model does "
+        "not match the checkpoint"
     )

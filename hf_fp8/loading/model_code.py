@@ -1,8 +1,8 @@
-"""Finds layers whose weight a model's forward reads itself, which then are better not FP8 codes.
+"""Finds layers whose weight a model's forward reads directly; such layers stay dense.
 
-T5 casts its hidden states to ``self.wo.weight.dtype``, Mamba hands ``self.x_proj.weight`` to a kernel: neither asks the
-layer. Such code is found by looking at it, not by a list of model names. What only other methods read (diffusers'
-``fuse_projections``) is no matter: they get the dequantized weight (`quantized_weight`).
+T5 casts its hidden states to ``self.wo.weight.dtype``, Mamba passes ``self.x_proj.weight`` to a kernel: neither calls the
+layer. Such code is found by searching the source, not by a list of model names. Reads in other methods only (diffusers'
+``fuse_projections``) do not matter: those get the dequantized weight (`quantized_weight`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _OF_SELF = re.compile(r"\b(?:self|super\(\))\.(\w+)")
 
 @cache
 def _file_reads(module: str) -> bool:
-    """Whether a source file has such code at all: cutting one class out of it takes far longer."""
+    """Whether a source file has such code at all: checked first, as extracting the source of one class takes far longer."""
     if module.partition(".")[0] == "torch" or re.match(r"transformers\.(?!models\.)", module):
         return False
     try:
         return _READ.search(inspect.getsource(sys.modules[module])) is not None
-    except (OSError, TypeError, KeyError):  # made at run time: nothing to look at
+    except (OSError, TypeError, KeyError):  # made at run time: no source
         return False
 
 
 @cache
 def _reads(cls: type[nn.Module]) -> frozenset[str]:
-    """Paths below `cls` whose weight is used by its forward, or by what this comes to by ``self.``, or whose dtype is read."""
+    """Paths below `cls` whose weight its forward reads, directly or through ``self.``, or whose weight's dtype is read."""
     if not any(_file_reads(base.__module__) for base in cls.__mro__):
         return frozenset()
-    # A dtype is read for inputs to be cast to it, wherever that is done.
+    # A dtype is read to cast inputs to it, so it counts in any method.
     found = {path for base in cls.__mro__ if _file_reads(base.__module__) for path in _DTYPE.findall(inspect.getsource(base))}
     for name in _run_by_forward(cls):  # type: ignore[arg-type]
         for member in _members(cls, name).values():
@@ -47,7 +47,7 @@ def _reads(cls: type[nn.Module]) -> frozenset[str]:
 
 @cache
 def read_by_methods(cls: type[nn.Module]) -> dict[tuple[type, str], frozenset[str]]:
-    """Methods of `cls` that are no part of its forward: (class that has it, name) -> paths below it whose weight it reads."""
+    """Methods of `cls` that its forward does not use: (class that defines it, name) -> paths below it whose weight it reads."""
     found = {}
     if any(_file_reads(base.__module__) for base in cls.__mro__):
         forward = _run_by_forward(cls)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def read_by_methods(cls: type[nn.Module]) -> dict[tuple[type, str], frozenset[st
 
 @cache
 def _run_by_forward(cls: type[nn.Module]) -> frozenset[str]:
-    """Names of the methods and properties that forward comes to by ``self.``, its own among them."""
+    """Names of the methods and properties that forward reaches through ``self.``, including ``forward``."""
     seen, waiting = set[str](), ["forward"]
     while waiting:
         name = waiting.pop()
@@ -83,7 +83,7 @@ def _as_path(found: str) -> str:
 
 
 def _source(member: Any) -> str:
-    """Of a method or property; nothing for what is none, or was made at run time."""
+    """Source of a method or property; "" for other objects and for those made at run time."""
     function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
     if not inspect.isfunction(function := inspect.unwrap(function) if callable(function) else None):
         return ""
@@ -103,9 +103,9 @@ def weights_read_directly(model: nn.Module) -> dict[str, str]:
 
 
 def weights_read_by_kernels(model: nn.Module) -> dict[str, str]:
-    """The same of what ``use_kernels=True`` may replace by a kernel from the Hub, which reads the parameters of all below.
+    """The same for modules that ``use_kernels=True`` may replace by a kernel from the Hub, which reads all parameters below.
 
-    The `kernels` package marks such classes; gpt-oss's MLP is one, whose kernel takes its experts for dense.
+    The `kernels` package marks such classes. One is the MLP of gpt-oss, whose kernel expects dense experts.
     """
     found = {}
     for name, module in model.named_modules():

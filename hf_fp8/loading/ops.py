@@ -1,4 +1,4 @@
-"""Weight-conversion ops for `transformers`' loader and saver: dequantize, quantize, reshape."""
+"""Weight-conversion ops for the loader and saver of transformers ("the host" in comments): dequantize, quantize, reshape."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 class SharedOp(ConversionOps):  # type: ignore[misc]
-    """An op whose state is planned once and never changes with the tensor at hand."""
+    """An op whose state does not depend on the tensor, so that copies of a converter share it."""
 
     supports_many_to_many = True
 
@@ -35,8 +35,8 @@ class SharedOp(ConversionOps):  # type: ignore[misc]
 
 
 def is_widened(held: torch.dtype, read: torch.dtype, beyond: torch.dtype | None = None) -> bool:
-    """Whether a tensor that was read in one dtype is held in a wider one: floats in more bits than that (and than `beyond`), or
-    integers, such as a count of batches, as floats."""
+    """Whether a tensor that was read in one dtype is held in a wider one: a float in more bits than `read` (and `beyond`), or
+    an integer, such as a batch counter, as a float."""
     if not held.is_floating_point:
         return False
     least = 0 if beyond is None else beyond.itemsize
@@ -44,11 +44,11 @@ def is_widened(held: torch.dtype, read: torch.dtype, beyond: torch.dtype | None 
 
 
 def as_read(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in `dtype`, that of the file it was read from, if it was only widened since. Else as it is: nothing is lost."""
+    """`tensor` in `dtype`, that of the file it was read from, if this is lossless; otherwise `tensor` unchanged."""
     if not is_widened(tensor.dtype, dtype):
         return tensor
     if not dtype.is_floating_point and (tensor.abs() >= 1 / torch.finfo(tensor.dtype).eps).any():
-        return tensor  # beyond this, not every integer is a float
+        return tensor  # larger integers are not all exact as floats
     narrow = tensor.to(dtype)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     return narrow if torch.equal(narrow.to(tensor.dtype).view(bits), tensor.contiguous().view(bits)) else tensor
@@ -60,7 +60,7 @@ def only(value: Any) -> torch.Tensor:
 
 
 class Reshape(SharedOp):
-    """Gives each scale the shape planned for it: the module's on loading, the file's on saving. Others stay as they are."""
+    """Gives each scale its planned shape: the module's on loading, the file's on saving. Others stay unchanged."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
@@ -71,10 +71,10 @@ class Reshape(SharedOp):
 
 
 class Dequantize(SharedOp):
-    """Multiplies quantized weights out to the dtype of the parameter they go into.
+    """Dequantizes weights to the dtype of the parameter that they fill.
 
-    Per-expert weights are written one by one into one stacked tensor, which the host's merge passes
-    through: no expert is held twice.
+    Per-expert weights are written one by one into one stacked tensor, which the merge of transformers passes through, so that
+    no expert is held twice.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
@@ -86,7 +86,7 @@ class Dequantize(SharedOp):
         converted: dict[str, Any] = {}
         for pattern, stored in parameter.sources.items():
             roles = {role for weight in stored if isinstance(weight, StoredWeight) for role in weight.keys}
-            # The host's pattern may match a bias as well, and end in no ".weight".
+            # The host's pattern may also match a bias, and may not end in ".weight".
             tensors = {role: input_dict.pop(companion(pattern, role), []) for role in roles - {WEIGHT}}
             tensors[WEIGHT] = input_dict.pop(pattern, [])
             first = stored[0]
@@ -108,7 +108,7 @@ class Dequantize(SharedOp):
         *,
         apart: bool,
     ) -> list[torch.Tensor] | torch.Tensor:
-        """apart: whether they may have several shapes, as they go into several parameters; then they come as a list."""
+        """Dequantize and stack tensors. apart: return a list instead, as they fill several parameters of different shapes."""
         found: list[torch.Tensor] = []
         out: torch.Tensor | None = None
         taken = dict.fromkeys(tensors, 0)
@@ -116,7 +116,7 @@ class Dequantize(SharedOp):
             parts: dict[str, torch.Tensor] = {}
             for role in weight.keys if isinstance(weight, StoredWeight) else (WEIGHT,):
                 parts[role] = tensors[role][taken[role]]
-                tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is multiplied out
+                tensors[role][taken[role]] = torch.empty(0)  # free it before the next one is dequantized
                 taken[role] += 1
             dense = _unpacked(weight, parts, dtype) if isinstance(weight, StoredWeight) else parts[WEIGHT].to(dtype)
             if apart or len(stored) == 1:
@@ -133,7 +133,7 @@ class Dequantize(SharedOp):
 
 
 class AsInBase(SharedOp):
-    """An operation of the host's converter, which is told of that converter's patterns alone, not of those of scales."""
+    """An operation of transformers' converter, called with the patterns of that converter only, without those of scales."""
 
     def __init__(self, operation: ConversionOps, source_patterns: list[str]) -> None:
         self.operation, self.source_patterns = operation, source_patterns
@@ -143,19 +143,19 @@ class AsInBase(SharedOp):
 
 
 def plain_pattern(pattern: str) -> str:
-    """What the reverse of a converter calls a pattern of its converter: without escapes and groups, which the host would
-    read as a regular expression again."""
+    """The name of a converter's pattern in its reverse: without escapes and groups, which transformers would read as a regular
+    expression again."""
     return "hf_fp8." + re.sub(r"[^\w.*]", "", pattern).lstrip(".")
 
 
 class Requantize(SharedOp):
-    """Writes weights back in FP8 with the scales they came with: bit for bit what was read.
+    """Writes dequantized weights back in FP8 with their original scales: bit for bit what was read.
 
-    A weight that no longer is what its codes multiply out to (it was trained, or edited) gets fresh
-    scales of the same granularity where the old ones do not do, is rounded stochastically, and is named in `changed`.
+    A weight that differs from its dequantized codes (it was trained or edited) is rounded stochastically and named in
+    `changed`; it gets new scales of the same granularity where the old ones do not fit.
 
-    What was merged arrives taken apart, under its `plain_pattern` with a number in the place of the asterisk. Names are those
-    that are known of each tensor (`StoredWeight.saved`), never put together from patterns.
+    Merged weights arrive split, under their `plain_pattern` with a number instead of the asterisk. Saved names are those stored
+    for each tensor (`StoredWeight.saved`), never built from patterns.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], scales: Mapping[str, dict[str, torch.Tensor]]) -> None:
@@ -165,7 +165,7 @@ class Requantize(SharedOp):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
         parameter = self.parameters.get(full_layer_name)
-        if parameter is None:  # dense for good since it was loaded
+        if parameter is None:  # made permanently dense after loading
             return {full_layer_name: only(next(iter(input_dict.values())))}
         out: dict[str, torch.Tensor] = {}
         start = len(self.changed)
@@ -177,7 +177,7 @@ class Requantize(SharedOp):
                     out[source.saved] = as_read(dense, TORCH_DTYPES[source.dtype])
                 else:
                     lies = source.shapes.get(WEIGHT, ())
-                    if len(lies) == 3 and dense.shape != lies:  # the host turns only what does not fit the model
+                    if len(lies) == 3 and dense.shape != lies:  # the host transposes only if the shape does not fit the model
                         dense = dense.transpose(1, 2)
                     out.update(self._codes(dense, source, parameter.dtype))
         self._tell(start)
@@ -186,8 +186,8 @@ class Requantize(SharedOp):
     def _tell(self, start: int) -> None:
         if names := self.changed[start:]:
             logger.warning(
-                f"hf_fp8: {', '.join(names)}: changed since loading, rounded to FP8 codes anew; scales that do not fit any "
-                "more are new, too"
+                f"hf_fp8: {', '.join(names)}: changed since loading, rounded to FP8 again; scales that no longer fit are "
+                "replaced"
             )
 
     def _codes(self, dense: torch.Tensor, weight: StoredWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -197,37 +197,40 @@ class Requantize(SharedOp):
             parts = {**scales, **{role: parts[role] for role in weight.keys if role in parts and role not in scales}}
         else:
             parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
-        # Through the dtype it was loaded in, in case the model has been cast since.
+        # Via the dtype it was loaded in, in case the model has been cast since.
         back = weight_from(weight, parts, dtype).to(dense)
         same = torch.equal(back, dense)
         if not same and weight.group.scheme is None:
             raise UnsupportedError(
-                f"{weight.name} was changed since loading, and does not fit the {weight.group.format} codes and scales that it "
-                "came with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+                f"{weight.name} was changed since loading, and does not fit its original {weight.group.format} codes and "
+                "scales: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
             )
         if not same:
             self.changed.append(weight.name)
             scale = fresh_scale(weight, dense, old := scales["weight_scale"])
-            if dense.ndim == 3 and old.shape[:1] == dense.shape[:1]:  # experts of a stack that are as they were stay so
+            if dense.ndim == 3 and old.shape[:1] == dense.shape[:1]:  # unchanged experts of a stack keep their scales
                 kept = (back == dense).flatten(1).all(1).to(old.device)
                 scale = torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, scale)
             parts["weight_scale"] = scale
-            # To the nearest code, most of what was trained or merged since would be rounded away (see `merging`).
+            # Rounding to the nearest code would lose most of a small update from training or merging (see `merging`).
             parts[WEIGHT] = codes_from(weight, dense, parts, _generator(weight.name, dense))
         return {name: parts[role] for role, name in weight.saved.items()}
 
 
 def _generator(name: str, dense: torch.Tensor) -> torch.Generator:
-    """The same draws whenever these values are saved, so that files are the same; others for other values, or the errors of
-    training that saves and loads would add up."""
+    """A generator seeded by name and values.
+
+    Saving the same values gives the same files. Other values give other draws, or rounding errors of repeated training, saving
+    and loading would add up.
+    """
     content = int(dense.contiguous().view(torch.uint8).sum(dtype=torch.int64))
     return torch.Generator(dense.device).manual_seed(crc32(name.encode(), content & 0xFFFFFFFF))
 
 
 class QuantizeWeights(SharedOp):
-    """Quantizes the weights of Linears as they arrive: codes, scale, and a place for an input scale yet to be measured.
+    """Quantizes the weights of Linears as they arrive: codes, scale, and NaN for an input scale that is not calibrated yet.
 
-    weights: name of a parameter -> the weight that fills it. broken: where it says what was wrong with one.
+    weights: name of a parameter -> the weight that fills it. broken: errors are appended to it.
     """
 
     def __init__(self, weights: Mapping[str, StoredWeight], broken: list[str]) -> None:
@@ -245,7 +248,7 @@ class QuantizeWeights(SharedOp):
 
 
 class NoOp(SharedOp):
-    """What the host runs after the converters while quantizing: nothing, they have done it."""
+    """The op that transformers runs after the converters when quantizing: does nothing, as they have quantized already."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
@@ -254,7 +257,7 @@ class NoOp(SharedOp):
 def quantize_or_note(
     name: str, weight: torch.Tensor, scheme: TensorScheme, broken: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_named`; but an error is noted in `broken`, as the host would make a general one of it, and zeros returned."""
+    """`quantize_named`, but an error is appended to `broken` (transformers would hide it) and quantized zeros are returned."""
     try:
         return quantize_named(name, weight, scheme)
     except ScaleError as error:
@@ -263,11 +266,11 @@ def quantize_or_note(
 
 
 def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_weight`, whose error says which weight it was."""
+    """`quantize_weight`, with the name of the weight in its error."""
     try:
         return quantize_weight(weight, scheme.granularity, scheme.dtype)
     except ScaleError as error:
-        raise ScaleError(f"{name}: {error}. Leave it out with `ignore`, or mend the checkpoint") from None
+        raise ScaleError(f"{name}: {error}. Add it to `ignore`, or repair the checkpoint") from None
 
 
 def compressor(weight: StoredWeight) -> Any:
@@ -276,7 +279,7 @@ def compressor(weight: StoredWeight) -> Any:
 
 
 def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight, multiplied out in float32 and rounded once to `dtype`."""
+    """The dense weight, dequantized in float32 and rounded once to `dtype`."""
     if weight.group.scheme is None:
         dense: torch.Tensor = compressor(weight).decompress(dict(parts), weight.group.parsed)[WEIGHT]
         return dense.to(dtype)
@@ -293,7 +296,7 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
 
 
 def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """`weight_from`; what compressed-tensors raises for a weight whose parts do not fit is noted, as the host drops it."""
+    """`weight_from`; records an error of compressed-tensors in the load options, as transformers drops it."""
     try:
         return weight_from(weight, parts, dtype)
     except Exception as error:
@@ -302,7 +305,7 @@ def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: to
 
 
 def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """A scale for `dense`, of the shape and dtype of the one that the weight came with, on its device."""
+    """A scale computed from `dense`, with the shape, dtype and device of the scale `old`; kept where it still fits."""
     granularity = weight.scheme.weight.granularity
     matrices = dense.float().unsqueeze(0) if dense.ndim == 2 else dense.float()
     grids = [numerics.compute_scale(m.t() if weight.transposed else m, granularity) for m in matrices]
@@ -316,7 +319,7 @@ def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) ->
 def codes_from(
     weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The E4M3 codes of a dense weight under the scale in `parts`. generator: see `numerics.quantize`."""
+    """The E4M3 codes of a dense weight for the scale in `parts`. generator: see `numerics.quantize`."""
     scale = parts["weight_scale"].to(dense.device)
     if len(weight.shape) == 3:
         wide = weight.stacked_scale(scale).expand(dense.shape).reshape(-1, dense.shape[-1])

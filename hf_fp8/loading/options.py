@@ -1,4 +1,4 @@
-"""What `from_pretrained` was called with, for those of its parts that the host does not tell."""
+"""Arguments of the current `from_pretrained` call, for code to which transformers does not pass them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """folder: the local folder that is loaded, None for a name on the Hub. broken: what went wrong where the host makes a
-    general error of it. The rest as in `from_pretrained`."""
+    """Arguments of a `from_pretrained` call.
+
+    folder: the local folder that is loaded, None for a name on the Hub. broken: errors for which transformers would raise only
+    a general one. The rest as in `from_pretrained`.
+    """
 
     folder: Path | None = None
     variant: str | None = None
@@ -26,13 +29,13 @@ _CURRENT: ContextVar[LoadOptions | None] = ContextVar("hf_fp8_load_options", def
 
 
 def current() -> LoadOptions:
-    """Those of the load that is going on; the defaults outside of one."""
+    """The options of the current load; the defaults outside of one."""
     return _CURRENT.get() or LoadOptions()
 
 
 @contextmanager
 def loading(name: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """While a model is loaded from `name` with the keyword arguments `options`."""
+    """Context manager: set the options while a model is loaded from `name` with the keyword arguments `options`."""
     folder = None
     if isinstance(name, str | Path) and Path(name).is_dir() and options.get("gguf_file") is None:
         folder = Path(name, options.get("subfolder") or "")

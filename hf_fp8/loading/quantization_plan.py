@@ -1,7 +1,7 @@
-"""Plans what a dense checkpoint is to become: which tensors are quantized, under which names, and why others are not.
+"""Plans the quantization of a dense checkpoint: which tensors are quantized, under which names, and why others are not.
 
-The plan is a checkpoint that does not exist yet, by its headers. Loading while quantizing, quantizing in place and writing
-files are then loading, building and writing that checkpoint, by the mechanisms that serve those that exist.
+The plan consists of the headers of the quantized checkpoint, which does not exist yet. Quantizing while loading, in place or to
+files then loads, builds or writes that checkpoint with the same code as an existing one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .layout import Layout
 from .matching import Policy, match_checkpoint
 from .serving import describe, torn
 
-# (names of a module, itself or the experts that it is one of: its name in the model, None if the model lacks it) -> the
-# group that is to quantize it
+# (names of a module in the checkpoint; name in the model of this module or of the experts module it belongs to, None if the
+# model lacks it) -> the group that quantizes it, None to leave it dense
 Choose = Callable[[tuple[str, ...], str | None], Group | None]
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of the checkpoint to be that could be quantized: one of a Linear, or of an expert.
+    """A matrix of the planned checkpoint that could be quantized: the weight of a Linear or of an expert.
 
-    key, module: in the checkpoint. owner: the module of the model, as `Choose` is told. dense_by_default: whether it stays
-    dense unless a target asks for it.
+    key, module: in the checkpoint. owner: the module of the model, as passed to `Choose`. dense_by_default: whether it stays
+    dense unless a target matches it explicitly.
     """
 
     key: str
@@ -53,12 +53,12 @@ class _Matrix:
 
 @dataclass
 class Plan:
-    """What a dense checkpoint is to become.
+    """The planned quantized checkpoint.
 
-    written: its headers. spec: what it says of itself. parts: key in it -> where its values come from. groups: key of a
-    quantized weight -> its group. dense: names of modules that the config has to say are dense. reasons: name of a module
-    that a group speaks of -> why it is dense all the same. names: what each Linear may be called. unmatched: entries of
-    `ignore` that match none of them.
+    written: its headers. spec: its quantization config. parts: key in it -> where its values come from. groups: key of a
+    quantized weight -> its group. dense: names of modules that its config must list as dense. reasons: name of a module that
+    a group matches -> why it is dense nevertheless. names: the possible names of each Linear. unmatched: entries of `ignore`
+    that match none of them.
     """
 
     written: Checkpoint
@@ -71,7 +71,7 @@ class Plan:
     unmatched: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
-        """A line for the log."""
+        """A summary for the log."""
         kinds = {group.scheme.describe(): None for group in self.groups.values() if group.scheme is not None}
         said = f"hf_fp8: {len(self.groups)} matrices are quantized ({'; '.join(kinds)})"
         said = f"{said}. Left dense: {by_reason(self.reasons)}" if self.reasons else said
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def torn(self) -> dict[str, list[str]]:
-        """Siblings that serving engines run as one layer, and that are not all quantized in one way (`serving.torn`)."""
+        """Siblings that serving engines fuse into one layer, but that have different schemes (`serving.torn`)."""
         schemes = {key.rpartition(".")[0]: group.scheme for key, group in self.groups.items()}
         kinds = {name: None if scheme is None else scheme.describe() for name, scheme in schemes.items()}
         return torn({**dict.fromkeys(self.dense), **kinds})
@@ -97,13 +97,13 @@ def plan_quantization(
     cast_to: torch.dtype | None,
     choose: Choose | None = None,
 ) -> tuple[Plan, Layout]:
-    """The plan of quantizing `checkpoint`, which is dense, as `spec` asks; and how it is laid out on the model.
+    """Return the plan for quantizing the dense `checkpoint` as `spec` says, and its layout on the model.
 
-    conversions: the host's. dense_experts: whether experts stay dense. cast_to: the dtype to which weights are cast before they
-    are quantized, None as they are. choose: decides instead of the groups' targets, and may leave nothing.
+    conversions: those of transformers. dense_experts: whether experts stay dense. cast_to: the dtype to which weights are cast
+    before they are quantized, None for no cast. choose: decides instead of the groups' targets, and may choose nothing.
 
-    What the model could not hold in FP8 (layers whose weight its code reads, tied ones, experts that it merges in its own
-    way) is not quantized. Raises ConfigError if nothing is left, MismatchError for a checkpoint that is quantized already.
+    Weights that the model cannot hold in FP8 (read directly by its code, tied, or experts merged in a way of the model family)
+    are not quantized. Raises ConfigError if nothing is left, MismatchError for a checkpoint that is quantized already.
     """
     _refuse_quantized(checkpoint)
     keymap = KeyMap.of(model, conversions, checkpoint.tensors)
@@ -130,8 +130,8 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     for key, info in checkpoint.tensors.items():
         if info.dtype.startswith("F8_") or key.endswith((".weight_packed", ".weight_scale", ".weight_scale_inv")):
             raise MismatchError(
-                f"{key} is stored as {info}: the checkpoint is quantized already, and FP8 made of it would be rounded twice. "
-                "Quantize the dense checkpoint that it was made of, or `hf-fp8 dequantize` it first"
+                f"{key} is stored as {info}: the checkpoint is quantized already, and FP8 made from it would be rounded twice. "
+                "Quantize the dense checkpoint that it was made from, or run `hf-fp8 dequantize` first"
             )
 
 
@@ -142,7 +142,7 @@ def _classes(model: ModelFacts, module: str | None) -> list[str]:
 def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
     for group in unused:
         if said := [f"{name}: {reason}" for name, reason in plan.reasons.items()][:5]:
-            raise ConfigError(f"nothing of {model.cls} can be quantized by targets {list(group.targets)}: {said}")
+            raise ConfigError(f"targets {list(group.targets)} match nothing in {model.cls} that can be quantized: {said}")
         raise ConfigError(
             f"targets {list(group.targets)}, ignore {list(spec.ignore)}: they leave no Linear of {model.cls} to "
             f"be quantized; it has {', '.join(names[0] for names in plan.names[:3]) or 'none'}, ..."
@@ -151,13 +151,13 @@ def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: li
 
 def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:
     if not weight.target:
-        return "this class of model does not have it"
+        return "this model class does not have it"
     return layout.reasons.get(weight.module) or layout.reasons.get(weight.target)
 
 
 @dataclass
 class _Planner:
-    """What `plan_quantization` was asked. excluded: modules of the checkpoint that turned out to be unfit -> why."""
+    """State of `plan_quantization`. excluded: modules of the checkpoint that turned out to be unfit -> why."""
 
     model: ModelFacts
     keymap: KeyMap
@@ -179,7 +179,7 @@ class _Planner:
         return plan
 
     def _take(self, key: str, plan: Plan) -> Iterator[_Matrix]:
-        """Enter a tensor of the dense checkpoint, or each expert's part of it; yield the matrices that could be quantized."""
+        """Add a tensor of the dense checkpoint, or each expert's part of it; yield the matrices that can be quantized."""
         info = self.checkpoint.tensors[key]
         experts, taken = self._take_apart(key, info, plan)
         for name, part in taken:
@@ -197,7 +197,7 @@ class _Planner:
                 yield _Matrix(name, module, names, shape, owner, is_expert, stays)
 
     def _take_apart(self, key: str, info: TensorInfo, plan: Plan) -> tuple[str | None, list[tuple[str, TensorSlice]]]:
-        """(experts module of which `key` is a stack or None, (key, part) of each tensor that it becomes)."""
+        """(experts module of which `key` is a stack, or None; (key, part) of each tensor into which it is split)."""
         whole = [(key, TensorSlice(key))]
         stack = self._stack_of(key, info)
         if stack is None:
@@ -205,12 +205,12 @@ class _Planner:
         experts, layout, leaf = stack
         if not (key.endswith(f".{leaf}") and self.keymap.keeps(key, info.shape)):
             if self.choose(names_of(key, key, self.keymap.prefix), experts):
-                plan.reasons[key] = "experts stacked under a name that llm-compressor has no other for"
+                plan.reasons[key] = "experts stacked under a name for which llm-compressor has no per-expert names"
             return experts, whole
         taken = list(_experts_of(key, info, layout, leaf))
         is_patched = self.model.modules[experts].cls.__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
         if not is_patched and (self.dense_experts or not self._any_chosen(taken, experts)):
-            # As it is, since nothing of it is quantized; but the host takes Llama-4's apart wherever it loads codes.
+            # Not split, since nothing of it is quantized; but transformers splits Llama-4's experts whenever it loads codes.
             plan.dense.append(key.rpartition(".")[0])
             return experts, whole
         return experts, taken
@@ -228,15 +228,15 @@ class _Planner:
         return (name, layout, leaf) if leaf in known and target in self.model.params else None
 
     def _any_chosen(self, taken: list[tuple[str, TensorSlice]], experts: str) -> bool:
-        """Whether any expert of a stack is quantized; of the names of a bias, whether its weight is."""
+        """Whether any expert of a stack is quantized; for a stack of biases, whether any of their weights is."""
         modules = (name.rpartition(".")[0] for name, _ in taken)
         prefix = self.keymap.prefix
         return any(self.choose(names_of(m, m, prefix), experts) and m not in self.excluded for m in modules)
 
     def _linear(self, key: str) -> tuple[str | None, str | None]:
-        """(name in the model, module) of a matrix that is one of a Linear: a layer's, an expert's, or one that the model lacks.
+        """(name in the model, module) of a matrix of a Linear: of a layer, of an expert, or of one that the model lacks.
 
-        (None, None) for one that is something else.
+        (None, None) for any other matrix.
         """
         owner = self.keymap.owner(key, self.model)
         target, pattern = self.keymap.resolve(key)
@@ -244,17 +244,17 @@ class _Planner:
             experts = target.rpartition(".")[0]
             layout = self.model.experts(experts)
             if layout is None and ("experts." in key or owner.is_a(nn.Linear)):
-                # Merged or taken apart in the family's own way: it will be told so.
+                # Merged or split in a way of the model family: matching gives the reason.
                 return owner.name, owner.module if owner.is_a(nn.Linear) else None
             is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
             return (owner.name, experts) if is_expert else (None, None)
         if not (owner.module is None or owner.is_a(nn.Linear)):
-            # A router may hold its matrix itself. Others, who make it a Linear, have to be told that it is dense.
+            # A router may hold its matrix itself. Other loaders make it a Linear, so the config must list it as dense.
             return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
         return owner.name, owner.module
 
     def _decide(self, matrix: _Matrix, explicit: Sequence[str], plan: Plan) -> None:
-        """Enter a matrix as quantized, or as dense. explicit: targets that may speak of what is dense by default."""
+        """Add a matrix to the plan, quantized or dense. explicit: targets that may match what is dense by default."""
         stays = matrix.dense_by_default and self.spec.dense_by_default and not match(matrix.names, (), explicit)
         group = None if stays else self.choose(matrix.names, matrix.owner)
         if group is None or (self.dense_experts and matrix.is_expert):
@@ -268,18 +268,18 @@ class _Planner:
             plan.written.tensors |= _quantized(matrix.module, info, matrix.shape, group, self.cast_to)
 
     def _note_head(self, explicit: Sequence[str], plan: Plan) -> None:
-        """A head that is tied has no tensor in the files; others look for it in `ignore` all the same."""
+        """List a tied head as dense: it has no tensor in the files, but other loaders expect it in `ignore`."""
         for name in self.model.heads[:1]:
             if f"{name}.{WEIGHT}" not in plan.groups and name not in plan.dense:
                 plan.dense.append(name)
                 if match((name,), (), explicit):
-                    plan.reasons[name] = "it is tied to another parameter, and has no weight of its own"
+                    plan.reasons[name] = "it is tied to another parameter, and has no separate weight"
 
 
 def _quantized(
     module: str, info: TensorInfo, shape: tuple[int, ...], group: Group, dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
-    """What a dense matrix becomes. dtype: to which it is cast before it is quantized, None as it is."""
+    """The tensors that replace a dense matrix. dtype: to which it is cast before it is quantized, None for no cast."""
     assert group.scheme is not None
     scale = DTYPE_NAMES[scale_dtype_of(dtype or TORCH_DTYPES[info.dtype])]
     dot = f"{module}." if module else ""
@@ -293,7 +293,7 @@ def _quantized(
 
 
 def is_dense_by_default(names: tuple[str, ...], is_head: bool) -> bool:
-    """Whether it stays dense unless a target asks for it: the output embedding, or a router."""
+    """Whether a module stays dense unless a target matches it explicitly: the output embedding, or a router."""
     return is_head or any(ROUTER.search(name) for name in names)
 
 
@@ -303,12 +303,12 @@ def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
     if 0 in shape:
         return f"it has no values: its shape is {list(shape)}"
     if group.scheme.weight.granularity.rows == 1 and cols > 1 and shape[1] % cols:
-        return f"K = {shape[1]} is no multiple of the group of {cols}, which compressed-tensors asks for"
+        return f"K = {shape[1]} is not a multiple of the group size {cols}, which compressed-tensors requires"
     return None
 
 
 def _experts_of(key: str, info: TensorInfo, layout: ExpertsLayout, leaf: str) -> Iterator[tuple[str, TensorSlice]]:
-    """(key, part) of each expert, under the names that llm-compressor gives them."""
+    """(key, part) of each expert, under llm-compressor's names."""
     is_first = leaf.removesuffix("_bias") == layout.first
     projections = ("gate_proj", "up_proj") if is_first and layout.has_gate else ("up_proj",) if is_first else ("down_proj",)
     role = "bias" if leaf.endswith("_bias") else WEIGHT

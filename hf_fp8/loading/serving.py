@@ -1,11 +1,11 @@
-"""Layers that serving engines run as one, of which parts are stored in another way than the rest."""
+"""Finds layers that serving engines fuse into one, but whose parts have different schemes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-# Siblings that vLLM makes one matrix of (`packed_modules_mapping` of its models). Where these are not all in one scheme it
-# raises "requires all to use the same scheme" (its pull request 11354 discusses that).
+# Siblings that vLLM fuses into one matrix (`packed_modules_mapping` of its models). If their schemes differ, it raises
+# "requires all to use the same scheme" (discussed in its pull request 11354).
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -18,9 +18,9 @@ FUSED = (
 
 
 def torn(schemes: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """The groups of siblings that are not all in one scheme: their names -> what each is.
+    """Groups of siblings with different schemes: their names -> the scheme of each.
 
-    schemes: name of a Linear -> how it is stored, None if it is dense.
+    schemes: name of a Linear -> its scheme, None if it is dense.
     """
     found = {}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
@@ -33,11 +33,11 @@ def torn(schemes: Mapping[str, str | None]) -> dict[str, list[str]]:
 
 
 def describe(found: Mapping[str, Iterable[str]]) -> str:
-    """A sentence for the log."""
+    """A sentence for the log about the result of `torn`."""
     name, parts = next(iter(found.items()))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return (
-        f"{name}{more} are run as one layer by serving engines such as vLLM, which refuses parts in different schemes: "
-        f"{', '.join(parts)}. Put all of such layers into `ignore` or none; merge adapters into all of them in one way "
+        f"{name}{more} are fused into one layer by serving engines such as vLLM, which refuse parts with different schemes: "
+        f"{', '.join(parts)}. Put all of these layers into `ignore`, or none; merge adapters into all of them in the same way "
         "(hf_fp8.merging), or leave them quantized"
     )

@@ -1,4 +1,4 @@
-"""Quantized weights that a config says nothing of: others would load their codes as values."""
+"""Refuses quantized weights that the config does not declare: their codes (8-bit numbers) would be loaded as values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def refuse_undeclared(
 ) -> None:
     """Raise MismatchError for files with FP8 or int8 weights whose scales would not be loaded into `model`.
 
-    conversions: those of the loader. method: the `quant_method` by which the host loads, None without one. What cannot be
-    read is left to the host to speak of.
+    conversions: those of the loader. method: the `quant_method` with which transformers loads, None without one. For files
+    that cannot be read, the error is left to transformers.
     """
     try:
         checkpoint = Checkpoint(files)
@@ -45,17 +45,17 @@ def refuse_undeclared(
         if held is None and target.removesuffix(f".{WEIGHT}") not in modules:
             continue  # a layer that this class of model does not have
         has_place = by is not None or place in state
-        # There may be a place for the scale, and none for such codes beside it.
+        # The model may have a parameter for the scale, but none for codes of this dtype.
         is_code = pattern is not None or (held is not None and held.dtype == TORCH_DTYPES[checkpoint.tensors[key].dtype])
         if not (has_place and is_code):
             lost[key] = scale
     if lost:
         key, scale = next(iter(lost.items()))
         kind = "int8" if checkpoint.tensors[key].dtype == "I8" else "FP8"
-        said = "no `quantization_config` in config.json says so" if method is None else f"they are loaded as {method!r}"
+        said = "config.json has no `quantization_config`" if method is None else f"they are loaded as {method!r}"
         raise MismatchError(
             f"{len(lost)} weights of the files, such as {key}, are {kind} codes with scales ({scale}), but {said}: the scales "
-            f"would be dropped or misread, and {type(model).__name__} would take codes for values. hf_fp8 reads FP8 that "
-            "config.json describes as compressed-tensors (docs/formats.md): take a checkpoint made by llm-compressor or "
-            "`hf-fp8 quantize`, or write such a `quantization_config` if you know how this one was made"
+            f"would be dropped or misread, and {type(model).__name__} would use codes as values. hf_fp8 reads FP8 that "
+            "config.json describes as compressed-tensors (docs/formats.md): use a checkpoint made by llm-compressor or "
+            "`hf-fp8 quantize`, or add such a `quantization_config` if you know how this checkpoint was made"
         )

@@ -103,7 +103,7 @@ def test_linears_are_kept() -> None:
     [
         ({"cls": nn.Bilinear}, "Bilinear is not a plain nn.Linear"),
         ({"read_by": "Block"}, "Block reads its weight instead of calling it"),
-        ({"gives_dtype_to": "Encoder"}, "Encoder reads its dtype off this weight"),
+        ({"gives_dtype_to": "Encoder"}, "Encoder reads its dtype from this weight"),
     ],
 )
 def test_why_a_linear_is_dense(changed: dict[str, Any], reason: str) -> None:
@@ -205,7 +205,7 @@ def test_experts_that_the_host_does_not_map() -> None:
 @pytest.mark.parametrize(
     "module, said",
     [
-        (ModuleFacts(Experts), "Experts does not have the host's interface"),
+        (ModuleFacts(Experts), "Experts does not have transformers' interface"),
         (ModuleFacts(Experts, ExpertsLayout(False, True, False), read_by="Block"), "Block reads its weights"),
     ],
 )
