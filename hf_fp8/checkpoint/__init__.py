@@ -1,1 +1,1 @@
-"""What the files and config.json say; nothing here knows transformers."""
+"""Reads, checks and writes checkpoint files and their `quantization_config`, without importing transformers."""

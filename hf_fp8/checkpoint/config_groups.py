@@ -1,8 +1,7 @@
-"""`config_groups` of a `quantization_config`: which modules, which scheme; read from JSON, and written.
+"""Reads and writes the `config_groups` of a `quantization_config`: which modules are quantized with which scheme.
 
-Parsing is compressed-tensors' own (`QuantizationConfig`, pydantic); what is ours is to say
-precisely what is wrong, to know which groups are FP8 and which of those we can run, and to match
-names as compressed-tensors does (utils/match.py).
+compressed-tensors parses them (`QuantizationConfig`, pydantic). This module gives precise errors, decides which groups are FP8
+and which of those hf_fp8 runs, and matches names as compressed-tensors does (utils/match.py).
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ from pydantic import ValidationError
 from ..errors import ConfigError, UnsupportedError
 from ..formats.scheme import INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
 
-# Formats that store E4M3 codes as they are, under "weight": int-quantized differs from the others in name
-# only (compressors/naive_quantized), and old writers fell back to it.
+# Formats that store E4M3 codes (8-bit numbers) unpacked, under "weight": int-quantized differs from the others in name only
+# (compressors/naive_quantized), and old writers fell back to it.
 FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
 KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
-# Seconds that one pattern of a config may take on one name. Sensible ones take microseconds.
+# Maximum seconds to match one pattern of a config with one name. Usual ones take microseconds.
 PATTERN_SECONDS = 0.3
-# What `regex`, which can be stopped, reads otherwise than `re`, by which compressed-tensors matches: POSIX classes, and
-# braces that allow for errors.
+# Syntax that `regex`, used here for its timeout, reads differently from `re`, used by compressed-tensors: POSIX classes and
+# fuzzy-matching braces.
 _READ_OTHERWISE = re.compile(r"\[:\^?\w+:\]|\{[^{}]*[A-Za-z][^{}]*\}")
 
 
 @dataclass(frozen=True)
 class Group:
-    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: the host's own path runs it.
+    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: transformers runs it.
 
-    parsed: has no `weights` for a group about attention (its query, keys and values), which holds scales alone.
-    format: compressed-tensors' name of how the group is stored, its own or the whole checkpoint's.
+    parsed: has no `weights` for a group for attention (query, keys and values), which has scales only. format:
+    compressed-tensors' name of the storage format, of the group or else of the whole checkpoint.
     """
 
     name: str
@@ -63,7 +62,7 @@ def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) 
 
 
 def matching(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> Iterator[str]:
-    """All of `targets` that match, in that order."""
+    """All of `targets` that match, in the order of `match`."""
     ordered = sorted(targets, key=lambda target: ("re:" in target, target))
     names, classes = tuple(names), set(classes)
     for target in ordered:
@@ -73,7 +72,7 @@ def matching(names: Iterable[str], classes: Iterable[str], targets: Iterable[str
 
 
 def groups_of(groups: Iterable[Group], names: Iterable[str], classes: Iterable[str]) -> list[Group]:
-    """The groups whose targets match a module, the one that speaks of it most precisely first."""
+    """The groups whose targets match a module, the most specific match first."""
     by_target: dict[str, list[Group]] = {}
     for group in groups:
         for target in group.targets:
@@ -83,7 +82,7 @@ def groups_of(groups: Iterable[Group], names: Iterable[str], classes: Iterable[s
 
 
 def weight_name(group: Group) -> str | None:
-    """What files call a weight of a group, after its module's name; None if the group's format does not say."""
+    """The name of a weight of a group in files, after the module's name; None if the group's format does not define it."""
     if group.format not in BaseCompressor.registered_names():
         return None
     names = BaseCompressor.get_value_from_registry(group.format).compression_param_names(group.parsed)
@@ -91,10 +90,10 @@ def weight_name(group: Group) -> str | None:
 
 
 def fits(pattern: str, name: str, *, anywhere: bool = False) -> bool:
-    """Whether a regular expression of a config matches the start of `name`, or a part of it.
+    """Whether a regular expression of a config matches the start of `name`, or (anywhere) any part of it.
 
-    Raises ConfigError if that takes longer than any sensible pattern would (`PATTERN_SECONDS`): some need time that doubles
-    with each letter of a name.
+    Raises ConfigError if matching takes longer than `PATTERN_SECONDS`: for some patterns the time doubles with each letter of a
+    name.
     """
     compiled = _compiled(pattern)
     try:
@@ -126,7 +125,7 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
     if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
         return False  # the weights are dense
     if groups and not _is_readable({}, groups):
-        return True  # by nobody: say so in words of ours
+        return True  # compressed-tensors cannot read it: hf_fp8 raises its own error
     no_weights = not groups or not all(isinstance(g.get("weights"), dict) for g in groups.values())
     return checkpoint.get("format") == "float-quantized" and (no_weights or not _is_readable(checkpoint, groups))
 
@@ -136,7 +135,7 @@ def _is_plain(fmt: Any) -> bool:
 
 
 def with_presets(groups: Any) -> dict[str, Any]:
-    """`config_groups` with entries like ``"FP8_DYNAMIC": ["Linear"]`` spelled out."""
+    """`config_groups` with preset entries like ``"FP8_DYNAMIC": ["Linear"]`` expanded."""
     if not isinstance(groups, dict):
         return {}
     spelled = {}
@@ -147,27 +146,27 @@ def with_presets(groups: Any) -> dict[str, Any]:
             except KeyError:
                 raise ConfigError(f"quantization_config.config_groups[{name!r}]: no preset has that name") from None
             except ValueError as error:
-                raise ConfigError(f"quantization_config.config_groups[{name!r}] is no list of targets ({error})") from error
+                raise ConfigError(f"quantization_config.config_groups[{name!r}] is not a list of targets ({error})") from error
         spelled[name] = group
     return spelled
 
 
 def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
-    """compressed-tensors' own reading of a `quantization_config`.
+    """Parse a `quantization_config` with compressed-tensors.
 
-    Raises ConfigError, naming the key, for what it cannot read or would silently ignore.
+    Raises ConfigError or UnsupportedError, naming the key, for values that it cannot read or would silently ignore.
     """
     groups = with_presets(checkpoint.get("config_groups"))
     if not groups:
         raise ConfigError(
-            "quantization_config.config_groups is missing or empty, though the format is "
-            f"{checkpoint.get('format')!r}: nothing says how the weights are quantized"
+            "quantization_config.config_groups is missing or empty, but the format is "
+            f"{checkpoint.get('format')!r}: it must say how the weights are quantized"
         )
     for name, group in groups.items():
         if not isinstance(group, dict) or not (isinstance(group.get("weights"), dict) or _is_about_attention(group)):
             raise ConfigError(
                 f"quantization_config.config_groups[{name!r}] has no `weights`: "
-                "hf_fp8 runs groups that say how weights are quantized"
+                "hf_fp8 supports groups that define how weights are quantized"
             )
         if not group.get("targets"):
             raise ConfigError(f"quantization_config.config_groups[{name!r}] has no `targets`")
@@ -175,8 +174,8 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
     _check_patterns("ignore", checkpoint.get("ignore") or [])
     if checkpoint.get("transform_config"):
         raise UnsupportedError(
-            "quantization_config.transform_config asks for run-time transforms (such as rotations), which "
-            "transformers would leave out: the outputs would be wrong. hf_fp8 runs checkpoints without them."
+            "quantization_config.transform_config requires run-time transforms (such as rotations), which "
+            "transformers does not apply: the outputs would be wrong. hf_fp8 supports checkpoints without them."
         )
     sparsity = checkpoint.get("sparsity_config") or {}
     sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
@@ -195,15 +194,15 @@ def _validate(checkpoint: dict[str, Any], groups: dict[str, Any]) -> Quantizatio
         return QuantizationConfig.model_validate({**checkpoint, "config_groups": groups})
     except ValidationError as error:
         first = error.errors()[0]
-        # pydantic puts the validators it went through between the keys
+        # pydantic puts the names of validators between the keys
         where = "".join(f".{part}" for part in first["loc"] if "[" not in str(part))
         message = first["msg"].split("\n")[0].removeprefix("Value error, ")
         if where.endswith("strategy"):
-            message += f"; there are: {', '.join(member.value for member in QuantizationStrategy)}"
+            message += f"; supported are {', '.join(member.value for member in QuantizationStrategy)}"
         raise ConfigError(f"quantization_config{where}: {message} (found {str(first['input'])[:120]})") from error
     except (TypeError, NotImplementedError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        # compressed-tensors' own checks stumble over some values.
-        raise ConfigError(f"quantization_config is none that compressed-tensors reads: {error}") from error
+        # compressed-tensors' validators raise these for some values.
+        raise ConfigError(f"quantization_config cannot be read by compressed-tensors: {error}") from error
 
 
 def _is_readable(checkpoint: dict[str, Any], groups: dict[str, Any]) -> bool:
@@ -215,7 +214,7 @@ def _is_readable(checkpoint: dict[str, Any], groups: dict[str, Any]) -> bool:
 
 
 def _is_about_attention(group: dict[str, Any]) -> bool:
-    """Whether a group quantizes what goes into attention, and no weights: it names attention modules only."""
+    """Whether a group quantizes inputs of attention and no weights: all its targets name attention modules."""
     targets = group.get("targets")
     return (
         group.get("weights") is None
@@ -227,22 +226,22 @@ def _is_about_attention(group: dict[str, Any]) -> bool:
 def _check_patterns(key: str, targets: Any) -> None:
     for target in targets if isinstance(targets, list) else [targets]:
         if not isinstance(target, str):
-            raise ConfigError(f"quantization_config.{key} is {targets!r}: it is a list of names, classes and re: patterns")
+            raise ConfigError(f"quantization_config.{key} is {targets!r}: it must be a list of names, classes and re: patterns")
         try:
             pattern = target.removeprefix("re:") if target.startswith("re:") else ""
             re.compile(pattern)
             _compiled(pattern)
             if found := _READ_OTHERWISE.search(pattern):
                 raise ConfigError(
-                    f"quantization_config.{key}: {target!r} has {found.group()!r}, which regular expressions of other readers "
-                    "mean otherwise: write it in another way"
+                    f"quantization_config.{key}: {target!r} contains {found.group()!r}, which other readers interpret "
+                    "differently: write the pattern without it"
                 )
         except (re.error, regex.error, RecursionError, OverflowError) as error:
-            raise ConfigError(f"quantization_config.{key}: {target!r} is no regular expression ({error})") from None
+            raise ConfigError(f"quantization_config.{key}: {target!r} is not a valid regular expression ({error})") from None
 
 
 def _value(x: Any) -> Any:
-    """pydantic hands out some enums as members and some as their values."""
+    """The value of `x` if it is an enum member: pydantic returns some enums as members, some as values."""
     return getattr(x, "value", x)
 
 
@@ -254,7 +253,7 @@ def read_group(name: str, parsed: QuantizationScheme, config: QuantizationConfig
 
 
 def _scheme(name: str, group: QuantizationScheme) -> Scheme:
-    """Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
+    """The scheme of an FP8 group. Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
     where = f"quantization_config.config_groups[{name!r}]"
 
     def refuse(key: str, value: Any, supported: str) -> UnsupportedError:
@@ -310,9 +309,9 @@ def all_of(dtype: torch.dtype, groups: Iterable[Group]) -> bool:
 def asked_groups(
     scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: Sequence[str]
 ) -> tuple[QuantizationConfig, tuple[Group, ...]]:
-    """What a user asks for: one scheme for `targets`, several with the targets of each, or `config_groups` as they are.
+    """Parse a user's request: one scheme for `targets`, several schemes with their targets, or `config_groups`.
 
-    Raises ConfigError for schemes that there are none of.
+    Raises ConfigError for unknown schemes.
     """
     if not isinstance(scheme, Mapping):
         scheme = {scheme: targets}
@@ -332,9 +331,9 @@ def asked_groups(
 
 
 def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
-    """A group of `scheme` as JSON, in compressed-tensors' words: what `read_group` reads back."""
+    """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_group` reads."""
     if scheme.input is None:
-        fmt = CompressionFormat.naive_quantized  # as llm-compressor says of W8A16
+        fmt = CompressionFormat.naive_quantized  # as llm-compressor writes for W8A16
     else:
         fmt = CompressionFormat.int_quantized if scheme.weight.dtype == INT8 else CompressionFormat.float_quantized
     group = QuantizationScheme(

@@ -1,7 +1,7 @@
-"""The headers of safetensors files, checked before anything else reads the file.
+"""Reads and checks the headers of safetensors files before anything else reads the file.
 
-The format is https://github.com/huggingface/safetensors#format. The library checks much of this too, but only once it has
-mapped the file; says little of what is wrong; and takes the last of two tensors that have the same name.
+The format is https://github.com/huggingface/safetensors#format. The library checks much of this too, but only after it has
+mapped the file, with less precise errors; and of two tensors with the same name it takes the last.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CorruptFileError
 from .files import Stamp, check_names, parse_object, reading, refuse_pointer
 
-# Bytes of a header: safetensors' own limit.
+# Maximum bytes of a header: safetensors' own limit.
 _MOST = 100_000_000
-# What the library counts values with.
+# The library counts values in 64 bits.
 _MOST_VALUES = 2**64
-# Bits of a value, of every dtype of safetensors 0.8.
+# Bits per value, for every dtype of safetensors 0.8.
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
@@ -27,7 +27,7 @@ BITS = {
 
 
 class Entry(NamedTuple):
-    """A tensor of a file, and where its bytes begin and end there."""
+    """A tensor of a file: dtype, shape, and the offsets of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,10 +36,10 @@ class Entry(NamedTuple):
 
 
 def read_header(file: str) -> tuple[dict[str, Entry], Stamp]:
-    """The tensors of a safetensors file by name, and the stamp of the file that was read.
+    """Return the tensors of a safetensors file by name, and the stamp of the file that was read.
 
-    Raises CorruptFileError, naming the file, and the tensor if one is at fault, for anything but a well-formed header whose
-    tensors fill the file. A dtype that is not in `BITS` is let through if the installed safetensors knows it.
+    Raises CorruptFileError, naming the file, and the tensor if one is the cause, unless the header is well-formed and its
+    tensors fill the file. A dtype that is not in `BITS` is accepted if the installed safetensors knows it.
     """
     with reading(file) as (opened, stamp):
         start = opened.read(64)
@@ -48,7 +48,7 @@ def read_header(file: str) -> tuple[dict[str, Entry], Stamp]:
         if room < 0:
             raise _corrupt(file, f"it has {stamp[2]} bytes")
         if length > min(_MOST, room):
-            raise _corrupt(file, f"it has {stamp[2]:,} bytes, and its header would have {length:,}")
+            raise _corrupt(file, f"it has {stamp[2]:,} bytes, but claims a header of {length:,}")
         opened.seek(8)
         content = opened.read(length)
     found = _tensors(file, parse_object(content, f"{file}: its header", unique=True), 8 + length)
@@ -66,14 +66,14 @@ def _ask_library(file: str, name: str, dtype: str) -> None:
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(
             f"{file} cannot be read as safetensors: {name} has dtype {reprlib.repr(dtype)}, which the installed version does "
-            "not know. The file is damaged, or was written by a newer one"
+            "not know. The file is damaged, or was written by a newer version"
         ) from error
 
 
 def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, Entry]:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise _corrupt(file, "__metadata__ is no map of strings to strings")
+        raise _corrupt(file, "__metadata__ is not a map of strings to strings")
     check_names(file, header)
     found = {}
     for name, entry in header.items():
@@ -85,7 +85,7 @@ def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, Entry]:
 
 
 def _entry(entry: Any, base: int) -> Entry:
-    """One tensor of a header. Raises ValueError that says what is wrong with it."""
+    """Parse the entry of one tensor. Raises ValueError that says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {reprlib.repr(entry)}, not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -98,7 +98,7 @@ def _entry(entry: Any, base: int) -> Entry:
     begin, end = offsets
     bits = BITS.get(dtype)
     if bits is not None and _count(shape) * bits != 8 * (end - begin):
-        raise ValueError(f"is {dtype} {reprlib.repr(shape)}, which does not take the {end - begin:,} bytes that it has")
+        raise ValueError(f"is {dtype} {reprlib.repr(shape)}, which does not match its {end - begin:,} bytes")
     return Entry(dtype, tuple(shape), base + begin, base + end)
 
 
@@ -110,20 +110,20 @@ def _count(shape: list[int]) -> int:
     count = 1
     for extent in shape:
         count *= extent
-        if count >= _MOST_VALUES:  # here, as a product of millions of extents would take hours
+        if count >= _MOST_VALUES:  # stop here: a product of millions of extents would take hours
             raise ValueError(f"has shape {reprlib.repr(shape)}")
     return count
 
 
 def _check_places(file: str, found: dict[str, Entry], start: int, size: int) -> None:
-    """Raise unless the tensors lie one after the other from `start` to `size`."""
+    """Raise unless the tensors fill the bytes from `start` to `size` without gaps or overlaps."""
     position = start
     for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            raise _corrupt(file, f"{name} {'overlaps the tensor' if entry.begin < position else 'has a hole'} before it")
+            raise _corrupt(file, f"{name} {'overlaps the tensor' if entry.begin < position else 'has a gap'} before it")
         position = entry.end
     if position != size:
-        raise _corrupt(file, f"its header speaks of {position:,} bytes, and {size:,} are there")
+        raise _corrupt(file, f"its header describes {position:,} bytes, but the file has {size:,}")
 
 
 def _corrupt(file: str, why: str) -> CorruptFileError:

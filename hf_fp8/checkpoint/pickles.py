@@ -1,4 +1,4 @@
-"""Pickled checkpoints (`.bin`): read without executing anything, and without believing what they say."""
+"""Reads pickled checkpoints (`.bin`) without executing code from them, and checks what they contain."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .files import Stamp, changed, check_names, reading, refuse_pointer, regular
 
 
 def read_pickled(file: str) -> tuple[dict[str, torch.Tensor], Stamp]:
-    """The tensors of a file by name, mapped into memory, and the stamp of the file that was read.
+    """Return the tensors of a file by name, memory-mapped, and the stamp of the file that was read.
 
-    Raises UnsupportedError for files of other kinds, and for tensors that are sparse, quantized, or without values, by name;
-    CorruptFileError, naming the file, for what torch cannot read, or would read wrongly.
+    Raises UnsupportedError for other file types, and, naming it, for a tensor that is sparse, quantized or on the meta device;
+    CorruptFileError, naming the file, if torch cannot read it or would misread it.
     """
     if not file.endswith((".bin", ".pt", ".pth")):
         raise UnsupportedError(f"{file}: hf_fp8 reads .safetensors and .bin checkpoints")
@@ -23,12 +23,12 @@ def read_pickled(file: str) -> tuple[dict[str, torch.Tensor], Stamp]:
     _refuse_compressed(file)
     state = _load(file)
     if not isinstance(state, dict):
-        raise CorruptFileError(f"{file} holds a {type(state).__name__}, not tensors by name")
+        raise CorruptFileError(f"{file} contains a {type(state).__name__}, not a dict of tensors")
     found = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     if state and not found:
-        raise CorruptFileError(f"{file} holds no tensors by name; it has {', '.join(sorted(map(repr, state))[:3])}")
+        raise CorruptFileError(f"{file} has no tensors at the top level; it has {', '.join(sorted(map(repr, state))[:3])}")
     if bad := [name for name in found if not isinstance(name, str) or name == "__metadata__"]:
-        raise CorruptFileError(f"{file}: a tensor is called {bad[0]!r}")
+        raise CorruptFileError(f"{file}: a tensor has the invalid name {bad[0]!r}")
     check_names(file, found)
     for name, tensor in found.items():
         if kind := _kind(tensor):
@@ -43,30 +43,29 @@ def read_pickled(file: str) -> tuple[dict[str, torch.Tensor], Stamp]:
 def _load(file: str) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to say
+    except Exception as error:  # a broken pickle can raise any exception
         said = str(error).strip() or type(error).__name__
         raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({said})") from error
 
 
 def _refuse_compressed(file: str) -> None:
-    """Of archives whose entries are compressed, torch takes the compressed bytes for values when it maps the file; so does
-    transformers."""
+    """Raise for an archive with compressed entries: torch and transformers map the file, and use compressed bytes as values."""
     try:
         if not zipfile.is_zipfile(file):
             return
         with zipfile.ZipFile(file) as archive:
             compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except Exception as error:  # zipfile, too, raises whatever the bytes happen to say
+    except Exception as error:  # zipfile can raise any exception, too
         raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({error})") from error
     if compressed:
         raise CorruptFileError(
-            f"{file} is a compressed archive ({compressed[0]}), which torch.load misreads: torch.save writes none. Unpack it, "
-            "and pack it without compression"
+            f"{file} is a compressed archive ({compressed[0]}), which torch.load misreads and torch.save never writes. Unpack "
+            "it, and pack it again without compression"
         )
 
 
 def _kind(tensor: torch.Tensor) -> str | None:
-    """What keeps a tensor from being read as plain values, None if nothing does."""
+    """Why a tensor cannot be read as plain values, None if it can."""
     if tensor.layout != torch.strided or tensor.is_nested:
         return f"sparse or nested ({tensor.layout})"
     if tensor.is_quantized:

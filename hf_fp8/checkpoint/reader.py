@@ -1,7 +1,6 @@
-"""The tensors of a checkpoint, read without a model: names, dtypes and shapes, and single small tensors.
+"""Reads the tensors of a checkpoint without a model: names, dtypes, shapes and values.
 
-Nothing here executes code from a checkpoint: safetensors holds none, and pickles are read with
-``weights_only=True``.
+Nothing here executes code from a checkpoint: safetensors contains none, and pickles are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .files import Stamp, reading
 from .headers import Entry, read_header
 from .pickles import read_pickled
 
-# safetensors' dtype names; of others, values are copied as they are, but not read
+# safetensors' dtype names; values of other dtypes are copied unchanged, but not read
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,7 +47,7 @@ SCALE_DTYPES = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """dtype is safetensors' name of it ("F8_E4M3", "BF16", ...)."""
+    """A tensor's header. dtype: safetensors' name of it ("F8_E4M3", "BF16", ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,11 +58,11 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """What the files of a checkpoint hold.
+    """The tensors in the files of a checkpoint.
 
-    Raises, naming the file: MissingTensorError for one that is not there; CorruptFileError for one that is truncated or no
-    checkpoint; UnsupportedError for one of another kind; CheckpointError for a tensor that two files hold with other values.
-    What reads tensors raises CheckpointError if the file is not the one any more whose header was read.
+    Raises, naming the file: MissingTensorError if it does not exist; CorruptFileError if it is truncated or not a checkpoint;
+    UnsupportedError for another file type; CheckpointError for a tensor that two files have with different values. Methods that
+    read tensors raise CheckpointError if the file has changed since its header was read.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -82,11 +81,11 @@ class Checkpoint:
         return any(info.dtype == "F8_E4M3" for info in self.tensors.values())
 
     def files_with(self, name: str) -> list[str]:
-        """The files that hold a tensor: more than one only if all hold the same values."""
+        """The files that contain a tensor: more than one only if all have the same values."""
         return [f for f in self._stamps if name in self._entries.get(f, {}) or name in self._pickled.get(f, {})]
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, on CPU, in memory of their own; each file is opened once."""
+        """The named tensors, copied to CPU memory; each file is opened once."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -97,7 +96,7 @@ class Checkpoint:
         return found
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in memory of its own: the file is not mapped, so that nothing stays when it is dropped.
+        """One tensor, copied to CPU memory: the file is not mapped, so that deleting the tensor frees everything.
 
         Raises UnsupportedError for a dtype that is not in `TORCH_DTYPES`.
         """
@@ -121,13 +120,13 @@ class Checkpoint:
         }
 
     def _check_same(self, name: str, one: TensorInfo, other: TensorInfo) -> None:
-        """Raise CheckpointError unless two files hold the same under a name. A loader takes either, as it happens."""
+        """Raise CheckpointError unless two files have the same tensor under a name: a loader may take either."""
         if (one.dtype, one.shape) == (other.dtype, other.shape):
             pairs = zip(self._pieces(name, one.file), self._pieces(name, other.file), strict=True)
             if all(torch.equal(a, b) for a, b in pairs):
                 return
         raise CheckpointError(
-            f"{name} is in {one.file} ({one}) and in {other.file} ({other}), and not the same in both: delete the file that "
+            f"{name} is in {one.file} ({one}) and in {other.file} ({other}), and differs between them: delete the file that "
             "does not belong to the checkpoint"
         )
 
@@ -167,8 +166,8 @@ def _bytes(file: Any, count: int, name: str) -> torch.Tensor:
 
 @contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Without Python's garbage collector: of 100,000 tensors it would look through the lists again and again, for three times
-    as long as all else takes."""
+    """Disable Python's garbage collector: with 100,000 tensors it would scan the lists repeatedly, which takes three times as
+    long as everything else."""
     enabled = gc.isenabled()
     gc.disable()
     try:

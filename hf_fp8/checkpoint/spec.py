@@ -1,4 +1,4 @@
-"""QuantizationSpec: which modules are quantized, and how, as `config.json` says it or as a user asks for it."""
+"""QuantizationSpec: which modules are quantized with which scheme, from `config.json` or from user arguments."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ METHOD = "compressed-tensors"
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """Never changed: what says something else is another one. Empty, it says nothing.
+    """An immutable quantization config. Without arguments it has no groups.
 
-    parsed: compressed-tensors' own reading. json: the whole `quantization_config` of a checkpoint; None for what a user
-    asks of a dense one. dense_by_default: whether output embeddings and routers are quantized only if a target is about them
-    alone. origin: what the files said, where this says what has become of the model since.
+    parsed: the config as parsed by compressed-tensors. json: the whole `quantization_config` of a checkpoint; None for a user's
+    request to quantize a dense one. dense_by_default: whether output embeddings and routers are quantized only if a target
+    matches nothing else. origin: the spec of the files, if this one describes a model that has changed since it was loaded.
     """
 
     parsed: QuantizationConfig | None = None
@@ -47,7 +47,7 @@ class QuantizationSpec:
     def asked(
         cls, scheme: str | Scheme | Mapping[Any, Any], targets: str | Sequence[str], ignore: str | Sequence[str] | None
     ) -> QuantizationSpec:
-        """The spec of what a user asks for (see the arguments of FP8Config). Raises ConfigError."""
+        """The spec of a user's request (see the arguments of FP8Config). Raises ConfigError."""
         refuse_two_targets(scheme, targets)
         listed = [] if ignore is None else names("ignore", ignore)
         parsed, groups = asked_groups(given_scheme(scheme), names("targets", targets), listed)
@@ -67,11 +67,11 @@ class QuantizationSpec:
 
     @property
     def host_groups(self) -> tuple[Group, ...]:
-        """Those whose weights the host runs: not FP8, and not about attention alone."""
+        """The groups whose weights transformers runs: not FP8, and not for attention only."""
         return tuple(group for group in self.groups if group.scheme is None and group.parsed.weights is not None)
 
     def group_of(self, called: Iterable[str], classes: Iterable[str]) -> Group | None:
-        """The group that a module of any of these names and classes belongs to, None if it is dense."""
+        """The group of a module that has any of these names and classes, None if it is dense."""
         called, classes = tuple(called), tuple(classes)
         if match(called, classes, self.ignore):
             return None
@@ -80,31 +80,31 @@ class QuantizationSpec:
         return by_target[found] if found else None
 
     def explicit_targets(self, usual: Sequence[tuple[str, ...]]) -> list[str]:
-        """Those that ask for the output embedding, or routers: that are about nothing else. usual: names of other Linears."""
+        """The targets that match only the output embedding or routers. usual: names of all other Linears."""
         targets = [target for group in self.groups for target in group.targets]
         return [target for target in targets if not any(match(called, ("Linear",), [target]) for called in usual)]
 
     def unmatched_ignore(self, linears: Sequence[tuple[str, ...]]) -> list[str]:
-        """The entries of `ignore` that match nothing: typing errors, as a rule. linears: the names of every Linear."""
+        """The entries of `ignore` that match nothing, usually typing errors. linears: the names of each Linear."""
         return [entry for entry in self.ignore if not any(match(called, ("Linear",), [entry]) for called in linears)]
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` for `config.json`.
 
-        Its status is always "compressed": that is what the files hold, and readers that find another one, or none, take the
-        stored codes for plain weights.
+        Its status is always "compressed", as the files are: with another status, or none, readers would load the codes (stored
+        8-bit numbers) as plain weights.
         """
         assert self.json is not None, "only a checkpoint's spec is written"
         return {**plain(self.json), "quant_method": METHOD, "quantization_status": "compressed"}
 
     def restricted_to(self, used: Iterable[str], dense: Iterable[str]) -> QuantizationSpec:
-        """The spec of the checkpoint that this request makes: its groups in `used`, with modules `dense` not quantized."""
+        """The spec of the checkpoint that this request produces: the groups in `used`, with the modules `dense` ignored."""
         used = set(used)
         written = {g.name: write_group(g.scheme, g.targets) for g in self.groups if g.name in used and g.scheme is not None}
         return self._saying(written_config(written, dense))
 
     def ignoring(self, dense: Iterable[str], without: Iterable[str] = ()) -> QuantizationSpec:
-        """The same for a model whose modules `dense` are not quantized, and which has none of the groups `without`."""
+        """The spec with the modules `dense` ignored and without the groups `without`."""
         assert self.json is not None
         gone = set(without)
         groups = {name: group for name, group in self.json["config_groups"].items() if name not in gone}
@@ -116,7 +116,7 @@ class QuantizationSpec:
         return replace(self, parsed=new.parsed, groups=new.groups, json=new.json)
 
     def as_int8(self, dense: Iterable[str]) -> QuantizationSpec:
-        """The same for a model whose FP8 Linears have become int8, and whose modules `dense` are dense."""
+        """The spec for the same model with its FP8 Linears re-quantized to int8, and with the modules `dense` ignored."""
         written = self.to_json()
         written["config_groups"] = with_presets(written["config_groups"])
         for group in self.groups:
@@ -129,7 +129,7 @@ class QuantizationSpec:
         return replace(self._saying(written), origin=self)
 
     def host_part(self, dense: Iterable[str] = ()) -> dict[str, Any]:
-        """What is left to say, as JSON, of a model whose FP8 modules, named `dense`, have been dequantized."""
+        """The config, as JSON, of a model whose FP8 modules, named `dense`, have been dequantized: its other groups."""
         written = self.to_json()
         left = {group.name for group in self.host_groups}
         written["config_groups"] = {name: group for name, group in written["config_groups"].items() if name in left}
@@ -140,48 +140,48 @@ class QuantizationSpec:
         return written
 
     def for_host(self, modules: Mapping[str, Sequence[str]], compressed: bool) -> dict[str, Any]:
-        """The groups that are not FP8, as JSON that the host's quantizer takes.
+        """The groups that are not FP8, as JSON for transformers' quantizer.
 
-        modules: name of a group -> those that the files hold in its form. compressed: whether the files hold packed weights,
-        whatever the status says.
+        modules: name of a group -> its modules in the files. compressed: whether the files have packed weights, whatever the
+        status says.
         """
         written = self.host_part()
         groups = with_presets(written["config_groups"])
-        # One pattern for each: compressed-tensors holds every module against every target.
+        # One pattern per group: compressed-tensors compares every module with every target.
         exactly = {name: f"re:(?:{'|'.join(map(re.escape, found))})$" for name, found in modules.items()}
         written["config_groups"] = {name: {**groups[name], "targets": [target]} for name, target in exactly.items()}
         written["ignore"] = []
-        written["kv_cache_scheme"] = None  # ours to carry: the host's hooks would quantize the cache its own way
+        written["kv_cache_scheme"] = None  # handled by hf_fp8: the hooks of transformers would quantize the cache differently
         if not compressed:
             written["quantization_status"] = plain(self.parsed and self.parsed.quantization_status)
         return written
 
 
 def refuse_two_targets(scheme: Any, targets: str | Sequence[str]) -> None:
-    """Raise ConfigError for targets beside a scheme that says its own."""
+    """Raise ConfigError for targets in addition to a scheme that has its own."""
     if isinstance(scheme, Mapping) and names("targets", targets) != LINEARS:
-        raise ConfigError(f"targets={targets!r}: with several groups each says its own targets, as in {{scheme: targets, ...}}")
+        raise ConfigError(f"targets={targets!r}: with several groups each has its own targets, as in {{scheme: targets, ...}}")
 
 
 def names(option: str, given: Any) -> list[str]:
-    """A list of names, patterns and classes, of one of them or several. Raises ConfigError."""
+    """A list of names, patterns and classes, from one string or a sequence. Raises ConfigError."""
     if isinstance(given, str):
         return [given]
     if not isinstance(given, Sequence | set | frozenset) or not all(isinstance(name, str) for name in given):
-        raise ConfigError(f"{option}={given!r}: it is a list of names, classes and re: patterns")
+        raise ConfigError(f"{option}={given!r}: it must be a list of names, classes and re: patterns")
     return list(given)
 
 
 def given_scheme(given: Any) -> str | Scheme | dict[Any, Any]:
-    """A scheme as a user passes it, or as `plain` wrote it: a name of SCHEMES, a Scheme, or a dict, of one of them to its
-    targets or of a group's name to that group in compressed-tensors' words (JSON, or the library's own class).
+    """Normalize a scheme passed by a user, or written by `plain`.
 
-    Raises ConfigError for what is none of them.
+    It is a name of SCHEMES, a Scheme, or a dict from either to its targets, or from the name of a group to that group in the
+    format of compressed-tensors (JSON, or the library's class). Raises ConfigError for anything else.
     """
     if not isinstance(given, Mapping):
         return _one_scheme(given)
     if "config_groups" in given or "quant_method" in given:
-        raise ConfigError("scheme is a whole quantization_config: pass that itself, or its config_groups as scheme")
+        raise ConfigError("scheme is a whole quantization_config: pass its config_groups, or pass all as quantization_config")
     found: dict[Any, Any] = {}
     for key, value in given.items():
         if isinstance(value, Mapping) or hasattr(value, "model_dump_json"):
@@ -196,7 +196,7 @@ def _one_scheme(given: Any) -> str | Scheme:
         try:
             return Scheme.parse(given)
         except (ValueError, IndexError):
-            pass  # the error below says what there is
+            pass  # scheme_named raises an error that lists the schemes
     found = scheme_named(given)
     if isinstance(given, str):
         return next(name for name in SCHEMES if name == given.upper())
@@ -204,7 +204,7 @@ def _one_scheme(given: Any) -> str | Scheme:
 
 
 def plain(value: Any) -> Any:
-    """A copy of `value` in JSON's words: enums by their values, a Scheme by its `text`, the library's classes as dicts."""
+    """A copy of `value` for JSON: enums as their values, a Scheme as its `text`, the library's classes as dicts."""
     if isinstance(value, Enum):
         return plain(value.value)
     if isinstance(value, Scheme | torch.dtype):

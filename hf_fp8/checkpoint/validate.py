@@ -1,4 +1,4 @@
-"""Holds the files against the config: every weight that is quantized, and every contradiction, by name."""
+"""Checks the files against the config: finds every quantized weight, and raises for contradictions, by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .reader import DENSE_DTYPES, Checkpoint
 from .spec import QuantizationSpec
 from .weights import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
 
-# `k_scale` and `v_scale` of `kv_cache_scheme`, in the spellings that checkpoints have.
+# Scales of `kv_cache_scheme`, such as `k_scale` and `v_scale`, in the spellings found in checkpoints.
 CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
 ORPHAN = re.compile(
     rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)}|(weight|input)_global_scale|weight_g_idx)$"
 )
-# What mixtures call the Linear that chooses experts, or weighs the one that all tokens share.
+# Names in MoE models of the Linear that chooses experts, or of the gate of the shared expert.
 ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
-# A stack of experts has no ".weight": what its scales are called beside it.
+# A stack of experts has no ".weight": suffixes that give the names of its scales.
 STACK_SUFFIXES = {
     WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
     INPUT_SCALE: ("_input_scale", ".input_scale"),
@@ -30,7 +30,7 @@ STACK_SUFFIXES = {
 
 @dataclass
 class Scan:
-    """weights: those of FP8 groups. host: those of other groups. cache: keys of the KV cache's scales."""
+    """Quantized weights in the files. weights: of FP8 groups. host: of other groups. cache: keys of the KV cache's scales."""
 
     weights: list[StoredWeight] = field(default_factory=list)
     host: list[StoredWeight] = field(default_factory=list)
@@ -39,10 +39,10 @@ class Scan:
 
 @dataclass(frozen=True)
 class Owner:
-    """The module of the model that a weight of the files belongs to.
+    """The module of the model to which a weight of the files belongs.
 
-    name: what the model calls it, or would (an expert that it holds merged). module: its name in the model, None if the model
-    has no such module. cls: its class. has_weight: whether its `weight` is a parameter.
+    name: its name, for a merged expert the one that it would have in the model. module: the name of the module that exists in
+    the model, None if there is none. cls: its class. has_weight: whether its `weight` is a parameter.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Owner:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of its class and of the classes that this is made of; none if there is no such module."""
+        """Names of its class and base classes; empty if there is no such module."""
         return () if self.cls is None else tuple(cls.__name__ for cls in self.cls.__mro__)
 
     def is_a(self, *kinds: type[nn.Module]) -> bool:
@@ -68,12 +68,12 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
 def scan(
     checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Owner], params: Collection[str], prefix: str
 ) -> Scan:
-    """Sort out every tensor of the files.
+    """Find the quantized weights among the tensors of the files, and check them against the config.
 
-    owners: key of each weight in the files (`weights_of`) -> its module. params: keys that the model takes as they are.
-    prefix: that of the base model, which names may have or lack.
+    owners: key of each weight in the files (`weights_of`) -> its module. params: names of the model's parameters. prefix: that
+    of the base model, which names may have or lack.
 
-    Raises the error that fits, naming the tensor or the config key, for the first contradiction.
+    Raises a subclass of CheckpointError, naming the tensor or the config key, for the first contradiction.
     """
     found, used = Scan(), set[str]()
     candidates = []
@@ -86,7 +86,7 @@ def scan(
         if group is not None and group.scheme is None:
             _check_host(key, names, group, owner, checkpoint)
             host = {role: f"{name}.{role}" for role in HOST_ROLES if f"{name}.{role}" in checkpoint.tensors}
-            if len(host) > 1:  # a target may be a regex that takes in norms as well
+            if len(host) > 1:  # a target may be a regex that also matches norms
                 found.host.append(stored(name, host, checkpoint, group))
                 used.update(host.values())
             continue
@@ -107,31 +107,33 @@ def _check_orphans(checkpoint: Checkpoint, used: set[str]) -> None:
         beside = key.endswith("_scale") and key.removesuffix("_scale") in checkpoint.tensors
         if key not in used and (ORPHAN.search(key) or beside):
             raise UnusedTensorError(
-                f"{key} is a scale in the files, but no weight beside it is quantized by any config group: nobody would "
-                "use it. Either the weight is missing, or `targets` and `ignore` do not say what was quantized."
+                f"{key} is a scale in the files, but no config group quantizes a weight that it belongs to, so it would not be "
+                "used. Either the weight is missing, or `targets` and `ignore` in config.json do not match the files."
             )
 
 
 def names_of(name: str, place: str, prefix: str) -> tuple[str, ...]:
-    """What a config may call a module: by the file or by the model, with or without the base model's prefix."""
+    """All names of a module in a config: that in the files and that in the model, with and without the base model's prefix."""
     bare = [n.removeprefix(f"{prefix}.") for n in (name, place)]
     return tuple(dict.fromkeys((name, place, *bare, *(f"{prefix}.{n}" for n in bare))))
 
 
 def module_named(key: str, dtype: str, ndim: int) -> str | None:
-    """The module in the file that `key` is the (possibly packed) weight of; None if it is no weight."""
+    """The name in the files of the module whose (possibly packed) weight is `key`; None if `key` is not a weight."""
     for suffix in (f".{WEIGHT}", ".weight_packed"):
         if key.endswith(suffix):
             return key.removesuffix(suffix)
     if key in (WEIGHT, "weight_packed"):
         return ""
-    # A stack of experts is a parameter of its own. No scale is stored in FP8 with three dimensions.
+    # A stack of experts is a parameter without a module. No scale is stored in FP8 with three dimensions.
     return key if ndim == 3 and dtype.startswith("F8_") else None
 
 
 def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = True) -> dict[str, str]:
-    """Role -> key, of the weight `key` of the module `name` and of what belongs to it. Raises UnusedTensorError for two
-    spellings of one role, if `strict`."""
+    """Role -> key, for the weight `key` of the module `name` and its scales and zero points.
+
+    Raises UnusedTensorError for two spellings of one role, if `strict`.
+    """
     keys = {WEIGHT: key}
     dot = f"{name}." if name else ""
     for role, spellings in SPELLINGS.items():
@@ -149,19 +151,18 @@ def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = Tr
 def _group_of(
     spec: QuantizationSpec, name: str, names: tuple[str, ...], owner: Owner, key: str, checkpoint: Checkpoint
 ) -> Group | None:
-    """The group of the weight `key` of the module `name`. Targets may speak of it by the file's name, by the model's, or by
-    class.
+    """The group of the weight `key` of the module `name`, matched by its names in files and model, or by class.
 
-    Of several groups it is the one that speaks of it most precisely, among those that store weights as the file does: as
-    such codes, and, if there are still several, with such scales.
+    Of several groups it is the most specific match among those that store weights as the file does: with the same codes, and,
+    if there are still several, with the same kind of scales.
     """
     if match(names, owner.classes, spec.ignore):
         return None
     dtype = checkpoint.tensors[key].dtype
     groups = groups_of(spec.groups, names, owner.classes)
     if dtype not in DENSE_DTYPES and not owner.is_a(nn.Embedding, nn.Conv1d, nn.Conv2d):
-        # Experts and routers were Linears when they were quantized, and may be parts of another module
-        # in the model; a module that this class of model lacks has no class here. The file decides.
+        # Experts and routers were Linears when they were quantized, but may be parts of another module in the model; a module
+        # that this model class lacks has no class here. So the file decides.
         groups += groups_of(spec.groups, names, ("Linear",))
     with_weights = [group for group in groups if group.parsed.weights is not None]
     if dtype in DENSE_DTYPES:
@@ -172,7 +173,7 @@ def _group_of(
 
 
 def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bool:
-    """Whether what is beside a weight in FP8 is what a group that hf_fp8 runs has."""
+    """Whether the scales of an FP8 weight are those of `group`, which hf_fp8 must run."""
     if group.scheme is None:
         return False
     try:
@@ -183,9 +184,9 @@ def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bo
 
 
 def _stores(group: Group, key: str, dtype: str) -> bool:
-    """Whether a group's weights are in files as this one is: E4M3 codes under ".weight", or something else."""
+    """Whether a group stores weights as this one is stored: E4M3 codes under ".weight", or something else."""
     if dtype == "F8_E4M3" and not key.endswith("_packed"):
-        weights = group.parsed.weights  # the host has formats of its own with such codes, which have other scales
+        weights = group.parsed.weights  # formats that transformers runs may have E4M3 codes with other scales
         return group.scheme is not None or (weights.type == "float" and weights.num_bits == 8)
     return group.scheme is None
 
@@ -199,7 +200,7 @@ def _is_fp8(
     names: tuple[str, ...],
     owner: Owner,
 ) -> bool:
-    """Whether a weight is stored in FP8, after holding that against what the config says."""
+    """Whether a weight is stored in FP8. Raises MismatchError if that contradicts the config."""
     info = checkpoint.tensors[key]
     scale = keys.get(WEIGHT_SCALE)
     if info.dtype == "F8_E4M3":
@@ -207,19 +208,19 @@ def _is_fp8(
             ignored = " (it is in `ignore`)" if match(names, (), spec.ignore) else ""
             raise MismatchError(
                 f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}{ignored}: its E4M3 codes would be "
-                "taken for values. Mend `targets` or `ignore` in config.json"
+                "used as values. Correct `targets` or `ignore` in config.json"
             )
         return True
     if info.dtype in DENSE_DTYPES:
         if scale is not None:
             raise MismatchError(
-                f"{key} is stored dense ({info}), yet {scale} is beside it: the weight has been dequantized already and "
-                "its scale was left in, or the file holds unquantized weights. Multiplying again would be wrong."
+                f"{key} is stored dense ({info}), but the files also have {scale}: either the weight was dequantized and its "
+                "scale left in, or it was never quantized. Applying the scale would be wrong. Remove it, or export again"
             )
         if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, owner)):
             raise MismatchError(
                 f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
-                "add it to `ignore` in config.json if it is meant to be dense, else quantize it again"
+                "add it to `ignore` in config.json if it is meant to be dense, otherwise quantize it again"
             )
         return False
     if group is not None or scale is not None or info.dtype.startswith("F8_"):
@@ -228,36 +229,36 @@ def _is_fp8(
 
 
 def _may_be_dense(names: tuple[str, ...], owner: Owner) -> bool:
-    """Whether a dense weight that a pattern takes in is no contradiction: it is no Linear's (an embedding, a router that
-    the family's code makes a module of its own), it is a router's, or this class of model does not have it."""
+    """Whether a weight that a group matches may be dense: it is not of a Linear (but of an embedding, or of a router with a
+    separate class), it is of a router, or this model class does not have it."""
     if owner.is_a(nn.Linear):
         return any(ROUTER.search(name) for name in names)
     return owner.cls is None or owner.has_weight
 
 
 def _check_host(key: str, names: tuple[str, ...], group: Group, owner: Owner, checkpoint: Checkpoint) -> None:
-    """Raise for a weight that is not stored as the group that the host runs says, and for inputs that are quantized alone."""
+    """Raise for a weight that is not stored as its group, which transformers runs, says, and for inputs quantized alone."""
     info = checkpoint.tensors[key]
     if group.parsed.weights is None:
         if owner.is_a(nn.Linear) and len(info.shape) == 2:
             raise UnsupportedError(
                 f"config group {group.name!r} quantizes the inputs of {names[0]}, whose weight is dense ({info}): hf_fp8 reads "
-                "groups without weights that are about attention modules only. Narrow its `targets` in config.json"
+                "groups without `weights` for attention modules only. Narrow its `targets` in config.json"
             )
     elif info.dtype.startswith("F8_") and not key.endswith("_packed") and not _stores(group, key, info.dtype):
         raise MismatchError(
-            f"{key} is stored in FP8 ({info}), but the only config group that speaks of {names[0]}, {group.name!r}, stores "
-            f"{group.format} weights: its codes would be misread. Mend `targets` or `ignore` in config.json"
+            f"{key} is stored in FP8 ({info}), but the only config group that matches {names[0]}, {group.name!r}, stores "
+            f"{group.format} weights: its codes would be misread. Correct `targets` or `ignore` in config.json"
         )
     elif info.dtype not in DENSE_DTYPES and (name := weight_name(group)) is not None and key.rpartition(".")[2] != name:
         raise MismatchError(
             f"{key} is stored as {info}, but config group {group.name!r} has the format {group.format}, which stores {name!r}: "
-            "mend its `format` in config.json"
+            "correct its `format` in config.json"
         )
 
 
 def _excused(names: tuple[str, ...], spec: QuantizationSpec) -> bool:
-    """Whether `ignore` speaks of a dense module by a shorter or longer path than the file and the model do."""
+    """Whether `ignore` names a dense module by a shorter or longer path than the file and the model do."""
     for entry in spec.ignore:
         if entry.startswith("re:"):
             if any(fits(entry.removeprefix("re:"), name, anywhere=True) for name in names):
@@ -268,8 +269,7 @@ def _excused(names: tuple[str, ...], spec: QuantizationSpec) -> bool:
 
 
 def _check_groups(spec: QuantizationSpec, weights: list[tuple[tuple[str, ...], tuple[str, ...], Group | None]]) -> None:
-    """Raise for a group that speaks of nothing. One whose weights all belong to groups that speak of them more
-    precisely is legitimate."""
+    """Raise for a group that matches nothing. It is valid if all its matches belong to more specific groups."""
     owners = {group.name for *_, group in weights if group is not None}
     for group in (group for group in spec.groups if group.parsed.weights is not None):
         if group.name in owners or any(
@@ -278,5 +278,5 @@ def _check_groups(spec: QuantizationSpec, weights: list[tuple[tuple[str, ...], t
             continue
         raise ConfigError(
             f"quantization_config.config_groups[{group.name!r}].targets is {list(group.targets)}: "
-            "that matches no weight in the files that is not in `ignore`"
+            "they match no weight in the files, except those in `ignore`"
         )

@@ -1,4 +1,4 @@
-"""Which files of a folder are the checkpoint: the ones that transformers reads, if that is beyond doubt."""
+"""Finds the checkpoint files of a folder: those that transformers reads, or an error if the folder is ambiguous."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ..errors import CheckpointError, ConfigError, CorruptFileError, MissingTens
 from .files import Stamp, check_names, is_there, read_json, regular
 
 INDEX = "model.safetensors.index.json"
-# (a file with everything, the index of several), in the host's order of preference
+# (single file, index of several files), in transformers' order of preference
 _SAFETENSORS = ("model.safetensors", INDEX)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<end>\.[^/]+)")
-# By one of these in a folder the host takes it for a checkpoint of several processes, whatever else is there.
+# If a folder has one of these, transformers reads it as a checkpoint of several processes, whatever else is there.
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of a checkpoint, sorted. listed: tensor -> file, by the index, if there is one. stamps: of all of them, as
-    they were before any was opened.
+    """The files of a checkpoint, sorted.
+
+    listed: tensor -> file, according to the index, if there is one. stamps: of all files, taken before any was opened.
     """
 
     files: tuple[Path, ...]
@@ -40,15 +41,15 @@ def find_weight_files(
     use_safetensors: bool | None = None,
     explicit: str | None = None,
 ) -> WeightFiles | None:
-    """The files that `from_pretrained` reads from `folder`; None if it holds no weights. No file of weights is opened.
+    """Return the files that `from_pretrained` reads from `folder`; None if it has no weights. No weight file is opened.
 
-    variant, use_safetensors: as `from_pretrained` takes them. explicit: the file, or index, that config.json names
-    (`transformers_weights`). The folder may be one of links, as in the Hub's cache.
+    variant, use_safetensors: as for `from_pretrained`. explicit: the file, or index, that config.json names
+    (`transformers_weights`). The folder may consist of links, as in the Hub's cache.
 
-    Raises errors that name the files: CheckpointError if there is a single file beside an index of others, or an index that
-    leaves out numbers of a series; CorruptFileError for an index that is none, or names files outside of the folder, and for
-    anything that is no regular file; MissingTensorError for files that the index lists and that are not there; ConfigError
-    for an `explicit` that cannot be meant; UnsupportedError for checkpoints of several processes.
+    Raises errors that name the files: CheckpointError if there is a single file next to an index of others, or an index that
+    leaves out numbers of a series; CorruptFileError for an invalid index, one that names files outside of the folder, and for
+    anything that is not a regular file; MissingTensorError if files that the index lists do not exist; ConfigError for an
+    invalid `explicit`; UnsupportedError for checkpoints of several processes.
     """
     folder = Path(folder)
     if any(map(_DISTRIBUTED.match, _names(folder))):
@@ -89,7 +90,7 @@ def _names(folder: Path) -> list[str]:
 def _explicit(folder: Path, name: object) -> WeightFiles:
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(name):
         raise ConfigError(
-            f"{folder}: transformers_weights of config.json is {name!r}; it names a .safetensors file, or the "
+            f"{folder}: transformers_weights of config.json is {name!r}; it must name a .safetensors file, or the "
             ".safetensors.index.json of several, in the folder"
         )
     path = folder / name
@@ -109,7 +110,7 @@ def _sharded(folder: Path, index: Path) -> WeightFiles:
             missing.append(name)
     if missing:
         raise MissingTensorError(
-            f"{index} lists {_some(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: download what is missing"
+            f"{index} lists {_some(missing)}, which {'does' if len(missing) == 1 else 'do'} not exist: download what is missing"
         )
     return WeightFiles(
         tuple(folder / name for name in names), index, {key: folder / name for key, name in listed.items()}, stamps
@@ -117,7 +118,7 @@ def _sharded(folder: Path, index: Path) -> WeightFiles:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, as the index has it. Raises CorruptFileError, naming the index, for anything else."""
+    """Tensor -> file, read from the index. Raises CorruptFileError, naming the index, if it is invalid."""
     content = read_json(index, unique=True)
     found = content.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
@@ -125,21 +126,21 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not found:
         raise CorruptFileError(f"{index} has an empty weight_map: it lists no file")
     if not isinstance(content.get("metadata"), dict):
-        raise CorruptFileError(f'{index} has no "metadata" object, without which transformers does not read it: {{}} will do')
+        raise CorruptFileError(f'{index} has no "metadata" object, which transformers requires: add an empty one, {{}}')
     names = set(found.values())
     check_names(str(index), [*found, *names])
     if bad := sorted(name for name in names if not _is_inside(name)):
-        raise CorruptFileError(f"{index} lists {bad[0]!r}, which is no file of its folder")
+        raise CorruptFileError(f"{index} lists {bad[0]!r}, which is not a file in its folder")
     return found
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it is a path to somewhere below the folder that it starts from, on any system."""
+    """Whether a relative path stays below the folder from which it starts, on any operating system."""
     return not Path(name).drive and not {"", ".", ".."} & set(re.split(r"[/\\]", name))
 
 
 def _check_series(index: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError unless all of `NAME-00001-of-0000N.EXT` are listed if one is."""
+    """Raise CheckpointError if only some of `NAME-00001-of-0000N.EXT` are listed."""
     series: dict[tuple[str, str, str], dict[int, str]] = {}
     for name in names:
         if found := _NUMBERED.fullmatch(name):
@@ -149,13 +150,13 @@ def _check_series(index: Path, names: Iterable[str]) -> None:
         absent = (number for number in range(first, first + int(count)) if number not in numbers)
         if lost := [f"{stem}-{number:0{width}d}-of-{count}{end}" for number in itertools.islice(absent, 4)]:
             raise CheckpointError(
-                f"{index} lists files that are numbered up to {count}, but not {_some(lost)}: it is incomplete, and what is in "
-                "there would be left out. Download the index again"
+                f"{index} lists files that are numbered up to {count}, but not {_some(lost)}: it is incomplete, and tensors in "
+                "those files would be left out. Download the index again"
             )
 
 
 def _refuse_two(one: Path, several: Path) -> None:
-    """Raise CheckpointError if the index of several files lists others than the single file beside it."""
+    """Raise CheckpointError if the index of several files lists other files than the single file next to it."""
     advice = f"Delete {several.name} if {one.name} is the checkpoint"
     try:
         others = sorted(set(_weight_map(several).values()) - {one.name})
@@ -163,9 +164,9 @@ def _refuse_two(one: Path, several: Path) -> None:
         raise CorruptFileError(f"{error}. {advice}") from error
     if others:
         raise CheckpointError(
-            f"{one.parent} holds {one.name}, which transformers would read, and {several.name}, which lists {_some(others)}: "
-            f"only one of them is the checkpoint. {advice} (saving into a folder leaves the index of what was there before), "
-            f"and {one.name} if it is not"
+            f"{one.parent} has {one.name}, which transformers would read, and {several.name}, which lists {_some(others)}: "
+            f"only one of them is the checkpoint. {advice} (saving into a folder leaves the index of an older checkpoint "
+            f"there), and {one.name} if it is not"
         )
 
 

@@ -1,4 +1,4 @@
-"""One quantized weight as the files store it, with the scales that belong to it; and slices of stacked tensors."""
+"""A quantized weight of the files with its scales (`StoredWeight`), and slices of stacked tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .reader import SCALE_DTYPES, Checkpoint
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 
-# Other spellings of the same factors. DeepSeek-style files call the factor that a stored value is
-# multiplied by `weight_scale_inv`; the rest are names that older quantizers wrote.
+# Spellings of the same scales. In DeepSeek-style files the factor for dequantization is named `weight_scale_inv`; the other
+# names are from older quantizers.
 SPELLINGS = {
     WEIGHT_SCALE: ("weight_scale", "weight_scale_inv", "scale_weight"),
     INPUT_SCALE: ("input_scale", "act_scale", "activation_scale", "input_activation_scale", "scale_input"),
     **{name: (name,) for name in ZERO_POINTS},
 }
-# What a group that is not FP8 may keep beside a weight (compressed-tensors' compressors).
+# Tensors that a weight of a group that is not FP8 may have (compressed-tensors' compressors).
 HOST_ROLES = (
     WEIGHT, "weight_packed", WEIGHT_SCALE, "weight_zero_point", "weight_shape", "weight_g_idx",
     "weight_global_scale", INPUT_SCALE, "input_global_scale",
@@ -31,11 +31,10 @@ HOST_ROLES = (
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A tensor of the files called `key`, or one expert's slice of a stacked one: where the values of a tensor that is to be
-    written come from.
+    """A checkpoint tensor, or one expert's slice of a stacked tensor: the source of the values of a planned tensor.
 
-    expert: its number, None for the whole tensor. index, of: which of how many matrices that lie over each other along the
-    outputs (gate, up), interleaved or one after the other. transposed: a stack of (E, K, N) instead of (E, N, K).
+    key: name of the tensor in the files. expert: its number, None for the whole tensor. index, of: which of how many matrices
+    (gate, up) along the outputs, interleaved or concatenated. transposed: a stack of (E, K, N) instead of (E, N, K).
     """
 
     key: str
@@ -46,7 +45,7 @@ class TensorSlice:
     interleaved: bool = False
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice of `tensor`, which is the one called `key`: a view."""
+        """The slice of `tensor`, the one named `key`: a view."""
         if self.expert is None:
             return tensor
         rows = tensor[self.expert]
@@ -57,7 +56,7 @@ class TensorSlice:
         return rows[self.index :: self.of] if self.interleaved else rows.chunk(self.of)[self.index]
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """That of the slice of a tensor of shape `whole`."""
+        """The shape of the slice of a tensor of shape `whole`."""
         if self.expert is None:
             return whole
         return tuple(self.take(torch.empty(whole, device="meta")).shape)
@@ -65,7 +64,7 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor that is dense in the files, where the model merges it with quantized ones.
+    """A dense tensor of the files that the model merges with quantized ones.
 
     saved: as in `StoredWeight`. dtype: safetensors' name of it.
     """
@@ -76,14 +75,13 @@ class DenseTensor:
 
 @dataclass(eq=False)
 class StoredWeight:
-    """A weight of the file that a config group quantizes.
+    """A weight of the files that a config group quantizes.
 
-    name: the module's name in the file. keys: role ("weight", "weight_scale", ...) -> key in the file.
-    renamed: role -> that key after the host's renamings. target: the parameter of the model that it
-    goes into, "" if the model has none. pattern: the source pattern of the host's converter that
-    takes it there, None if it goes there as it is. saved: role -> the name under which it is written back, before the host
-    undoes its renamings. transposed: (in, out) instead of (out, in). part: for a weight that is
-    yet to be quantized, where its values come from, by the renamed key.
+    name: the module's name in the files. keys: role ("weight", "weight_scale", ...) -> key in the files. renamed: role -> that
+    key after transformers' renamings. target: the parameter of the model that it fills, "" if the model has none. pattern: the
+    source pattern of the transformers converter that takes it there, None if there is no converter. saved: role -> the name
+    under which it is written back, before transformers reverses its renamings. transposed: (in, out) instead of (out, in).
+    part: for a weight that is not quantized yet, the source of its values, by the renamed key.
     """
 
     name: str
@@ -105,7 +103,7 @@ class StoredWeight:
 
     @property
     def primary(self) -> str:
-        """The role of the tensor that holds the values: packed formats have no "weight"."""
+        """The role of the tensor with the values: packed formats have no "weight"."""
         return WEIGHT if WEIGHT in self.keys else "weight_packed"
 
     @property
@@ -118,12 +116,12 @@ class StoredWeight:
 
     @property
     def is_expert(self) -> bool:
-        """Whether it goes into a stack of experts, a parameter of its own, and not into the weight of a module."""
+        """Whether it goes into a stack of experts, not into the `weight` of a module."""
         merged = self.pattern is not None or len(self.shapes.get(WEIGHT, ())) == 3
         return merged and bool(self.target) and not self.target.endswith(f".{WEIGHT}")
 
     def stacked_scale(self, scale: torch.Tensor) -> torch.Tensor:
-        """The scale of a stack (E, A, B) of weights in float32, broadcastable to it."""
+        """The scale of a stack of weights (E, A, B), in float32 and broadcastable to the stack."""
         experts, rows, cols = self.shape
         scale, granularity = scale.float(), self.scheme.weight.granularity
         if granularity.is_tensor:
@@ -138,21 +136,23 @@ class StoredWeight:
         return scale.repeat_interleave(step_rows, 1)[:, :rows].repeat_interleave(step_cols, 2)[..., :cols]
 
     def check(self) -> None:
-        """Raises, naming the tensor, for companions that are missing, unused, or of a wrong dtype or shape. A static input
-        scale may be missing: not everything needs it (`wrong_input_scales`)."""
+        """Raise, naming the tensor, for scales that are missing, unused, or of a wrong dtype or shape.
+
+        A static input scale may be missing, as it is not always needed (`wrong_input_scales`).
+        """
         if WEIGHT_SCALE not in self.keys:
             raise MissingTensorError(
-                f"{self.name}.{WEIGHT_SCALE} is not in the files, though {self.keys[WEIGHT]} is stored in FP8 "
-                f"({self.scheme.describe()}). Without it the codes mean nothing: download or export the checkpoint again."
+                f"{self.name}.{WEIGHT_SCALE} is not in the files, but {self.keys[WEIGHT]} is stored in FP8 "
+                f"({self.scheme.describe()}) and cannot be dequantized without it: download or export the checkpoint again."
             )
         if not self.scheme.has_static_input and INPUT_SCALE in self.keys:
             raise UnusedTensorError(
                 f"{self.keys[INPUT_SCALE]} is in the files, but config group {self.group.name!r} has no static inputs "
-                f"({self.scheme.describe()}): nobody would use it. Set input_activations.dynamic to false if it should be."
+                f"({self.scheme.describe()}): it would not be used. Set input_activations.dynamic to false if it should be."
             )
         for role in (WEIGHT_SCALE, INPUT_SCALE):
             if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
-                raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; scales come as {', '.join(SCALE_DTYPES)}")
+                raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; supported are {', '.join(SCALE_DTYPES)}")
         allowed = self._weight_scale_shapes()
         if self.shapes[WEIGHT_SCALE] not in allowed:
             raise ScaleError(
@@ -177,7 +177,7 @@ class StoredWeight:
             elif granularity.is_row:
                 shapes += [(rows,)]
             elif granularity.rows == 1:
-                shapes += [(*shapes[0], 1)]  # groups, as broadcast over the weight taken apart
+                shapes += [(*shapes[0], 1)]  # per group, with a last dimension to broadcast over the group
             return shapes
         if len(self.shape) != 3:
             raise UnsupportedError(
@@ -194,15 +194,15 @@ class StoredWeight:
 
 
 def companion(pattern: str, role: str) -> str:
-    """The name of the tensor `role` that goes with a weight named, or matched by, `pattern`."""
+    """The name of the tensor `role` of a weight that is named, or matched by, `pattern`."""
     if pattern == WEIGHT or pattern.endswith(f".{WEIGHT}"):
         return pattern.removesuffix(WEIGHT) + role
     return f"{pattern}.{role}"
 
 
 def name_beside(target: str, renamed: str, prefix: str) -> str:
-    """`renamed`, a key of the files after the host's renamings, with or without the base model's `prefix`, as the parameter
-    `target` of the model has it: the host adds or removes the prefix while loading, and does not undo that when it saves."""
+    """`renamed` (a key after transformers' renamings) with the base model's `prefix` if the parameter `target` has it, else
+    without: transformers adds or removes the prefix while loading, and does not reverse that when it saves."""
     dot = f"{prefix}."
     if not prefix or target.startswith(dot) == renamed.startswith(dot):
         return renamed
@@ -210,10 +210,10 @@ def name_beside(target: str, renamed: str, prefix: str) -> str:
 
 
 def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Key -> scale (or zero point) of all the weights, on CPU: they are small beside what they scale.
+    """Read the scales and zero points of all weights to CPU memory (they are small); return them by key.
 
-    Raises ScaleError for the first scale of a weight that is not finite and positive, UnsupportedError for zero points. Those
-    of inputs are `wrong_input_scales`' matter.
+    Raises ScaleError for the first weight scale that is not finite and positive, UnsupportedError for zero points.
+    `wrong_input_scales` checks input scales.
     """
     names = [w.keys[role] for w in weights for role in (WEIGHT_SCALE, INPUT_SCALE, *ZERO_POINTS) if role in w.keys]
     found = checkpoint.read(names)
@@ -223,13 +223,13 @@ def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> d
     for key in (weight.keys[WEIGHT_SCALE] for weight in weights if WEIGHT_SCALE in weight.keys):
         if (wrong := _wrong_values(found[key])) is not None:
             raise ScaleError(
-                f"{key} {wrong}: weights multiplied by it would be wrong. The checkpoint was damaged or badly calibrated."
+                f"{key} {wrong}: the dequantized weights would be wrong. The checkpoint is damaged or badly calibrated."
             )
     return found
 
 
 def wrong_input_scales(weights: list[StoredWeight], scales: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Name of a weight with static inputs -> what is wrong with its input scale: it is missing, or holds what is no scale."""
+    """Name of a weight with static inputs -> what is wrong with its input scale: missing, or invalid values."""
     found = {}
     for weight in weights:
         key = weight.keys.get(INPUT_SCALE)
@@ -247,13 +247,13 @@ def _wrong_values(scale: torch.Tensor) -> str | None:
     bad = ~(scale.isfinite() & (scale > 0))
     if not bad.any():
         return None
-    return f"holds {scale[bad][0].item()} ({int(bad.sum())} of {scale.numel()} values are not finite and positive)"
+    return f"contains {scale[bad][0].item()} ({int(bad.sum())} of {scale.numel()} values are not finite and positive)"
 
 
 def check_host_shapes(weights: list[StoredWeight], held: Mapping[str, torch.Tensor]) -> None:
-    """Raises MismatchError for weights of the host's formats whose tensors have other shapes than its modules.
+    """Raise MismatchError for weights that transformers runs and whose tensors have other shapes than its modules.
 
-    held: the model's own tensors by name, once the host has made its modules.
+    held: the model's tensors by name, after transformers has created its modules.
     """
     for weight in weights:
         for role, name in weight.saved.items():
@@ -265,7 +265,7 @@ def check_host_shapes(weights: list[StoredWeight], held: Mapping[str, torch.Tens
 
 
 def stored(name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group) -> StoredWeight:
-    """The record of one weight, from its keys by role."""
+    """The StoredWeight of the module `name`, from its keys by role."""
     infos = {role: checkpoint.tensors[key] for role, key in keys.items()}
     if WEIGHT not in keys and group.scheme is not None:
         raise CheckpointError(f"{name} has no weight")

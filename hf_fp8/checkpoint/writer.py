@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, and folders that appear whole or not at all."""
+"""Writes safetensors files tensor by tensor, and folders atomically: complete or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .headers import BITS
 from .reader import TORCH_DTYPES, TensorInfo
 from .weight_files import INDEX
 
-# What holds weights, in whatever format.
+# Suffixes of files with weights, in any format.
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json", ".ckpt")
 
 
@@ -34,7 +34,7 @@ def nbytes(info: TensorInfo) -> int:
 
 
 class ShardWriter:
-    """Writes one safetensors file whose header is known beforehand: `write` puts each tensor where it belongs, in any order.
+    """Writes one safetensors file whose header is known in advance; `write` accepts the tensors in any order.
 
     The format is https://github.com/huggingface/safetensors#format: the length of the header as a little-endian uint64, the
     header as JSON, padded with spaces to a multiple of 8, and the values without gaps. Larger dtypes come first, as the
@@ -63,7 +63,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After the block, see to it that all is there, on the disk; after an exception, only let go."""
+        """Check that all tensors were written and flush them to disk; after an exception, only close the file."""
         with self._file:
             if kind is None:
                 assert not self._missing, f"{sorted(self._missing)[:3]} were never written"
@@ -80,7 +80,7 @@ class ShardWriter:
         self._missing.discard(name)
 
     def copy(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Write one tensor from its bytes, uint8, piece by piece."""
+        """Write one tensor from its bytes, in uint8 pieces."""
         self._file.seek(self._base + self._starts[name])
         count = 0
         for piece in pieces:
@@ -90,7 +90,7 @@ class ShardWriter:
 
 
 def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    """The index that the host reads, if there is more than one file. files: name of a file -> its tensors."""
+    """Write the index that transformers reads, if there is more than one file. files: name of a file -> its tensors."""
     if len(files) < 2:
         return
     weights = {name: file for file, tensors in files.items() for name in tensors}
@@ -100,35 +100,34 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> 
 
 
 def check_place(path: Path, replaces: str | None) -> None:
-    """Raise ConfigError unless a folder can be written to `path`: nothing is there, or an empty folder, or one to replace.
+    """Raise ConfigError unless a folder can be written to `path`: it does not exist, is an empty folder, or may be replaced.
 
-    path: with links followed. replaces: the name of a file by which a folder that may be replaced is known. One with other
-    folders in it that hold weights is not replaced; nor is a mount point, or what holds one, as a folder cannot be renamed into
-    its place.
+    path: with links resolved. replaces: the name of a file that a folder must contain to be replaced. Folders with weights in
+    subfolders are not replaced; nor are mount points, or folders that contain one, as no folder can be renamed to their path.
     """
     if mounted := _mount_in(path):
-        raise ConfigError(f"{mounted} is a mount point, which cannot be replaced by a new folder: choose one inside of it")
+        raise ConfigError(f"{mounted} is a mount point, which cannot be replaced by a new folder: choose a folder inside it")
     _check_parent(path)
     if path.is_symlink():
-        raise ConfigError(f"{path} is a link that leads to itself, or to another link without an end")
+        raise ConfigError(f"{path} is a circular link")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file, not a folder")
     if not path.exists() or not any(path.iterdir()):
         return
     if replaces is None:
-        raise ConfigError(f"{path} is there already: choose another place, or pass --overwrite (overwrite=True)")
+        raise ConfigError(f"{path} exists already: choose another path, or pass --overwrite (overwrite=True)")
     if not (path / replaces).exists():
-        raise ConfigError(f"{path} is there already, and has no {replaces}: it is something else, and is not overwritten")
+        raise ConfigError(f"{path} exists already, but has no {replaces}, so it is not overwritten: choose another path")
     inside = (file for file in path.rglob("*") if file.parent != path and file.name.endswith(WEIGHT_FILES))
     if (found := next(inside, None)) is not None:
-        raise ConfigError(f"{path} is not overwritten, since {found} is in it, too")
+        raise ConfigError(f"{path} is not overwritten, since a subfolder has weights: {found}. Choose another path")
 
 
 def _mount_in(path: Path) -> Path | None:
-    """`path` if it is a mount point, or one that is in it; None if there is none."""
+    """`path` if it is a mount point, else a mount point in it; None if there is none."""
     if os.path.ismount(path):
         return path
-    try:  # on Linux, where the function above does not see a folder of the same file system that is bound to it
+    try:  # on Linux: `ismount` does not detect bind mounts from the same file system
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
@@ -137,7 +136,7 @@ def _mount_in(path: Path) -> Path | None:
 
 
 def _check_parent(path: Path) -> None:
-    """Raise ConfigError if nothing can be made beside `path`."""
+    """Raise ConfigError if no folder can be created next to `path`."""
     place = path.parent
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -146,17 +145,17 @@ def _check_parent(path: Path) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{path} cannot be written: no permission to write to {place}")
     if len(os.fsencode(_new_beside(path).name)) > 255:
-        raise ConfigError(f"{path} cannot be written: its name is too long, as one with more to it is needed meanwhile")
+        raise ConfigError(f"{path} cannot be written: its name is too long for the temporary folder, which has a suffix")
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
+    """Context manager: gives a temporary folder to fill, which is renamed to `path` on success and deleted on an exception.
 
-    What is at `path` stays until then: it is moved aside, the new folder takes its place, and only then is it deleted. If the
-    process is killed in between, the next one that writes there moves it back. One that is killed while the folder is filled
-    leaves that beside `path`, as `.<name>.part-<random>`, for the user to delete: others may be writing there. Raises
-    ConfigError as `check_place` does, before the block and again after it.
+    An existing folder at `path` stays until then: it is moved aside, the new folder is renamed to `path`, and only then the old
+    one is deleted. If the process is killed in between, the next process that writes to `path` moves it back. A process killed
+    while it fills the folder leaves it next to `path`, as `.<name>.part-<random>`; the user must delete it, since another
+    process may be writing to it. Raises ConfigError as `check_place` does, before and after the block.
     """
     path = Path(os.path.realpath(path))
     old = path.with_name(f".{path.name}.hf-fp8-old")
@@ -209,7 +208,7 @@ def _put_back(old: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """See to it that a file, or the names in a folder, survive a crash of the machine."""
+    """Flush a file, or the names in a folder, to disk, so that they survive a crash of the machine."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

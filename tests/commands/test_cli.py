@@ -234,7 +234,7 @@ def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert (path / "config.json").read_text() == "1" and list(tmp_path.iterdir()) == [path]
     # What a killed process left, in the moment between two renamings, is put back.
     path.rename(tmp_path / ".x.hf-fp8-old")
-    with pytest.raises(ConfigError, match="is there already"), whole_folder(path):
+    with pytest.raises(ConfigError, match="exists already"), whole_folder(path):
         pass
     assert (path / "config.json").read_text() == "1" and list(tmp_path.iterdir()) == [path]
     # One that was killed later, while it deleted the former checkpoint, is in nobody's way.

@@ -148,7 +148,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, dense: Path, capsys: Capt
     assert "too long" in refused(capsys, "quantize", dense, tmp_path / ("x" * 250))
     refused(capsys, "quantize", dense, tmp_path / ("x" * 300))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "leads to itself" in refused(capsys, "quantize", dense, tmp_path / "loop")
+    assert "is a circular link" in refused(capsys, "quantize", dense, tmp_path / "loop")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert f"no permission to write to {tmp_path}" in refused(capsys, "quantize", dense, tmp_path / "a" / "b" / "fp8")
 

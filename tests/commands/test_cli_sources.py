@@ -100,7 +100,7 @@ def test_places_in_one_another(tmp_path: Path) -> None:
 
 
 def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is there already"), whole_folder(tmp_path / "x") as part:
+    with pytest.raises(ConfigError, match="exists already"), whole_folder(tmp_path / "x") as part:
         (part / "config.json").write_text("{}")
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "thesis.txt").write_text("years")
