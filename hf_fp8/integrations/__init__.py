@@ -1,1 +1,1 @@
-"""What transformers, PEFT, DDP and other libraries call."""
+"""Integration with transformers, PEFT, DDP and other libraries."""

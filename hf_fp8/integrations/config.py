@@ -1,4 +1,4 @@
-"""FP8Config: how a checkpoint is loaded, or quantized while loading, and what `config.json` says of it."""
+"""FP8Config: options for loading and quantizing, and the `quantization_config` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ from ..errors import ConfigError
 from ..formats.scheme import FP8, Scheme
 from .options import DEFAULTS, LOADING, settled
 
-METHODS = (METHOD, "sparseml")  # the second is its name in old files
-OUR_METHOD = "hf_fp8"  # what a plain dict may say to mean FP8Config
-STOCK_OPTIONS = ("run_compressed", "use_optimized_inference")  # of CompressedTensorsConfig, beside `dequantize`
+METHODS = (METHOD, "sparseml")  # the second is the method's name in old files
+OUR_METHOD = "hf_fp8"  # `quant_method` of an FP8Config that is written as a plain dict
+STOCK_OPTIONS = ("run_compressed", "use_optimized_inference")  # of CompressedTensorsConfig, in addition to `dequantize`
 
 
 class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
-    """How to load a compressed-tensors FP8 checkpoint, or how to quantize a dense one while loading.
+    """Options for loading a compressed-tensors FP8 checkpoint, or for quantizing a dense one while loading.
 
     Args:
-        scheme: quantize a dense checkpoint while loading: "FP8_DYNAMIC", "FP8" (static inputs, to be measured with
-            `hf_fp8.calibrate`), "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", or a `Scheme`; for several groups a dict of such
-            to lists of targets, or `config_groups` as compressed-tensors writes them. None: the checkpoint is quantized.
-        targets: which modules, as in compressed-tensors: names, "re:" patterns or classes.
-        ignore: those that stay dense all the same. The output embedding and routers stay dense, too, unless a target is
-            about them alone ("lm_head", "re:.*router"), or `ignore` is an empty list.
-        dequantize: multiply the weights out to the model's dtype while loading.
-        backend: "auto" keeps FP8 weights where the device has FP8 matmuls and dequantizes elsewhere;
-            "scaled_mm" keeps them anywhere and quantizes inputs as the checkpoint says;
-            "weight_only" keeps them anywhere and leaves inputs as they are (both: those of Linears; for merged
+        scheme: how to quantize a dense checkpoint while loading: "FP8_DYNAMIC", "FP8" (static input scales, to be measured
+            with `hf_fp8.calibrate`), "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", or a `Scheme`. For several groups: a dict
+            from schemes to lists of targets, or `config_groups` as in compressed-tensors. None: the checkpoint is quantized.
+        targets: which modules to quantize, as in compressed-tensors: names, "re:" patterns or classes.
+        ignore: modules that stay dense even if a target matches them. The output embedding and routers also stay dense,
+            unless a target matches nothing else ("lm_head", "re:.*router"), or `ignore` is an empty list.
+        dequantize: dequantize the weights to the model's dtype while loading.
+        backend: "auto" keeps FP8 weights if the device has FP8 matmuls, and else dequantizes them;
+            "scaled_mm" keeps them on any device and quantizes inputs as the checkpoint says;
+            "weight_only" keeps them on any device and does not quantize inputs (both apply to Linears; for merged
             experts see below); "int8" re-quantizes Linears to int8
             per channel after loading, with inputs quantized per token, for CPUs and for GPUs without FP8 units.
-        experts: what becomes of experts that the model holds merged in one 3-D parameter: "fp8" keeps them in FP8
-            anywhere, "dequantize" multiplies them out, "auto" keeps them where the device has a kernel that gains from it: on
-            GPUs, not on CPUs, whatever the backend. Where they are kept, `backend` says what is done to their inputs.
-        backward: how gradients go through Linears when adapters are trained: "exact" multiplies them as they are with the
-            dequantized weights; "quantized" rounds them to 8 bits per token and multiplies them with the codes where
-            the device has such a kernel (docs/training.md has the error; slower on CPUs, not measured on GPUs). Experts'
-            are exact.
-        checkpoint: the checkpoint's own `quantization_config`; given by the loader, not by users.
+        experts: how experts are held that the model merges into one 3-D parameter: "fp8" keeps them in FP8 on any device,
+            "dequantize" dequantizes them, "auto" keeps them in FP8 if the device has a kernel that gains from it: on
+            GPUs, not on CPUs, whatever the backend. If they are kept, `backend` says whether their inputs are quantized.
+        backward: how gradients of the inputs of Linears are computed when adapters are trained: "exact" multiplies
+            unrounded gradients by dequantized weights; "quantized" rounds gradients to 8 bits per token and multiplies
+            them by the codes (stored 8-bit values) if the device has such a kernel (docs/training.md has the error; slower
+            on CPUs, not measured on GPUs). Experts always use "exact".
+        checkpoint: the checkpoint's own `quantization_config`; set by the loader, not by users.
 
     With a scheme, "auto" keeps Linears and experts in FP8 on any device, and `experts="dequantize"` leaves experts dense.
 
-    `to_dict`, `repr` and what is made of them say every option, and `from_dict`, or `from_pretrained`, takes that for the
-    object. A loaded model's config is that of its checkpoint instead: `config.json` holds nothing of ours. Loading changes no
-    config that was passed to it. Raises ConfigError for unknown options and values, when they are set later, too.
+    `to_dict`, `repr` and JSON contain every option; `from_dict` and `from_pretrained` accept them in place of the object.
+    The config of a loaded model contains its checkpoint's config instead, so `config.json` holds no options of hf_fp8.
+    Loading does not change the config that it is given. Raises ConfigError for unknown options and values, also if they are
+    set later.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         super().__init__(dequantize=options["dequantize"])
         self.backend, self.experts, self.backward = options["backend"], options["experts"], options["backward"]
         self.scheme, self.targets, self._ignore = options["scheme"], options["targets"], options["ignore"]
-        self.of_another_load = False  # whether `checkpoint` is of an earlier load: the files tell whether of this one, too
+        self.of_another_load = False  # whether `checkpoint` is from an earlier load: the files decide if it fits this one
         self.spec = QuantizationSpec()
         if checkpoint is not None:
             self.spec = QuantizationSpec.read(checkpoint)
@@ -86,20 +87,20 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             asked = QuantizationSpec.asked(self.scheme, self.targets, self._ignore)
             if not all_of(FP8, asked.groups):
                 raise ConfigError(
-                    f"scheme={scheme!r} is not FP8, which is all that hf_fp8 quantizes to while loading; for int8 use "
+                    f"scheme={scheme!r} is not FP8: while loading, hf_fp8 quantizes only to FP8; for int8 use "
                     "hf_fp8.quantize_model(model, 'INT8')"
                 )
             self.spec = asked
 
     @property
     def spec(self) -> QuantizationSpec:
-        """What the checkpoint's config says, or what was asked for; empty if neither is known."""
+        """The quantization of the checkpoint, or else the one that `scheme` requests; empty if there is neither."""
         return self._spec
 
     @spec.setter
     def spec(self, spec: QuantizationSpec) -> None:
         self._spec = spec
-        self.quantization_config = spec.parsed  # under the name that the host looks for
+        self.quantization_config = spec.parsed  # transformers reads this attribute
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
@@ -116,28 +117,29 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config of a dict: of options, ours or stock's (`run_compressed`), or a checkpoint's `quantization_config`, beside
-        which there may be loading options.
+        """Make a config from a dict: options of this class or of CompressedTensorsConfig (`run_compressed`), or a checkpoint's
+        `quantization_config`, which may also contain loading options.
 
-        kwargs: options that win over those of the dict. Returns (config, kwargs that are no options) if `return_unused_kwargs`.
-        Raises ConfigError, naming them, for keys that are no options, and for dicts of other methods.
+        kwargs: options that override those of the dict. Returns (config, kwargs that are not options) if
+        `return_unused_kwargs`. Raises ConfigError, with the names, for keys that are not options, and for dicts of other
+        quantization methods.
         """
         given = config_dict.get("quantization_config", config_dict) if isinstance(config_dict, Mapping) else None
         if not isinstance(given, Mapping):
             raise ConfigError(
-                f"a quantization_config is a dict of options, or what config.json has by that name, not {given!r}"
+                f"quantization_config is {given!r}: pass a dict of options, or the `quantization_config` of a config.json"
             )
         given = dict(given)
         method = plain(given.pop("quant_method", None))
         if method not in (None, OUR_METHOD, *METHODS):
-            raise ConfigError(f"quantization_config says {method!r}, which is not compressed-tensors FP8")
+            raise ConfigError(f"quantization_config has quant_method {method!r}, which is not compressed-tensors FP8")
         stock = {name: given.pop(name) for name in STOCK_OPTIONS if name in given}
         if stock:
             given["dequantize"] = dequantize_of({"dequantize": given.get("dequantize", False), **stock})
         checkpoint = None
         if "config_groups" in given or (method in METHODS and "scheme" not in given and set(given) - set(DEFAULTS)):
             if both := [name for name in ("scheme", "targets") if name in given]:
-                raise ConfigError(f"{both[0]} and config_groups both say what is quantized: pass one of them")
+                raise ConfigError(f"{both[0]} and config_groups both select what is quantized: pass only one of them")
             checkpoint = {name: value for name, value in given.items() if name not in LOADING}
             checkpoint["quant_method"] = method if method in METHODS else METHOD
             given = {name: value for name, value in given.items() if name in LOADING}
@@ -147,24 +149,24 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option, as it was asked for, whatever has become of the config since."""
+        """Every option as it was requested; `spec` may have changed since."""
         asked = {"scheme": self.scheme, "targets": self.targets, "ignore": self._ignore}
         return {**copy.deepcopy(asked), **self.get_loading_attributes()}
 
     def afresh(self) -> FP8Config:
-        """A config of its own with the same options, that knows of no checkpoint."""
+        """A new config with the same options and no checkpoint."""
         new = FP8Config(**self.options)
         new.spec = replace(new.spec, dense_by_default=self.spec.dense_by_default)
         return new
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
-        """Set options, as if they had been passed at first. Returns those of `kwargs` that are none."""
+        """Set options as if they had been passed to the constructor. Returns those of `kwargs` that are not options."""
         known = {name: value for name, value in kwargs.items() if name in DEFAULTS}
         if known:
             new = FP8Config(**{**self.options, **known})
             if self.checkpoint is not None and not set(known) <= set(LOADING):
                 raise ConfigError(
-                    "scheme, targets and ignore of a config that a checkpoint has are what it says: make a new one"
+                    "scheme, targets and ignore are determined by the checkpoint of this config: make a new FP8Config"
                 )
             for name in DEFAULTS if self.checkpoint is None else LOADING:
                 name = "_ignore" if name == "ignore" else name
@@ -175,7 +177,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DEFAULTS and "_spec" in self.__dict__ and self.checkpoint is None:
-            self.update(**{name: value})  # groups follow, and options that do not fit each other are refused
+            self.update(**{name: value})  # also updates the groups, and raises if options contradict each other
         else:
             super().__setattr__(name, value)
 
@@ -196,24 +198,24 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         yield from self.to_dict().items()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The host reads a model's config as a dict even where it holds an object."""
+        """As of a dict: transformers reads a model's `quantization_config` as a dict even if it is an object."""
         return self.to_dict().get(key, default)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option as JSON; or, of a config that a checkpoint has, its `quantization_config`, without anything of ours."""
+        """Every option as JSON values; if there is a checkpoint, its `quantization_config` without options of hf_fp8."""
         if self.spec.json is None:
             return {"quant_method": OUR_METHOD, **plain(self.options)}
         return self.spec.to_json()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """`to_dict` without options that are at their defaults."""
+        """`to_dict` without options that have their default value."""
         whole = self.to_dict()
         if self.checkpoint is not None:
             return whole
         return {name: value for name, value in whole.items() if name not in DEFAULTS or value != DEFAULTS[name]}
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """As JSON, in the order of `to_dict`: groups are numbered by it."""
+        """As JSON text. Keys keep the order of `to_dict`, because groups are numbered in that order."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
@@ -221,18 +223,18 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
 
     def without_fp8(self, dense: Iterable[str]) -> FP8Config:
-        """What is left of this config for a model whose FP8 modules, named `dense`, have been dequantized."""
+        """The config of a model whose FP8 modules, named `dense`, have been dequantized: the other groups are left."""
         return FP8Config(experts=self.experts, checkpoint=self.spec.host_part(dense))
 
 
 def dequantize_of(stock: Mapping[str, Any]) -> bool:
-    """What `dequantize` stock's loading options come to, with the warnings that stock has for them.
+    """The value of `dequantize` that options of CompressedTensorsConfig imply; transformers logs its warnings about them.
 
-    `use_optimized_inference` asks for what backend="auto" does anyway where the hardware can. Raises ConfigError.
+    `use_optimized_inference` requests what backend="auto" does anyway if the hardware supports it. Raises ConfigError.
     """
     for name, value in stock.items():
         if value not in (None, False, True):
-            raise ConfigError(f"{name}={value!r}: it is True or False")
+            raise ConfigError(f"{name}={value!r}: must be True or False")
     config = CompressedTensorsConfig(**stock)
     if config.dequantize:
         config.post_init()

@@ -1,7 +1,7 @@
-"""DistributedDataParallel over quantized layers: their codes and scales are every process's own.
+"""Excludes codes (stored 8-bit values) and scales from DistributedDataParallel: each process keeps its own.
 
-It sends all parameters from the first process to the others, frozen ones too, and neither gloo nor NCCL (before compute
-capability 9.0) can send FP8.
+DistributedDataParallel sends all parameters, frozen ones too, from the first process to the others, and neither gloo nor
+NCCL (before compute capability 9.0) can send FP8.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..nn.base import QuantizedModule
 from .patches import patch
 
-# Where DistributedDataParallel looks for names of parameters that it is to leave alone.
+# The attribute in which DistributedDataParallel looks for the names of parameters to ignore.
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 _host: Any = DistributedDataParallel.__init__
 
@@ -33,7 +33,7 @@ def _init(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def quantized_names(model: nn.Module) -> list[str]:
-    """Names of all codes and scales of `model`, as its parameters are called."""
+    """Names of all codes and scales of `model`, as in `named_parameters`."""
     return [
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""Something to do once a library has been imported: at once if it is there already, else by a finder on `sys.meta_path`."""
+"""Calls a function after a library is imported: now if it is imported already, else by a finder on `sys.meta_path`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Finder(MetaPathFinder):
-    """Leaves finding a library to the other finders, and has its loader call `then` at the end of the import."""
+    """Lets the other finders find the library, and wraps its loader so that `then` is called at the end of the import."""
 
     def __init__(self, library: str, then: Callable[[], None]) -> None:
         self.library, self.then = library, then
@@ -27,7 +27,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The library's own loader, which may serve other modules, too, and stays as it is; `then` is called after it."""
+    """Wraps the library's own loader, which is unchanged because it may load other modules, too; calls `then` after it."""
 
     def __init__(self, loader: Any, then: Callable[[], None]) -> None:
         self._loader, self._then = loader, then
@@ -50,9 +50,9 @@ _finders: dict[str, _Finder] = {}
 
 
 def after_import(library: str, then: Callable[[], None]) -> None:
-    """Call `then` when `library`, a top-level package, has been imported, before whoever imports it goes on.
+    """Call `then` after `library`, a top-level package, is imported, before the importing code continues.
 
-    If it is imported already, call it now; and again if it is imported anew.
+    If it is imported already, call `then` now; and again if the library is imported again.
     """
     if library not in _finders:
         _finders[library] = _Finder(library, then)

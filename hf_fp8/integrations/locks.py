@@ -1,7 +1,8 @@
-"""Locks for whoever loads or makes a transformers model: one thread at a time.
+"""Locks for loading or building a transformers model: one thread at a time.
 
-Meanwhile transformers changes what the whole process sees: torch's default dtype, `PreTrainedModel.tie_weights` (which does
-nothing then), `torch.linspace`. Two threads that do so at once get each other's, and put back each other's, for good.
+During that, transformers changes global state of the process: torch's default dtype, `PreTrainedModel.tie_weights` (which
+does nothing then), `torch.linspace`. Two threads at once would see each other's changes, and restore the wrong values
+permanently.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ _changing = threading.RLock()
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Wait until no other thread is inside such a block."""
+    """Wait until no other thread is in such a block."""
     with _loading:
         yield
 
 
 @contextmanager
 def while_changing() -> Iterator[None]:
-    """The same, around what changes the process for a moment: a fork waits for its end, too."""
+    """The same for code that changes global state for a moment: a fork waits for its end, too."""
     with one_at_a_time(), _changing:
         yield
 
 
 def _renew() -> None:
-    """In the child of a fork, where the thread that is loading is not."""
+    """Reset the locks in a forked child, where the thread that was loading does not exist."""
     global _loading
     _loading = threading.RLock()
     _changing.release()

@@ -1,4 +1,4 @@
-"""Names of earlier versions, which scripts and pickled models have: they work, with a DeprecationWarning, until 1.0."""
+"""Names of earlier versions, for scripts and pickled models: they work, with a DeprecationWarning, until 1.0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import errors
 
-# What was hf_fp8.<key> is hf_fp8.<value>.
+# hf_fp8.<key> is now hf_fp8.<value>.
 MODULES = {
     "calibration": "quantization.calibration",
     "config": "integrations.config",
@@ -39,7 +39,7 @@ MODULES = {
     "source": "quantization.source",
     "weight_source": "formats.quantized_weight.source",
 }
-# What was hf_fp8.<key>, and is <the last part of value> in hf_fp8.<the rest>.
+# hf_fp8.<key> is now <the last part of value> in hf_fp8.<the rest>.
 NAMES = {
     "FP8Linear": "nn.linear.QuantizedLinear",
     "FP8Experts": "nn.experts.QuantizedExperts",
@@ -56,7 +56,7 @@ NAMES = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules of `MODULES` under their old names: the very modules, so that their classes are the same."""
+    """Finds the modules of `MODULES` under their old names: the same module objects, so that their classes are the same."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -65,26 +65,26 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == "hf_fp8" and name in MODULES else None
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """An empty one: it is replaced at once."""
+        """A default, empty module: `exec_module` replaces it."""
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = f"hf_fp8.{MODULES[old.partition('.')[2]]}"
         _warn(old, new)
         sys.modules[old] = found = importlib.import_module(new)
-        for name, place in NAMES.items():  # classes that were renamed: pickles name them together with their module
+        for name, place in NAMES.items():  # renamed classes: a pickle stores the class name together with the module
             if f"hf_fp8.{place}".rpartition(".")[0] == new and name not in vars(found):
                 setattr(found, name, getattr(found, place.rpartition(".")[2]))
 
 
 def install() -> None:
-    """Let `import hf_fp8.<old name>` find them."""
+    """Make `import hf_fp8.<old name>` work."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # last: what is there under its name comes first
+        sys.meta_path.append(_Finder())  # last: modules that exist under that name come first
 
 
 def found(name: str) -> Any:
-    """What was hf_fp8.<name>. Raises AttributeError if nothing was."""
+    """The object that was called hf_fp8.<name>. Raises AttributeError if there was none."""
     if name in MODULES:
         return importlib.import_module(f"hf_fp8.{name}")
     if name not in NAMES:
@@ -95,4 +95,4 @@ def found(name: str) -> Any:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is {new} now; the old name goes with 1.0", DeprecationWarning, stacklevel=4)
+    warnings.warn(f"{old} is {new} now; the old name is removed in 1.0", DeprecationWarning, stacklevel=4)

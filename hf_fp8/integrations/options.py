@@ -1,4 +1,4 @@
-"""The options of FP8Config: which there are, what they may be, and which go together."""
+"""The options of FP8Config: their names, defaults, allowed values and valid combinations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DEFAULTS: dict[str, Any] = {
     "scheme": None, "targets": LINEARS, "ignore": None,
     "dequantize": False, "backend": "auto", "experts": "auto", "backward": "exact",
 }  # fmt: skip
-# How to load a checkpoint; the others say what to quantize while loading.
+# How to load a checkpoint; the other options select what to quantize while loading.
 LOADING = ("dequantize", "backend", "experts", "backward")
 
 
 def settled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """All of DEFAULTS with `options` in them, in one form each: names in capitals, lists of names, copies.
+    """`options` completed with DEFAULTS and normalised: scheme names in capitals, lists of names, copies.
 
     Raises ConfigError for unknown names and values, and for options that contradict each other.
     """
@@ -32,9 +32,9 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
     found = {**DEFAULTS, **options}
     for name, allowed in {"backend": BACKENDS, "experts": EXPERTS, "backward": BACKWARDS}.items():
         if found[name] not in allowed:
-            raise ConfigError(f"FP8Config({name}={found[name]!r}): it is one of {', '.join(allowed)}")
+            raise ConfigError(f"FP8Config({name}={found[name]!r}): must be one of {', '.join(allowed)}")
     if found["dequantize"] not in (False, True):
-        raise ConfigError(f"FP8Config(dequantize={found['dequantize']!r}): it is True or False")
+        raise ConfigError(f"FP8Config(dequantize={found['dequantize']!r}): must be True or False")
     found["dequantize"] = bool(found["dequantize"])
     found["targets"] = names("targets", found["targets"])
     if found["ignore"] is not None:
@@ -48,14 +48,14 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_contradictions(found: Mapping[str, Any]) -> None:
     scheme, backend, dequantize = found["scheme"], found["backend"], found["dequantize"]
     if found["experts"] == "fp8" and (dequantize or backend == "int8"):
-        given = "dequantize=True multiplies everything out" if dequantize else "backend='int8' re-quantizes Linears alone"
-        raise ConfigError(f"experts='fp8' was asked for, but {given}: pass one of them")
+        given = "dequantize=True dequantizes all weights" if dequantize else "backend='int8' keeps only Linears quantized"
+        raise ConfigError(f"experts='fp8' was passed, but {given}: pass only one of them")
     if dequantize and backend != "auto":
-        raise ConfigError(f"dequantize=True leaves nothing for backend={backend!r} to run on: pass one of them")
+        raise ConfigError(f"dequantize=True leaves nothing in FP8 for backend={backend!r} to run: pass only one of them")
     if scheme is not None and (dequantize or backend == "int8"):
         given = "dequantize=True" if dequantize else "backend='int8'"
         hint = "" if dequantize else "; for int8 weights use hf_fp8.quantize_model(model, 'INT8')"
-        raise ConfigError(f"scheme={scheme!r} quantizes weights to FP8, which {given} would undo: pass one of them{hint}")
+        raise ConfigError(f"scheme={scheme!r} quantizes weights to FP8, which {given} would undo: pass only one of them{hint}")
     if scheme is None and (found["ignore"] is not None or found["targets"] != DEFAULTS["targets"]):
-        raise ConfigError("targets and ignore say what to quantize while loading: pass a scheme with them")
+        raise ConfigError("targets and ignore select what to quantize while loading: pass a scheme with them")
     refuse_two_targets(scheme, found["targets"])

@@ -1,5 +1,6 @@
-"""`save_pretrained` of other libraries' models (diffusers, huggingface_hub's mixin) writes a state dict and says nothing of
-codes in it: what loads it takes them for weights. A model with such layers is refused.
+"""Makes `save_pretrained` of other libraries' models (diffusers, huggingface_hub's mixin) raise if there are quantized layers.
+
+They write a state dict without saying that it contains codes (stored 8-bit values), so it would be loaded as weights.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ _METHOD = "save_pretrained"
 
 
 def guard_savers(model: nn.Module) -> None:
-    """See to it that what `model` and its parts are saved with refuses codes. Transformers models write them themselves."""
+    """Make `save_pretrained` of `model` and its submodules raise for codes, except in transformers models, which save them."""
     for module in model.modules():
         for cls in type(module).__mro__:
-            # transformers' own is wrapped in `pretrained`.
+            # The method of transformers is wrapped in `pretrained`.
             if _METHOD in vars(cls) and not is_patched(cls, _METHOD) and cls.__module__.partition(".")[0] != "transformers":
                 patch(cls, _METHOD, _refusing(vars(cls)[_METHOD]))
 
@@ -31,9 +32,9 @@ def _refusing(method: Any) -> Any:
         name = _unspoken_for(self) if isinstance(self, nn.Module) else None
         if name is not None:
             raise UnsupportedError(
-                f"{name} of {type(self).__name__} is a quantized layer, of which {type(self).__name__}.{_METHOD} would write "
-                "the codes alone: whoever loads them takes them for weights. hf_fp8.save_quantized(model, folder) and "
-                "load_quantized keep what they mean; hf_fp8.dequantize_model(model) first saves a dense model"
+                f"{name} of {type(self).__name__} is a quantized layer: {type(self).__name__}.{_METHOD} would write its codes "
+                "without their scheme, and they would be loaded as weights. Save with hf_fp8.save_quantized(model, folder) and "
+                "load with hf_fp8.load_quantized, or call hf_fp8.dequantize_model(model) first to save a dense model"
             )
         return method(self, *args, **kwargs)
 
@@ -41,7 +42,7 @@ def _refusing(method: Any) -> Any:
 
 
 def _unspoken_for(model: nn.Module) -> str | None:
-    """The name of a quantized layer in `model` that is in no transformers model which knows of it; None if there is none."""
+    """Name of a quantized layer that is not in a transformers model with an `hf_quantizer`; None if there is none."""
     knowing = [name for name, module in model.named_modules() if getattr(module, "hf_quantizer", None) is not None]
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule) and not any(not part or name.startswith(f"{part}.") for part in knowing):

@@ -1,4 +1,4 @@
-"""Replaced attributes of other libraries: for the whole process (`patch`, undone by `restore`), or of one object (`bind`)."""
+"""Replaces attributes of other libraries: for the whole process (`patch`, undone by `restore`), or of one object (`bind`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-_patched: list[tuple[Any, str, Any]] = []  # (owner, name, what was there before)
+_patched: list[tuple[Any, str, Any]] = []  # (owner, name, original value)
 
 
 def patch(owner: Any, name: str, new: Any) -> None:
-    """Replace the attribute `name` that a module or class defines itself. Nothing happens if it is replaced already.
+    """Replace the attribute `name` that a module or class defines itself. Does nothing if it is replaced already.
 
     Raises KeyError if `owner` does not define it.
     """
@@ -25,21 +25,21 @@ def is_patched(owner: Any, name: str) -> bool:
 
 
 def restore() -> None:
-    """Put back all that `patch` replaced."""
+    """Restore all that `patch` replaced."""
     while _patched:
         owner, name, before = _patched.pop()
         setattr(owner, name, before)
 
 
 def bind(instance: Any, name: str, function: Callable[..., Any]) -> None:
-    """Let ``instance.name(...)`` call ``function(instance, ...)``; its class and other instances stay as they are.
+    """Make ``instance.name(...)`` call ``function(instance, ...)``; its class and other instances are unchanged.
 
-    A `partial`, as accelerate's hooks are: in copies and pickles of the instance it is bound to the copy, which a bound
-    method that is pickled would not be. function: of a module, so that it can be pickled.
+    Uses a `partial`, as accelerate's hooks do: in copies and pickles of the instance it is bound to the copy, which a
+    pickled bound method would not be. function: defined at module level, so that it can be pickled.
     """
     vars(instance)[name] = partial(function, instance)
 
 
 def original(instance: Any, name: str) -> Any:
-    """The method of the class under one that was bound to `instance`; a partial, which torch.compile can trace."""
+    """The class's method that `bind` replaced on `instance`; a partial, which torch.compile can trace."""
     return partial(getattr(type(instance), name), instance)

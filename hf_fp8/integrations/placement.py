@@ -1,4 +1,4 @@
-"""Where a model will compute, by the `device_map` it is loaded with; and why its weights are dense there, if they are."""
+"""On which device a model will compute, from its `device_map`; and why its weights are dequantized there, if they are."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PLACED_BY_SIZE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def compute_device(device_map: Any) -> torch.device:
-    """Where the model will compute. Offloaded parts compute on the accelerator; without a map the model
-    is loaded on CPU, from where users move it to the accelerator if there is one."""
+    """The device on which the model will compute. Offloaded parts compute on the accelerator; without a map the model
+    is loaded on the CPU, and users then move it to the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device_map is None or device_map in _PLACED_BY_SIZE:
         return torch.device("cpu") if accelerator is None else accelerator
@@ -30,7 +30,7 @@ def compute_device(device_map: Any) -> torch.device:
 
 
 def policy_of(config: FP8Config, device: torch.device, dtype: torch.dtype, *, read_values: bool = True) -> Policy:
-    """What `config` wants of a load of an FP8 checkpoint. device: where the model will compute. dtype: the model's."""
+    """The `Policy` for loading an FP8 checkpoint with `config`. device: where the model will compute. dtype: the model's."""
     return Policy(
         dense_because=why_dense(config, device, dtype),
         experts_because=partial(why_dense_experts, config, device, dtype),
@@ -42,7 +42,7 @@ def policy_of(config: FP8Config, device: torch.device, dtype: torch.dtype, *, re
 
 
 def why_dense(config: FP8Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why every FP8 weight is dequantized while loading, None if they stay in FP8."""
+    """Why all FP8 weights are dequantized while loading; None if they stay in FP8."""
     if config.dequantize:
         return "dequantize=True"
     if config.backend != "auto" or config.scheme is not None:
@@ -52,12 +52,12 @@ def why_dense(config: FP8Config, device: torch.device, dtype: torch.dtype) -> st
 
 
 def why_dense_experts(config: FP8Config, device: torch.device, dtype: torch.dtype, scheme: Scheme) -> str | None:
-    """The same of merged experts of a scheme, for which `experts` has the last word."""
+    """Why merged experts of `scheme` are dequantized while loading; None if not. The option `experts` has priority."""
     because = why_dense(config, device, dtype)
     if config.dequantize or config.experts == "fp8":
         return because if config.dequantize else None
     if config.experts == "dequantize" or config.backend == "int8":
-        return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is for Linears")
+        return because or ("experts='dequantize'" if config.experts == "dequantize" else "backend='int8' is only for Linears")
     reason = why_not_kept_experts(device, dtype, scheme)
     where = f"experts='auto' on {device.type}, where no kernel gains from experts in FP8"
     return because or (None if reason is None else f"{where}: {reason}")

@@ -1,4 +1,4 @@
-"""Methods of the host's models that do more with hf_fp8: loading, saving and resizing."""
+"""Wraps methods of `PreTrainedModel`: loading, saving and resizing. "The host" is transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _host_dtype = modeling_utils.local_torch_dtype
 
 
 def install() -> None:
-    """Wrap the host's methods. Harmless when repeated."""
+    """Wrap these methods. Harmless when repeated."""
     patch(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
     patch(PreTrainedModel, "_load_pretrained_model", staticmethod(load_files))
     patch(PreTrainedModel, "save_pretrained", save_pretrained)
@@ -45,7 +45,7 @@ def install() -> None:
 
 @wraps(_host_load)
 def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host's method, one model at a time in a process; what it does not tell its parts is in `load_options`."""
+    """`PreTrainedModel.from_pretrained`, one model at a time in a process; `loading` keeps arguments for the quantizer."""
     with one_at_a_time(), loading(name, kwargs):
         try:
             return _host_load(cls, name, *args, **kwargs)
@@ -57,14 +57,14 @@ def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def local_torch_dtype(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """The host's block with another default dtype, in which models are built, by `from_config` and others, too."""
+    """The host's block with another default dtype, in which it builds models (also `from_config`): one thread at a time."""
     with while_changing(), _host_dtype(*args, **kwargs):
         yield
 
 
 @wraps(_host_load_files)
 def load_files(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host's method, but not for codes whose scales nothing would load."""
+    """`PreTrainedModel._load_pretrained_model`; raises for codes (stored 8-bit values) whose scales would not be loaded."""
     quantizer = load_config.hf_quantizer
     if checkpoint_files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
         method = None if quantizer is None else quantizer.quantization_config.quant_method
@@ -74,10 +74,10 @@ def load_files(model: Any, state_dict: Any, checkpoint_files: Any, load_config: 
 
 @wraps(_host_save)
 def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host's method, but not for a model of which a part was quantized by itself, as nothing would say what its codes
-    are; nor for one with adapters on it, whose layers go by other names then. Raises UnsupportedError.
+    """`PreTrainedModel.save_pretrained`. Raises UnsupportedError for a model of which only a part was quantized, since its
+    config does not describe the codes, and for a model with adapters, since they change the names of layers.
 
-    Of a model that has become dense, tensors that the host holds wider than the rest are written as they were read.
+    If a model was dequantized, tensors that the host holds in a wider dtype than the rest are written in the files' dtype.
     """
     _refuse_unsavable(self, kwargs)
     dtypes = vars(self).get(FILE_DTYPES)
@@ -93,28 +93,28 @@ def _refuse_unsavable(model: Any, options: dict[str, Any]) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None and any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise UnsupportedError(
-            f"{type(model).__name__} holds FP8 layers that it does not know of (a part of it was quantized by itself, or "
-            "loaded by load_quantized): saved, their codes would be taken for values. Quantize the whole model, with targets "
-            "or a filter_fn that choose the part; or call hf_fp8.dequantize_model first"
+            f"{type(model).__name__} has quantized layers that its config does not describe (only a part of it was quantized, "
+            "or it was loaded by load_quantized): their codes would be saved as values. Quantize the whole model, with targets "
+            "or a filter_fn that select the part; or call hf_fp8.dequantize_model first"
         )
     adapter = adapters_on(model)
     if adapter is not None and quantizer is not None and not getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(
-            f"{adapter} has an adapter on it, which a checkpoint of the model has no place for: save the adapters "
-            "(PeftModel.save_pretrained), or save what merge_and_unload() returns"
+            f"{adapter} has an adapter, which a checkpoint of the model cannot contain: save the adapters "
+            "(PeftModel.save_pretrained), or save the model that merge_and_unload() returns"
         )
     if options.get("save_original_format", True) is False and isinstance(quantizer, FP8HfQuantizer):
         layout = quantizer.layout
         if layout is not None and (layout.dense or layout.experts or quantizer.unplaced):
             raise UnsupportedError(
-                "save_original_format=False leaves out the conversions that write weights back in FP8, which this model needs: "
+                "save_original_format=False skips the conversions that write weights back in FP8, which this model needs: "
                 "leave it at True, or call model.dequantize() first to save a dense model"
             )
 
 
 def _drop_stale_index(folder: Path) -> None:
-    """Remove an index that an earlier, sharded save left beside the single file that the host has just written: its shards
-    are gone, and readers could not tell which of the two is the checkpoint."""
+    """Remove an index that an earlier, sharded save left next to the single file that was just written: its shards are
+    deleted, and readers could not tell which of the two is the checkpoint."""
     index = folder / INDEX
     if not (folder / "model.safetensors").exists() or not index.exists():
         return
@@ -128,7 +128,7 @@ def _drop_stale_index(folder: Path) -> None:
 
 @wraps(_host_resize)
 def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    """The host's method; an output embedding that holds codes becomes dense first, as new rows have no scale in them."""
+    """`PreTrainedModel.resize_token_embeddings`; first dequantizes a quantized output embedding, as new rows have no scale."""
     embedding = self.get_input_embeddings()
     resized = new_num_tokens is not None and new_num_tokens != getattr(embedding, "num_embeddings", None)
     if resized or args or kwargs.get("pad_to_multiple_of") is not None:
@@ -144,4 +144,4 @@ def _make_head_dense(model: Any) -> None:
     new = head.to_linear(dtype := dtype_of(model))
     copy_hooks(head, new)
     replace_module(model, name, new)
-    logger.warning(f"hf_fp8: {name} is made dense ({dtype}) to give it another size; it is saved dense, and named in `ignore`")
+    logger.warning(f"hf_fp8: {name} is made dense ({dtype}) because it is resized; it is saved dense, and added to `ignore`")

@@ -1,4 +1,4 @@
-"""FP8HfQuantizer: transformers' HfQuantizer for compressed-tensors checkpoints with FP8 groups."""
+"""FP8HfQuantizer: the HfQuantizer for compressed-tensors checkpoints with FP8 groups. "The host" is transformers."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ logger = logging.get_logger(__name__)
 
 
 class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads compressed-tensors FP8 checkpoints: FP8 groups here, other groups through the host's quantizer.
+    """HfQuantizer for FP8 compressed-tensors checkpoints; groups of other formats go through the host's quantizer.
 
-    The model is changed in `update_weight_conversions`, not in `preprocess_model`: only there are all
-    of the loader's renamings known, the user's `key_mapping` among them, and so which tensor goes where.
+    The model is changed in `update_weight_conversions`, not in `preprocess_model`: only there are all renamings of the loader
+    known, including the user's `key_mapping`, and so the parameter that each tensor is loaded into.
     """
 
     quantization_config: FP8Config
@@ -73,18 +73,19 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype = torch.bfloat16
         self._dense_because: str | None = None
         self._host_conversions: list[WeightTransform] = []
-        self.conversions: list[WeightTransform] = []  # what loads by `layout`, and saves
-        self.planned: Plan | None = None  # of quantizing while loading
+        self.conversions: list[WeightTransform] = []  # load and save as `layout` says
+        self.planned: Plan | None = None  # set when quantizing while loading
         self._read_values = True
 
-    # -- what the host asks before and after loading --
+    # -- hooks before and after loading --
 
     def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
         if not weights_only:
             raise UnsupportedError("weights_only=False lets a pickled checkpoint execute code; leave it at True")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Nothing of attention: the last hook before the host resolves which files it reads. See whether that is clear."""
+        """Checks that it is unambiguous which files are the checkpoint. Changes nothing of attention: this is the last hook
+        before the host resolves the files."""
         options = load_options.current()
         if options.folder is not None:
             explicit = getattr(config, "transformers_weights", None)
@@ -98,15 +99,15 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Without a dtype in config.json the host takes that of the first tensor in the files, which may be codes."""
+        """Without a dtype in config.json the host uses that of the first tensor in the files, which may hold codes."""
         return dtype if dtype.itemsize > 1 else torch.bfloat16
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
         if not files:
             raise UnsupportedError(
-                "hf_fp8 reads FP8 checkpoints from files, to hold them against their config before anything is loaded; "
-                "save the state dict with its config and load the folder"
+                "hf_fp8 reads FP8 checkpoints only from files, because it checks them against their config before it loads "
+                "anything; save the state dict with its config and load the folder"
             )
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedError(
@@ -119,7 +120,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
-        """Not the host's swap of Llama-4's experts for a list of Linears: experts are merged like any other family's."""
+        """Skips the host's swap of Llama-4's experts for a list of Linears: here they are merged, as in any other family."""
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
@@ -131,9 +132,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 if any(tensor.dtype == "I8" for tensor in checkpoint.tensors.values()):
                     raise ConfigError(
                         "the `config` that was passed is of a model loaded from FP8, but the files hold int8 codes, which it "
-                        "says nothing of: leave `config` out"
+                        "does not describe: leave `config` out"
                     )
-                self.quantization_config.dequantize = True  # a plain checkpoint after all
+                self.quantization_config.dequantize = True  # the files are a dense checkpoint
                 return list(weight_conversions)
             self._lay_out(model, weight_conversions, checkpoint)
         assert self.layout is not None
@@ -144,14 +145,14 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return [*ours, *self.host.update_weight_conversions(rest, model)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """FP8 weights and scales arrive as they are stored; what is multiplied out is cast by its op."""
+        """FP8 weights and scales keep the dtype of the files; dequantized weights are cast by their op."""
         if isinstance(converter, RoutedConverter):
             return None
         target = converter.target_patterns[0]
         module, _, role = target.rpartition(".")
         if self.layout is not None and module in self.layout.kept and role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE):
             return None
-        return dtype  # also of integers, as the host without a quantizer does
+        return dtype  # also for integers, as the host does without a quantizer
 
     def plan(
         self,
@@ -163,7 +164,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         cast: bool = True,
         choose: Choose | None = None,
     ) -> Layout:
-        """Plan what `checkpoint`, which is dense, is to become (`plan_quantization`), and how it is laid out on `model`.
+        """Plan how `checkpoint`, which is dense, is quantized (`plan_quantization`), and its layout for `model`.
 
         dtype: the model's. cast: whether weights are cast to it before they are quantized.
         """
@@ -181,7 +182,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.layout
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is quantized while it is loaded: it arrives in the model's dtype."""
+        """Whether a parameter is quantized while it is loaded: it is read in the model's dtype."""
         if self.planned is None or self.layout is None:
             return False
         targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
@@ -192,7 +193,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def compute_device(self) -> torch.device:
-        """Where the model will compute."""
+        """The device on which the model will compute."""
         return compute_device(self._device_map)
 
     def dry_run(
@@ -203,7 +204,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype: torch.dtype,
         device_map: Any = None,
     ) -> Layout:
-        """Change `model`, on the meta device, as loading `checkpoint` would, by its headers alone; nothing is read."""
+        """Change `model`, on the meta device, as loading `checkpoint` would. Reads only headers."""
         self._host_conversions, self._dtype, self._read_values = list(conversions), dtype, False
         self._device_map = device_map
         self._lay_out(model, conversions, checkpoint)
@@ -211,7 +212,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.layout
 
     def _lay_out(self, model: PreTrainedModel, conversions: Sequence[WeightTransform], checkpoint: Checkpoint) -> None:
-        """Match the checkpoint with the model, and make of the model what will hold it."""
+        """Match the checkpoint with the model, and replace modules of the model by those that will hold it."""
         config = self.quantization_config
         policy = policy_of(config, self.compute_device, self._dtype, read_values=self._read_values)
         if config.scheme is not None:
@@ -228,8 +229,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if (self._dense_because is None or self.host is not None) and self._read_values:
             self._carry(checkpoint, layout, layout.unplaced if carried else {})
         if self._dense_because is not None and self.host is None:
-            config.dequantize = True  # all of it: what is saved is a plain dense model
-        # Tensors that are known to be carried are no news in the loading report.
+            config.dequantize = True  # nothing stays quantized: it is saved as a plain dense model
+        # The loading report does not list tensors that are kept for saving.
         if silent := by_pattern([*layout.extra, *(layout.unplaced if carried else ())]):
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *silent}
         self.update_parallel_plan(model, model.tp_plan)
@@ -242,10 +243,10 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             report(config, layout, self._dtype, self._dense_because, carried)
 
     def _host_quantizer(self, model: PreTrainedModel, layout: Layout) -> CompressedTensorsHfQuantizer | None:
-        """The host's own, for the weights of other formats, whose modules it has made; None if there are none."""
+        """The host's quantizer for weights of other formats, after it has created their modules; None if there are none."""
         modules = modules_of_host(layout)
         if all(weight.pattern is not None for weight in layout.scan.host):
-            return None  # merged with others into one parameter they are dequantized
+            return None  # weights that are merged into one parameter are dequantized
         packed = any(w.dtypes.get(WEIGHT) not in DENSE_DTYPES for w in layout.scan.host)
         host = CompressedTensorsHfQuantizer(
             CompressedTensorsConfig(**self.quantization_config.spec.for_host(modules, compressed=packed))
@@ -256,12 +257,12 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return host
 
     def _carry(self, checkpoint: Checkpoint, layout: Layout, unplaced: dict[str, str]) -> None:
-        """Take along the tensors that no module holds, and those that the host's modules would hold in another dtype."""
+        """Keep for saving: tensors that no module holds, and those that the host's modules would hold in another dtype."""
         self.unplaced = Unplaced(checkpoint, unplaced)
         tensors = checkpoint.read(list(layout.extra.values()))
         self.extra = {name: tensors[key] for name, key in layout.extra.items()}
         if self._dense_because is not None:
-            return  # what is left is a checkpoint of the host's, written as it does
+            return  # the remaining quantized layers are the host's, and saved by it
         cast = {
             weight.renamed[role]: weight.keys[role]
             for weight in layout.scan.host
@@ -283,8 +284,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.backward = self.quantization_config.backward
             elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
                 raise UnsupportedError(
-                    f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes and no scale: its outputs would "
-                    "be wrong. Load with FP8Config(dequantize=True), and please report the model"
+                    f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes without a scale: its outputs "
+                    "would be wrong. Load with FP8Config(dequantize=True), and please report the model"
                 )
         if self.quantization_config.backend == "int8" and self.layout is not None:
             self._to_int8(model, self.layout)
@@ -293,7 +294,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._dense_because is None and self.layout is not None:
             model._weight_conversions = for_saving(model._weight_conversions)
         else:
-            # Also of a checkpoint that turned out to be dense; the host has dropped them with its config (from 5.24 on).
+            # Also for a checkpoint that turned out to be dense: the host has dropped them with its config (from 5.24 on).
             model._weight_conversions = self._native_conversions()
         if self._dense_because is not None and self.layout is not None:
             setattr(model, FILE_DTYPES, self.layout.file_dtypes)
@@ -302,11 +303,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
-        """Re-quantize what stayed in FP8, and see to it that what is saved says so: int8 Linears, all else dense."""
+        """Re-quantize FP8 Linears to int8, and update what is saved and its config: int8 Linears, all else dense."""
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.requantize_int8()
-        # By the files' own names, too: of experts that the model merges, others look for each one.
+        # The files' names, too: other readers look up each of the experts that the model merges.
         merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
         self.quantization_config.spec = self.quantization_config.spec.as_int8([*layout.dense_modules, *sorted(merged)])
         model._weight_conversions = self._conversions_of_dense_experts()
@@ -316,14 +317,14 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.extra = {name: tensor for name, tensor in self.extra.items() if not name.endswith(gone)}
 
     def _native_conversions(self) -> list[WeightTransform]:
-        """The host's own transforms, for a model that has become dense: what a plain checkpoint of it looks like.
+        """The host's own transforms, which save a dequantized model as a plain checkpoint.
 
-        Renamings only if the files used them, as in the host: what was not renamed is not renamed back.
+        Renamings only if the files used them, as in the host: keys that were not renamed are not renamed back.
         """
         return [c for c in self._host_conversions if isinstance(c, WeightConverter) or c.was_used()]
 
     def _conversions_of_dense_experts(self) -> list[WeightTransform]:
-        """The host's own for a model whose Linears are quantized, and nothing else."""
+        """Transforms for a model of which only Linears are quantized: the host's own, and renamings of keys."""
         return [*self._native_conversions(), *(c for c in self.conversions if isinstance(c, KeyRenaming))]
 
     # -- saving and converting back --
@@ -352,13 +353,13 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         return {**state, **extra}, {}
 
     def _file_names(self, layout: Layout) -> dict[str, str]:
-        """Name under which a tensor is handed to the saver -> key of the files, of all but dense ones."""
+        """Name under which a tensor is passed to the saver -> key in the files, for all but dense tensors."""
         weights = [w for w in [*layout.scan.weights, *layout.scan.host] if w.target and w.part is None]
         named = {w.saved[role]: key for w in weights for role, key in w.keys.items()}
         return named | layout.extra | (self.unplaced.keys if self.unplaced is not None else {})
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get those back as they are."""
+        """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get them back unchanged."""
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
         model._weight_conversions = self._native_conversions()  # the host may have dropped them with the config
@@ -367,8 +368,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.host is not None:
             raise UnsupportedError(
-                "model.dequantize(): some of the model's layers are of other formats, which transformers runs; "
-                "load it with FP8Config(dequantize=True) instead"
+                "model.dequantize(): some layers have other formats than FP8, which transformers runs; "
+                "load the model with FP8Config(dequantize=True) instead"
             )
         swap_back(model, dtype, default=dtype_of(model))
         setattr(model, NOTES, {})
@@ -387,5 +388,5 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         return True
 
-    # A weight's companions, for the host's tensor-parallel plans.
+    # The tensors that belong to a weight, for the host's tensor-parallel plans.
     serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT_SCALE, INPUT_SCALE]}

@@ -1,4 +1,4 @@
-"""Puts hf_fp8 in the host's place for compressed-tensors checkpoints with FP8 groups, and takes it out again."""
+"""Registers hf_fp8 in the host (transformers) for compressed-tensors checkpoints with FP8 groups, and unregisters it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 def register() -> None:
-    """Take over checkpoints with FP8 groups in `from_pretrained`. Called on import; harmless when repeated."""
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_for  # `register_quantizer` refuses a method that the host has
+    """Make `from_pretrained` load checkpoints with FP8 groups through hf_fp8. Called on import; harmless when repeated."""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_for  # `register_quantizer` refuses methods that the host has
     if OUR_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(OUR_METHOD)(FP8HfQuantizer)
         auto.register_quantization_config(OUR_METHOD)(FP8Config)
@@ -38,9 +38,9 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give the host and other libraries their own behaviour back.
+    """Restore the original behaviour of the host and other libraries.
 
-    Plain pickles of FP8 tensors stay readable, and adapters that are on quantized layers go on merging on float copies.
+    Plain pickles of FP8 tensors stay readable, and adapters that are on quantized layers still merge on float copies.
     """
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = CompressedTensorsHfQuantizer
     auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
@@ -50,7 +50,7 @@ def unregister() -> None:
 
 
 def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
-    """Ours for a config with FP8 groups, the host's for any other."""
+    """An FP8HfQuantizer for a config with FP8 groups, the host's quantizer for any other."""
     if not isinstance(quantization_config, FP8Config):
         written = quantization_config.to_dict()
         if not concerns_fp8(written):
@@ -60,17 +60,17 @@ def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
 
 
 def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host's function, with the checkpoint's config and the user's merged by us where FP8 is concerned.
+    """The host's function; for FP8, the checkpoint's config and the user's are merged here (`merge`).
 
-    The host's own merge demands that both are of one class, and so refuses an FP8Config, or a dict,
+    The host's own merge requires that both are of one class, so it refuses an FP8Config, or a dict,
     for a checkpoint whose config it reads as its own class.
     """
     if is_request(found := getattr(config, "quantization_config", None)):
         quantization_config = found if quantization_config is None else quantization_config
-        config.quantization_config = None  # so that config.json is looked at
+        config.quantization_config = None  # so that config.json is read
     written, before = checkpoint_config(config), _earlier_config(config)
     if vars(config).get("quantization_config", ...) is None:
-        # The host's Auto classes take ``quantization_config=None`` for a setting of the model's config, and overwrite it.
+        # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
         written, before = written or before, None
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
@@ -80,10 +80,10 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return _host_door(config, None, *args, **kwargs)
     if before is not None and concerns_fp8(before):
-        # The config of a model that was loaded from FP8 and made dense, or int8: the files will tell which they are.
+        # The config of a model that was loaded from FP8 and then dequantized, or made int8: the files decide.
         if asks_to_quantize(quantization_config):
             raise ConfigError(
-                "the `config` that was passed is of a model loaded from an FP8 checkpoint, and quantization_config says how to "
+                "the `config` that was passed is of a model loaded from an FP8 checkpoint, but quantization_config requests to "
                 "quantize a dense one: leave `config` out, or the scheme (config_groups)"
             )
         config.quantization_config = merge(before, quantization_config)
@@ -95,7 +95,7 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
 
 
 def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, asked: FP8Config) -> CompressedTensorsConfig:
-    """What the host is to load a checkpoint with that is not FP8: dense, or of formats that are the host's (`written`)."""
+    """The config with which the host loads a checkpoint that is not FP8: dense, or in the host's formats (`written`)."""
     if asked.scheme is not None or asked.spec.fp8_groups:
         return _for_quantizing(config, asked)
     if written is None:
@@ -106,14 +106,14 @@ def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, 
     if asked.backend != "auto":
         raise ConfigError(
             f"FP8Config(backend={asked.backend!r}) was passed, but no config group of the checkpoint is FP8 "
-            f"({', '.join(written.get('config_groups') or ['none'])}): there is nothing for that backend to run. "
-            "Checkpoints that hold int8 or int4 already are run by transformers itself: load them without a backend"
+            f"({', '.join(written.get('config_groups') or ['none'])}): that backend has nothing to run. "
+            "transformers itself runs int8 and int4 checkpoints: load them without a backend"
         )
     return CompressedTensorsConfig(dequantize=asked.dequantize)
 
 
 def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
-    """A config of its own for this load, which a plan fills. Raises ConfigError for checkpoints that are quantized already."""
+    """A new config for this load, which the plan completes. Raises ConfigError for checkpoints that are quantized already."""
     new = for_quantizing(asked)
     for part in (config, config.get_text_config(decoder=True)):
         found = next((found for key in _CONFIG_KEYS if (found := getattr(part, key, None)) is not None), None)
@@ -122,7 +122,7 @@ def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
             method = plain(written.get("quant_method", METHOD))
             raise ConfigError(
                 f"scheme={new.scheme!r} quantizes dense checkpoints, and this one is quantized already ({method}): leave the "
-                "scheme out to load it as it is"
+                "scheme out to load it unchanged"
             )
     return new
 
@@ -130,13 +130,13 @@ def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
 def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     """The compressed-tensors config of a model, as JSON; None if it has none, or one of another method.
 
-    Looks where the host does, and under `compression_config`, the key that writers used in 2024.
+    Reads the keys that the host reads, and `compression_config`, the key that writers used in 2024.
     """
     return _written((config, config.get_text_config(decoder=True)))
 
 
 def _written(parts: Iterable[Any]) -> dict[str, Any] | None:
-    """What the first of `parts` that says anything of quantization says; they are configs, or the JSON of configs."""
+    """The first quantization config in `parts` (configs, or their JSON), as JSON; None if it is of another method."""
     for part in parts:
         for key in _CONFIG_KEYS:
             found = (part if isinstance(part, dict) else vars(part)).get(key)
@@ -149,26 +149,26 @@ def _written(parts: Iterable[Any]) -> dict[str, Any] | None:
 
 
 def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """What the checkpoint of `config` says of its quantization where `config` does not say it, or no longer; None if nothing.
+    """The quantization config in the checkpoint's files if `config` lacks it; None if there is none.
 
-    Users pass the config of a loaded model on: ``from_pretrained(same_checkpoint, config=model.config)``. That of a model
-    which has become dense says nothing of FP8, and the host would take the codes for values.
+    Users pass on the config of a loaded model: ``from_pretrained(same_checkpoint, config=model.config)``. If that model was
+    dequantized, its config no longer mentions FP8, and the host would load codes as values.
     """
     found = getattr(config, "quantization_config", None)
     if isinstance(found, FP8Config) and found.spec.origin is not None:
-        return found.spec.origin.to_json()  # has become int8
+        return found.spec.origin.to_json()  # the model was made int8
     if found is not None or not config.name_or_path:
         return None
     try:
         on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)
-    except OSError:  # not in the default cache: nothing to hold against
+    except OSError:  # not in the default cache: there is nothing to compare with
         return None
     return _written(part for part in (on_disk, on_disk.get("text_config")) if isinstance(part, dict))
 
 
 def merge(written: dict[str, Any], passed: Any) -> FP8Config:
-    """The checkpoint's config with the user's loading options. The rest of what the user passed has no say, so what it says of
-    the weights has to agree. Raises ConfigError where it does not, and for what cannot be understood."""
+    """The checkpoint's config with the user's loading options. Other options that the user passed have no effect, so they must
+    agree with the checkpoint. Raises ConfigError if they do not, and for configs that are not valid."""
     asked = asked_for(passed)
     found = FP8Config(**asked.get_loading_attributes(), checkpoint=written)
     if asked.checkpoint is not None:

@@ -1,4 +1,4 @@
-"""What is said in the log about a checkpoint that was loaded, or quantized while loading."""
+"""Log messages about a checkpoint that was loaded, or quantized while loading."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ..loading.layout import Layout
 from .config import FP8Config
 
 logger = logging.get_logger(__name__)
-KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 anywhere, in half their memory; on CPUs it is slower."
+KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 on any device, in half the memory; on CPUs it is slower."
 
 
 def report_planned(config: FP8Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Of a dense checkpoint that is quantized while it is loaded."""
+    """Log that a dense checkpoint, quantized while loading, runs slowly on this device."""
     slow = why_not_kept(device, dtype)
     if slow and config.backend == "auto":
         logger.warning(
-            f"hf_fp8: what was just quantized stays in FP8, inputs rounded, on {device.type} too, which is slow ({slow}). "
-            "Saved and loaded again it runs as suits the device; backend='weight_only' is faster"
+            f"hf_fp8: newly quantized FP8 layers, which quantize their inputs, are slow on {device.type} ({slow}). "
+            "Save and reload the model, so that it is loaded as suits the device; or use backend='weight_only', which is faster"
         )
 
 
 def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str | None, carried: bool) -> None:
-    """Of an FP8 checkpoint. because: why its Linears are dense, None if they are not. carried: whether the tensors that the
-    model has no place for will be written back."""
+    """Log how an FP8 checkpoint was loaded. because: why its Linears are dequantized, None if they are not. carried: whether
+    the tensors that the model has no place for will be written back."""
     merged = any(weight.is_expert for weight in layout.scan.weights)
     if because is not None and layout.dense and because != "dequantize=True":
         logger.warning(
             f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {dtype} "
-            f"while loading ({because}), and the model saves as a plain dense one. "
+            f"while loading ({because}), and the model is saved as a plain dense one. "
             "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8; backend='int8' is the fast one on CPUs."
             + (f" {KEEP_EXPERTS}" if merged else "")
         )
@@ -41,7 +41,7 @@ def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str |
         hint = f" {KEEP_EXPERTS}" if any("experts='auto'" in reason for reason in layout.reasons.values()) else ""
         logger.warning(f"hf_fp8: parameters held in {dtype} and {saved}: {by_reason(layout.reasons)}.{hint}")
     if config.experts == "fp8" and not merged:
-        logger.warning("hf_fp8: experts='fp8' was asked for, but the checkpoint has no experts that the model holds merged.")
+        logger.warning("hf_fp8: experts='fp8' has no effect: the checkpoint has no experts that the model holds merged.")
     if layout.scan.cache and because is None:
         logger.warning(
             "hf_fp8: the checkpoint's KV-cache scales are kept and written back, but not applied: the cache stays in the dtype "
@@ -52,7 +52,7 @@ def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str |
         lacking = [weight.name for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights]
         routed = config.backend in ("auto", "scaled_mm") and any(name in layout.input_scales for name in lacking)
         logger.warning(
-            f"hf_fp8: {len(said)} static input scales are no scales ({'; '.join(said[:8])}{'; ...' if len(said) > 8 else ''}). "
+            f"hf_fp8: {len(said)} static input scales are not valid ({'; '.join(said[:8])}{'; ...' if len(said) > 8 else ''}). "
             + ("Tokens that are routed to those experts give NaN" if routed else "Nothing that runs here uses them")
         )
     _report_unplaced(layout, carried)
@@ -64,6 +64,6 @@ def _report_unplaced(layout: Layout, carried: bool) -> None:
     keys = layout.unplaced.values()
     said = f"hf_fp8: the model has no place for {len(keys)} tensors of the files ({some(keys)})"
     if carried:
-        logger.info(f"{said}: they are read again when it is saved, and written back as they are")
+        logger.info(f"{said}: they are read again when it is saved, and written back unchanged")
     else:
-        logger.warning(f"{said}: they are dropped, and will not be in what is saved")
+        logger.warning(f"{said}: they are dropped, and will not be saved")

@@ -1,4 +1,4 @@
-"""What users pass as `quantization_config`, in whatever words, as an FP8Config; and whether a checkpoint agrees with it."""
+"""Converts what users pass as `quantization_config` to an FP8Config, and checks that a checkpoint agrees with it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .options import DEFAULTS, LOADING
 
 logger = logging.get_logger(__name__)
 
-# What the `quantization_config` of a checkpoint may hold: files have more than the library reads.
+# The keys that a checkpoint's `quantization_config` may contain: files have more than compressed-tensors reads.
 _OF_CHECKPOINTS = {*QuantizationConfig.model_fields, "version", "sparsity_config", "transform_config"}
 
 
 def is_for_us(passed: Any) -> bool:
-    """Whether `passed` means an FP8Config: it is one, or a dict of our options, or it has FP8 groups in stock's words."""
+    """Whether `passed` stands for an FP8Config: it is one, a dict of its options, or a compressed-tensors config (object or
+    dict) with FP8 groups."""
     if isinstance(passed, Mapping):
         return _are_options(passed) or (plain(passed.get("quant_method")) in (None, *METHODS) and concerns_fp8(plain(passed)))
     if isinstance(passed, FP8Config):
@@ -32,14 +33,14 @@ def is_for_us(passed: Any) -> bool:
 
 
 def is_stock(passed: Any) -> bool:
-    """Whether it is stock's own class."""
+    """Whether it is transformers' own CompressedTensorsConfig."""
     return isinstance(passed, CompressedTensorsConfig) and not isinstance(passed, FP8Config)
 
 
 def is_request(found: Any) -> bool:
-    """Whether a model's `quantization_config` says nothing of a checkpoint, but what a user would like of it.
+    """Whether a model's `quantization_config` holds options that a user requested, instead of a checkpoint's config.
 
-    ``AutoConfig.from_pretrained(name, quantization_config=...)`` puts that in the place of what config.json has.
+    ``AutoConfig.from_pretrained(name, quantization_config=...)`` replaces the config of config.json by such options.
     """
     if isinstance(found, Mapping):
         return bool(found) and _are_options(found)
@@ -53,7 +54,7 @@ def _are_options(passed: Mapping[str, Any]) -> bool:
 
 
 def asked_for(passed: Any) -> FP8Config:
-    """`passed` as an FP8Config, with a `checkpoint` if it has `config_groups` in stock's words. None asks for nothing.
+    """`passed` as an FP8Config, with a `checkpoint` if it has `config_groups` as in compressed-tensors. None: the defaults.
 
     Raises ConfigError for configs of other methods, and unknown options.
     """
@@ -65,15 +66,15 @@ def asked_for(passed: Any) -> FP8Config:
         dequantize = dequantize_of({"dequantize": passed.dequantize, "use_optimized_inference": passed.use_optimized_inference})
         said = None if passed.quantization_config is None else plain(passed.to_dict())
         if said is not None and not said["config_groups"]:
-            raise ConfigError("the quantization_config that was passed has no config_groups: hf_fp8 quantizes by them alone")
+            raise ConfigError("the quantization_config that was passed has no config_groups, which hf_fp8 needs")
         return FP8Config(dequantize=dequantize, checkpoint=said)
     if isinstance(passed, Mapping):
         found: FP8Config = FP8Config.from_dict(passed)
         unknown = set() if found.checkpoint is None else set(found.checkpoint) - _OF_CHECKPOINTS
         if unknown:
             raise ConfigError(
-                f"quantization_config has no option {', '.join(map(repr, sorted(unknown)))}; beside config_groups a dict may "
-                f"set {', '.join(LOADING)}"
+                f"quantization_config has no option {', '.join(map(repr, sorted(unknown)))}; in addition to config_groups a "
+                f"dict may set {', '.join(LOADING)}"
             )
         return found
     raise ConfigError(
@@ -83,7 +84,7 @@ def asked_for(passed: Any) -> FP8Config:
 
 
 def asks_to_quantize(passed: Any) -> bool:
-    """Whether `passed` says how to quantize a dense checkpoint: it has a scheme, or groups that no loaded model has."""
+    """Whether `passed` requests to quantize a dense checkpoint: it has a scheme, or FP8 groups that no loaded model has."""
     if isinstance(passed, FP8Config):
         return passed.scheme is not None and passed.checkpoint is None
     asked = asked_for(passed)
@@ -91,10 +92,10 @@ def asks_to_quantize(passed: Any) -> bool:
 
 
 def for_quantizing(asked: FP8Config) -> FP8Config:
-    """A config of its own that quantizes a dense checkpoint as `asked` says: by its scheme, or by the groups that it has in
-    stock's words. What those do not ignore is quantized, the output embedding and routers, too.
+    """A new config that quantizes a dense checkpoint as `asked` says: by its scheme, or by its groups as in
+    compressed-tensors. Groups quantize all that they match and do not ignore, including the output embedding and routers.
 
-    Raises ConfigError for groups that are not FP8, UnsupportedError for what is no group.
+    Raises ConfigError for groups that are not FP8, UnsupportedError for a `kv_cache_scheme`.
     """
     if asked.scheme is not None or asked.checkpoint is None:
         return asked.afresh()
@@ -107,18 +108,18 @@ def for_quantizing(asked: FP8Config) -> FP8Config:
 
 
 def refuse_other_groups(asked: QuantizationSpec, found: QuantizationSpec) -> None:
-    """Hold the groups that a user has passed against those of the checkpoint, whose files are what they are.
+    """Compare the groups that a user has passed with those of the checkpoint, which are the ones that are run.
 
-    Raises ConfigError for other groups: what would be run is not what was asked for. Names to ignore may be other spellings
-    of the same, so they are but warned of.
+    Raises ConfigError if a group differs. Different names in `ignore` only log a warning, since one module can be named in
+    several ways.
     """
     said = asked.origin or asked
     for group in said.groups:
         if _meaning(group) not in map(_meaning, found.groups):
             raise ConfigError(
                 f"the quantization_config that was passed has {_describe(group)}, but the checkpoint is FP8 already, with "
-                f"{'; '.join(map(_describe, found.groups))}: leave config_groups out to load it as it is, or quantize the "
-                "dense checkpoint that it was made of"
+                f"{'; '.join(map(_describe, found.groups))}: leave config_groups out to load it unchanged, or quantize the "
+                "dense checkpoint that it was quantized from"
             )
     if said.kv_cache_scheme is not None and found.kv_cache_scheme is None:
         raise ConfigError(
@@ -126,12 +127,12 @@ def refuse_other_groups(asked: QuantizationSpec, found: QuantizationSpec) -> Non
         )
     if other := [name for name in said.ignore if name not in found.ignore]:
         logger.warning(
-            f"hf_fp8: {', '.join(other)}: in the `ignore` that was passed, not in the checkpoint's, which is what counts"
+            f"hf_fp8: {', '.join(other)}: in the `ignore` that was passed, but not in the checkpoint's `ignore`, which is used"
         )
 
 
 def _meaning(group: Group) -> tuple[Any, ...]:
-    """What two groups have in common that say the same, whatever their names and observers."""
+    """A key that is equal for two groups that mean the same, whatever their names and observers."""
     if group.scheme is not None:
         return frozenset(group.targets), group.scheme
     parts = (group.parsed.weights, group.parsed.input_activations, group.parsed.output_activations)

@@ -1,4 +1,4 @@
-"""What has to be seen to before a model is saved: what the config says of it, and what others would misread."""
+"""Checks and config updates before saving. "The host" is transformers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .config import FP8Config
 
 logger = logging.get_logger(__name__)
 _HALVES = (torch.bfloat16, torch.float16)
-# Where a model that has become dense keeps the dtypes of the files: parameter -> dtype.
+# The attribute of a dequantized model that holds the dtypes of the files: parameter -> dtype.
 FILE_DTYPES = "_hf_fp8_file_dtypes"
 
 
 def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Iterable[str] = ()) -> None:
-    """Say in the config which Linears are dense: a new head, a layer that was replaced; and drop groups without one.
+    """Add Linears that are now dense (a new head, a layer that was replaced) to `ignore`, and drop groups without weights.
 
-    carried: keys of the files that are written back though the model has no place for them.
+    carried: keys of the files that are written back although the model has no place for them.
     """
     found, dense = set[str](), _resized(model, layout)
     restored = {name.removesuffix(f".{WEIGHT}") for p in layout.dense.values() for name in (p.name, *p.others)}
@@ -53,7 +53,7 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Ite
 
 
 def _resized(model: nn.Module, layout: Layout) -> list[str]:
-    """The modules whose weight, multiplied out of FP8, has got another shape since (new tokens): they are dense for good."""
+    """The modules whose dequantized weight was resized since loading (new tokens): they stay dense permanently."""
     found = []
     for name, parameter in list(layout.dense.items()):
         weight = parameter.weights[0] if parameter.weights else None
@@ -65,8 +65,8 @@ def _resized(model: nn.Module, layout: Layout) -> list[str]:
 
 
 def modules_of_host(layout: Layout) -> dict[str, list[str]]:
-    """Group that the host runs -> names of the modules whose weights the files hold in its form: its patterns may take in
-    others, and take for ever."""
+    """Group that the host runs -> names of the modules whose weights the files hold in its format. (The group's own patterns
+    may match other modules, and matching them may take extremely long.)"""
     found: dict[str, list[str]] = {}
     for weight in layout.scan.host:
         if weight.target and weight.pattern is None:
@@ -75,17 +75,17 @@ def modules_of_host(layout: Layout) -> dict[str, list[str]]:
 
 
 def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
-    """Whether experts that were in FP8 are dense now (adapters were merged into them so); then the config says it.
+    """Whether experts that were in FP8 are dense now (adapters were merged into them so); then adds them to `ignore`.
 
-    Raises UnsupportedError if only some of them are: a family's files are of one form.
+    Raises UnsupportedError if only some of them are: the files hold all experts of a model in one form.
     """
     gone = [name for name in layout.experts if not _holds_codes(model.get_submodule(name))]
     if not gone:
         return False
     if len(gone) < len(layout.experts) or layout.dense:
         raise UnsupportedError(
-            f"{gone[0]} is dense now, and other experts are in FP8, which cannot be saved beside it: merge adapters into all "
-            "of them in one way (hf_fp8.merging), or call model.dequantize() first to save a dense model"
+            f"{gone[0]} is dense now, and other experts are in FP8: they cannot be saved together. Merge adapters into all "
+            "of them in the same way (hf_fp8.merging), or call model.dequantize() first to save a dense model"
         )
     targets = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
     weights = [weight for weight in layout.scan.weights if weight.target in targets]
@@ -100,49 +100,49 @@ def _holds_codes(module: nn.Module) -> bool:
 
 
 def is_dense_now(model: nn.Module, layout: Layout) -> bool:
-    """Whether nothing is left to be written in FP8 of a model that held some: all layers have been replaced."""
+    """Whether the model has no weight left that is written in FP8: all quantized layers have been replaced."""
     return not layout.dense and not _holds_codes(model)
 
 
 def refuse_unwritable(model: nn.Module) -> None:
-    """Raise for layers that others would misread: CalibrationError for scales that have yet to be measured, which are NaN,
-    UnsupportedError for convolutions, which no config group can speak of, StaleError for codes of a weight that was changed."""
+    """Raise for layers that other libraries would misread: CalibrationError for input scales that are not measured yet (NaN),
+    UnsupportedError for convolutions, which no config group can describe, StaleError for codes of a weight that was changed."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             module.refuse_stale(name)
         if isinstance(module, QuantizedConv1x1):
             raise UnsupportedError(
-                f"{name} is a convolution in FP8, which the compressed-tensors format has no word for: save with "
+                f"{name} is a convolution in FP8, which the compressed-tensors format cannot describe: save with "
                 "hf_fp8.save_quantized, or quantize without conv1x1"
             )
     waiting = [name for name, module in model.named_modules() if getattr(module, "needs_calibration", False)]
     if waiting:
         raise CalibrationError(
-            f"{len(waiting)} layers (such as {waiting[0]}) have no input scale yet, and cannot be saved: run some data through "
+            f"{len(waiting)} layers (for example {waiting[0]}) have no input scale yet, and cannot be saved: run data through "
             "the model under `with hf_fp8.calibrate(model):` first"
         )
 
 
 def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
-    """Say so if transformers cannot load what is about to be saved, or serving engines cannot."""
+    """Log a warning if transformers or serving engines cannot load the model that is about to be saved."""
     if config.backend == "int8":
         _warn_of_dense_experts(getattr(model, "_weight_conversions", None) or ())
     _warn_of_torn(model, config)
 
 
 def _warn_of_dense_experts(conversions: Iterable[Any]) -> None:
-    """Up to 5.24 transformers takes the experts that a class stacks for quantized as soon as anything is, whatever `ignore`
+    """Up to 5.24, transformers assumes that stacked experts are quantized as soon as any module is, whatever `ignore`
     says."""
     if any(isinstance(c, WeightConverter) and any("*" in s for s in c.source_patterns) for c in conversions):
         logger.warning(
-            "hf_fp8: the Linears of this mixture are saved in int8 and its experts dense. transformers (at least up to 5.24) "
+            "hf_fp8: the Linears of this MoE model are saved in int8 and its experts dense. transformers (at least up to 5.24) "
             "cannot load that, as it looks for int8 experts. To load it there, save it in FP8 (another backend), or dense "
             "(FP8Config(dequantize=True))."
         )
 
 
 def _warn_of_torn(model: nn.Module, config: FP8Config) -> None:
-    """Parts of what serving engines run as one layer may be stored in different ways (`serving.torn`)."""
+    """Log a warning if layers that serving engines run as one are saved in different schemes (`serving.torn`)."""
     schemes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -154,7 +154,7 @@ def _warn_of_torn(model: nn.Module, config: FP8Config) -> None:
 
 
 def any_number(name: str) -> str:
-    """A target of a config that matches `name` with any layer and expert."""
+    """A config target that matches `name` with any layer and expert number."""
     return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
 
 
@@ -164,10 +164,10 @@ def restore_dtypes(
     dtypes: Mapping[str, torch.dtype],
     beyond: torch.dtype | None = None,
 ) -> None:
-    """Give tensors of `state` that the model holds wider than they were read their dtype back, where nothing is lost by it.
+    """Cast tensors of `state` that the model holds in a wider dtype back to that of the files, if it loses nothing.
 
-    dtypes: name -> dtype in the files. beyond: only what is wider than this one, that of a model which is new, or was asked
-    for in it. Names that share a tensor (tied weights) get one. What is offloaded is read back.
+    dtypes: name -> dtype in the files. beyond: cast only tensors wider than this one, which is the dtype of a newly quantized
+    model, or the one that a user requested. Names that share a tensor (tied weights) still do. Offloaded tensors are read.
     """
     names = [name for name, dtype in dtypes.items() if name in state and is_widened(state[name].dtype, dtype, beyond)]
     if not names:
@@ -184,21 +184,21 @@ def restore_dtypes(
 
 
 def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give the host's modules, which it decompresses at the first forward, their stored form back in `state`."""
+    """Compress weights of the host's modules again in `state`: the host decompresses them at the first forward."""
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
             continue
         own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        # In float32: a quotient rounded to 16 bits may come out beside the code that it was.
+        # In float32: a quotient rounded to 16 bits may give a neighbour of the original code.
         wide = {key: tensor.float() if tensor.dtype in _HALVES else tensor for key, tensor in own.items()}
         compressed = compressor.compress(wide, scheme)
         back = compressor.decompress(dict(compressed), scheme)[WEIGHT].to(own[WEIGHT])
         compressed |= {key: tensor for key, tensor in own.items() if key in compressed and key != WEIGHT}
         if not torch.equal(back, own[WEIGHT]):
             raise UnsupportedError(
-                f"{name}.weight was changed since loading, and does not fit the {scheme.format} codes and scales that it came "
-                "with: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
+                f"{name}.weight was changed since loading, and its {scheme.format} codes and scales cannot represent the "
+                "change: saving would lose it. Load with FP8Config(dequantize=True) to edit and save such a model."
             )
         state.update({f"{name}.{key}": value for key, value in compressed.items()})

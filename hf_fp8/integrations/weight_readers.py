@@ -1,5 +1,6 @@
-"""Methods of a model's classes that read weights without being part of its forward (diffusers' `fuse_projections`) are given
-float copies of the layers that they read: they make dense layers of them, of their dtype.
+"""Gives float copies of quantized layers to methods that read weights outside of a forward (diffusers' `fuse_projections`).
+
+Such methods create dense layers from the weights, in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .patches import is_patched, patch
 
 
 def guard_readers(model: nn.Module) -> None:
-    """See to it that such methods of `model` and its parts, if they read a quantized layer, get float copies."""
+    """Wrap such methods of `model` and its submodules, if they read a quantized layer, so that they get float copies."""
     for module in model.modules():
         for (cls, name), paths in read_by_methods(type(module)).items():  # type: ignore[arg-type]  # as in `reads`
             if not is_patched(cls, name) and any(_quantized(module, path) is not None for path in paths):
@@ -37,9 +38,9 @@ def _on_float_copies(method: Any, paths: frozenset[str]) -> Any:
 
 @contextmanager
 def _float_copies(model: nn.Module, paths: frozenset[str]) -> Iterator[None]:
-    """Put float copies in the places of the quantized layers at `paths` for a while.
+    """Temporarily replace the quantized layers at `paths` by float copies.
 
-    Raises UnsupportedError if one was changed: the layer itself was not.
+    Raises UnsupportedError if a copy was changed, since the change is not in the layer.
     """
     copies: dict[str, tuple[QuantizedModule, nn.Module, dict[str, torch.Tensor]]] = {}
     for path in paths:
@@ -56,8 +57,8 @@ def _float_copies(model: nn.Module, paths: frozenset[str]) -> Iterator[None]:
     for path, (layer, copy, before) in copies.items():
         if not all(torch.equal(tensor, before[name]) for name, tensor in copy.named_parameters()):
             raise UnsupportedError(
-                f"{layer.called()} ({path} of a {type(model).__name__}) was changed by a method that computes with its weight, "
-                "and holds codes: the change is not kept. hf_fp8.dequantize_model(model) first"
+                f"{layer.called()} ({path} of a {type(model).__name__}) was changed by a method that computes with its weight. "
+                "It is a quantized layer: the change is not kept. Call hf_fp8.dequantize_model(model) first"
             )
 
 

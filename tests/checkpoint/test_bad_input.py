@@ -261,7 +261,7 @@ def test_state_dict_instead_of_files(tmp_path: Path) -> None:
         ({"backend": "fast"}, "backend='fast'"),
         ({"experts": "bf16"}, "experts='bf16'"),
         ({"experts": "fp8", "dequantize": True}, "experts='fp8'"),
-        ({"dequantize": True, "backend": "weight_only"}, "nothing for"),
+        ({"dequantize": True, "backend": "weight_only"}, "nothing in FP8 for"),
         ({"run": 1}, "'run'"),
     ],
 )

@@ -101,7 +101,7 @@ def test_what_was_passed_is_copied() -> None:
     (lambda: FP8Config.from_dict({"backnd": "int8", "quant_method": "hf_fp8", "bits": 8}), "'backnd', 'bits'"),
     (lambda: FP8Config.from_dict({"quant_method": "gptq", "bits": 8}), "'gptq'"),
     (lambda: FP8Config.from_dict([("backend", "int8")]), "a dict"),
-    (lambda: FP8Config.from_dict({"scheme": "FP8_DYNAMIC", "config_groups": {"group_7": GROUP}}), "both say"),
+    (lambda: FP8Config.from_dict({"scheme": "FP8_DYNAMIC", "config_groups": {"group_7": GROUP}}), "both select"),
     (lambda: FP8Config.from_dict({"checkpoint": {}, "backend": "int8"}), "'checkpoint'"),
     (lambda: FP8Config(quant_method="gptq"), "'gptq'"), (lambda: FP8Config(run_compressed=False), "'run_compressed'"),
     (lambda: FP8Config(dequantize="false"), "True or False"), (lambda: FP8Config(backend=["int8"]), "one of"),
@@ -466,7 +466,7 @@ def test_whole_configs_of_models_that_became_something_else(fp8: Path, tmp_path:
     dense = load(fp8, FP8Config(dequantize=True))
     moved = fp8.rename(tmp_path / "moved")
     for path, config in ((tmp_path / "int8", int8.config), (moved, dense.config)):
-        with pytest.raises(hf_fp8.FP8Error, match=r"int8 codes, which it says nothing of|no `quantization_config`"):
+        with pytest.raises(hf_fp8.FP8Error, match=r"int8 codes, which it does not describe|no `quantization_config`"):
             LlamaForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
 
 

@@ -280,7 +280,7 @@ def test_a_transformers_model_in_another_that_was_loaded(tmp_path: Path) -> None
     save_quantized(model, tmp_path / "outer")
     again = load_quantized(Outer(), tmp_path / "outer")
     assert torch.equal(run(again, IDS), run(model, IDS))
-    with pytest.raises(UnsupportedError, match="does not know of"):  # nothing in the files says how to save it
+    with pytest.raises(UnsupportedError, match="does not describe"):  # nothing in the files says how to save it
         again.lm.save_pretrained(tmp_path / "lm")
 
 

@@ -1,1 +1,1 @@
-"""What PEFT is taught about layers that hold codes."""
+"""Support for PEFT's adapters on quantized layers."""

@@ -1,4 +1,7 @@
-"""Adapters are made on a float copy of one layer at a time; kinds that would take codes for weights are refused."""
+"""Creates adapters on a float copy of one layer at a time; refuses kinds that would read codes as weights.
+
+Codes are the stored 8-bit values of a quantized layer.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,23 @@ from .merge import merge, merge_adapter, unload_and_optionally_merge, unload_sta
 from .merge_policy import finalize_merge, reporting
 from .state import RECORD, Record, has_offload_hook, innermost, record_of
 
-# Kinds of adapters that call the layer, and leave its weight alone or come through here for it.
-# Measured: outputs and gradients are those of the dequantized model, bit for bit (tests/test_adapter_kinds.py). HRA, FROD and
-# PEANUT gave other outputs without a word, HIRA, SHIRA, GLORA and SUPERTUNING torch's error.
+# Kinds of adapters that call the layer, and do not read its weight or read it through this package.
+# Measured: outputs and gradients are those of the dequantized model, bit for bit
+# (tests/integrations/peft/test_adapter_kinds.py). HRA, FROD and PEANUT gave other outputs without an error or warning; HIRA,
+# SHIRA, GLORA and SUPERTUNING raised an error of torch.
 SUPPORTED = frozenset(
     {
         "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GRALORA", "IA3", "LILY", "LOHA", "LOKR",
         "MISS", "OFT", "OSF", "PSOFT", "PVERA", "RANDLORA", "ROAD", "TINYLORA", "VBLORA", "VERA", "WAVEFT",
     }
 )  # fmt: skip
-# Those that take a 1x1 convolution in FP8 for one; the others ask for a kernel size.
+# Kinds that work on a 1x1 convolution in FP8; the others read a kernel size, which it does not have.
 ON_CONVOLUTIONS = frozenset({"LORA", "OFT", "IA3"})
-# Ways to start LoRA that leave the weight alone.
+# Values of init_lora_weights that do not change the weight.
 STARTS_BESIDE = (True, False, "gaussian", "orthogonal", "eva")
-# Ways to start LoRA from an analysis of the model's weights, made before adapters are.
+# Values of init_lora_weights that analyse the model's weights before the adapters are created.
 STARTS_FROM_CODES = ("corda", "lora_ga")
-# Methods of what is on quantized layers: of tuners, of adapters, and of those on stacks of experts (`ParamWrapper`).
+# Methods that are bound, on quantized layers, to tuners, to adapters, and to adapters on expert stacks (`ParamWrapper`).
 _OF_TUNERS: dict[str, Callable[..., Any]] = {
     "merge_adapter": merge_adapter,
     "unmerge_adapter": unmerge_adapter,
@@ -53,7 +57,7 @@ _OF_STACKS: dict[str, Callable[..., Any]] = {
 
 def inject_adapter(host: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; on quantized layers each adapter is made by `_create`, and the tuner reports what it merges into them."""
+        """PEFT's method; on quantized layers `_create` creates each adapter, and the tuner logs what it merges into them."""
         if not any(isinstance(module, QuantizedModule) for module in model.modules()):
             return host(self, model, adapter_name, *args, **kwargs)
         for name, method in _OF_TUNERS.items():
@@ -69,7 +73,7 @@ def inject_adapter(host: Any) -> Any:
 
 
 def _create(tuner: Any, config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
-    """`_create_and_replace` of a tuner, for a target that is a module or has adapters on it already."""
+    """`_create_and_replace` of a tuner, for a target that is a plain module or already has adapters."""
     create = partial(original(tuner, "_create_and_replace"), config, adapter)
     holder = innermost(target)
     base: Any = target if holder is None else holder.base_layer
@@ -82,11 +86,11 @@ def _create(tuner: Any, config: Any, adapter: str, target: Any, name: str, paren
         new = _create_on_copy(create, config, key, base, target, name, parent, *rest, **more)
     else:
         if holder is not None and not _starts_beside(config):
-            _refuse_while_merged(holder, key)  # into a layer that has become dense by it
+            _refuse_while_merged(holder, key)  # the layer became dense by merging
         create(target, name, parent, *rest, **more)
     layer = getattr(parent, name)
     if not hasattr(layer, "base_layer"):
-        layer = target  # a wrapper of experts that has got another adapter: `parent` is the innermost then
+        layer = target  # a wrapper of experts that got another adapter: `parent` is then the innermost wrapper
     holder = innermost(layer)
     if isinstance(base, QuantizedModule):
         holder.base_layer = new
@@ -98,9 +102,9 @@ def _create(tuner: Any, config: Any, adapter: str, target: Any, name: str, paren
 def _create_on_copy(
     create: Any, config: Any, key: str, base: QuantizedModule, target: Any, name: str, parent: Any, *rest: Any, **more: Any
 ) -> nn.Module:
-    """Have an adapter made on a float copy of `base`, called `key`. Returns what is to be below the adapter: `base`, or a new
-    layer if making it has changed the copy. If it raises, all is as before."""
-    # PEFT may be making all that is new on the meta device (low_cpu_mem_usage): not the copy.
+    """Create an adapter on a float copy of `base`, whose name is `key`. Returns the layer for the adapter to wrap: `base`, or
+    a new layer if the copy was changed. If it raises, nothing is changed."""
+    # PEFT may create new modules on the meta device (low_cpu_mem_usage), but the copy has to hold values.
     here = import_module("peft.utils.integrations").skip_init_on_device
     holder = innermost(target)
     stand_in = here(_copy_to_read)(base)
@@ -123,7 +127,7 @@ def _create_on_copy(
 
 
 def _keep(record: Record, layer: Any) -> None:
-    """Note the adapters from `layer` inwards, and have them do what they do to codes by way of this package."""
+    """Record the adapters from `layer` inwards, and bind this package's methods to them."""
     while hasattr(layer, "base_layer"):
         if not any(layer is known for known in record.layers):
             record.layers.append(layer)
@@ -135,7 +139,7 @@ def _keep(record: Record, layer: Any) -> None:
 
 
 def _copy_to_read(base: QuantizedModule) -> nn.Module:
-    """What PEFT takes for the layer while it makes an adapter. Of experts it reads shapes alone."""
+    """The float copy on which PEFT creates an adapter. Of experts PEFT reads only shapes, so they get no values."""
     dtype = base.original_dtype or torch.bfloat16
     with _onloaded(base):
         copied = base.outline(dtype) if isinstance(base, QuantizedExperts) else base.to_dense(dtype)
@@ -156,9 +160,9 @@ def _onloaded(base: QuantizedModule) -> Iterator[None]:
 
 
 def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
-    """Whether making the adapter left the weight as it was: some (PiSSA, OLoRA) take out of it what they start with.
+    """Whether creating the adapter left the weight unchanged: some (PiSSA, OLoRA) subtract their initial values from it.
 
-    Raises UnsupportedError if one did so to an offloaded layer.
+    Raises UnsupportedError if the weight of an offloaded layer was changed.
     """
     if not isinstance(base, QuantizedLinear) or _starts_beside(config):
         return True
@@ -166,8 +170,8 @@ def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
         untouched = torch.equal(stand_in.weight.flatten(1), base.restored_weight(stand_in.weight.dtype))
     if not untouched and has_offload_hook(base):
         raise UnsupportedError(
-            "this kind of start changes the weights, which are offloaded, and would have to be written back: load the model "
-            "without offloading, or start with init_lora_weights=True"
+            "this initialisation of the adapter changes the weights, which are offloaded, and would have to be written back: "
+            "load the model without offloading, or use init_lora_weights=True"
         )
     return untouched
 
@@ -177,29 +181,29 @@ def _starts_beside(config: Any) -> bool:
 
 
 def _refuse_while_merged(holder: Any, name: str) -> None:
-    """Raise UnsupportedError if adapters are merged into the layer: unmerging would bring the weight back as it was."""
+    """Raise UnsupportedError if adapters are merged into the layer: unmerging would restore its original weight."""
     record = record_of(holder)
     if record is not None and record.unmerged is not None:
         raise UnsupportedError(
-            f"this kind of start changes the weight of {name}, into which other adapters are merged: unmerge them first"
+            f"{name}: this initialisation changes the weight, into which other adapters are merged: unmerge them first"
         )
 
 
 def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None) -> None:
-    """Raise UnsupportedError for adapters that would take codes for weights."""
+    """Raise UnsupportedError for adapters that would read codes as weights."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in SUPPORTED:
         raise UnsupportedError(
-            f"{kind} adapters compute with the weights of {name} themselves, which are codes in a {type(base).__name__}. "
-            f"{', '.join(sorted(SUPPORTED))} work; for others load with FP8Config(dequantize=True)"
+            f"{kind} adapters read the weight of {name}, which holds codes (it is a {type(base).__name__}). "
+            f"Supported are {', '.join(sorted(SUPPORTED))}; for others load with FP8Config(dequantize=True)"
         )
     reads = None
     if getattr(config, "kasa_config", None) is not None:
-        reads = "kasa_config truncates the weight, if need be in the first forward"
+        reads = "kasa_config truncates the weight, possibly in the first forward"
     elif kind == "MISS" and config.init_weights not in (True, False):
         reads = f"init_weights={config.init_weights!r} computes with the weight"
     elif isinstance(base, QuantizedConv1x1) and (kind not in ON_CONVOLUTIONS or getattr(config, "use_dora", False)):
-        reads = f"only {', '.join(sorted(ON_CONVOLUTIONS))} (no DoRA) go on convolutions in FP8"
+        reads = f"only {', '.join(sorted(ON_CONVOLUTIONS))} (no DoRA) work on convolutions in FP8"
     elif getattr(config, "use_dora", False) and has_offload_hook(base):
         reads = "DoRA reads the weight in each forward, and it is offloaded"
     if reads is not None:
@@ -207,14 +211,14 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
     start = getattr(config, "init_lora_weights", True)
     if start in STARTS_FROM_CODES:
         raise UnsupportedError(
-            f"init_lora_weights={start!r} looks at the model's weights before the adapters are made, and would take the codes "
-            f"of {name} for weights: choose another, or load with FP8Config(dequantize=True)"
+            f"init_lora_weights={start!r} looks at the model's weights before the adapters are created, and would read the "
+            f"codes of {name} as weights: choose another value, or load with FP8Config(dequantize=True)"
         )
     if parameter is not None and isinstance(base, QuantizedLinear):
         leaf = name.removesuffix(f".{parameter}").rpartition(".")[2]
         raise UnsupportedError(
             f"target_parameters names {name}, the weight of a Linear: PEFT would add to its codes. "
-            f"target_modules=[{leaf!r}] is the same adapter, and works"
+            f"Use target_modules=[{leaf!r}], which is the same adapter"
         )
 
 
@@ -222,9 +226,7 @@ def refuse_all(why: str) -> Any:
     def refuse_all(host: Any) -> Any:
         def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(module, QuantizedModule) for module in model.modules()):
-                raise UnsupportedError(
-                    f"{why}. Its adapters could take codes for weights: load with FP8Config(dequantize=True)"
-                )
+                raise UnsupportedError(f"{why}. Its adapters could read codes as weights: load with FP8Config(dequantize=True)")
             return host(self, model, *args, **kwargs)
 
         return inject_adapter

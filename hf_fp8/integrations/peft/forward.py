@@ -1,4 +1,4 @@
-"""The two adapters that do more in a forward than call the layer: those on stacks of experts, and DoRA."""
+"""The two kinds of adapters whose forward needs more than a call of the layer: those on expert stacks, and DoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .state import innermost
 
 @contextmanager
 def activate_lora(layer: Any, active_adapters: list[str]) -> Iterator[None]:
-    """`ParamWrapper._activate_lora`: QuantizedExperts multiply with adapters themselves; PEFT would add them to the codes."""
+    """`ParamWrapper._activate_lora`: QuantizedExperts apply adapters themselves; PEFT would add them to the codes."""
     base = layer.get_base_layer()
     if isinstance(base, QuantizedExperts):
         names = [name for name in active_adapters if name in layer.lora_A]
@@ -31,7 +31,7 @@ def activate_lora(layer: Any, active_adapters: list[str]) -> Iterator[None]:
 def _factors(layer: Any, base: QuantizedExperts, name: str) -> LowRank:
     """The matrices of an adapter on a stack, as PEFT's `ParamWrapper.get_delta_factors` reads them.
 
-    It multiplies them in the family's layout, (E, N, K) or its transpose, and takes Llama-4's for the other one.
+    PEFT multiplies them in the layout of the model family, (E, N, K) or its transpose; it mistakes Llama-4's for the other.
     """
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     a = a.reshape(layer.num_experts, -1, a.shape[1])
@@ -42,7 +42,7 @@ def _factors(layer: Any, base: QuantizedExperts, name: str) -> LowRank:
 
 
 def move_adapter(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """`ParamWrapper._move_adapter_to_device_of_base_layer`, which casts adapters to the dtype of the stack that they are on."""
+    """`ParamWrapper._move_adapter_to_device_of_base_layer`, which casts adapters to the stack's dtype: here a float one."""
     move = original(layer, "_move_adapter_to_device_of_base_layer")
     holder = innermost(layer)
     base = holder.base_layer
@@ -56,7 +56,7 @@ def move_adapter(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _FloatLayer(NamedTuple):
-    """What DoRA reads of a layer."""
+    """The attributes of a layer that DoRA reads."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -65,9 +65,10 @@ class _FloatLayer(NamedTuple):
 def dora_forward(
     dora: Any, x: torch.Tensor, *, base_layer: Any, base_result: torch.Tensor | None = None, **rest: Any
 ) -> torch.Tensor:
-    """`DoraLinearLayer.forward`, which takes the norms of the float weight that adapters are made on.
+    """`DoraLinearLayer.forward`, which gets the float weight to compute its norms.
 
-    With dropout it would compute the base layer's part with it, too, and keep it for the backward pass: the layer does that.
+    With dropout DoRA would also compute the base layer's output from that weight, and keep it for the backward pass; so the
+    quantized layer computes the output.
     """
     if isinstance(base_layer, QuantizedLinear):
         base_result = base_layer(x) if base_result is None else base_result

@@ -1,11 +1,11 @@
-"""PEFT over quantized layers: adapters are made, and merged, on a float copy of one layer at a time.
+"""Patches PEFT for quantized layers: adapters are created and merged on a float copy of one layer at a time.
 
-PEFT reads and writes `base_layer.weight`, which here holds codes. So while it makes an adapter, or merges one, the layer is
-replaced by what it stands for. Forwards and gradients call the layer, and need nothing; but for DoRA, which reads the
-weight, and for adapters on stacks of experts, which QuantizedExperts multiplies itself.
+PEFT reads and writes `base_layer.weight`, which here holds codes (stored 8-bit values). So while PEFT creates or merges an
+adapter, the layer is replaced by a float copy. Forwards and gradients call the layer, and need no change, except for DoRA,
+which reads the weight, and for adapters on expert stacks, which QuantizedExperts applies itself.
 
-Few functions of PEFT are replaced for the whole process, those that meet quantized layers first. They replace methods of the
-very tuners and adapters that are on quantized layers (`create.bind_tuner`, `create.bind_adapter`); others are PEFT's own.
+Only a few functions of PEFT are replaced for the whole process: those that are the first to get quantized layers. They bind
+methods to the tuners and adapters on these layers (`create.inject_adapter`, `create._keep`); all others are unchanged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..patches import is_patched, patch
 from .create import inject_adapter, refuse_all
 from .prepare import prepare, reduce_intruders, update_copy, with_float_heads
 
-# What transformers 5.23 asks for, too.
+# Also the oldest that transformers 5.23 supports.
 OLDEST_PEFT = "0.20.0"
-# What is replaced, and what is called. A PEFT without one of them is built otherwise.
+# What is replaced or called here. A version of PEFT without one of them is not supported.
 RELIED_ON = (
     "peft.tuners.tuners_utils:BaseTuner.inject_adapter",
     "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
@@ -48,12 +48,12 @@ RELIED_ON = (
 
 
 def install() -> None:
-    """Teach PEFT what quantized layers are: now if it is imported, else as soon as it is. Harmless when repeated."""
+    """Patch PEFT: now if it is imported, else as soon as it is. Harmless when repeated."""
     after_import("peft", _teach)
 
 
 def uninstall() -> None:
-    """Leave a PEFT alone that is imported from now on. `patches.restore` gives one that is there its own functions back."""
+    """Do not patch a PEFT that is imported from now on. `patches.restore` restores one that is imported already."""
     cancel("peft")
 
 
@@ -61,10 +61,10 @@ def _teach() -> None:
     try:
         tuner: Any = resolve_name("peft.tuners.tuners_utils:BaseTuner")
         found: str = resolve_name("peft:__version__")
-    except Exception:  # one that does not go with this transformers: whoever uses it will see its own error
+    except Exception:  # does not work with this transformers: users of PEFT get its own error
         return
     if (why := _why_unknown(found)) is not None:
-        _wrap(tuner, "inject_adapter", refuse_all(f"PEFT {found} is not one that hf_fp8 knows: {why}"))
+        _wrap(tuner, "inject_adapter", refuse_all(f"PEFT {found} is not supported by hf_fp8: {why}"))
         return
     _wrap(tuner, "inject_adapter", inject_adapter)
     _wrap(resolve_name("peft.utils.other:ModulesToSaveWrapper"), "update", update_copy)
@@ -91,7 +91,7 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 
 def _wrap_everywhere(module: str, name: str, wrapper: Any) -> None:
-    """Wrap a function where it is defined and in every module that has imported it by its name, users' too."""
+    """Wrap a function where it is defined and in every module, users' modules included, that has imported it by its name."""
     owner = import_module(module)
     if is_patched(owner, name):
         return

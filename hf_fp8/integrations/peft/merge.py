@@ -1,4 +1,4 @@
-"""Merging and unmerging: on a float copy of the layer as it was before, whatever was merged since."""
+"""Merges and unmerges adapters, always starting from a float copy of the original layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .merge_policy import finalize_merge, forget, reporting
 from .state import Record, has_offload_hook, innermost, record_of
 
 logger = logging.getLogger(__name__)
-# While all adapters of a model are unmerged: ids of those that are.
+# Set while all adapters of a model are being unmerged: ids of those that already are.
 _all: ContextVar[set[int] | None] = ContextVar("hf_fp8_unmerge_all", default=None)
 
 
@@ -35,7 +35,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
 
 
 def unmerge(layer: Any) -> None:
-    """`unmerge` of an adapter on a quantized layer, which forwards call, too."""
+    """`unmerge` of an adapter on a quantized layer; forwards call it, too."""
     record = record_of(layer)
     done = _all.get()
     if record is None or (not layer.merged and id(layer) not in (done or ())):
@@ -47,8 +47,8 @@ def unmerge(layer: Any) -> None:
 
 
 def unload_stack(layer: Any, merge: bool, safe_merge: bool, adapter_names: Any) -> Any:
-    """`unload_and_optionally_merge_module` of adapters on a stack of experts: PEFT's looks at the base layer before it merges,
-    which here puts another in its place."""
+    """`unload_and_optionally_merge_module` of adapters on an expert stack: PEFT's method reads the base layer before it merges,
+    but merging replaces the base layer here."""
     if record_of(layer) is None:
         return original(layer, "unload_and_optionally_merge_module")(merge, safe_merge, adapter_names)
     wrapper = layer
@@ -59,7 +59,7 @@ def unload_stack(layer: Any, merge: bool, safe_merge: bool, adapter_names: Any) 
 
 
 def unmerge_adapter(tuner: Any) -> Any:
-    """`unmerge_adapter` of a tuner: adapters that wrap each other are not unmerged one by one."""
+    """`unmerge_adapter` of a tuner: adapters that wrap each other are unmerged together, not one by one."""
     token = _all.set(set())
     try:
         return original(tuner, "unmerge_adapter")()
@@ -68,12 +68,12 @@ def unmerge_adapter(tuner: Any) -> Any:
 
 
 def merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`merge_adapter` of a tuner; the log says what became of the adapters."""
+    """`merge_adapter` of a tuner; logs how much of the adapters was kept."""
     return _reported(tuner, "merge_adapter", *args, **kwargs)
 
 
 def unload_and_optionally_merge(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`_unload_and_optionally_merge` of a tuner; the log says what became of the adapters."""
+    """`_unload_and_optionally_merge` of a tuner; logs how much of the adapters was kept."""
     return _reported(tuner, "_unload_and_optionally_merge", *args, **kwargs)
 
 
@@ -91,20 +91,20 @@ def _merged(record: Record) -> dict[int, list[str]]:
     return {id(layer): list(layer.merged_adapters) for layer in record.layers}
 
 
-@torch.inference_mode(False)  # what is made here may be trained over later
+@torch.inference_mode(False)  # tensors that are created here may be used in training later
 @torch.no_grad()
 def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> None:
-    """Merge the adapters `wanted` (id of a layer -> names) into the layer as it was before any, and no others.
+    """Merge exactly the adapters `wanted` (id of an adapter layer -> names) into the original layer.
 
-    Always from there: what was rounded is not rounded again, and without adapters it is the very layer that it was. If
-    merging raises, all is as before.
+    Always from the original: nothing is rounded twice, and without adapters the original layer itself is put back. If
+    merging raises, nothing is changed.
     """
     holder = innermost(record.layers[0])
     now, merged_now, unmerged_now = holder.base_layer, _merged(record), record.unmerged
     base = record.unmerged or now
     if has_offload_hook(base):
         raise UnsupportedError(
-            f"{record.name} is offloaded, and merging would have to write its file: load the model without offloading "
+            f"{record.name} is offloaded, and merging would have to write its offload file: load the model without offloading "
             "(device_map='cpu'; merging needs no GPU), merge there and save"
         )
     record.open, record.unmerged = True, base
@@ -131,9 +131,10 @@ def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> 
 
 
 def _as_it_was(base: QuantizedModule, now: nn.Module, ours: bool) -> nn.Module:
-    """`base` where the layer that stands in its place has got to: its device, its dtype.
+    """`base`, the original layer, on the device and in the dtype of `now`, the layer that replaced it.
 
-    ours: nobody has replaced that one since; else by a dense layer, and it stays dense.
+    ours: whether `now` is still the layer that merging put there. If the user has replaced it by a dense layer, the result
+    is dense, too.
     """
     like = next(now.parameters())
     base = base.to(like.device)
@@ -141,13 +142,13 @@ def _as_it_was(base: QuantizedModule, now: nn.Module, ours: bool) -> nn.Module:
     if bias is not None and other is not None:
         bias.data = bias.data.to(other.dtype)
     if not base.is_offloaded and base.has_static_input:
-        base.see_calibration()  # it shares the scales, which may have been measured meanwhile
+        base.see_calibration()  # the scales are shared, and may have been measured meanwhile
     kept = base if ours or isinstance(now, QuantizedModule) else base.to_dense(like.dtype).requires_grad_(False)
     return kept.train(now.training)
 
 
 def _schemes(model: nn.Module) -> dict[str, str | None]:
-    """Name of a Linear, without adapters -> how it is quantized, None if it is not."""
+    """Name of a Linear, as without adapters -> description of its scheme, None if it is dense."""
     found: dict[str, str | None] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Merging adapters into quantized layers: how the result is stored, and what that makes of the adapter."""
+"""How adapters are merged into quantized layers (`merging`), and the report of how much of them is kept."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 
 INTO = ("quantized", "dense")
 ROUNDING = ("stochastic", "nearest")
-# Below this share of a change, the report speaks of loss. SmolLM2, all layers together: stochastically 1.00 stays, a weight in
-# bfloat16 keeps 0.94, to the nearest code 0.05 (10 steps of training) to 0.25 (100).
+# If a smaller share of the adapters' change is kept, the report says that the rest is lost. SmolLM2, all layers together:
+# stochastic rounding keeps 1.00, a weight in bfloat16 0.94, rounding to the nearest code (stored 8-bit value) 0.05 (after 10
+# steps of training) to 0.25 (100).
 KEPT = 0.9
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """A layer that adapters were merged into. dense: it is a plain one now. change: what became of the adapters' change."""
+    """A layer that adapters were merged into. dense: whether it is dense now. change: how much of the change was kept."""
 
     name: str
     dense: bool
@@ -36,20 +37,20 @@ class MergedLayer:
 
 @dataclass
 class MergeReport:
-    """The layers that adapters were merged into, by name, as they are now."""
+    """The layers that adapters are merged into now, by name."""
 
     layers: dict[str, MergedLayer] = field(default_factory=dict)
 
     @property
     def kept(self) -> float:
-        """The share of what the adapters change that is in the weights that were rounded again: 1 is all, 0 nothing."""
+        """The share of the adapters' change that the weights contain after they were rounded again: 1 is all, 0 nothing."""
         rounded = [layer.change for layer in self.layers.values() if not layer.dense]
         delta = sum(change.delta for change in rounded)
         return sum(change.found for change in rounded) / delta if delta else 1.0
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no quantized layer was changed: adapters on dense layers are merged by PEFT itself, without a loss"
+            return "no quantized layer was changed: PEFT itself merges adapters into dense layers, without a loss"
         quantized = [layer for layer in self.layers.values() if not layer.dense]
         dense = len(self.layers) - len(quantized)
         said = f"adapters have changed the weights of {len(self.layers)} quantized layers"
@@ -58,14 +59,14 @@ class MergeReport:
         if not quantized:
             return said
         if not any(layer.change.delta for layer in quantized):
-            return f"adapters that change nothing were merged into {len(self.layers)} quantized layers, which are as they were"
+            return f"adapters that change nothing were merged into {len(self.layers)} quantized layers, which are unchanged"
         least = min(quantized, key=lambda layer: layer.change.kept)
         worst = max(quantized, key=lambda layer: layer.change.error)
         return (
-            f"{said}; {len(quantized)} were rounded to codes again: {self.kept:.0%} of what the adapters change is there "
+            f"{said}; {len(quantized)} were rounded to codes again: {self.kept:.0%} of the adapters' change is kept "
             f"(least: {least.name} {least.change.kept:.0%} of a change of {least.change.size:.2%}), with noise of up to "
             f"{worst.change.error:.2%} of the weights ({worst.name}, where the adapters' change is {worst.change.size:.2%})"
-            + ("" if self.kept >= KEPT else ". The rest is gone: rounding='stochastic', or merging('dense'), keeps it")
+            + ("" if self.kept >= KEPT else ". The rest is lost: rounding='stochastic', or merging('dense'), keeps it")
         )
 
 
@@ -85,29 +86,29 @@ _current: ContextVar[_Merging | None] = ContextVar("hf_fp8_merging", default=Non
 def merging(
     into: str = "quantized", *, rounding: str = "stochastic", least_kept: float | None = None, seed: int | None = None
 ) -> Iterator[MergeReport]:
-    """How adapters are merged inside the block: ``with hf_fp8.merging("dense"): model.merge_and_unload()``.
+    """Set how adapters are merged inside the block: ``with hf_fp8.merging("dense"): model.merge_and_unload()``.
 
-    The weights of a quantized layer lie on its codes, and most adapters move them by much less than half a step: to the
-    nearest code, they would all go back to where they were. So they are rounded stochastically, which keeps what the adapter
-    does on the whole and adds a little noise, another one in each merge; `torch.manual_seed` repeats it. Processes that merge
+    The weights of a quantized layer lie exactly on its codes, and most adapters change them by much less than half a step:
+    rounding to the nearest code would undo the change. So they are rounded stochastically, which keeps the adapter's effect
+    on average and adds a little noise, different in each merge; `torch.manual_seed` makes it repeatable. Processes that merge
     the same adapter into copies of one model need the same seed. docs/training.md has the numbers.
 
     Args:
-        into: "quantized" rounds each merged weight to codes, with fresh scales where it has outgrown its own, which is the
-            default outside of such a block, too; "dense" leaves the layer a plain one, in the dtype the model was loaded in.
-        rounding: "stochastic", or "nearest" for adapters that change weights by more than the codes' steps.
-        least_kept: with rounding="nearest": layers of which a smaller share of the change would be kept (`Change.kept`)
-            become dense instead.
-        seed: of the draws in this block; None: torch's generator, which `torch.manual_seed` sets for all threads.
+        into: "quantized", also the default outside of such a block, rounds each merged weight to codes, with new scales where
+            it exceeds the range of the old ones; "dense" makes the layer dense, in the dtype the model was loaded in.
+        rounding: "stochastic", or "nearest" for adapters that change weights by more than the steps between codes.
+        least_kept: with rounding="nearest": layers that would keep a smaller share of the change (`Change.kept`) become dense
+            instead.
+        seed: for the random numbers of this block; None: torch's generator, which `torch.manual_seed` sets for all threads.
 
-    Yields the report, which fills as layers are merged. Raises ConfigError for unknown options.
+    Yields the report, which is filled as layers are merged. Raises ConfigError for unknown options.
     """
     if into not in INTO:
-        raise ConfigError(f"merging({into!r}): it is one of {', '.join(INTO)}")
+        raise ConfigError(f"merging({into!r}): must be one of {', '.join(INTO)}")
     if rounding not in ROUNDING:
-        raise ConfigError(f"merging(rounding={rounding!r}): it is one of {', '.join(ROUNDING)}")
+        raise ConfigError(f"merging(rounding={rounding!r}): must be one of {', '.join(ROUNDING)}")
     if least_kept is not None and rounding != "nearest":
-        raise ConfigError("least_kept is for rounding='nearest': stochastic rounding keeps all of a change, but for noise")
+        raise ConfigError("least_kept is for rounding='nearest': stochastic rounding keeps the whole change, plus noise")
     seeds = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
     token = _current.set(_Merging(into, rounding, least_kept, report := MergeReport(), seeds))
     try:
@@ -118,7 +119,7 @@ def merging(
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Say in the log what was merged inside the block, unless a user's own `merging` holds the report."""
+    """Log what was merged inside the block, unless a user's own `merging` holds the report."""
     if _current.get() is not None:
         yield
         return
@@ -129,26 +130,26 @@ def reporting() -> Iterator[None]:
 
 
 def _generator(seeds: torch.Generator, device: torch.device) -> torch.Generator:
-    """Draws of its own for each layer of each merge, all of which go back to `seeds`.
+    """A separate random generator for each layer of each merge, seeded from `seeds`.
 
-    With the same draws in every merge, errors add up: of 12 merges of one small adapter 87% was kept, with noise of 1.17
-    times the change; with new ones 100%, and 0.4. The user's seed itself would not do: weights or adapters may have
-    been drawn with it, and rounding that goes with them kept 0.6 of a change.
+    With the same random numbers in every merge, errors add up: of 12 merges of one small adapter 87% was kept, with noise of
+    1.17 times the change; with new ones 100%, and 0.4. The user's seed is not used directly: weights or adapters may have
+    been drawn with it, and rounding that correlates with them kept 0.6 of a change.
     """
     seed = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=seeds)
     return torch.Generator(device).manual_seed(int(seed))
 
 
 def forget(name: str) -> None:
-    """Take a layer out of the report: it is as it was before."""
+    """Remove a layer from the report: its original weight is restored."""
     if (how := _current.get()) is not None:
         how.report.layers.pop(name, None)
 
 
 def finalize_merge(name: str, base: QuantizedModule, merged: nn.Module, *, nearest: bool = False) -> nn.Module:
-    """The layer that is to stand in the place of `base`, made of `merged`, its float copy with adapters in it.
+    """The layer that replaces `base`, from `merged`, its float copy with adapters merged into it.
 
-    nearest: whatever the rounding that was asked for, for changes that are larger than the steps of codes.
+    nearest: round to the nearest code whatever `merging` says, for changes that are larger than the steps between codes.
 
     Raises ScaleError for NaN or infinite weights.
     """

@@ -1,4 +1,4 @@
-"""What PEFT does with base weights outside of adapters: copies of modules to train, casts, analyses, heads that are saved."""
+"""Wraps functions of PEFT that use base weights outside of adapters: `modules_to_save`, casts, analyses, saved embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...nn.swap import swap_back
 
 def update_copy(host: Any) -> Any:
     def update(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """`modules_to_save` trains a copy of a module: of a quantized one a float copy."""
+        """`modules_to_save` trains a copy of a module: a float copy if the module is quantized."""
         module = self.original_module
         if adapter_name in self.modules_to_save or not any(isinstance(part, QuantizedModule) for part in module.modules()):
             return host(self, adapter_name, *args, **kwargs)
@@ -32,7 +32,7 @@ def update_copy(host: Any) -> Any:
 
 def reduce_intruders(host: Any) -> Any:
     def reduce_intruder_dimension(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's, which compares adapters with the weights below: with float copies, one at a time."""
+        """PEFT's function, which compares adapters with base weights; it gets float copies, one at a time."""
         layers = [module for module in peft_model.modules() if isinstance(getattr(module, "base_layer", None), QuantizedLinear)]
         for layer in layers:
             layer.get_base_layer = partial(_float_copy, layer.base_layer)
@@ -51,7 +51,8 @@ def _float_copy(base: QuantizedLinear) -> nn.Module:
 
 def with_float_heads(host: Any) -> Any:
     def get_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
-        """PEFT's, which can take embeddings along (`save_embedding_layers`): a file of adapters has no word for codes."""
+        """PEFT's function, which can include embeddings (`save_embedding_layers`). They are dequantized, because adapter
+        files cannot describe codes (stored 8-bit values)."""
         found = host(*args, **kwargs)
         for name, tensor in list(found.items()):
             if type(tensor) is QuantizedWeight:
@@ -65,8 +66,8 @@ def with_float_heads(host: Any) -> Any:
 
 def prepare(host: Any) -> Any:
     def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's, which knows quantized models by such an attribute. It casts all that is in 16 bits to float32, but for
-        scales, which `WeightScale` keeps in their dtype."""
+        """PEFT's function, which recognises quantized models by this attribute. It casts all 16-bit parameters to float32,
+        except scales, which `WeightScale` keeps in their dtype."""
         layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
         if not layers or getattr(model, "is_loaded_in_8bit", False):
             return host(model, *args, **kwargs)

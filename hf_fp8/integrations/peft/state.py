@@ -1,4 +1,4 @@
-"""What is remembered of a quantized layer with adapters on it."""
+"""The record that is kept of a quantized layer with adapters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from ...nn.base import QuantizedModule
 
-# The attribute of the innermost adapter.
+# The attribute of the innermost adapter that holds the record.
 RECORD = "_hf_fp8"
 
 
 @dataclass
 class Record:
-    """What is kept of a quantized layer with adapters on it.
+    """State of a quantized layer with adapters.
 
-    name: of the layer in the model. layers: the adapters on it, several where they wrap each other (stacks of experts).
-    unmerged: the layer as it was before adapters were merged into it; None while none is. merged: what stands in its place
-    then. open: whether a float copy stands there just now, which PEFT's own methods may change.
+    name: the layer's name in the model. layers: its adapters, several if they wrap each other (expert stacks). unmerged: the
+    original layer while adapters are merged into it, else None. merged: the layer that replaces it meanwhile. open: whether
+    a float copy replaces it at the moment, which PEFT's own methods may change.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Record:
 
 
 def innermost(layer: Any) -> Any:
-    """The adapter that holds the base layer itself; None if `layer` is no adapter."""
+    """The adapter that directly wraps the base layer; None if `layer` is not an adapter."""
     holder = None
     while hasattr(layer, "base_layer"):
         holder, layer = layer, layer.base_layer
@@ -38,7 +38,7 @@ def innermost(layer: Any) -> Any:
 
 
 def record_of(layer: Any) -> Record | None:
-    """The record of the layer that `layer` is an adapter on; None if it is not quantized, or a float copy just now."""
+    """The record of the layer under the adapter `layer`; None if it is not quantized, or a float copy at the moment."""
     holder = innermost(layer)
     record: Record | None = vars(holder).get(RECORD)
     if record is None or record.open:
@@ -47,12 +47,12 @@ def record_of(layer: Any) -> Record | None:
 
 
 def has_offload_hook(base: nn.Module) -> bool:
-    """Whether accelerate brings the weights only for the length of a call."""
+    """Whether accelerate loads the weights only for the duration of a call."""
     return bool(getattr(getattr(base, "_hf_hook", None), "offload", False))
 
 
 def adapters(model: nn.Module) -> str | None:
-    """The name of a layer of PEFT's in `model`, None if there is none."""
+    """The name of a PEFT layer in `model`, None if there is none."""
     layers = (name for name, m in model.named_modules() if any(cls.__name__ == "BaseTunerLayer" for cls in type(m).__mro__))
     found: str | None = next(layers, None)
     return found
