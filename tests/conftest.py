@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,18 @@ from support.checkpoints import FOLDERS, checkpoint
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, in the tests that ask for it
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `thinned(n)`, one in n is not `slow`."""
+    seen: Counter[object] = Counter()
+    for item in items:
+        if (thinned := item.get_closest_marker("thinned")) is not None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % thinned.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -127,6 +127,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in names}
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, tmp_path: Path, processes: ProcessPoolExecutor) -> None:
     model = MODELS[name](tmp_path)
@@ -184,6 +185,7 @@ def test_quantizers_and_what_they_know(tmp_path: Path) -> None:
         assert files(tmp_path / str(number)) == files(tmp_path / "before")
 
 
+@pytest.mark.slow
 def test_a_process_that_knows_nothing(fp8: Path, tmp_path: Path) -> None:
     """Neither `import hf_fp8` nor anything else is needed before a pickle is read."""
     model = load(fp8)

@@ -121,6 +121,7 @@ class Fused(nn.Module):
         return self.net.base_model.model.by_hand(x)
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     ways = {"replicated": data_parallel, "sharded": sharded}
     torch.multiprocessing.spawn(process, (str(tmp_path), ways), nprocs=2)

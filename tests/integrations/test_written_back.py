@@ -213,6 +213,7 @@ def write_any(model: PreTrainedModel, path: Path, chosen: Callable[[str], bool])
     return out
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("config", [KEEP, EXPERTS], ids=["experts dense", "experts fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_come_back_under_their_names(family: str, config: FP8Config, tmp_path: Path) -> None:

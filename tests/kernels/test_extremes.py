@@ -50,6 +50,7 @@ def interpreted(name: str, scheme: Scheme) -> list[str]:
     return found + (["int8_mm/triton", "int8_mm_outliers/triton"] if scheme.weight.dtype == INT8 else [])
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_linears(name: str, dtype: torch.dtype) -> None:
@@ -72,6 +73,7 @@ def test_linears(name: str, dtype: torch.dtype) -> None:
     assert min(seen.values()) > 300, seen
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GROUPED)
 def test_experts(name: str, dtype: torch.dtype) -> None:
@@ -106,6 +108,7 @@ def test_experts(name: str, dtype: torch.dtype) -> None:
 OF_ROWS = [name for name, scheme in SCHEMES.items() if scheme.input is None or not scheme.input.granularity.is_tensor]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_a_row_spoils_no_other(name: str, dtype: torch.dtype) -> None:
@@ -130,6 +133,7 @@ def test_a_row_spoils_no_other(name: str, dtype: torch.dtype) -> None:
                     assert odd != 0.0 or not found[1].any()
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_beyond_the_dtype_is_infinite(name: str, dtype: torch.dtype) -> None:

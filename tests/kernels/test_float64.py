@@ -65,6 +65,7 @@ def by_hand(x: torch.Tensor, w: ExpertWeights, ids: torch.Tensor, quantized: boo
     return out
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kernel", ["grouped_dequantize", "grouped_weight_only"])
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("size", SIZES)
@@ -107,6 +108,7 @@ def gradient(w: ExpertWeights, ids: torch.Tensor, grad: torch.Tensor) -> torch.T
     return found
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", ["channel", "tensor static", "tensor dynamic", "block 24x40"])
 @pytest.mark.parametrize("backend", ["auto", "scaled_mm", "weight_only"])

@@ -27,6 +27,7 @@ RUNS = [(kernel, name) for name in SCHEMES for kernel in ("grouped_dequantize", 
 ]
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("kernel", "name"), RUNS)
 def test_exact(kernel: str, name: str) -> None:
     scheme = SCHEMES[name]
@@ -40,6 +41,7 @@ def test_exact(kernel: str, name: str) -> None:
                 assert torch.equal(found, wanted.to(dtype)), (case, n, k, dtype, given.offsets is None)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kernel", ["grouped_weight_only", *TRITON])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_parts_have_grids_of_their_own(kernel: str, name: str) -> None:

@@ -65,6 +65,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("k", [1, 40, 257, 384])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,6 +114,7 @@ def test_quantization_of_what_is_not_finite(name: str) -> None:
         assert torch.equal(q.float()[finite], wanted_q.float()[finite])
 
 
+@pytest.mark.slow
 def test_quantization_of_strided_and_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_fp8.kernels.triton import quantize as triton_quantize
 
@@ -153,6 +155,7 @@ def test_which_schemes_are_taken() -> None:
     assert names["triton_weight_only"] == set(SCHEMES) - {"group 40 x group 64"}
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("kernel", "name"), TAKEN)
 @pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 64, 100])
 def test_matmuls_are_exact_on_exact_operands(kernel: str, name: str, m: int) -> None:
@@ -254,6 +257,7 @@ def test_not_finite_input_stays_visible() -> None:
         assert not found[2].isfinite().any()
 
 
+@pytest.mark.slow
 def test_they_compile_for_real_gpus() -> None:
     """To machine code, by the compiler that Triton brings: A100 and H100."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -59,6 +59,7 @@ def test_compiled_in_one_graph(fp8: Path) -> None:
         assert error(compiled(IDS, use_cache=False).logits, logits(model)) < 1e-5
 
 
+@pytest.mark.slow
 def test_inductor(fp8: Path) -> None:
     model = load(fp8, FP8Config(backend="scaled_mm"))
     mlp = torch.compile(model.model.layers[0].mlp, fullgraph=True)

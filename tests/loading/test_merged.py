@@ -19,6 +19,7 @@ from hf_fp8 import FP8Config
 from hf_fp8.formats.scheme import FP8
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", MOE)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_merged_experts(family: str, scheme: str, tmp_path: Path) -> None:

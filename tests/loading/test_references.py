@@ -79,6 +79,7 @@ def test_round_trip(folder: Path, tmp_path: Path, backend: str, forward_first: b
         assert torch.equal(logits(second, reference), before)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 def test_stock_transformers_reads_what_we_save(folder: Path, tmp_path: Path, backend: str) -> None:
     if folder.name == "mixtral-dyn" and backend != "auto":

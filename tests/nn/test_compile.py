@@ -31,6 +31,7 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "backend"), [*(("channel", backend) for backend in BACKENDS), ("static", "scaled_mm"), ("block", "scaled_mm")]
 )
@@ -43,6 +44,7 @@ def test_one_graph_and_the_same_numbers(scheme: str, backend: str, tmp_path: Pat
             assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_compiles_once(backend: str, fp8: Path) -> None:
     model = load(fp8, FP8Config(backend=backend))
@@ -58,6 +60,7 @@ def test_decoding_compiles_once(backend: str, fp8: Path) -> None:
     assert counter.frame_count == settled
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on CPUs")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_inductor(backend: str, fp8: Path) -> None:

@@ -36,6 +36,7 @@ from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, ROW
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_loaded_run_and_saved(family: str, scheme: str, tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert error(found[0], found[1]) < {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("backward", ["exact", "quantized"])
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm", "int8"])
 def test_compiled(backend: str, backward: str, fp8: Path) -> None:

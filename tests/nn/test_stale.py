@@ -295,6 +295,7 @@ def test_layers_with_one_weight_that_have_originals_of_their_own(number: int, ma
         assert torch.equal(dequantize_model(each)[1 - number].weight, wanted)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
 @pytest.mark.parametrize("originals", ORIGINALS)
 @pytest.mark.parametrize("grad", [True, False])

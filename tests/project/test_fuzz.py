@@ -30,6 +30,7 @@ from hf_fp8.integrations import register as registration
 SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
 
 
+@pytest.mark.slow
 def test_mutated_checkpoints_end_in_right_numbers_or_in_our_errors() -> None:
     outcomes = list(workers.run(range(150), jobs=2))
     assert len(outcomes) == 150
@@ -43,6 +44,7 @@ def case(name: str, mode: str = "default", dtype: str = "float32", *changes: Cha
     return Case(0, name, mode, dtype, list(changes), Draft.of(base(name)))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_bases_are_right(mode: str) -> None:
     """As they are, under every option: the decoder and the package read the same."""
@@ -217,6 +219,7 @@ def sick() -> None:
     judging.load_ours, workers.run_case, workers.host_hangs = load, run, host_hangs  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 @pytest.mark.hostless
 def test_limits_of_time_and_memory_and_processes_that_die() -> None:
     outcomes = list(workers.run(range(4), jobs=2, setup="test_fuzz:sick", seconds=6.0, memory=3e8))

@@ -68,6 +68,7 @@ def dense(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("scheme", [*NAMES, SMALL_BLOCK, GROUP], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_and_scales_are_those_of_compressed_tensors(scheme: Any, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ EXPERT_NAMES = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_WEIGHT_ONLY", "FP8", SMALL_BLOCK], ids=str)
 def test_mixtures(family: str, scheme: Any, tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def run(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
         return module(x, ids, weights), x, weights
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("kernel", KINDS)
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("part", [0, -1])
@@ -220,6 +221,7 @@ def test_some_experts_without_a_scale(kernel: str, stack: str, part: int, value:
             assert error(found[~lost], reference(whole, x, ids, weights)[~lost]) < 1e-5
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kernel", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_rows_of_an_expert_without_a_scale(kernel: str, value: float, module: Any) -> None:
@@ -239,6 +241,7 @@ def test_rows_of_an_expert_without_a_scale(kernel: str, value: float, module: An
     assert torch.equal(found[~lost], whole[~lost]) and not found[lost].isfinite().any()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kernel", KINDS)
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("lack", ["none measured", "missing"])

@@ -90,6 +90,7 @@ def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return out.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_on_the_dequantized_model(kind: str, fp8: Path) -> None:
     ours, dense = made(fp8, kind, FP8Config(backend="weight_only")), made(fp8, kind, None)
@@ -125,6 +126,7 @@ def fused(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("backend", ["weight_only", "int8"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("prompt", "prefix")])
 def test_under_a_fused_head(kind: str, backend: str, fp8_head: Path) -> None:

@@ -47,6 +47,7 @@ def dense(fp8: Path, tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"target_modules": "all-linear"}], ids=str)
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm", "int8"])
 def test_saved_adapters_load_on_either_base(
@@ -208,6 +209,7 @@ def test_dora_starts_where_the_model_is_though_originals_were_kept() -> None:
     assert error(logits(get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))), before) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.5}], ids=str)
 def test_compiled_in_one_graph(options: dict[str, Any]) -> None:
     net = quantize_model(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), "FP8_WEIGHT_ONLY")

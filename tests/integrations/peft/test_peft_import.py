@@ -84,6 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("way", WAYS)
 def test_quantized_models_are_known_to_peft(way: str, folder: Path) -> None:
     code = f"{START}\n{WAYS[way]}"
@@ -143,6 +144,7 @@ def test_an_import_that_fails_is_its_own_error(library: str, tmp_path: Path) -> 
         import_hook.cancel(library)
 
 
+@pytest.mark.slow
 def test_unregistered_before_peft_is_imported() -> None:
     code = (
         "import sys, hf_fp8; hf_fp8.unregister(); assert not any('import_hook' in type(f).__module__ for f in sys.meta_path);"

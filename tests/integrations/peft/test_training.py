@@ -48,6 +48,7 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_trainer_learns(way: str, backend: str, fp8: Path, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_the_trainer_learns(way: str, backend: str, fp8: Path, tmp_path: Path) -
     assert abs(losses(reference)[-1] / found[-1] - 1) < limit
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("options", [
     {"gradient_accumulation_steps": 2},
     {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
@@ -132,6 +134,7 @@ def test_other_scales(backend: str, weight: Granularity, tmp_path: Path) -> None
     assert found[-1] < 0.85 * found[0]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("backend", "r"), [("weight_only", 4), ("scaled_mm", 8), ("weight_only", 1)])
 @pytest.mark.parametrize("family", [mixtral, qwen3_moe, gpt_oss, llama4])
 def test_experts_learn(family: Any, backend: str, r: int, tmp_path: Path) -> None:
@@ -173,6 +176,7 @@ def test_all_linear_reaches_experts_that_are_linears(tmp_path: Path) -> None:
     assert found[-1] < 0.95 * found[0]
 
 
+@pytest.mark.slow
 def test_compiled(fp8: Path) -> None:
     torch.compiler.reset()
     model = lora(load(fp8, FP8Config(backend="scaled_mm")), **WAYS["LoRA"])

@@ -116,6 +116,7 @@ def first_step(trainer: Callable[..., Any], model: Any, folder: Path) -> tuple[f
     return next(entry["loss"] for entry in made.state.log_history if "loss" in entry), seen.found
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("backend", ["weight_only", "int8"])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_first_step(fp8_head: Path, tmp_path: Path, name: str, backend: str) -> None:
