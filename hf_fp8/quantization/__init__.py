@@ -1,1 +1,1 @@
-"""Making FP8 models and checkpoints."""
+"""Quantizes models and checkpoints, and calibrates static input scales."""

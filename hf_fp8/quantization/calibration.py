@@ -1,4 +1,4 @@
-"""Measuring the input scales of static schemes: `calibrate`, and `apply_scales` for what it measured elsewhere."""
+"""Calibrates the input scales of static schemes: `calibrate`, and `apply_scales` to set scales calibrated elsewhere."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ..nn.linear import QuantizedLinear
 from .observers import Observer, over_ranks, prototype_of
 
 logger = logging.getLogger(__name__)
-# How many names a message holds.
+# Maximum number of names in a message.
 NAMED = 5
 
 
 class Calibration:
-    """What `calibrate` gives: `batches`, the forward passes of the model so far, and, after the block, `scales`.
+    """The result of `calibrate`: `batches`, the number of forward passes so far, and, after the block, `scales`.
 
     scales: name of a layer -> its input scale as a float; name of a stack of experts (`...experts.down_proj`) -> a list of
-    one float for each expert. JSON can hold it, `apply_scales` takes it. Layers that saw no input are not in it.
+    one float per expert. It can be stored as JSON and passed to `apply_scales`. Layers without any input are left out.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -52,26 +52,26 @@ def calibrate(
     tie: bool = True,
     progress: bool | None = None,
 ) -> Iterator[Calibration]:
-    """Measure the input scales of all layers of `model` with a static scheme from what is run through it in the block.
+    """Context manager: calibrate the input scales of all layers of `model` with a static scheme on the inputs in the block.
 
         with calibrate(model) as run, torch.no_grad():
             for batch in data:
                 model(**batch)
 
-    Inputs are not quantized meanwhile, so that no layer is measured behind the rounding of those before it. Scales are
-    written, in the dtype in which they are held, when the block ends without an exception; after one nothing has changed.
-    Experts are measured each for itself; one that no token reached takes the largest scale of the others. A layer that saw
-    no input stays as it was. Both are logged as warnings. Under torch.distributed all processes must run the block, and get
-    the scales of what all of them saw.
+    Inputs are not quantized meanwhile, so that no layer is calibrated on inputs rounded by earlier layers. Scales are written,
+    in the dtype of the parameter, when the block ends without an exception; after an exception nothing has changed. Each expert
+    is calibrated separately; one without tokens gets the largest scale of the others. A layer without any input stays
+    unchanged. Both are logged as warnings. Under torch.distributed all processes must run the block, and get the scales of the
+    inputs of all of them.
 
-    observer: "mse" minimises the squared error; "amax" clips nothing; "percentile", or `Percentile(99.9)`, clips what is
-        larger. Or an `Observer` of your own, or a callable that makes one.
-    tie: layers of one parent that were given the very same tensors (q, k and v; gate and up) get one input scale, the
-        largest of theirs.
-    progress: whether to show the passes and the time on stderr; None: if it is a terminal.
+    observer: "mse" minimises the squared error; "amax" clips nothing; "percentile", or `Percentile(99.9)`, clips larger
+        values. Or your own `Observer`, or a callable that makes one.
+    tie: layers of one parent that receive the same tensors (q, k and v; gate and up) get one input scale, the largest of
+        theirs.
+    progress: whether to show the number of passes and the time on stderr; None: if it is a terminal.
 
     Raises CalibrationError if the model has no layer to calibrate, or is being calibrated already; and, at the end of the
-    block, if no layer saw an input, or one saw NaN or infinity. UnsupportedError if layers are offloaded, ConfigError for
+    block, if no layer had an input, or one had NaN or infinity. UnsupportedError if layers are offloaded, ConfigError for
     another `observer`.
     """
     prototype = prototype_of(observer)
@@ -109,16 +109,16 @@ def calibrate(
 
 @torch.no_grad()
 def apply_scales(model: nn.Module, scales: Mapping[str, float | Sequence[float] | torch.Tensor]) -> None:
-    """Give layers of `model` the input scales that `calibrate` measured, perhaps in another process (`Calibration.scales`).
+    """Set input scales of `model` that `calibrate` found, perhaps in another process (`Calibration.scales`).
 
-    Layers that are not named stay as they are. Raises CalibrationError, with nothing changed, for names of no layer with a
-    static scheme, for another number of experts, and for values that are not finite and positive.
+    Layers that are not named stay unchanged. Raises CalibrationError, before anything is changed, for names that are not layers
+    with a static scheme, for a different number of experts, and for values that are not finite and positive.
     """
     targets = {t.name: t for t in _targets(model)}
     unknown = [name for name in scales if name not in targets]
     if unknown:
         raise CalibrationError(
-            f"scales for {_some(unknown)}, which the model has not, or not with a static input scheme; it has "
+            f"scales for {_some(unknown)}, which are not layers of the model with a static input scheme; it has "
             f"{_some(list(targets))}"
         )
     _refuse_offloaded([targets[name] for name in scales])
@@ -126,11 +126,11 @@ def apply_scales(model: nn.Module, scales: Mapping[str, float | Sequence[float] 
     for name, value in scales.items():
         scale = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
         if len(scale) != targets[name].streams:
-            raise CalibrationError(f"{len(scale)} scales for {name}, which takes {targets[name].streams}")
+            raise CalibrationError(f"{name} needs {targets[name].streams} scales, but {len(scale)} are given")
         rounded = _rounded(scale, targets[name].scale.dtype)
         if not bool((scale.isfinite() & (scale > 0) & rounded.isfinite()).all()):
             raise CalibrationError(
-                f"the scale of {name} is {scale.tolist()}: it must be positive and finite, in {rounded.dtype}, too"
+                f"{name} is given the scale {scale.tolist()}: it must be positive and finite, in {rounded.dtype}, too"
             )
         given[name] = rounded
     _write(list(targets.values()), given)
@@ -138,7 +138,7 @@ def apply_scales(model: nn.Module, scales: Mapping[str, float | Sequence[float] 
 
 @dataclass(frozen=True)
 class _Target:
-    """An input scale that is to be measured: of an QuantizedLinear, or of one projection of QuantizedExperts."""
+    """An input scale to calibrate: of a QuantizedLinear, or of one projection of QuantizedExperts."""
 
     name: str
     layer: QuantizedModule
@@ -185,10 +185,10 @@ def _check(model: nn.Module, targets: list[_Target]) -> None:
     if not targets:
         schemes = {m.scheme.describe() for m in model.modules() if isinstance(m, QuantizedLinear)}
         schemes |= {p.scheme.describe() for m in model.modules() if isinstance(m, QuantizedExperts) for p in m.projections}
-        found = f"its FP8 layers have {_some(sorted(schemes))}" if schemes else "it has no FP8 layers at all"
+        found = f"its quantized layers have {_some(sorted(schemes))}" if schemes else "it has no quantized layers"
         raise CalibrationError(
             f"{type(model).__name__} has no layer with a static input scheme, and only those are calibrated: {found}. Other "
-            "schemes need no calibration; to have static inputs, quantize with FP8_STATIC"
+            "schemes need no calibration; for static input scales quantize with FP8_STATIC"
         )
     _refuse_offloaded(targets)
     busy = [t.name for t in targets if t.layer.observer is not None]
@@ -200,12 +200,12 @@ def _refuse_offloaded(targets: list[_Target]) -> None:
     away = [t.name for t in targets if t.layer.is_offloaded or t.scale.is_meta]
     if away:
         raise UnsupportedError(
-            f"{_some(away)} are offloaded or on the meta device, where a scale cannot be written: load the model onto devices"
+            f"{_some(away)} are offloaded or on the meta device, where scales cannot be set: load the model without offloading"
         )
 
 
 class _Inputs:
-    """Numbers tensors: the same number for the same object as long as it lives and is not written to. Holds none of them."""
+    """Numbers tensors: the same number for the same object while it is alive and unmodified. Holds weak references only."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[weakref.ref[torch.Tensor], int | None, int]] = {}
@@ -221,7 +221,7 @@ class _Inputs:
 
 
 class _LinearWatch:
-    """The observer of an QuantizedLinear; remembers which tensors it was given, as a hash of their numbers."""
+    """The observer of a QuantizedLinear; also hashes the numbers of its input tensors, to find layers with the same inputs."""
 
     def __init__(self, layer: QuantizedLinear, observer: Observer, inputs: _Inputs) -> None:
         self.layer, self.observer, self.inputs = layer, observer, inputs
@@ -229,7 +229,7 @@ class _LinearWatch:
         self.given: int | None = None
 
     def hook(self) -> Any:
-        """Sees what the layer is called with: autocast gives each of several siblings a cast of its own."""
+        """A pre-hook that numbers the input before autocast, which gives each sibling a separate cast."""
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,7 +250,7 @@ class _LinearWatch:
 
 
 class _ExpertsWatch:
-    """The observer of QuantizedExperts: one for each projection with static inputs, with a stream for each expert."""
+    """The observer of QuantizedExperts: has one for each projection with static inputs, with one stream per expert."""
 
     def __init__(self, observers: dict[str | None, Observer]) -> None:
         self.observers = observers
@@ -269,7 +269,7 @@ class _ExpertsWatch:
 
 
 def _siblings(watches: dict[str, _LinearWatch]) -> list[list[str]]:
-    """Names of layers of one parent that were given the same tensors, on every rank; sets of two or more."""
+    """Groups of two or more layers, by name, of one parent that received the same tensors on every rank."""
     by_parent: dict[str, list[str]] = {}
     for name in watches:
         by_parent.setdefault(name.rpartition(".")[0], []).append(name)
@@ -287,24 +287,24 @@ def _siblings(watches: dict[str, _LinearWatch]) -> list[list[str]]:
 
 
 def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: list[list[str]]) -> dict[str, torch.Tensor]:
-    """Name of a target -> its scales (streams,), for those that saw an input."""
+    """Name of a target -> its scales (streams,), for targets that had an input."""
     for observer in observers.values():
         observer.merge_ranks()
     amax = {name: observer.amax.cpu() for name, observer in observers.items()}
     broken = [name for name, found in amax.items() if not bool(found.isfinite().all())]
     if broken:
         raise CalibrationError(
-            f"{len(broken)} layer(s) were given NaN or infinity, and nothing was changed: {_some(broken)}. Look at "
-            "the first one in the order of the model: an overflow of float16, or broken data"
+            f"{len(broken)} layer(s) had NaN or infinity in their inputs, and nothing was changed: {_some(broken)}. Look at "
+            "the first of them: possible causes are an overflow of float16 and broken data"
         )
     seen = [t for t in targets if bool((amax[t.name] >= 0).any())]
     if not seen:
         raise CalibrationError(
-            f"none of {len(targets)} layers saw an input: run data through the model inside of the `with` block"
+            f"none of {len(targets)} layers had an input: run data through the model inside the `with` block"
         )
     if len(seen) < len(targets):
         unseen = [t.name for t in targets if t not in seen]
-        logger.warning("%d of %d layers saw no input and stay as they were: %s", len(unseen), len(targets), _some(unseen))
+        logger.warning("%d of %d layers had no input and stay unchanged: %s", len(unseen), len(targets), _some(unseen))
     thresholds, filled = {}, []
     for target in seen:
         found = observers[target.name].threshold(target.codes).cpu()
@@ -314,7 +314,7 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
             filled.append(f"{target.name} {int(empty.sum())} of {len(empty)}")
         thresholds[target.name] = found
     if filled:
-        logger.warning("experts that saw no token take the largest input scale of their layer's others: %s", _some(filled))
+        logger.warning("experts without tokens get the largest input scale of the other experts: %s", _some(filled))
     for names in siblings:
         if names[0] in thresholds:
             largest = torch.stack([thresholds[name] for name in names]).max()
@@ -326,19 +326,19 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
         scales[target.name] = scale.to(dtype)
     too_large = [name for name, scale in scales.items() if not bool(scale.isfinite().all())]
     if too_large:
-        raise CalibrationError(f"input scales of {_some(too_large)} are too large for the dtype in which they are held")
+        raise CalibrationError(f"input scales of {_some(too_large)} are too large for the dtype in which they are stored")
     return scales
 
 
 def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale` in `dtype`; what is positive stays so."""
+    """`scale` in `dtype`; positive values stay positive."""
     info = torch.finfo(dtype)
-    # As in `weight_scale_of`: kernels may flush what is below `tiny`, but for float16.
+    # As in `weight_scale_of`: kernels may flush values below `tiny`, except in float16.
     return scale.to(dtype).clamp(min=info.tiny * info.eps if dtype == torch.float16 else info.tiny)
 
 
 def _write(targets: list[_Target], scales: dict[str, torch.Tensor]) -> None:
-    """Into the parameters, in place: version counters notice, and whatever refers to them."""
+    """Write scales into the parameters in place, so that version counters and references see the change."""
     for target in targets:
         if target.name in scales:
             scale = scales[target.name]
@@ -348,7 +348,7 @@ def _write(targets: list[_Target], scales: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _shown(progress: bool | None) -> Iterator[Callable[[], None]]:
-    """A line on stderr; call what is given for each pass."""
+    """Show a progress line on stderr; gives a function to call after each pass."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""Text to calibrate with, and the input scales of a checkpoint that it gives."""
+"""Reads calibration text, and calibrates the input scales of a checkpoint with it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .source import Source
 
 
 def texts(file: Path) -> Iterator[str | list[dict[str, Any]]]:
-    """The samples of a file: a whole text file; of `.jsonl` each line's "text", or its "messages" for a chat template.
+    """The samples of a file: a text file as a whole; from `.jsonl` the "text" of each line, or "messages" for a chat template.
 
-    Raises ConfigError, naming the line, for one that has neither.
+    Raises ConfigError, naming the line, for a line that has neither.
     """
     if not file.is_file():
         raise ConfigError(
-            f"{file} is no file: calibration takes a text file, or .jsonl with a `text` or `messages` in each line"
+            f"{file} is not a file: calibration needs a text file, or .jsonl with a `text` or `messages` in each line"
         )
     if file.suffix != ".jsonl":
         yield _text(file)
@@ -37,7 +37,7 @@ def texts(file: Path) -> Iterator[str | list[dict[str, Any]]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{file}, line {number}: no JSON ({error})") from error
+            raise CorruptFileError(f"{file}, line {number}: not JSON ({error})") from error
         text, messages = (entry.get("text"), entry.get("messages")) if isinstance(entry, dict) else (None, None)
         if isinstance(text, str):
             yield text
@@ -51,19 +51,19 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{file} is no UTF-8 text ({error})") from None
+        raise CorruptFileError(f"{file} is not UTF-8 text ({error})") from None
 
 
 def windows(file: Path, tokenizer: Any, length: int, tokens: int) -> list[torch.Tensor]:
-    """Token ids of up to `tokens` in all, in pieces (1, up to `length`)."""
+    """Token ids of up to `tokens` tokens in total, as tensors (1, up to `length`)."""
     pieces: list[torch.Tensor] = []
     left = tokens
     for text in texts(file):
         chat = isinstance(text, list)
         if chat and tokenizer.chat_template is None:
-            raise ConfigError(f"{file} has `messages`, and the checkpoint no chat template to put them into text with")
+            raise ConfigError(f"{file} has `messages`, but the checkpoint has no chat template: use `text` instead")
         said = tokenizer.apply_chat_template(text, tokenize=False) if chat else text
-        # A template writes what a text begins with itself.
+        # A chat template already adds the special tokens.
         ids = tokenizer(said, return_tensors="pt", add_special_tokens=not chat).input_ids[0][:left]
         pieces += [ids[None, start : start + length] for start in range(0, len(ids), length)]
         left -= len(ids)
@@ -77,9 +77,9 @@ def windows(file: Path, tokenizer: Any, length: int, tokens: int) -> list[torch.
 def _tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except Exception as error:  # whatever broken files, or none, lead to
+    except Exception as error:  # broken or missing files can raise anything
         raise ConfigError(
-            f"{source.folder}: transformers finds no tokenizer there that it can read ({type(error).__name__}: {error})"
+            f"{source.folder}: transformers cannot load a tokenizer from it ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -94,13 +94,13 @@ def measure(
     device_map: Any = None,
     tick: Callable[[int, int], Any] = lambda done, of: None,
 ) -> dict[str, torch.Tensor]:
-    """Key of each static input scale of the checkpoint that `config` makes of `source` -> its value.
+    """Calibrate the static input scales of the checkpoint that `config` makes from `source`; return them by key.
 
-    The model is loaded, quantized on the way, and run on `tokens` of the text, `length` at a time: this takes memory for the
-    FP8 model. The model is of the class that config.json names, and is given text alone: of one that sees or hears, what only
-    pictures or sound reach is not measured. tick: called with (windows done, of how many).
+    The model is quantized while loading, and run on `tokens` tokens of the text, `length` at a time: this takes memory for the
+    FP8 model. It has the class that config.json names, and gets text only: in a multimodal model, layers that only images or
+    sound reach are not calibrated. tick: called with (windows done, number of windows).
     """
-    next(texts(file), None)  # raises for one that cannot be read
+    next(texts(file), None)  # raises for a file that cannot be read
     pieces = windows(file, _tokenizer(source), length, tokens)
     kind: Any = source.model_class or AutoModelForCausalLM
     model = kind.from_pretrained(
@@ -116,7 +116,7 @@ def measure(
         if name.rpartition(".")[2] == INPUT_SCALE:
             if not bool(tensor.isfinite().all()):
                 raise CalibrationError(
-                    f"{name}: no token of the text reached this layer; take more text, or put it in `ignore`"
+                    f"{name}: no token of the text reached this layer; use more text, or add the layer to `ignore`"
                 )
             found[name] = tensor.detach().cpu().clone()
     return found

@@ -1,4 +1,4 @@
-"""Which layers of a model `quantize_model` is to quantize: by targets, by the user's filter, and by what can be, or why not."""
+"""Chooses the layers that `quantize_model` quantizes: by targets and the user's filter, with reasons why others cannot be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .transformers_model import plan_in_place, plan_int8, transformers_models
 
 Filter = Callable[[str, nn.Module], bool]
 logger = logging.getLogger(__name__)
-# Names that mean something on a quantized layer.
+# Names of attributes that a quantized layer uses.
 _OURS = {*dir(QuantizedConv1x1), *vars(QuantizedConv1x1(1, 1, FP8_DYNAMIC, device="meta"))}
 
 
@@ -40,7 +40,7 @@ class Candidate:
 
 
 def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
-    """Every Linear of `model`, and on request every convolution, once for each place where it sits."""
+    """Every Linear of `model`, and with conv1x1 every convolution, once under each of its names."""
     users = _users(model)
     read = weights_read_directly(model)
     layers = [
@@ -49,7 +49,7 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
         if not isinstance(module, QuantizedModule)
         and (isinstance(module, nn.Linear) or (conv1x1 and isinstance(module, Convolution)))
     ]
-    reasons: dict[int, str] = {}  # of a layer, wherever it sits
+    reasons: dict[int, str] = {}  # by id of the layer, for all its names
     for name, module in layers:
         direct = f"{read[name]} reads its weight instead of calling it" if name in read else None
         if reason := _own_code(module) or direct or _weight(module, users):
@@ -59,12 +59,12 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
 
 
 def why_unfit(module: nn.Module, scheme: Scheme) -> str | None:
-    """Why the layer cannot be held in `scheme`."""
+    """Why the layer cannot be quantized with `scheme`, None if it can."""
     granularity = scheme.weight.granularity
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     inputs = weight.flatten(1).shape[1]
     if granularity.rows == 1 and granularity.cols > 1 and inputs % granularity.cols:
-        return f"K = {inputs} is no multiple of the group of {granularity.cols}"
+        return f"K = {inputs} is not a multiple of the group size {granularity.cols}"
     return None
 
 
@@ -75,11 +75,11 @@ def _own_code(module: nn.Module) -> str | None:
     if isinstance(module, Convolution) and (reason := QuantizedConv1x1.why_not(module)):
         return reason
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules or module.weight is None:
-        return "it holds more than a weight and a bias (a weight norm, or the like, makes the weight anew)"
-    # Notes of other libraries are carried over; what can be computed with may be part of what the layer does.
+        return "it has more than a weight and a bias (for example a weight norm, which recomputes the weight)"
+    # Plain attributes set by other libraries are copied; tensors, modules and callables may change what the layer computes.
     extra = [name for name in foreign_attributes(module) if not _is_note(name, getattr(module, name))]
     if extra or ("forward" in vars(module) and not hasattr(module, "_hf_hook")):
-        return f"it was changed: {', '.join(sorted(extra)) or 'forward'} was set on it"
+        return f"it was modified: {', '.join(sorted(extra)) or 'forward'} was set on it"
     return None
 
 
@@ -96,13 +96,13 @@ def _weight(module: nn.Module, users: dict[int, list[tuple[str, nn.Module]]]) ->
     if weight.numel() == 0:
         return f"it has no values: its weight has shape {list(weight.shape)}"
     if weight.is_meta and hasattr(module, "_hf_hook"):
-        return "it is offloaded, and its weight is not here to be read"
+        return "it is offloaded, and its weight cannot be read"
     others = [name for name, user in users[id(weight)] if type(user) is not type(module)]
     return f"its weight is also {others[0]}" if others else None
 
 
 def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """id of a parameter -> where it sits."""
+    """id of a parameter -> its names and modules."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
@@ -113,8 +113,10 @@ def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 @dataclass
 class Choice:
-    """layers: name -> scheme. reasons: name of what was asked for and cannot be quantized -> why. quantizers: name of a
-    transformers model in the model -> what will save it, with its experts in its layout. names: what each Linear is called.
+    """The layers to quantize.
+
+    layers: name -> scheme. reasons: name of a matched layer that cannot be quantized -> why. quantizers: name of a transformers
+    model in the model -> the quantizer for saving it, with its experts in its layout. names: the possible names of each Linear.
     """
 
     layers: dict[str, Scheme] = field(default_factory=dict)
@@ -124,12 +126,14 @@ class Choice:
 
 
 def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x1: bool) -> Choice:
-    """Raises ConfigError if nothing is left, or a group of several has nothing; ScaleError for experts that are not finite;
-    UnsupportedError for models with adapters."""
+    """Choose the layers of `model` to quantize.
+
+    Raises ConfigError if a group has no layer left; ScaleError for experts that are not finite; UnsupportedError for models
+    with adapters.
+    """
     if (adapter := adapters(model)) is not None:
         raise UnsupportedError(
-            f"{adapter} has an adapter on it, whose own Linears are not to be quantized: quantize the model first, then add "
-            "adapters to it"
+            f"{adapter} has an adapter, whose Linears must not be quantized: quantize the model first, then add adapters to it"
         )
     found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
     choice = Choice()
@@ -190,7 +194,7 @@ def _plan(
     def wanted(called: tuple[str, ...], owner: str | None) -> Group | None:
         if owner is None:
             return None
-        name = names[id(module := part.get_submodule(owner))]  # of a module with two names it is the first
+        name = names[id(module := part.get_submodule(owner))]  # one of the names, if the module has several
         group = config.spec.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
         key = (id(module), None if group is None else group.name)
         if key not in decided:
@@ -227,9 +231,7 @@ def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) 
                 values = model.get_parameter(name)
                 ends = () if values.is_meta else torch.aminmax(values)
                 if not all(bool(end.to(scale_dtype_of(values.dtype)).isfinite()) for end in ends):
-                    raise ScaleError(
-                        f"{name} has values that are NaN or infinite: they cannot be quantized; put it in `ignore`"
-                    )
+                    raise ScaleError(f"{name} has NaN or infinite values, which cannot be quantized: add it to `ignore`")
 
 
 def _stays_dense(candidate: Candidate, parts: dict[str, PreTrainedModel]) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints rewritten file by file, in memory for one tensor: dense to FP8, and FP8 to dense."""
+"""Rewrites checkpoints file by file, with memory for one tensor: dense to FP8, and FP8 to dense."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from ..loading.quantization_plan import Plan, plan_quantization
 from .methods import HF_FP8, how_stored
 from .source import Source
 
-# Called with the bytes of the source that have been dealt with since the last call.
+# Called with the number of source bytes processed since the last call.
 ProgressCallback = Callable[[int], Any]
-# By which a folder is known for a checkpoint, which `overwrite` may replace.
+# A folder with this file is a checkpoint, which `overwrite` may replace.
 _MARK = "config.json"
 
 
 @dataclass
 class Written:
-    """What was, or would be, written. bytes: of all tensors, before and after. reasons: matrix that was to be quantized
-    -> why it is dense. unmatched: entries of `ignore` that match nothing.
+    """Summary of what was written. weights: number of quantized ones. before, after: bytes of all tensors. reasons: name of a
+    matrix that a target matches -> why it is dense. unmatched: entries of `ignore` that match nothing.
     """
 
     weights: int
@@ -47,11 +47,11 @@ class Written:
 
 
 def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
-    """The plan of quantizing a dense checkpoint as `config` asks. Raises CheckpointError for one that is quantized already."""
+    """The plan for quantizing a dense checkpoint with `config`. Raises CheckpointError if it is quantized already."""
     if (stored := how_stored(source)) is not None:
         way = ", or dequantize it first (`hf-fp8 dequantize`)" if stored.reader == HF_FP8 else ""
         raise CheckpointError(
-            f"{source.folder} is quantized already ({stored.method}): take the checkpoint that it was made of{way}"
+            f"{source.folder} is quantized already ({stored.method}): use the dense checkpoint that it was made from{way}"
         )
     model, checkpoint = source.structure(), source.checkpoint()
     plan, _ = plan_quantization(
@@ -71,20 +71,20 @@ def quantize_checkpoint(
     overwrite: bool = False,
     tick: ProgressCallback = lambda count: None,
 ) -> Written:
-    """Write the FP8 checkpoint that `config`, with a scheme, makes of a dense one; `destination` appears when it is whole.
+    """Quantize a dense checkpoint with `config`, which has a scheme; `destination` is created when everything is written.
 
-    Weights are quantized on `device` as they are in the files. input_scales: key of each static input scale -> its value, by
-    calibration. Files are sharded as the source's are.
+    Weights are quantized on `device`, in their dtype in the files. input_scales: key of each static input scale -> calibrated
+    value. The shards are those of the source.
 
-    Raises CalibrationError without scales for a static scheme, ScaleError for a weight with NaN or infinity, by its name.
+    Raises CalibrationError without scales for a static scheme, and ScaleError, naming it, for a weight with NaN or infinity.
     """
     checkpoint, plan = plan_source(source, config)
     groups = {key: group.scheme for key, group in plan.groups.items() if group.scheme is not None}
     static = [key for key in plan.written.tensors if key.rpartition(".")[2] == INPUT_SCALE]
     if lacking := [key for key in static if key not in (input_scales or {})]:
         raise CalibrationError(
-            f"the scheme has static input scales, and {len(lacking)} such as {lacking[0]} are not known: give data to "
-            "calibrate with (--calibrate), or take a scheme with dynamic inputs, such as FP8_DYNAMIC"
+            f"the scheme has static input scales, but {len(lacking)} (such as {lacking[0]}) are not calibrated: pass a text "
+            "(--calibrate), or use a scheme with dynamic input scales, such as FP8_DYNAMIC"
         )
     by_source: dict[str, list[str]] = {}
     for key, part in plan.parts.items():
@@ -117,7 +117,7 @@ def quantize_checkpoint(
 
 @dataclass(frozen=True)
 class Reading:
-    """A quantized checkpoint, held against its config and its model. conversions: the host's."""
+    """A quantized checkpoint, checked against its config and its model. conversions: those of transformers."""
 
     checkpoint: Checkpoint
     spec: QuantizationSpec
@@ -127,7 +127,7 @@ class Reading:
 
 
 def read_quantized(source: Source) -> Reading:
-    """The headers and scales of a quantized checkpoint, checked as in loading. Raises what loading raises."""
+    """Read the headers and scales of a quantized checkpoint, with the checks and errors of loading."""
     stored = how_stored(source)
     if stored is None:
         raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
@@ -155,10 +155,10 @@ def dequantize_checkpoint(
     overwrite: bool = False,
     tick: ProgressCallback = lambda count: None,
 ) -> Written:
-    """Write the dense checkpoint that a quantized one stands for: weights multiplied out in float32 and rounded once.
+    """Write a quantized checkpoint as a dense one: weights are dequantized in float32 and rounded once.
 
-    dtype: to which (the config's by default). Scales are left out, the rest is written as it is; but experts that
-    llm-compressor took apart are written in the family's own form, as the host would load others as random numbers.
+    dtype: of the dense weights, by default that of the config. Scales are left out, other tensors are copied unchanged. Experts
+    that llm-compressor split are written in the layout of the model family, as transformers would initialize others randomly.
     """
     reading = read_quantized(source)
     checkpoint, layout, of = reading.checkpoint, reading.layout, dtype or source.dtype
@@ -184,7 +184,10 @@ def dequantize_checkpoint(
     def stacked(name: str) -> torch.Tensor:
         info = written.tensors[name]
         if len(members[name]) != info.shape[0] * homes[members[name][0]].of:
-            raise MissingTensorError(f"{len(members[name])} tensors of the files go into {name}, which has shape {info.shape}")
+            raise MissingTensorError(
+                f"{name} has shape {list(info.shape)}, but the files have {len(members[name])} tensors for it: the checkpoint "
+                "is incomplete"
+            )
         out = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         for key in members[name]:
             homes[key].take(out).copy_(values(key))
@@ -206,15 +209,15 @@ def dequantize_checkpoint(
 
 
 def check_destination(source: Source, destination: Path, overwrite: bool) -> None:
-    """Raise ConfigError if a checkpoint made of `source` cannot, or should not, be written there."""
+    """Raise ConfigError if a checkpoint made from `source` cannot, or must not, be written to `destination`."""
     read, write = (Path(os.path.realpath(folder)) for folder in (source.folder, destination))
     if read in (write, *write.parents) or write in read.parents:
-        raise ConfigError(f"{destination} and {source.folder}, which is read, are in one another: write somewhere else")
+        raise ConfigError(f"{destination} and the source {source.folder} contain each other: write to another folder")
     check_place(write, _MARK if overwrite else None)
 
 
 def total_bytes(checkpoint: Checkpoint) -> int:
-    """Of all tensors, by their headers."""
+    """Bytes of all tensors, from their headers."""
     return sum(map(nbytes, checkpoint.tensors.values()))
 
 
@@ -245,7 +248,7 @@ def _write(
             with ShardWriter(folder / name, tensors) as shard:
                 for key in (key for key, info in checkpoint.tensors.items() if info.file == file):
                     if (tensors_made := make(key)) is None:
-                        shard.copy(key, checkpoint.pieces(key))  # as it is, and never whole in memory
+                        shard.copy(key, checkpoint.pieces(key))  # unchanged, and never whole in memory
                     for made, values in tensors_made or ():
                         shard.write(made, values)
                     tick(nbytes(checkpoint.tensors[key]))
@@ -271,14 +274,14 @@ def _check_space(destination: Path, total: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < total:
-        raise ConfigError(f"{total / 1e9:.2f} GB are to be written to {destination}, where {free / 1e9:.2f} GB are free")
+        raise ConfigError(f"{destination} has {free / 1e9:.2f} GB free, but {total / 1e9:.2f} GB are needed")
 
 
 def host_form(
     model: ModelFacts, conversions: Sequence[WeightTransform], checkpoint: Checkpoint
 ) -> tuple[dict[str, TensorSlice], dict[str, tuple[int, ...]]]:
-    """(key -> where its values go in a dense checkpoint, name of a stack of experts -> its shape), for keys that the host
-    would not find a place for: to other names (Mixtral), or into stacks (gpt-oss, Llama-4)."""
+    """(key -> where its values go in a dense checkpoint, name of a stack of experts -> its shape), for keys that transformers
+    does not map: to other names (Mixtral), or into stacks (gpt-oss, Llama-4)."""
     keymap = KeyMap.of(model, conversions, checkpoint.tensors)
     merges = converters(*keymap.unmapped_experts) if keymap.unmapped_experts is not None else []
     sources = {pattern: converter.source_patterns for converter in merges for pattern in converter.source_patterns}
@@ -294,7 +297,7 @@ def host_form(
             experts, _, leaf = target.rpartition(".")
             layout = model.experts(experts)
             if layout is None:
-                continue  # of a layer that this class of model does not have: as they are
+                continue  # in a layer that this model class does not have: copied unchanged
             patterns, stack = sources[pattern], f"{called['experts']}.{leaf}"
             homes[key] = TensorSlice(
                 stack, int(called["index"]), patterns.index(pattern), len(patterns),

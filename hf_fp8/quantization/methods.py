@@ -1,4 +1,4 @@
-"""How a checkpoint is quantized, and who reads that: hf-fp8, transformers itself, or neither."""
+"""Finds out how a checkpoint is quantized, and whether hf-fp8, transformers, or neither can read it."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from .source import Source
 
 HF_FP8, TRANSFORMERS = "hf-fp8", "transformers"
 _OURS = ("compressed-tensors", "sparseml")
-# Where ModelOpt writes how it quantized, before it wrote it into config.json.
+# File in which older versions of ModelOpt describe the quantization; newer ones write it into config.json.
 _MODELOPT = "hf_quant_config.json"
-# What only quantized weights have, whatever their method.
+# dtypes and suffixes that only quantized weights have, with any method.
 _CODES = ("F8_", "F6_", "F4")
 _BESIDE_CODES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """method: what a checkpoint is quantized as, in words. reader: who reads it, None if neither hf-fp8 nor transformers."""
+    """method: description of the quantization. reader: which library reads it, None if neither hf-fp8 nor transformers."""
 
     method: str
     reader: str | None
 
     def __str__(self) -> str:
         if self.reader == TRANSFORMERS:
-            return f"quantized as {self.method}: hf-fp8 leaves that to transformers itself"
+            return f"quantized as {self.method}: transformers reads it without hf-fp8"
         if self.reader == HF_FP8:
             return f"quantized as {self.method}: hf-fp8 reads it"
         return (
-            f"quantized as {self.method}: neither hf-fp8 nor transformers {transformers.__version__} reads that, and plainly "
-            "read, its codes would be taken for values"
+            f"quantized as {self.method}: neither hf-fp8 nor transformers {transformers.__version__} reads that; loaded "
+            "without its config, its codes would be used as values"
         )
 
 
 def how_stored(source: Source) -> Stored | None:
-    """How a checkpoint is quantized; None if it is dense. Looks at the headers where the config says nothing."""
+    """How a checkpoint is quantized; None if it is dense. Checks the headers if the config has no entry."""
     written = source.quantization
     if written is None:
         return _unsaid(source)
@@ -50,7 +50,7 @@ def how_stored(source: Source) -> Stored | None:
         return Stored("compressed-tensors", HF_FP8)
     if method is None and "config_groups" in written:
         method = "compressed-tensors"
-    for bits in ("4bit", "8bit"):  # transformers' own way to tell the two
+    for bits in ("4bit", "8bit"):  # as transformers distinguishes the two
         if written.get(f"load_in_{bits}"):
             method = f"bitsandbytes_{bits}"
     if not isinstance(method, str):
@@ -61,7 +61,7 @@ def how_stored(source: Source) -> Stored | None:
 
 
 def _unsaid(source: Source) -> Stored | None:
-    """How it is quantized although config.json does not say so."""
+    """How a checkpoint is quantized whose config.json does not say so; None if it is dense."""
     if is_there(path := source.folder / _MODELOPT):
         try:
             about = read_json(path).get("quantization")
@@ -69,7 +69,7 @@ def _unsaid(source: Source) -> Stored | None:
         except FP8Error:
             algorithm = "?"
         if algorithm is not None:
-            return Stored(f"ModelOpt's {algorithm} (by {_MODELOPT}; config.json does not say so)", None)
+            return Stored(f"ModelOpt's {algorithm} (says {_MODELOPT}; config.json does not say so)", None)
     tensors = source.checkpoint().tensors
     codes = [key for key, info in tensors.items() if info.dtype.startswith(_CODES) or key.endswith(_BESIDE_CODES)]
     if not codes:

@@ -1,4 +1,4 @@
-"""`quantize_model`: the Linears of any PyTorch model become QuantizedLinears, one after the other."""
+"""`quantize_model`: replaces the Linears of any PyTorch model by QuantizedLinears, one after the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .transformers_model import attach_quantizer, fill_experts
 logger = logging.getLogger(__name__)
 
 
-@torch.inference_mode(False)  # what is made here may be trained over later
+@torch.inference_mode(False)  # the new parameters may be used in training later
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -45,30 +45,30 @@ def quantize_model(
     experts: str = "auto",
     backward: str = "exact",
 ) -> nn.Module:
-    """Replace the Linears of `model` by FP8 (or int8) ones, and a transformers mixture's experts, layer by layer.
+    """Replace the Linears of `model`, and the experts of a transformers MoE model, by FP8 (or int8) ones, layer by layer.
 
     Args:
         scheme, targets, ignore: as in `FP8Config`; int8 schemes as well ("INT8", "INT8_WEIGHT_ONLY").
-        filter_fn: of what these choose, only layers for which (name, module) gives True.
-        device: where weights are quantized, one layer at a time; the results go back to where the weight was.
-        inplace: else a copy is changed and returned, and of what is quantized only the result is made.
-        originals: what becomes of the float weights: "discard", "keep" beside the codes, or "offload" to the CPU. With the
-            last two `requantize_model` makes codes anew after an update of `layer.original` (till then running and saving the
-            layer raise StaleError), and `dequantize_model` gives them back to the bit. Experts keep none.
-        conv1x1: also convolutions with a kernel of one point, which targets may call "Linear".
-        compute_dtype: cast inputs to it first (a float32 model on a GPU whose kernels give 16 bits); None leaves them.
-        cast_output: cast outputs back to the dtype that the input had.
-        backend, backward: see `FP8Config`. experts: "dequantize" leaves a mixture's experts dense.
+        filter_fn: of the layers chosen by these, quantize only those for which it returns True for (name, module).
+        device: where weights are quantized, one layer at a time; the results go to the device of the original weight.
+        inplace: if False, change and return a copy; the weights of quantized layers are not copied.
+        originals: "discard" the float weights, "keep" them next to the codes (the quantized values), or "offload" them to the
+            CPU. With the last two, `requantize_model` quantizes again after an update of `layer.original` (before that, running
+            and saving the layer raise StaleError), and `dequantize_model` restores them bit for bit. Experts keep none.
+        conv1x1: also quantize convolutions with a kernel of size 1, which the target "Linear" matches, too.
+        compute_dtype: cast inputs to it first (for a float32 model on a GPU whose kernels return 16 bits); None for no cast.
+        cast_output: cast outputs back to the dtype of the input.
+        backend, backward: see `FP8Config`. experts: "dequantize" leaves the experts of an MoE model dense.
 
-    What the scheme cannot hold, subclasses of Linear, and layers that were changed stay as they are, with a line in the log
-    that says why. Weights that were shared stay shared, and so do layers. On the meta device only the structure changes.
-    A transformers model then saves as a compressed-tensors checkpoint (`save_pretrained`), others with `save_quantized`.
+    Layers that do not fit the scheme, subclasses of Linear, and modified layers stay dense, and the log says why. Shared layers
+    and weights stay shared. On the meta device only the structure changes. A transformers model is then saved as a
+    compressed-tensors checkpoint (`save_pretrained`), other models with `save_quantized`.
 
     Returns `model` (or the copy; or the new layer, if `model` is a Linear itself). Raises ConfigError if nothing in it can
     be quantized and for unknown options, ScaleError for experts that are not finite; nothing is changed then.
     """
     if originals not in ORIGINALS:
-        raise ConfigError(f"originals={originals!r}: it is one of {', '.join(ORIGINALS)}")
+        raise ConfigError(f"originals={originals!r}: it must be one of {', '.join(ORIGINALS)}")
     if device is not None and torch.device(device).type == "meta":
         raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
     config = FP8Config(backend=backend, experts=experts, backward=backward)
@@ -82,14 +82,16 @@ def quantize_model(
 
 
 def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: dict[str, Any], inplace: bool) -> nn.Module:
-    """Put the layers of `choice` in the place of those that they are made of. how: with what they are made. settings: their
-    attributes. Returns `model`, or what `quantize_model` returns instead."""
+    """Replace the layers of `choice` by quantized ones; return the model, copy or layer that `quantize_model` returns.
+
+    how: arguments for creating them. settings: attributes to set on them.
+    """
     made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], QuantizedLinear]()
     root = model
     for name, scheme in choice.layers.items():
         old = model.get_submodule(name)
         if isinstance(old, QuantizedModule):
-            continue  # it sits in a module that itself sits in two places
+            continue  # in a module that occurs twice in the model
         if id(old) not in made:
             try:
                 new = _layer(old, scheme, by_weight, how)
@@ -101,7 +103,7 @@ def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: di
             made[id(old)] = new
         if inplace:
             root = replace_module(root, name, made[id(old)])
-        del old  # so that its weight is freed before the next one is quantized
+        del old  # free its weight before the next one is quantized
     if not made and choice.layers:
         said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
         raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
@@ -115,16 +117,16 @@ def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: di
 
 @torch.inference_mode(False)
 def requantize_model(model: nn.Module) -> nn.Module:
-    """Make codes and scales anew of the float weights that were kept (`originals="keep"` or "offload"), in place.
+    """Quantize the kept float weights (`originals="keep"` or "offload") again, in place.
 
-    Raises UnsupportedError, before anything is changed, for a layer whose original was not kept, and for layers with one weight
-    whose originals were changed to different values.
+    Raises UnsupportedError, before anything is changed, for a layer whose original was not kept, and for layers that share a
+    weight but whose originals were changed to different values.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     refuse_torn(layers)
     done: dict[int, QuantizedLinear] = {}
-    keep: list[torch.Tensor] = []  # so that no id is given twice
-    # Those without one come first, and raise; of layers with the same codes the one whose original was changed.
+    keep: list[torch.Tensor] = []  # so that no id is reused
+    # Layers without an original come first, and raise; of layers that share codes, the one with a changed original comes first.
     for layer in sorted(layers, key=lambda layer: (layer.original is not None, not layer.is_stale)):
         before = layer.weight
         twin = done.setdefault(id(before), layer)
@@ -151,11 +153,11 @@ def _layer(
 
 
 def _copy(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of `model` with the layers that were made of some of its own, by id; only what stays as it is is copied."""
+    """A copy of `model` with the new layers in `made` (by id of the old one); only unchanged parts are copied."""
     memo: dict[int, Any] = {}
     for new in made.values():
         for held in (new.weight, new.weight_scale):
-            memo[id(held)] = held  # made for the copy: no second one
+            memo[id(held)] = held  # created for the copy: not copied again
     for old, new in made.items():
         memo[old] = copy.deepcopy(new, memo)  # biases, kept originals
         made[old] = memo[old]
@@ -173,4 +175,4 @@ def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) 
     guard_savers(root)
     guard_readers(root)
     if choice.reasons:
-        logger.warning(f"hf_fp8: left as they are: {by_reason(choice.reasons)}")
+        logger.warning(f"hf_fp8: not quantized: {by_reason(choice.reasons)}")

@@ -1,4 +1,4 @@
-"""What is remembered of a layer's inputs while it is calibrated, and the clipping threshold that follows from it."""
+"""Observers: statistics of a layer's inputs during calibration, and the clipping threshold computed from them."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from ..formats import numerics
 from ..formats.scheme import FP8, ROW
 
 # Bins of a histogram. For `Mse`, evenly spread over 0 .. 2**n, the upper half of which is in use. Measured on 2**20 values of
-# six kinds (normal, a tenth normal and the rest zeros, log-normal, Student's t with 3 degrees, normal with 16 values 100 or
-# 1000 times as large), four seeds; worst of all, for 512, 1024, 2048, 4096, 8192 bins: error squared of `Mse` above that of
-# a search over the values themselves 11%, 11%, 0.03%, 0.00%, 0.01%.
+# six distributions (normal, a tenth normal and the rest zeros, log-normal, Student's t with 3 degrees of freedom, normal with
+# 16 values 100 or 1000 times as large), with four seeds. In the worst case the squared error of `Mse` exceeds that of a search
+# over the values themselves by 11%, 11%, 0.03%, 0.00%, 0.01% with 512, 1024, 2048, 4096, 8192 bins.
 BINS = 2048
 # The number of the first bin of `Percentile`: the bits of 2**-96 as float32, exponent and four bits of the fraction.
 FIRST = (127 - 96) << 4
-# Exponent of the range before anything was seen: below every magnitude that matters, so that the first input is a growth
-# like any other.
+# Exponent of the range before the first input: below every relevant magnitude, so that the first input grows the range like
+# any other.
 LEAST = -100
-# Values counted at a time: 16 MB of float32 beside the input.
+# Values counted at a time: 16 MB of float32 in addition to the input.
 CHUNK = 2**22
-# Thresholds that `Mse` tries for each halving (with 16 or 32 the trials above end 11% above the best), and how many halvings
-# at most: E4M3 reaches no further down than 2**-17.
+# Thresholds that `Mse` tries per halving (with 16 or 32 the errors in the measurement above are 11% above the best), and the
+# maximum number of halvings: the range of E4M3 ends at 2**-17.
 STEPS, OCTAVES = 64, 16
-# `Mse` takes each of the first COARSE bins for SPLIT values. As one value each, the trials above end up to 24% above the best.
+# `Mse` represents each of the first COARSE bins by SPLIT values. With one value each, the errors in the measurement above are
+# up to 24% above the best.
 COARSE, SPLIT = 64, 16
 
 
 class Observer(ABC):
-    """What is seen of one stream of inputs, or of several side by side (the experts of a stack).
+    """Statistics of one stream of inputs, or of several in parallel (the experts of a stack).
 
-    An instance that has not been started is a prototype: `hf_fp8.calibrate` starts a copy of it for each layer. A subclass
-    says what it remembers (`see`, beside `amax`) and what threshold follows (`threshold`).
+    An instance that is not started is a prototype: `hf_fp8.calibrate` starts a copy of it for each layer. A subclass defines
+    which statistics it keeps (`see`, in addition to `amax`) and computes the threshold from them (`threshold`).
 
-    Attributes: amax: (streams,) float32, the largest magnitude that each stream had; -1 if it had nothing, NaN or inf if
-    it had that.
+    Attributes: amax: (streams,) float32, the largest magnitude of each stream; -1 if it had no input, NaN or inf if the input
+    had any.
     """
 
     amax: torch.Tensor
 
     def started(self, streams: int, device: torch.device) -> Observer:
-        """A copy of this prototype that has seen nothing yet, for `streams` streams of inputs on `device`."""
+        """A new observer with the settings of this prototype, for `streams` streams of inputs on `device`."""
         new = copy.copy(self)
         new._start(streams, device)
         return new
@@ -56,8 +57,8 @@ class Observer(ABC):
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, stream: torch.Tensor | None = None) -> None:
-        """Take in x (..., K) in any float dtype, all of one stream; or x (S, K) and stream (S,), the number of each row's."""
-        # Results replace what was held, nothing is changed in place: it may have been made under inference mode.
+        """Add x (..., K) in any float dtype, all of one stream; or x (S, K) with stream (S,), the stream number of each row."""
+        # Nothing is changed in place: the tensors may have been created under inference mode.
         if x.numel() == 0:
             return
         x = x.detach()
@@ -73,17 +74,17 @@ class Observer(ABC):
 
     @abstractmethod
     def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
-        """Remember more of x, whose largest magnitudes are `amax` (-1: no row of that stream)."""
+        """Update the statistics with x, whose largest magnitude per stream is `amax` (-1: no row of that stream)."""
 
     @torch.no_grad()
     def merge_ranks(self) -> None:
-        """Take in what the observers of the other processes of torch.distributed saw; all of them must call it."""
+        """Combine with the observers of the other processes of torch.distributed; all of them must call it."""
         # MAX of NaN is not defined by all backends.
         self.amax = over_ranks(torch.where(self.amax.isnan(), torch.inf, self.amax), "MAX")
 
     @abstractmethod
     def threshold(self, dtype: torch.dtype = FP8) -> torch.Tensor:
-        """(streams,) float32: the magnitude that is to be the largest code of `dtype`; at most `amax`, 0 only if that is 0."""
+        """(streams,) float32: the magnitude that maps to the largest code of `dtype`; at most `amax`, 0 only if `amax` is 0."""
 
 
 def _counted(
@@ -92,8 +93,10 @@ def _counted(
     counts: torch.Tensor,
     index_of: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
 ) -> torch.Tensor:
-    """How many magnitudes of x (..., K) are in each bin, like `counts` (streams, BINS). index_of: (magnitudes (rows, K)
-    float32, their streams (rows, 1) or None) -> bins, truncated to integers."""
+    """The number of magnitudes of x (..., K) in each bin, in the shape of `counts` (streams, BINS).
+
+    index_of: (magnitudes (rows, K) float32, their streams (rows, 1) or None) -> bins, truncated to integers.
+    """
     x = x.reshape(-1, x.shape[-1])
     step = max(CHUNK // x.shape[1], 1)
     total = torch.zeros(counts.numel(), dtype=torch.int64, device=x.device)
@@ -106,10 +109,10 @@ def _counted(
 
 
 class Amax(Observer):
-    """The largest magnitude that was seen: nothing is clipped."""
+    """The largest magnitude: nothing is clipped."""
 
     def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
-        """Nothing more is needed."""
+        """`amax` is enough."""
 
     def threshold(self, dtype: torch.dtype = FP8) -> torch.Tensor:
         return self.amax
@@ -118,7 +121,7 @@ class Amax(Observer):
 class Histogram(Observer):
     """Counts magnitudes in `BINS` even bins from 0 to 2**exponent. The range grows by doubling: bins are added up in pairs.
 
-    Attributes: exponent (streams,) int32; counts (streams, BINS) int64. 16 KB a stream, however much is seen.
+    Attributes: exponent (streams,) int32; counts (streams, BINS) int64: 16 KB per stream, for any number of inputs.
     """
 
     exponent: torch.Tensor
@@ -143,13 +146,13 @@ class Histogram(Observer):
         shift = exponent - self.exponent
         if bool((shift > 0).any()):
             numbers = torch.arange(BINS, device=shift.device)
-            # Beyond 63 a shift is not defined; all is in the first bin long before.
+            # A shift by more than 63 is not defined; everything is in the first bin long before that.
             index = numbers >> shift.clamp(max=BINS.bit_length()).unsqueeze(1)
             self.counts = torch.zeros_like(self.counts).scatter_add(1, index, self.counts)
             self.exponent = exponent
 
     def _width(self) -> torch.Tensor:
-        """(streams,) float32, a power of two: how wide a bin is."""
+        """(streams,) float32: the width of a bin, a power of two."""
         return torch.ldexp(torch.ones_like(self.amax), self.exponent) / BINS
 
     @torch.no_grad()
@@ -160,14 +163,14 @@ class Histogram(Observer):
 
 
 class Percentile(Observer):
-    """The magnitude that `percent` of all that was seen lie below (one in 10 000 is clipped by default), within 6%.
+    """The magnitude below which `percent` of all values lie (by default one in 10 000 is clipped), with an error up to 6%.
 
-    Counts magnitudes in `BINS` bins, sixteen for each doubling, from 2**-96 to 2**32: by exponent and four bits of the
-    fraction. However far outliers are, the rest is told apart. What is smaller, or larger, is in the first, or last, bin.
+    Counts magnitudes in `BINS` bins, sixteen per doubling, from 2**-96 to 2**32: by exponent and four bits of the fraction, so
+    that outliers do not reduce the resolution for other values. Smaller values are in the first bin, larger ones in the last.
 
     Not for language models: they have a few values that are far larger than all others and matter most. On SmolLM2 clipping
-    one in 10 000 ruins the model (perplexity 57 instead of 17). It is for models whose largest values are noise, and to
-    compare with other tools; measure what it does to the output (`hf_fp8.compare`) before you keep its scales.
+    one in 10 000 ruins the model (perplexity 57 instead of 17). Use it for models whose largest values are noise, and to
+    compare with other tools; measure its effect on the output (`hf_fp8.compare`) before you keep its scales.
 
     Raises ConfigError for a percent that is not above 0 and at most 100.
     """
@@ -176,7 +179,7 @@ class Percentile(Observer):
 
     def __init__(self, percent: float = 99.99) -> None:
         if not 0 < percent <= 100:
-            raise ConfigError(f"Percentile({percent}): it is above 0 and at most 100, such as 99.99")
+            raise ConfigError(f"Percentile({percent}): it must be above 0 and at most 100, such as 99.99")
         self.percent = percent
 
     def _start(self, streams: int, device: torch.device) -> None:
@@ -203,21 +206,21 @@ class Percentile(Observer):
         rank = (below[:, -1:] * (self.percent / 100)).clamp(min=1)
         last = (below < rank).sum(1, keepdim=True).clamp(max=BINS - 1)
         count = self.counts.gather(1, last).clamp(min=1)
-        # As if a bin's values were spread evenly.
+        # Assumes that values are evenly distributed within a bin.
         within = 1 - (below.gather(1, last) - rank) / count
         edges = ((torch.arange(BINS + 1, dtype=torch.int32, device=last.device) + FIRST) << 19).view(torch.float32)
         edges[0] = 0.0
         low, high = edges[last], edges[last + 1]
         found = (low + within.float() * (high - low)).squeeze(1)
-        # What is beyond the last edge is in the last bin.
+        # Values above the last edge are in the last bin.
         found = torch.where((last.squeeze(1) == BINS - 1) & (self.amax > edges[-1]), self.amax, found)
         return torch.minimum(found, self.amax)
 
 
 class Mse(Histogram):
-    """The threshold with the least mean squared error of quantizing all that was seen, of `STEPS` for each halving.
+    """The threshold with the least mean squared error of quantizing all values; tries `STEPS` thresholds per halving.
 
-    Every magnitude is taken for the middle of its bin, or of its part of one, and rounded as `numerics.quantize` does it.
+    Every magnitude is represented by the middle of its bin, or of its part of a bin, and rounded as in `numerics.quantize`.
     """
 
     @torch.no_grad()
@@ -227,7 +230,7 @@ class Mse(Histogram):
         for step in range(STEPS * OCTAVES):
             threshold = self.amax * 2 ** (-step / STEPS)
             beyond = (values - threshold.unsqueeze(1)).clamp(min=0).double()
-            # What is clipped alone is too much already, and will be more.
+            # The clipping error alone exceeds the best error, and grows with each step.
             if bool(((beyond.square() * counts).sum(1) >= least).all()):
                 break
             scale = numerics.scale_of(threshold, dtype)
@@ -237,12 +240,13 @@ class Mse(Histogram):
         return best
 
     def _values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(values (streams, V) float32, how many there are of each (streams, V) float64) that stand for what was seen."""
+        """(values (streams, V) float32, their counts (streams, V) float64) that represent all inputs."""
         amax, width = self.amax.unsqueeze(1), self._width().unsqueeze(1)
         edges = torch.arange(BINS + 1, dtype=torch.float32, device=amax.device) * width
-        # The largest is known, and often alone in its bin: half a bin is much beside what it costs to clip it a little.
+        # The largest value is known exactly, and often alone in its bin: half a bin would be large compared to its clipping
+        # error.
         values = torch.where(edges[:, 1:] > amax, amax, edges[:, :-1] + width / 2)
-        # The first bins are wider than the steps of E4M3 there; one value each would be rounded stochastically.
+        # The first bins are wider than the steps of E4M3 there: the rounding error of one value per bin would be arbitrary.
         fine = ((torch.arange(COARSE * SPLIT, dtype=torch.float32, device=amax.device) + 0.5) * (width / SPLIT)).minimum(amax)
         counts = self.counts.double()
         split = (counts[:, :COARSE] / SPLIT).repeat_interleave(SPLIT, 1)
@@ -253,26 +257,26 @@ OBSERVERS: dict[str, Callable[[], Observer]] = {"amax": Amax, "percentile": Perc
 
 
 def prototype_of(observer: str | Observer | Callable[[], Observer]) -> Observer:
-    """The prototype that is meant by a name ("amax", "percentile", "mse"), a prototype, or what makes one (a class).
+    """The prototype for a name ("amax", "percentile", "mse"), a prototype, or a callable that makes one, such as a class.
 
-    Raises ConfigError.
+    Raises ConfigError for anything else.
     """
     made: Any = OBSERVERS.get(observer) if isinstance(observer, str) else observer
     if not isinstance(made, Observer) and callable(made):
         made = made()
     if not isinstance(made, Observer):
         raise ConfigError(
-            f"observer={observer!r}: it is one of {', '.join(OBSERVERS)}, or an Observer such as Percentile(99.9), or a "
+            f"observer={observer!r}: it must be one of {', '.join(OBSERVERS)}, an Observer such as Percentile(99.9), or a "
             "callable that makes one"
         )
     return made
 
 
 def over_ranks(tensor: torch.Tensor, how: str) -> torch.Tensor:
-    """The "MAX", "MIN" or "SUM" of `tensor` over all processes of torch.distributed, element by element; itself if alone."""
+    """The elementwise "MAX", "MIN" or "SUM" of `tensor` over all processes of torch.distributed; `tensor` if there is one."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
-    # NCCL and its kin reduce nothing on a CPU; gloo little elsewhere.
+    # NCCL and similar backends cannot reduce CPU tensors; gloo supports few operations on other devices.
     backend = dist.get_backend()
     device = torch.device("cpu") if backend in ("gloo", "mpi") else torch.accelerator.current_accelerator()
     reduced = tensor.detach().to(device, copy=True).contiguous()

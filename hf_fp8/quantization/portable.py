@@ -1,4 +1,4 @@
-"""`save_quantized`, `load_quantized`: quantized models that are not transformers', as safetensors and `quantization.json`."""
+"""`save_quantized`, `load_quantized`: quantized models of other libraries as safetensors and `quantization.json`."""
 
 from __future__ import annotations
 
@@ -34,22 +34,21 @@ from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace
 from ..version import __version__
 
 CONFIG = "quantization.json"
-# Of the file's layout: another number is refused.
+# Version of the layout of `quantization.json`: files with another number are refused.
 FORMAT = 1
 COMPUTE = ("bfloat16", "float16", "float32", "float64")
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write `model`, quantized by `quantize_model`, to `folder`, which appears, or is replaced, when all is written.
+    """Write `model`, quantized by `quantize_model`, to `folder`, which is created or replaced when everything is written.
 
-    Files: `model.safetensors` (or several with an index) with the state dict under its own names, tensors that are shared
-    once; `quantization.json` with the scheme of each layer and the names of what is shared. Float weights that were kept
-    beside the codes are not saved. `load_quantized` reads it into the float model's structure.
+    Files: `model.safetensors` (or several with an index) with the state dict, shared tensors once; `quantization.json` with the
+    scheme of each layer and the names of shared tensors. Kept float weights are not saved. `load_quantized` loads the folder
+    into the structure of the float model.
 
-    Raises ConfigError if `folder` is there and was not written by this function; UnsupportedError for quantized
-    transformers models (`save_pretrained` writes those for everybody), offloaded layers and state that is no tensor;
-    CalibrationError for layers whose input scale has yet to be measured, StaleError for those whose kept float weight was
-    changed since.
+    Raises ConfigError if `folder` exists and was not written by this function; UnsupportedError for quantized transformers
+    models (use `save_pretrained`, which other tools can read), offloaded layers and state that is not a tensor;
+    CalibrationError for layers without a calibrated input scale, StaleError for layers whose kept float weight was changed.
     """
     layers = {
         name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedModule)
@@ -58,16 +57,19 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
         if not isinstance(module, QuantizedLinear):
             raise UnsupportedError(f"{name} is a {type(module).__name__} of a transformers model: use its save_pretrained")
         if module.is_offloaded:
-            raise UnsupportedError(f"{name} is on the meta device, or offloaded: there is nothing to be saved")
+            raise UnsupportedError(f"{name} is on the meta device, or offloaded, and cannot be saved: load it onto a device")
         if module.needs_calibration:
-            raise CalibrationError(f"{name} has no input scale yet: calibrate the model before it is saved (hf_fp8.calibrate)")
+            raise CalibrationError(f"{name} has no input scale yet: calibrate the model before saving (hf_fp8.calibrate)")
         module.refuse_stale(name)
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(f"{type(model).__name__} is a transformers model: use its save_pretrained")
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.is_meta or value.dtype not in DTYPE_NAMES:
-            raise UnsupportedError(f"{name} of the state dict cannot be saved as a tensor: {type(value).__name__}")
+            raise UnsupportedError(
+                f"{name} in the state dict cannot be saved: it is a {type(value).__name__}, and must be a tensor with values "
+                "and a dtype of safetensors"
+            )
     first: dict[Any, str] = {}
     shared = {}
     for name, value in state.items():
@@ -95,14 +97,14 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
 def load_quantized(
     model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None, strict: bool = True
 ) -> nn.Module:
-    """Make `model`, the float model that was quantized and saved, what `save_quantized` wrote, in place.
+    """Load the files of `save_quantized` into `model`, the float model before quantization, in place.
 
-    Its Linears may be on any device, on meta, too: nothing of their values is used. device: where tensors go; by default
-    where the model's are, and to the CPU from meta. strict: whether buffers and parameters that are not in the files, or
-    more than the model has, are an error.
+    Its Linears may be on any device, including meta: their values are not used. device: where tensors go; by default the device
+    of the model's tensors, or the CPU instead of meta. strict: whether buffers and parameters that are missing in the files, or
+    in the model, are an error.
 
-    Raises CheckpointError of the fitting kind, naming the tensor or the module, before anything is changed. Returns `model`
-    (or the new layer, if `model` is a Linear itself).
+    Raises a subclass of CheckpointError, naming the tensor or the module, before anything is changed. Returns `model` (or the
+    new layer, if `model` is a Linear itself).
     """
     folder = Path(folder)
     described = _read_config(folder)
@@ -156,12 +158,12 @@ def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
         fits = False
     if not fits or isinstance(old, QuantizedModule):
         raise MismatchError(
-            f"{name} is {old} in the model, and was a {entry['kind']} with {entry} when it was quantized: build the float "
+            f"{name} is {old} in the model, but was a {entry['kind']} with {entry} when it was quantized: build the float "
             "model as it was then"
         )
     new = kind.like(old, Scheme.parse(entry["scheme"]), backend=entry["backend"])
     if new.bias is not None:
-        new.bias = nn.Parameter(new.bias.detach().clone())  # the model's own stays as it is
+        new.bias = nn.Parameter(new.bias.detach().clone())  # the bias of the model stays unchanged
     new.compute_dtype = getattr(torch, entry["compute_dtype"]) if "compute_dtype" in entry else None
     new.cast_output = entry.get("cast_output", True)
     return new
@@ -170,7 +172,7 @@ def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
 def _compare(
     model: nn.Module, layers: dict[str, QuantizedLinear], held: dict[str, TensorInfo], folder: Path, strict: bool
 ) -> None:
-    """Raise unless the files hold what the model will."""
+    """Raise unless the tensors in the files match those of the model after replacing `layers`."""
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for name, layer in layers.items():
         wanted.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in layer.state_dict().items()})
@@ -178,11 +180,11 @@ def _compare(
     for name, tensor in wanted.items():
         found = held.get(name)
         if found is None:
-            if strict or name.rpartition(".")[0] in layers:  # a layer that is made anew has nothing to fall back to
-                raise MissingTensorError(f"{name} is not in the files of {folder}, and the model has it")
+            if strict or name.rpartition(".")[0] in layers:  # a new layer has no values of its own
+                raise MissingTensorError(f"{name} is in the model, but not in the files of {folder}")
             continue
         if found.shape != tuple(tensor.shape):
-            raise MismatchError(f"{name} is {found} in {folder}, and the model's has shape {list(tensor.shape)}")
+            raise MismatchError(f"{name} is {found} in {folder}, but has shape {list(tensor.shape)} in the model")
         if name in quantized and name.endswith("_scale"):
             fits = found.dtype in SCALE_DTYPES
         elif name not in quantized and DTYPE_NAMES.get(tensor.dtype) in DENSE_DTYPES:
@@ -190,12 +192,12 @@ def _compare(
         else:
             fits = found.dtype == DTYPE_NAMES.get(tensor.dtype)
         if not fits:
-            raise MismatchError(f"{name} is {found} in {folder}, and the model holds {tensor.dtype} there")
+            raise MismatchError(f"{name} is {found} in {folder}, but {tensor.dtype} in the model")
     if strict and (extra := sorted(set(held) - set(wanted))):
-        raise CheckpointError(f"{extra[0]} is in the files of {folder}, and the model does not have it")
+        raise CheckpointError(f"{extra[0]} is in the files of {folder}, but not in the model")
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in held]
     if lost:
-        raise ConfigError(f"{lost[0]} is a buffer on the meta device that no file holds: build the model on the CPU")
+        raise ConfigError(f"{lost[0]} is a buffer on the meta device and not in the files: build the model on the CPU")
 
 
 def _assign(model: nn.Module, state: dict[str, torch.Tensor], shared: dict[str, str], device: Any) -> None:
@@ -235,7 +237,7 @@ def _get(model: nn.Module, name: str) -> nn.Module | None:
 def _module(model: nn.Module, name: str, folder: Path) -> Any:
     found = _get(model, name)
     if found is None:
-        raise MismatchError(f"{name} was quantized in {folder}, and {type(model).__name__} has no such module")
+        raise MismatchError(f"{name} is quantized in {folder}, but {type(model).__name__} has no such module")
     return found
 
 
@@ -243,7 +245,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise ConfigError(
-            f"{folder} has no {CONFIG}: hf_fp8.save_quantized did not write it. Transformers checkpoints are read by "
+            f"{folder} has no {CONFIG}: it was not written by hf_fp8.save_quantized. Load transformers checkpoints with "
             "from_pretrained"
         )
     try:
@@ -251,29 +253,35 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CorruptFileError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {found.get('format') if isinstance(found, dict) else '?'}; this is {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {found.get('format') if isinstance(found, dict) else '?'}; this version of hf_fp8 reads format "
+            f"{FORMAT}"
+        )
     modules, shared = found.get("modules"), found.get("shared", {})
     if not isinstance(modules, dict) or not isinstance(shared, dict) or not all(isinstance(k, str) for k in shared.values()):
-        raise CheckpointError(f"{path} has no `modules`, or a `shared` that is no table of names")
+        raise CheckpointError(f"{path} has no `modules`, or a `shared` that is not a table of names")
     for name, entry in modules.items():
         if (
             not isinstance(entry, dict)
             or entry.get("kind") not in ("linear", "conv1x1")
             or entry.get("backend") not in BACKENDS
         ):
-            raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}: no layer that hf_fp8 knows")
+            raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}, which is not a layer that hf_fp8 supports")
         compute = entry.get("compute_dtype")
         if not isinstance(entry.get("cast_output", True), bool) or compute not in (None, *COMPUTE):
-            raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}: compute_dtype is one of {', '.join(COMPUTE)}")
+            raise CheckpointError(
+                f"{path}: modules[{name!r}] is {entry!r}: compute_dtype must be one of {', '.join(COMPUTE)}, and cast_output "
+                "true or false"
+            )
         try:
             Scheme.parse(entry["scheme"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: modules[{name!r}].scheme is {entry.get('scheme')!r}: no scheme") from error
+            raise CheckpointError(f"{path}: modules[{name!r}].scheme is {entry.get('scheme')!r}: unknown scheme") from error
     return {"modules": modules, "shared": shared}
 
 
 def _shards(state: dict[str, torch.Tensor], most: int) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-    """(name of a file, its tensors), each of at most `most` bytes or one tensor."""
+    """(name of a file, its tensors); each file has at most `most` bytes, or one tensor."""
     groups: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, tensor in state.items():

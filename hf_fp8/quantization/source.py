@@ -1,4 +1,4 @@
-"""A checkpoint folder, or one on the Hub: its files, its config, and its model by structure alone."""
+"""Source: a checkpoint folder, local or from the Hub, with its files, its config, and the structure of its model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from ..errors import CheckpointError, ConfigError, FP8Error, MissingTensorError,
 from ..integrations.locks import while_changing
 
 _QUANTIZED = ("quantization_config", "compression_config")
-# What says how the weights are quantized, in files of their own: nothing of it is true of what is written.
+# Files that describe the weights of the source, and so are not copied to the written checkpoint.
 _ABOUT_WEIGHTS = ("config.json", "hf_quant_config.json")
 
 
 @dataclass
 class Source:
-    """`folder` with `config.json`, parsed (`config`) and as it is (`text`); the files with the weights, and the rest that goes
-    with them. stamps: of all these files, as they were before they were read.
+    """A checkpoint folder.
+
+    config, text: `config.json`, parsed by transformers and as JSON. weights: the files with the weights. rest: other files that
+    are copied. stamps: of all these files, taken before they were read.
     """
 
     folder: Path
@@ -53,7 +55,7 @@ class Source:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """What `config.json` says of how it is quantized; None if nothing."""
+        """The quantization config in `config.json`; None if there is none."""
         for part in (self.text, self.text.get("text_config")):
             for key in _QUANTIZED:
                 found = part.get(key) if isinstance(part, dict) else None
@@ -65,7 +67,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What dense weights are meant to be: by the config, else, as the host has it, by the first in the files."""
+        """The dtype of dense weights: from the config, otherwise, as in transformers, that of the first one in the files."""
         dtype = self.config.dtype if self.config.dtype is not None else self.config.get_text_config().dtype
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, None)
@@ -75,7 +77,7 @@ class Source:
         return TORCH_DTYPES[next(stored, "BF16")]
 
     def checkpoint(self) -> Checkpoint:
-        """The headers of its files, read once. Raises if the index and the files contradict each other."""
+        """The headers of the files, read once. Raises if the index and the files contradict each other."""
         return self._checkpoint
 
     @cached_property
@@ -85,10 +87,10 @@ class Source:
         for name, file in listed.items():
             found = checkpoint.files_with(name)
             if not found:
-                raise MissingTensorError(f"{name} is not in {file.name}, where the index of {self.folder} has it")
+                raise MissingTensorError(f"{name} is not in {file.name}, where the index of {self.folder} lists it")
             if str(file) not in found:
                 raise CheckpointError(
-                    f"{name} is in {Path(found[0]).name}, and the index of {self.folder} has it in {file.name}"
+                    f"{name} is in {Path(found[0]).name}, but the index of {self.folder} lists it in {file.name}"
                 )
         if listed and (unlisted := sorted(set(checkpoint.tensors) - set(listed))):
             raise CheckpointError(f"{unlisted[0]} is in the files of {self.folder}, but not in their index")
@@ -96,18 +98,18 @@ class Source:
 
     @property
     def model_class(self) -> type[PreTrainedModel] | None:
-        """The class of transformers that the config names; None if it names none, or one of its own code."""
+        """The transformers class that the config names; None if it names none, or one in the checkpoint's code."""
         kind = getattr(transformers, type_of(self), None)
         return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError, naming the file, if one that was read is not the one any more that it was."""
+        """Raise CheckpointError, naming the file, if a file has changed since it was read."""
         for path, stamp in self.stamps.items():
             if not is_there(path) or regular(path) != stamp:
                 raise changed(path)
 
     def structure(self) -> PreTrainedModel:
-        """The model on the meta device: modules and shapes, no memory.
+        """The model on the meta device: modules and shapes, without memory for values.
 
         Raises CheckpointError, naming config.json, if transformers cannot build it.
         """
@@ -116,9 +118,9 @@ class Source:
                 return self._build()
         except FP8Error:
             raise
-        except Exception as error:  # whatever a config with senseless values leads to
+        except Exception as error:  # a config with invalid values can raise anything
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: transformers cannot build {type_of(self)} of it ({_said(error)})"
+                f"{self.folder / 'config.json'}: transformers cannot build {type_of(self)} from it ({_said(error)})"
             ) from error
 
     def _build(self) -> PreTrainedModel:
@@ -131,19 +133,19 @@ class Source:
         return model
 
     def conversions(self, model: PreTrainedModel) -> list[WeightTransform]:
-        """By which the host would load it."""
+        """The conversions with which transformers would load the checkpoint into `model`."""
         found: list[WeightTransform] = get_model_conversion_mapping(model)
         return found
 
     def copy_rest(self, folder: Path) -> None:
-        """Copy what is no weight, from folders, too: tokenizer, chat templates, generation config, card, code, licence."""
+        """Copy the other files, including subfolders: tokenizer, chat templates, generation config, card, code, licence."""
         for file in self.rest:
             path = folder / file.relative_to(self.folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, path)
 
     def write_config(self, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None) -> None:
-        """`config.json` with another `quantization_config`, for weights under the usual names, and else as it is."""
+        """Write `config.json` with this quantization config and dtype, without `transformers_weights`, otherwise unchanged."""
         text = {key: value for key, value in self.text.items() if key not in (*_QUANTIZED, "transformers_weights")}
         if isinstance(text.get("text_config"), dict):
             text["text_config"] = {key: value for key, value in text["text_config"].items() if key not in _QUANTIZED}
@@ -156,25 +158,25 @@ class Source:
 
 
 def open_source(source: str, *, trust_remote_code: bool = False) -> Source:
-    """A folder, or the name of a repository on the Hub (downloaded, or found in its cache).
+    """Open a folder, or a repository on the Hub by name (downloaded, or from the cache).
 
-    Raises ConfigError if it is neither, or config.json is not one that transformers reads; CorruptFileError for JSON that
-    cannot be read; and as `find_weight_files` does.
+    Raises ConfigError if `source` is neither, or if transformers cannot read config.json; CorruptFileError for invalid JSON;
+    and as `find_weight_files` does.
     """
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists():
-            raise ConfigError(f"{source} is a file: name the folder that it is in")
+            raise ConfigError(f"{source} is a file: pass the folder that contains it")
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise ConfigError(f"{source} is no folder, and no name of a repository on the Hub")
+            raise ConfigError(f"{source} is neither a folder nor the name of a repository on the Hub")
         folder = _from_hub(source)
     path = folder / "config.json"
     if not is_there(path):
-        raise ConfigError(f"{folder} has no config.json: it is no transformers checkpoint")
+        raise ConfigError(f"{folder} has no config.json: it is not a transformers checkpoint")
     if is_there(folder / "adapter_config.json"):
         raise ConfigError(
-            f"{folder} has an adapter_config.json: transformers loads the model that it names, and the adapter on it, not the "
-            "weights here. Merge the adapter and save the model; or take the file away if the weights are the whole model"
+            f"{folder} has an adapter_config.json: transformers loads the base model that it names, with the adapter, and not "
+            "the weights here. Merge the adapter and save the model; or remove the file if the weights are the whole model"
         )
     rest = {file: regular(file) for file in _rest(folder)}
     stamp = regular(path)
@@ -182,12 +184,12 @@ def open_source(source: str, *, trust_remote_code: bool = False) -> Source:
     config = _config(folder, text, trust_remote_code)
     weights = find_weight_files(folder, explicit=getattr(config, "transformers_weights", None))
     if weights is None:
-        raise ConfigError(f"{folder} has no model.safetensors, no pytorch_model.bin and no index of several: no weights")
+        raise ConfigError(f"{folder} has no weights: no model.safetensors, no pytorch_model.bin, and no index of several files")
     return Source(folder, config, text, weights, list(rest), {path: stamp, **weights.stamps, **rest}, trust_remote_code)
 
 
 def type_of(source: Source) -> str:
-    """The class of the model, as the config names it."""
+    """The name of the model class in the config; the model type if there is none."""
     named = source.config.architectures
     return str((named if isinstance(named, list) and named else [source.config.model_type])[0])
 
@@ -199,23 +201,23 @@ def _from_hub(source: str) -> Path:
     try:
         return Path(snapshot_download(source, ignore_patterns=["*.gguf", "*.onnx", "original/*", "*.pth"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"{source} is no folder, and was not found on the Hub ({error})") from error
+        raise ConfigError(f"{source} is not a folder, and was not found on the Hub ({error})") from error
 
 
 def _config(folder: Path, text: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
         if "configuration_files" in text and (other := get_configuration_file(text["configuration_files"])) != path.name:
-            raise UnsupportedError(f"{path} refers transformers to {other}: put that in its place")
+            raise UnsupportedError(f"{path} refers to {other}, which transformers reads instead: replace it by that file")
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except FP8Error:
         raise
-    except Exception as error:  # whatever senseless values, or a checkpoint's own code, lead to
+    except Exception as error:  # invalid values, or a checkpoint's own code, can raise anything
         raise ConfigError(f"{path}: transformers cannot read it ({_said(error)})") from error
 
 
 def _rest(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are no weights, say nothing of weights, and are not hidden."""
+    """The files of a folder that do not contain or describe weights, and are not hidden."""
 
     def give_up(error: OSError) -> None:
         raise CheckpointError(f"{error.filename} cannot be read ({error.strerror})") from error

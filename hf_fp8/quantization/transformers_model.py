@@ -1,4 +1,4 @@
-"""Transformers models that are quantized in place: planned like the checkpoint they would save, and saved as such."""
+"""Quantizes transformers models in place: planned by the checkpoint that they would save, so that they can be saved as one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..nn.swap import swap_experts
 
 
 def plan_in_place(model: PreTrainedModel, config: FP8Config, choose: Choose) -> FP8HfQuantizer:
-    """The quantizer that would have loaded `model` as `config` asks, its layout ready to be carried out.
+    """The quantizer that would have loaded `model` with `config`, with its layout planned but not applied.
 
     Raises UnsupportedError for a model that is quantized already.
     """
@@ -38,14 +38,14 @@ def plan_in_place(model: PreTrainedModel, config: FP8Config, choose: Choose) -> 
     quantizer = FP8HfQuantizer(config, pre_quantized=False)
     dtype = dtype_of(model)
     layout = quantizer.plan(model, conversions, _headers(model), dtype, cast=False, choose=choose)
-    # Nothing is known of files, but that the host holds some parameters wider than the rest, whatever they were.
+    # There are no files: record a file dtype only for parameters that transformers holds wider than the rest.
     dtypes = DtypePlan(model, dtype)
     layout.file_dtypes = {name: dtype for name in layout.file_dtypes if dtypes.wanted(name) not in (None, dtype)}
     return quantizer
 
 
 def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP8HfQuantizer:
-    """The quantizer that saves `model`, whose Linears called `layers` become int8: they need no conversions.
+    """The quantizer for saving `model`, whose Linears named `layers` become int8, which needs no conversions.
 
     Raises UnsupportedError for a model that is quantized already.
     """
@@ -66,8 +66,8 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
     if quantizer is not None or any(isinstance(module, QuantizedModule) for module in model.modules()):
         method = "" if quantizer is None else quantizer.quantization_config.quant_method
         raise UnsupportedError(
-            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method) or 'FP8 layers in it'}): one call "
-            "says all of how a transformers model is quantized (several groups: scheme={scheme: targets, ...}). Call "
+            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method) or 'FP8 layers in it'}): quantize "
+            "a transformers model in one call (for several groups: scheme={scheme: targets, ...}). Call "
             "hf_fp8.dequantize_model first, or load the dense checkpoint"
         )
 
@@ -78,7 +78,7 @@ def _head(model: PreTrainedModel, layers: set[str]) -> list[str]:
 
 
 def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> QuantizedExperts:
-    """Put QuantizedExperts, made of the dense ones, in their place: one expert at a time goes through `device`."""
+    """Replace the dense experts of `plan` by QuantizedExperts; experts are quantized one at a time on `device`."""
     dense = model.get_submodule(plan.name)
     new = swap_experts(
         model, plan.name, plan.first.projection, plan.second.projection,
@@ -99,7 +99,7 @@ def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, dev
 
 
 def attach_quantizer(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
-    """Tell `model`, which has been changed as the quantizer's layout says, what it is now."""
+    """Mark `model`, to which the layout of `quantizer` was applied, as quantized by it."""
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     if quantizer.layout is not None:
@@ -114,7 +114,7 @@ def _expert(new: QuantizedExperts, stack: Stack, values: torch.Tensor, device: A
 
 
 def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
-    """Those by which the host would save `model` (`revert_weight_conversion`)."""
+    """The conversions with which transformers saves `model` (`revert_weight_conversion`)."""
     found = getattr(model, "_weight_conversions", None)
     if found is None:
         found = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
@@ -122,7 +122,7 @@ def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
 
 
 def _headers(model: PreTrainedModel) -> Checkpoint:
-    """The checkpoint that the host would write of `model`, by its headers."""
+    """The headers of the checkpoint that transformers would write for `model`."""
     tied = model.all_tied_weights_keys
     held = model.state_dict()
     state = {
@@ -138,7 +138,7 @@ def _headers(model: PreTrainedModel) -> Checkpoint:
 
 
 def transformers_models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The outermost transformers models in `model`, by name: itself, or parts of a model of another kind."""
+    """The outermost transformers models in `model`, with their names: `model` itself, or submodules of it."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)

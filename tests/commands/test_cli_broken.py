@@ -279,7 +279,7 @@ def test_tokenizers_that_are_none(tmp_path: Path, dense: Path, capsys: Capture, 
     (dense / file).write_text(content)
     (tmp_path / "text.txt").write_text("a b c")
     arguments = [dense, tmp_path / "fp8", "--scheme", "FP8", "--calibrate"]
-    assert f"{dense}: transformers finds no tokenizer" in refused(capsys, "quantize", *arguments, tmp_path / "text.txt")
+    assert f"{dense}: transformers cannot load a tokenizer" in refused(capsys, "quantize", *arguments, tmp_path / "text.txt")
     (tmp_path / "text.jsonl").write_text("[" * 200_000)
     assert "line 1" in refused(capsys, "quantize", *arguments, tmp_path / "text.jsonl")
 
@@ -362,8 +362,8 @@ def test_other_methods(tmp_path: Path, coded: Path, capsys: Capture, name: str) 
     run("inspect", coded)
     said = capsys.readouterr().out
     assert "quantized as " in said and method in said
-    assert ("leaves that to transformers" in said) == known
-    assert ("neither hf-fp8 nor transformers" in said and "taken for values" in said) == (not known)
+    assert ("transformers reads it without hf-fp8" in said) == known
+    assert ("neither hf-fp8 nor transformers" in said and "used as values" in said) == (not known)
     for command, *rest in (["verify"], ["dequantize", tmp_path / "out"]):
         said = refused(capsys, command, coded, *rest)
         assert method in said and ("neither" in said) == (not known)

@@ -136,7 +136,7 @@ def test_folders_are_copied_and_patterns_shown_as_they_are(tmp_path: Path, capsy
     run("quantize", dense, tmp_path / "b", "--scheme", "FP8_BLOCK=re:.*mlp.*", "--target", "Linear", code=2)
     run("quantize", dense, tmp_path / "b", "--device", "nowhere", code=1)
     run("quantize", tmp_path / "dnse", tmp_path / "b", code=1)
-    assert "no folder" in capsys.readouterr().err
+    assert "neither a folder" in capsys.readouterr().err
 
 
 def test_experts_that_others_took_apart(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_text_to_calibrate_with(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(CorruptFileError, match="UTF-8"):
         list(texts(tmp_path / "latin.txt"))
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match="not a file"):
         list(texts(tmp_path / "nothing.txt"))
 
 

@@ -108,12 +108,12 @@ def test_what_was_passed_is_copied() -> None:
     (lambda: FP8Config.from_dict({"run_compressed": "false"}), "run_compressed='false'"),
     (lambda: FP8Config(["FP8_DYNAMIC"]), "one of"), (lambda: FP8Config("1x|2"), "one of"),
     (lambda: FP8Config(FP8Config()), "one of"),
-    (lambda: FP8Config({"FP8_DYNAMIC": ["Linear"]}, targets=["re:x"]), "each says its own"),
+    (lambda: FP8Config({"FP8_DYNAMIC": ["Linear"]}, targets=["re:x"]), "each has its own"),
     (lambda: FP8Config({"FP8_DYNAMIC": None}), "list of names"), (lambda: FP8Config("FP8", ignore=[1]), "list of names"),
     (lambda: FP8Config("FP8", targets=None), "list of names"), (lambda: FP8Config({"group_7": ["Linear"]}), "group_7"),
     (lambda: FP8Config({"quant_method": "compressed-tensors", "config_groups": {"group_7": GROUP}}), "a whole"),
     (lambda: hf_fp8.quantize_model(tiny_llama(), FP8Config("FP8_DYNAMIC")), "one of"),
-    (lambda: hf_fp8.quantize_model(tiny_llama(), {"FP8_DYNAMIC": ["Linear"]}, targets="re:.*mlp.*"), "each says its own"),
+    (lambda: hf_fp8.quantize_model(tiny_llama(), {"FP8_DYNAMIC": ["Linear"]}, targets="re:.*mlp.*"), "each has its own"),
 ])  # fmt: skip
 def test_nonsense_is_refused(make: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
