@@ -50,7 +50,7 @@ def check_coverage(model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, sc
 def _missing(model: ModelFacts, filled: set[str]) -> list[str]:
     """Parameters and buffers that the files do not fill and that the model class does not allow to be missing."""
     ignored = [re.compile(pattern) for pattern in model.ignore_missing]
-    # Of tied parameters the files need only one: the host ties in both directions.
+    # Of tied parameters the files need only one: transformers ties in both directions.
     tied: dict[str, set[str]] = {}
     for name, source in model.tied.items():
         tied.setdefault(source, {source}).add(name)

@@ -105,7 +105,7 @@ def keep_names(model: Any, extra: Mapping[str, torch.Tensor], names: Mapping[str
     wrong = {}
     for name in sorted(names, key=dot_natural_key):
         key, found = names[name], apply_renamings(name, undone)
-        # The host adds or strips the base model's prefix, for all tensors alike.
+        # transformers adds or strips the base model's prefix, for all tensors alike.
         if found.removeprefix(prefix) != key.removeprefix(prefix):
             wrong[key] = found
     if extra:

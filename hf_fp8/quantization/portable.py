@@ -180,7 +180,7 @@ def _compare(
     for name, tensor in wanted.items():
         found = held.get(name)
         if found is None:
-            if strict or name.rpartition(".")[0] in layers:  # a new layer has no values of its own
+            if strict or name.rpartition(".")[0] in layers:  # a new layer has no values
                 raise MissingTensorError(f"{name} is in the model, but not in the files of {folder}")
             continue
         if found.shape != tuple(tensor.shape):
