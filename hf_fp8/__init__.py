@@ -1,6 +1,6 @@
-"""FP8 for Hugging Face models, native to the compressed-tensors format.
+"""FP8 for Hugging Face models, in the compressed-tensors format.
 
-``import hf_fp8``, then plain ``from_pretrained``: checkpoints with FP8 groups load, run and save.
+After ``import hf_fp8``, plain ``from_pretrained`` loads checkpoints with FP8 groups; they run and save in FP8.
 """
 
 from typing import Any
@@ -76,5 +76,5 @@ old_names.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Names that earlier versions had here."""
+    """Names of earlier versions (`old_names`)."""
     return old_names.found(name)

@@ -27,15 +27,15 @@ from .formats.scheme import SCHEMES
 from .version import __version__
 
 app = typer.Typer(
-    help="FP8 checkpoints in the compressed-tensors format: make them, undo them, look at them, check them.",
+    help="Quantize, dequantize, inspect and verify FP8 checkpoints in the compressed-tensors format.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-# What moves a terminal's cursor, or cannot be encoded: names that come from files may hold anything.
+# Characters that control a terminal or cannot be encoded: names that come from files may contain them.
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _Plain(Console):
-    """Prints strings as they are, but for what is no text."""
+    """Prints strings unchanged, except that control characters are escaped."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(_plain(each) if isinstance(each, str) else each for each in objects), **options)
@@ -49,8 +49,8 @@ out = _Plain(highlight=False, soft_wrap=True, markup=False)
 err = _Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or the name of a repository on the Hub.")]
-Dst = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write. It appears when all of it is written.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST, once the new one is whole.")]
+Dst = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write. It appears when it is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DST when the new one is complete.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")]
 
 
@@ -78,20 +78,20 @@ def quantize(
         list[str] | None, typer.Option(help="A module that stays dense: its name, a re: pattern or a class. Several times.")
     ] = None,
     targets: Annotated[
-        list[str] | None, typer.Option("--target", help="What is quantized: names, re: patterns, classes (by default Linear).")
+        list[str] | None, typer.Option("--target", help="What to quantize: names, re: patterns, classes (by default Linear).")
     ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text, or .jsonl with `text` or `messages`, for static input scales.")
     ] = None,
     # SmolLM2's perplexity with scales of 2,048 and of 10,240 tokens: mse +1.7%, +1.6%; amax +2.7%, +2.2%; percentile 57.
-    observer: Annotated[Observers, typer.Option(help="What of the inputs a static scale covers.")] = Observers.mse,
+    observer: Annotated[Observers, typer.Option(help="How static input scales are chosen.")] = Observers.mse,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens of FILE are used.")] = 16384,
-    dense_experts: Annotated[bool, typer.Option("--dense-experts", help="Leave a mixture's experts dense.")] = False,
+    dense_experts: Annotated[bool, typer.Option("--dense-experts", help="Leave the experts of an MoE model dense.")] = False,
     device: Annotated[str, typer.Option(help="Where to quantize, and to calibrate.")] = "cpu",
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write an FP8 checkpoint of a dense one, tensor by tensor."""
+    """Quantize a dense checkpoint to FP8, tensor by tensor."""
     from .errors import by_reason
     from .integrations.config import FP8Config
     from .quantization.calibration_text import measure
@@ -105,7 +105,7 @@ def quantize(
 
     start = time.perf_counter()
     if targets and any("=" in entry for entry in scheme):
-        raise typer.BadParameter("--target goes with one --scheme; with NAME=TARGET each says its own")
+        raise typer.BadParameter("--target goes with one --scheme; NAME=TARGET has its own target")
     _check_device(device)
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
@@ -136,7 +136,7 @@ def dequantize(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the dense checkpoint that an FP8 one stands for, tensor by tensor."""
+    """Dequantize an FP8 checkpoint to a dense one, tensor by tensor."""
     import torch
 
     from .quantization.files import check_destination, dequantize_checkpoint, total_bytes
@@ -149,7 +149,7 @@ def dequantize(
     with _bar("dequantizing", total_bytes(source.checkpoint())) as tick:
         written = dequantize_checkpoint(source, dst, dtype=of, overwrite=overwrite, tick=tick)
     out.print(
-        f"{dst}: {written.weights:,} matrices multiplied out, {_size(written.before)} -> {_size(written.after)}, "
+        f"{dst}: {written.weights:,} matrices dequantized, {_size(written.before)} -> {_size(written.after)}, "
         f"{time.perf_counter() - start:.1f} s"
     )
 
@@ -157,11 +157,11 @@ def dequantize(
 @app.command()
 def inspect(
     src: Src,
-    device: Annotated[str | None, typer.Option(help="Say what would run on that device of this machine.")] = None,
+    device: Annotated[str | None, typer.Option(help="Show what would run on this device of this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what a checkpoint holds, and what would run here and why. Reads headers only."""
+    """Show what a checkpoint holds, and what would run here and why. Reads only headers."""
     from .evaluation.inspection import inspect_source
     from .quantization.source import open_source
 
@@ -197,7 +197,7 @@ def inspect(
 
 @app.command()
 def verify(src: Src, trust_remote_code: Trust = False) -> None:
-    """Make every check of loading, and look for NaN in the codes, without building the model."""
+    """Run every check of loading, and look for NaN in the FP8 values, without building the model."""
     from .evaluation.inspection import verify_source
     from .quantization.files import total_bytes
     from .quantization.source import open_source
@@ -225,11 +225,11 @@ def _options(
 
 
 def _check_device(device: str) -> None:
-    """Raise ConfigError for what is no device of this machine to compute on."""
+    """Raise ConfigError if this machine cannot compute on the device."""
     import torch
 
     try:
-        torch.zeros(1, device=device).cpu()  # there is nothing to copy from the meta device
+        torch.zeros(1, device=device).cpu()  # raises for the meta device, too
     except Exception as error:  # torch raises AssertionError, ModuleNotFoundError and others
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--device {device} cannot be used on this machine: {said}") from error
@@ -243,14 +243,14 @@ def _schemes(given: list[str]) -> Any:
     for entry in given:
         name, equals, target = entry.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--scheme {entry}: of several, each says what it is for, as in FP8_BLOCK='re:.*mlp.*'")
+            raise typer.BadParameter(f"--scheme {entry}: each of several needs a target, as in FP8_BLOCK='re:.*mlp.*'")
         groups.setdefault(name, []).append(target)
     return groups
 
 
 @contextmanager
 def _bar(what: str, total: int, *, bytes_: bool = True) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, with the time that is left; `tick(count, total=None)` moves it."""
+    """A progress bar on stderr, with the remaining time; yields `tick(count, total=None)`, which advances it."""
     amount = DownloadColumn() if bytes_ else TextColumn("{task.completed:.0f}/{task.total:.0f}")
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
@@ -267,7 +267,7 @@ def _terminated(*_: Any) -> None:
 
 
 def main() -> None:
-    """The command `hf-fp8`. Ends with 1 after an error, 130 when it was interrupted; DST is then as it was before."""
+    """The command `hf-fp8`. Exits with 1 after an error, 130 if it was interrupted; DST is then unchanged."""
     try:
         signal.signal(signal.SIGTERM, _terminated)
         from transformers.utils import logging as host_logging

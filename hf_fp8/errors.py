@@ -1,10 +1,10 @@
-"""The exception tree. Every error says what was found, what is supported, and what to do."""
+"""The exceptions of hf_fp8. Every error says what was found, what is supported, and what to do."""
 
 from collections.abc import Mapping
 
 
 class FP8Error(Exception):
-    """Base of every error that hf_fp8 raises on purpose."""
+    """Base class of every error that hf_fp8 raises on purpose."""
 
 
 class CheckpointError(FP8Error, ValueError):
@@ -28,7 +28,7 @@ class ScaleError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """A weight is stored otherwise than the config says: dense, or in another 8-bit type."""
+    """A weight is not stored as the config says: it is dense, or in another 8-bit type."""
 
 
 class CorruptFileError(CheckpointError):
@@ -36,11 +36,11 @@ class CorruptFileError(CheckpointError):
 
 
 class UnsupportedError(FP8Error, NotImplementedError):
-    """Well-formed, but outside what hf_fp8 (or this device) can run correctly."""
+    """Valid, but hf_fp8 (or this device) cannot run it correctly."""
 
 
 class KernelError(FP8Error, RuntimeError):
-    """No kernel can run a layer, or one was forced that cannot."""
+    """No kernel can run a layer, or a kernel was forced that cannot run it."""
 
 
 class CalibrationError(FP8Error, RuntimeError):
@@ -48,19 +48,19 @@ class CalibrationError(FP8Error, RuntimeError):
 
 
 class StaleError(FP8Error, RuntimeError):
-    """The float weight that was kept beside a layer's codes has been changed since they were made of it."""
+    """The float weight that a layer kept was changed after its codes (stored 8-bit values) were computed from it."""
 
 
 class StateDictError(FP8Error, RuntimeError):
-    """A state dict has other codes than its layer, or values in their place."""
+    """A state dict has codes of another kind than the layer, or values instead of codes."""
 
 
 class InputError(FP8Error, TypeError):
-    """A layer was called with an input whose dtype or shape it cannot take."""
+    """A layer was called with an input of a dtype or shape that it does not support."""
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """For people: how many there are of each reason, with a name. reasons: name -> reason."""
+    """Text for a message: each reason with its count and one name. reasons: name -> reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)

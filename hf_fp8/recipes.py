@@ -1,7 +1,7 @@
-"""Other libraries' words for what `quantize_model` does: `enable_fp8_gemm`, and `quantize_` with torchao's recipe names.
+"""Other libraries' names for `quantize_model`: `enable_fp8_gemm`, and `quantize_` with torchao's recipe names.
 
-Names and the meaning of parameters are the same, bytes are not: scales and codes are compressed-tensors' (`numerics`), as
-everywhere in hf_fp8. With a recipe, ``quantize_model(model, recipe.scheme)`` does the same and has more options.
+Names and the meaning of parameters are the same as there, the stored bytes are not: scales and codes (8-bit values) are those
+of compressed-tensors (`numerics`). ``quantize_model(model, recipe.scheme)`` does the same and has more options.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _ORIGINALS = {"keep": "keep", "cpu_offload": "offload", "discard": "discard"}
 
 @dataclass(frozen=True)
 class FP8GemmOptions:
-    """cast_inputs: a layer whose weight is neither fp16 nor bf16 casts its inputs to bf16 first; False leaves them as they are.
-        Layers with a 16-bit weight take inputs as they come either way (the utility looks at each input instead).
+    """Options of `enable_fp8_gemm`.
+
+    cast_inputs: a layer whose weight is neither fp16 nor bf16 casts its inputs to bf16 first; False does not cast them.
+        Layers with a 16-bit weight never cast inputs (the original utility checks the dtype of each input instead).
     cast_output_back: such a layer casts its output back to the dtype of its input; False leaves it in bf16.
-    fp16_weight_storage: what becomes of the float weights: "keep" beside the codes, "cpu_offload", "discard".
-    materialize_fp8_on_wrap: True; weights are quantized when the layer is made. UnsupportedError for False.
+    fp16_weight_storage: what to do with the float weights: "keep" (in addition to the codes), "cpu_offload", "discard".
+    materialize_fp8_on_wrap: True; weights are quantized when the layer is created. UnsupportedError for False.
     """
 
     cast_inputs: bool = True
@@ -43,7 +45,7 @@ class FP8GemmOptions:
 
     def __post_init__(self) -> None:
         if self.fp16_weight_storage not in _ORIGINALS:
-            raise ConfigError(f"fp16_weight_storage={self.fp16_weight_storage!r}: it is one of {', '.join(_ORIGINALS)}")
+            raise ConfigError(f"fp16_weight_storage={self.fp16_weight_storage!r}: must be one of {', '.join(_ORIGINALS)}")
         if not self.materialize_fp8_on_wrap:
             raise UnsupportedError("materialize_fp8_on_wrap=False: weights are quantized when the layer is made; leave it True")
 
@@ -58,26 +60,27 @@ def enable_fp8_gemm(
     module_filter: Filter | None = None,
     inplace: bool = True,
 ) -> nn.Module:
-    """`quantize_model(model, "FP8_DYNAMIC")` by the name and options of a utility that wraps Linears in vLLM's FP8 GEMM.
+    """`quantize_model(model, "FP8_DYNAMIC")` with the name and options of a utility that wraps Linears in vLLM's FP8 GEMM.
 
-    module_filter: called with (name, module) for Linears; only those for which it gives True are quantized. options: may be a
-    dict of their fields.
+    module_filter: called with (name, module) for Linears; only those for which it returns True are quantized. options: may be
+    a dict of the fields of FP8GemmOptions.
 
-    Differences: weights have a scale per channel, not per tensor; CPUs compute with the codes, and need no float weight, so
-    that every storage goes with every `cast_inputs`; what `quantize_model` leaves alone (subclasses of Linear, a transformers
-    model's output embedding and routers) stays, with a line in the log. A mixture's merged experts are no Linears and stay.
+    Differences: weights have a scale per channel, not per tensor; CPUs compute with the codes and need no float weight, so
+    every `fp16_weight_storage` works with every `cast_inputs`; layers that `quantize_model` does not quantize (subclasses of
+    Linear, a transformers model's output embedding and routers) stay dense, and are logged. Merged experts of MoE models are
+    not Linears and stay dense.
 
     Returns `model`, the copy, or the new layer if `model` is a Linear itself. Raises ConfigError for unknown options and if
-    no layer is left.
+    no layer is quantized.
     """
     if not isinstance(options, FP8GemmOptions | Mapping):
-        raise ConfigError(f"options={options!r}: they are FP8GemmOptions, or a dict of their fields")
+        raise ConfigError(f"options={options!r}: must be FP8GemmOptions, or a dict of their fields")
     if isinstance(options, Mapping):
         known = [field.name for field in dataclasses.fields(FP8GemmOptions)]
         if unknown := [name for name in options if name not in known]:
             raise ConfigError(f"options have no {', '.join(map(repr, unknown))}; they have {', '.join(known)}")
         options = FP8GemmOptions(**options)
-    # Layer by layer, as a model may mix dtypes: an fp16 layer beside float32 ones is not to compute in bf16.
+    # Layer by layer, as a model may mix dtypes: an fp16 layer among float32 ones must not compute in bf16.
     cast = {
         name
         for name, module in model.named_modules(remove_duplicate=False)
@@ -114,7 +117,7 @@ class PerRow:
 
 
 def _granularity(marker: Any) -> Granularity | None:
-    """Of a marker of ours or torchao's (quantization/granularity.py), known by its class's name; None of another."""
+    """The granularity of a marker of hf_fp8 or torchao (quantization/granularity.py), by class name; None if unknown."""
     kind = type(marker).__name__
     if kind == "PerRow" and getattr(marker, "dim", -1) == -1:
         return ROW
@@ -125,7 +128,7 @@ def _granularity(marker: Any) -> Granularity | None:
     return TENSOR if kind == "PerTensor" else None
 
 
-# torchao's parameters that hf_fp8 has one meaning for: how the values are written that mean it.
+# Parameters of torchao for which hf_fp8 supports one meaning -> the spellings of the values with that meaning.
 _ONE_MEANING = {
     **dict.fromkeys(("weight_dtype", "activation_dtype"), ("torch.float8_e4m3fn",)),
     "packing_format": ("None", "PLAIN", "plain"),
@@ -134,18 +137,18 @@ _ONE_MEANING = {
     "kernel_preference": ("AUTO", "auto"),
     "act_mapping_type": ("None", "SYMMETRIC"),
     **dict.fromkeys(("reduce_range", "weight_only_decode", "quantize_and_dequantize_output"), ("None", "False")),
-    "set_inductor_config": ("False",),  # no settings of the compiler are changed
-    # `hf_fp8.calibrate` takes the place of the two steps.
+    "set_inductor_config": ("False",),  # hf_fp8 changes no settings of the compiler
+    # `hf_fp8.calibrate` replaces torchao's two steps.
     **dict.fromkeys(("step", "activation_value_lb", "activation_value_ub", "output_act_quant_scale"), ("None",)),
-    "version": ("1", "2"),  # which of its tensor classes torchao takes; they hold the same
+    "version": ("1", "2"),  # selects one of torchao's tensor classes, which hold the same values
 }
 
 
 class Recipe:
-    """What torchao calls a config. `scheme` is what it stands for.
+    """A config of torchao, translated to `scheme`.
 
-    Every recipe takes torchao's parameters that hf_fp8 has one meaning for (`_ONE_MEANING`), by name, and raises
-    UnsupportedError for values that mean something else.
+    Every recipe accepts, by name, torchao's parameters in `_ONE_MEANING`, and raises UnsupportedError for values with a
+    meaning that hf_fp8 does not support.
     """
 
     scheme: Scheme
@@ -160,7 +163,7 @@ class Recipe:
         return UnsupportedError(f"{type(self).__name__}({parameter}={value!r}): hf_fp8 supports {supported}")
 
     def _of(self, granularity: Any, supported: str, *schemes: str | Scheme) -> Scheme:
-        """The scheme for a marker, or a pair (inputs, weights), as in torchao; the first one for None."""
+        """The scheme for a marker, or for a pair (inputs, weights), as in torchao; the first of `schemes` for None."""
         given = granularity if isinstance(granularity, (tuple, list)) else (granularity, granularity)
         found = [_granularity(marker) for marker in given]
         for scheme in map(scheme_named, schemes):
@@ -170,7 +173,7 @@ class Recipe:
 
 
 class Float8WeightOnly(Recipe):
-    """FP8 weights with a scale per channel, inputs as they are: FP8_WEIGHT_ONLY."""
+    """FP8 weights with a scale per channel, inputs not quantized: FP8_WEIGHT_ONLY."""
 
     def __init__(self, weight_dtype: torch.dtype = FP8, **parameters: Any) -> None:
         super().__init__(weight_dtype=weight_dtype, **parameters)
@@ -178,7 +181,7 @@ class Float8WeightOnly(Recipe):
 
 
 class Float8DynamicActivationFloat8Weight(Recipe):
-    """FP8 weights and inputs, scales of inputs computed from each.
+    """FP8 weights and inputs, with input scales computed from each input.
 
     granularity: `PerTensor()` (the default, as in torchao) is a scale per tensor for both, FP8_TENSOR; `PerRow()` is per
     channel and per token, FP8_DYNAMIC, and more exact; torchao's (PerBlock((1, 128)), PerBlock((128, 128))) is FP8_BLOCK.
@@ -191,12 +194,13 @@ class Float8DynamicActivationFloat8Weight(Recipe):
 
 
 class Float8StaticActivationFloat8Weight(Recipe):
-    """FP8 weights and inputs with a scale per tensor each, that of inputs fixed: FP8_STATIC.
+    """FP8 weights and inputs with a scale per tensor each, the input scale static: FP8_STATIC.
 
-    scale: amax / 448 of the inputs, the DEcode factor, one positive number for all layers that `quantize_` makes. torchao's
-    is the same (quant_primitives._quantize_affine_float8 divides by it); the scale of torchao.float8, for training, is its
-    inverse. Held in the dtype of weight scales, so rounded to bf16 in a bf16 model. None: layers await `hf_fp8.calibrate`.
-    act_quant_scale: torchao's present name of it. Raises ConfigError for two scales, and for what is none.
+    scale: amax / 448 of the inputs, the factor that dequantizes, one positive number for all layers that `quantize_` makes.
+    torchao's is the same (quant_primitives._quantize_affine_float8 divides by it); the scale of torchao.float8, for training,
+    is its inverse. Held in the dtype of weight scales, so rounded to bf16 in a bf16 model. None: the layers need
+    `hf_fp8.calibrate`. act_quant_scale: torchao's current name of `scale`. Raises ConfigError if both are given, or if the
+    scale is not valid.
     """
 
     def __init__(self, scale: Any = None, *, act_quant_scale: Any = None, granularity: Any = None, **parameters: Any) -> None:
@@ -209,8 +213,9 @@ class Float8StaticActivationFloat8Weight(Recipe):
 
 
 class Int8WeightOnly(Recipe):
-    """int8 weights, inputs as they are: INT8_WEIGHT_ONLY. A scale per channel, or per `group_size` values of one, or as
-    `granularity` says: `PerRow()`, `PerTensor()`, or torchao's PerGroup. Layers that groups do not divide stay dense.
+    """int8 weights, inputs not quantized: INT8_WEIGHT_ONLY. A scale per channel, or per `group_size` values of a channel, or
+    as `granularity` says: `PerRow()`, `PerTensor()`, or torchao's PerGroup. Layers whose in_features are not a
+    multiple of the group size stay dense.
     """
 
     def __init__(self, group_size: int | None = None, *, granularity: Any = None, **parameters: Any) -> None:
@@ -233,17 +238,17 @@ class Int8DynamicActivationInt8Weight(Recipe):
 
 
 RECIPES: dict[str, type[Recipe]] = {kind.__name__: kind for kind in Recipe.__subclasses__()}
-_BITS = "weights of hf_fp8 have 8 bits: take Float8WeightOnly or Int8WeightOnly, or torchao itself"
-# Part of a name, without case and underscores -> why there is no such recipe. The first that fits speaks.
+_BITS = "weights of hf_fp8 have 8 bits: use Float8WeightOnly or Int8WeightOnly, or torchao itself"
+# Part of a name, without case and underscores -> why there is no such recipe. The first that matches is used.
 _UNSUPPORTED = {
-    "sparse": "2:4 sparse weights run on cuSPARSELt or CUTLASS alone, on CUDA devices of SM90; none was there to hold the "
-    "compressed layout against exact numbers, and a wrong one gives wrong numbers without an error. Take the dense "
+    "sparse": "2:4 sparse weights run only on cuSPARSELt or CUTLASS, on CUDA devices of SM90; the compressed layout could not "
+    "be tested on one, and a wrong layout gives wrong numbers without an error. Use the dense "
     "Float8DynamicActivationFloat8Weight, which keeps the zeros of pruned weights, or torchao itself",
     "nvfp4": f"NVFP4 has 4-bit codes and two levels of scales; {_BITS}",
-    "mx": "microscaling formats have scales that are powers of two, here they are floats: take "
+    "mx": "microscaling formats have scales that are powers of two, those of hf_fp8 are floats: use "
     "Float8DynamicActivationFloat8Weight, or torchao itself",
     **dict.fromkeys(("int4", "intx", "fpx"), _BITS),
-    "int8static": "there are no static int8 inputs: take Int8DynamicActivationInt8Weight",
+    "int8static": "hf_fp8 has no static int8 inputs: use Int8DynamicActivationInt8Weight",
 }
 
 
@@ -255,20 +260,21 @@ def _kind(name: str) -> type[Recipe]:
     for part, why in _UNSUPPORTED.items():
         if part in word:
             raise UnsupportedError(f"recipe {name!r}: {why}")
-    raise ConfigError(f"recipe {name!r}: there are {', '.join(RECIPES)}; schemes by name are quantize_model's")
+    raise ConfigError(f"recipe {name!r}: must be one of {', '.join(RECIPES)}; names of schemes are for quantize_model")
 
 
 def recipe(name: str, **parameters: Any) -> Recipe:
-    """The recipe of a torchao name: of a config's class with or without "Config", or as once spelled, float8_weight_only.
+    """The recipe of a torchao name: a config class with or without "Config", or an old spelling such as float8_weight_only.
 
-    Raises UnsupportedError, with the reason, for those there cannot be, ConfigError, with those there are, for other names.
+    Raises UnsupportedError, with the reason, for recipes that hf_fp8 does not support; ConfigError, with the supported names,
+    for unknown names.
     """
     return _kind(name)(**parameters)
 
 
 def __getattr__(name: str) -> Any:
-    """The recipes' names with "Config"; what torchao has and this module has not raises UnsupportedError, with the reason."""
-    with suppress(ConfigError):  # no name of torchao's
+    """The recipes' names with "Config". Raises UnsupportedError, with the reason, for torchao's names that have no recipe."""
+    with suppress(ConfigError):  # not a name of torchao
         if not name.startswith("_") and (kind := _kind(name)).__name__ == name.removesuffix("Config"):
             return kind
     raise AttributeError(f"module {__name__} has no attribute {name!r}")
@@ -280,17 +286,18 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | str | int | None = None,
 ) -> None:
-    """`quantize_model(model, config.scheme)`, in place, with torchao's order of arguments, everywhere.
+    """`quantize_model(model, config.scheme)`, in place, with torchao's order of arguments.
 
-    config: a recipe, or its name. filter_fn: called with (module, name), as torchao does, not (name, module); by default all
-    Linears. What `quantize_model` leaves alone stays, with a line in the log, whatever it says; so do merged experts.
-    device: Linears are quantized there one by one, and then all of `model` is moved there; torchao moves each module first.
+    config: a recipe, or its name. filter_fn: called with (module, name), as in torchao, not (name, module); by default all
+    Linears. Layers that `quantize_model` does not quantize stay dense, whatever it returns, and are logged; merged experts
+    stay dense, too. device: Linears are quantized there one by one, and then all of `model` is moved there; torchao moves each
+    module first.
 
-    Raises ConfigError for what is no recipe and if no layer is left, UnsupportedError for a Linear itself.
+    Raises ConfigError if `config` is not a recipe or no layer is quantized, UnsupportedError if `model` is a Linear itself.
     """
     config = recipe(config) if isinstance(config, str) else config
     if not isinstance(config, Recipe):
-        raise ConfigError(f"config is a {type(config).__name__}: it is one of hf_fp8's {', '.join(RECIPES)}, or such a name")
+        raise ConfigError(f"config is a {type(config).__name__}: must be one of {', '.join(RECIPES)} of hf_fp8, or its name")
     if _is_dense_linear(model):
         raise UnsupportedError("a Linear cannot be replaced in place: use the layer that quantize_model(model, ...) returns")
     found, there = filter_fn, None if device is None else torch.device(device)
