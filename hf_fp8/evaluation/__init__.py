@@ -1,4 +1,4 @@
-"""What quantizing cost: layers, outputs and perplexity of a quantized model against those of the float one."""
+"""Compares a quantized model with the float one: weights and outputs of layers, logits, perplexity."""
 
 from .compare import quality
 from .report import QualityReport

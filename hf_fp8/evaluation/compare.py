@@ -1,4 +1,4 @@
-"""`quality(reference, quantized, data)`: what quantizing cost, layer by layer, in weights, outputs and perplexity."""
+"""`quality(reference, quantized, data)`: the quantization error of each layer (weights, outputs), and perplexity."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ def quality(
     accumulated: bool = True,
     progress: Progress | None = None,
 ) -> QualityReport:
-    """How far each QuantizedLinear and QuantizedExperts in `quantized` is from the float layer that it stands for.
+    """Measure how far each QuantizedLinear and QuantizedExperts in `quantized` differs from its float layer.
 
     Args:
         reference: the float model, on any device and in any dtype; None if the layers kept their float weights
-            (`originals="keep"` or "offload"). Layers without one are listed, and not compared.
+            (`originals="keep"` or "offload"). Layers without a float weight are listed, but not compared.
         quantized: the model with quantized layers.
         data: batches to compare outputs on, an iterable of tensors, tuples or lists (positional arguments) or dicts
-            (keyword arguments); or one tensor or dict. Without it weights alone are compared. Batches are moved to each
+            (keyword arguments); or one tensor or dict. Without it only weights are compared. Batches are moved to each
             model's device, their float tensors cast to its dtype.
         names: which layers to compare, by their names in `quantized`; or a mapping from those names to the ones in
             `reference`. By default all, under the same names.
         text: token ids (L,); then both models' `perplexity` on it is measured, in windows of `window` tokens.
-        accumulated: compare outputs within the whole models, too. It holds the float layers' outputs of one batch.
+        accumulated: also compare outputs within the whole models. This holds the float layers' outputs of one batch.
         progress: called with ("weights", "outputs" or "perplexity", done, total or None).
 
-    What is measured: weights in float64, the quantized ones multiplied out; outputs of each layer alone, which is given
-    what the float model gives its own (in the quantized model's dtype), and quantizes it as it always does; outputs of
-    each layer in the quantized model against those in the float model. Padding counts for layers, not for logits. With
-    `reference` None, a layer's output is compared with that of the float layer on the same input, and neither outputs
-    within the float model nor its logits are there to compare with. Models run in evaluation mode without gradients.
+    What is measured: weights in float64, the quantized ones dequantized; outputs of each layer alone, on the inputs of the
+    float model's layer (cast to the quantized model's dtype, and quantized as the scheme says); outputs of each layer in the
+    quantized model against those in the float model. Padding counts for layers, not for logits. If `reference` is None,
+    a layer's output is compared with that of the float layer on the same input; outputs within the float model and its
+    logits are not measured. Models run in evaluation mode without gradients.
 
-    Raises ValueError if there is nothing to compare: no quantized layer, no batch, the same model twice, a name that is
-    not there, or a layer that does not pair with a float one of its shape.
+    Raises ValueError if there is nothing to compare: no quantized layer, no batch, the same model twice, an unknown name, or
+    a layer without a float layer of the same shape.
     """
     if reference is quantized:
         raise ValueError("`reference` and `quantized` are the same model: pass the float one and the quantized one")
     if text is not None:
-        check_text(text, window)  # before hours of layers
+        check_text(text, window)  # before the layers, which may take hours
     pairs = list(_pairs(reference, quantized, names))
     found = []
     for done, pair in enumerate(pairs, 1):
@@ -94,14 +94,14 @@ def _outputs(
         with evaluating(reference, quantized):
             outputs = compare_outputs(reference, quantized, pairs, data, accumulated, progress)
     if not outputs.batches:
-        raise ValueError("`data` holds no batch (an iterator that was used before?)")
+        raise ValueError("`data` has no batch (is it an iterator that was used before?)")
     return outputs
 
 
 def _pairs(
     reference: nn.Module | None, quantized: nn.Module, names: Iterable[str] | Mapping[str, str] | None
 ) -> Iterator[Pair]:
-    """The quantized layers in the order of the model, each with its float module, of which shapes are checked."""
+    """The quantized layers in the order of the model, each with its float module, whose shapes are checked."""
     layers: dict[str, Layer] = {
         n: m for n, m in quantized.named_modules() if isinstance(m, (QuantizedLinear, QuantizedExperts))
     }
@@ -114,7 +114,7 @@ def _pairs(
     unknown = [name for name in wanted if name not in layers]
     if unknown:
         raise ValueError(
-            f"`names` has {unknown[0]!r}, which is no quantized layer; there are {', '.join(list(layers)[:3])}, ..."
+            f"`names` has {unknown[0]!r}, which is not a quantized layer; the model has {', '.join(list(layers)[:3])}, ..."
         )
     for name, layer in layers.items():
         if name not in wanted:
@@ -125,7 +125,7 @@ def _pairs(
                 module = reference.get_submodule(wanted[name])
             except AttributeError:
                 raise ValueError(
-                    f"the reference has no layer {wanted[name]!r}, which the quantized model has: if it is called otherwise "
+                    f"the reference has no layer {wanted[name]!r}, which the quantized model has: if it has another name "
                     "there, pass names={'name in quantized': 'name in reference'}"
                 ) from None
             _check(wanted[name], layer, module)
@@ -135,7 +135,7 @@ def _pairs(
 def _check(name: str, layer: Layer, module: nn.Module) -> None:
     """Raises ValueError if `module` is not the float module of a quantized layer."""
     if isinstance(module, QuantizedModule):
-        raise ValueError(f"{name} of the reference is a {type(module).__name__}, quantized itself: pass the float model")
+        raise ValueError(f"{name} of the reference is a {type(module).__name__}, which is quantized: pass the float model")
     if isinstance(layer, QuantizedExperts):
         for projection in layer.projections:
             n_experts, n, k = projection.shape
@@ -143,7 +143,7 @@ def _check(name: str, layer: Layer, module: nn.Module) -> None:
             _check_weight(f"{name}.{projection.name}", getattr(module, projection.name, None), shape)
         return
     if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise ValueError(f"{name} of the reference is a {type(module).__name__}, and no float linear layer")
+        raise ValueError(f"{name} of the reference is a {type(module).__name__}, not a float linear layer")
     # A 1x1 convolution is a linear layer over channels: (N, K, 1, 1).
     ones = (1,) * (module.weight.ndim - 2) if not isinstance(module, nn.Linear) else ()
     _check_weight(name, module.weight, (layer.out_features, layer.in_features, *ones))
@@ -208,12 +208,12 @@ def _measured(row: Row, sums: Sums) -> Row:
 
 
 def _with_outputs(pair: Pair, weights: list[Row], outputs: Outputs | None) -> list[Row]:
-    """The rows of a layer; outputs of experts, those of the module, are a row of their own."""
+    """The rows of a layer; the output of an experts module has a separate row."""
     if outputs is None:
         return weights
     alone, accumulated = outputs.alone.get(pair.name), outputs.accumulated.get(pair.name)
     unpaired = pair.name in outputs.unpaired
-    note = "called otherwise in the quantized model" if unpaired else ""
+    note = "called differently in the quantized model" if unpaired else ""
     measures: dict[str, Any] = {
         "output_sqnr": None if alone is None else alone.sqnr,
         "accumulated_sqnr": None if accumulated is None or unpaired else accumulated.sqnr,

@@ -17,7 +17,7 @@ from .running import device_of
 
 @dataclass(frozen=True)
 class Row:
-    """One module (or merged parameter). bytes: what it holds in memory, scales and bias included."""
+    """One module (or merged parameter). bytes: its memory, including scales and bias."""
 
     name: str
     scheme: str
@@ -27,7 +27,7 @@ class Row:
 
 
 class Explanation(list[Row]):
-    """The rows of `explain`, as a list; printed, a table with equal layers of a model folded into one line."""
+    """The rows of `explain`, as a list; prints as a table, with layers that differ only in their number in one line."""
 
     def __str__(self) -> str:
         if not self:
@@ -57,10 +57,10 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Explanation:
-    """Per FP8 module of `model`: its scheme, the kernel chosen for it on its device, why, and its bytes.
+    """For each FP8 module of `model`: its scheme, the kernel that is chosen for it, why, and its bytes.
 
-    dtype: that of the inputs; by default the first one found among the model's dense parameters. device: as if it were there.
-    Weights that were multiplied out while loading are listed too, with the reason.
+    dtype: that of the inputs; by default that of the first dense parameter. device: as if the model were on it; by default
+    the model's. Weights that were dequantized while loading are listed too, with the reason.
     """
     if dtype is None:
         dense = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32))
@@ -75,14 +75,14 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
         elif isinstance(module, QuantizedExperts):
             rows += _experts(name, module, dtype, asked or device_of(module))
-    # In whatever the model was wrapped by, and without what is not there any more.
+    # Also inside wrappers of the model, and without modules that no longer exist.
     notes = [(part, vars(part)[NOTES]) for part in model.modules() if NOTES in vars(part)]
     for part, name, scheme, reason in ((part, name, *note) for part, found in notes for name, note in found.items()):
         held = _held(part, name)
         if held is None:
             continue
         if isinstance(held, QuantizedLinear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
-            continue  # listed above, or made dense by the user since
+            continue  # listed above, or dequantized by the user since
         tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
         rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))
     return rows

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what would run, by its headers; and every check of loading."""
+"""`hf-fp8 inspect` and `verify`: what a checkpoint holds and what would run, from its headers; and every check of loading."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..quantization.methods import HF_FP8, how_stored
 from ..quantization.source import Source, type_of
 from .explain import Explanation, explain
 
-# The code of E4M3 that is NaN, without its sign.
+# The code (8-bit value) of NaN in E4M3, without its sign.
 _NAN = 0x7F
 
 
 @dataclass
 class GroupFound:
-    """A config group and what of the files is in it. bytes: codes and scales."""
+    """A config group, and the size of its weights in the files. bytes: codes and scales."""
 
     name: str
     scheme: str
@@ -37,8 +37,8 @@ class GroupFound:
 
 @dataclass
 class Inspection:
-    """dtypes: (name in safetensors, tensors, bytes). explanation: what would run, module by module. error: what loading
-    would raise, if it would.
+    """What a checkpoint holds. dtypes: (name in safetensors, tensors, bytes). explanation: what would run, module by module.
+    error: the message that loading would raise, None if it would not.
     """
 
     folder: str
@@ -60,9 +60,9 @@ class Inspection:
 
 
 def inspect_source(source: Source, device: torch.device | str | None = None) -> Inspection:
-    """device: say what would run there; by default on the accelerator of this machine, or on its CPU.
+    """Inspect a checkpoint. device: on which it would run; by default the accelerator of this machine, or its CPU.
 
-    Raises CheckpointError only for files that cannot be read: what else is wrong is in `Inspection.error`.
+    Raises CheckpointError only for files that cannot be read: other errors are in `Inspection.error`.
     """
     if device is not None:
         device = torch.device(device)
@@ -117,17 +117,17 @@ def _describe(group: Any) -> str:
 
 
 def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: None) -> list[str]:
-    """Every check of loading (names, dtypes, shapes, scales, config, experts, coverage), and that no code is NaN.
+    """Run every check of loading (names, dtypes, shapes, scales, config, experts, coverage), and check codes for NaN.
 
-    tick: called with the bytes that have been dealt with. Returns what was found to be right; raises CheckpointError of the
-    fitting kind for the first thing that is not.
+    tick: called with the number of bytes that were checked. Returns a line for each check that passed; raises a
+    CheckpointError for the first that fails.
     """
     reading = read_quantized(source)
     checkpoint, layout = reading.checkpoint, reading.layout
     weights = layout.scan.weights
     if layout.missing:
         raise MissingTensorError(
-            f"no tensor in the files goes into {layout.missing[0]} ({len(layout.missing)} parameters of {type_of(source)} in "
+            f"the files have no tensor for {layout.missing[0]} ({len(layout.missing)} parameters of {type_of(source)} in "
             "all): they would be random"
         )
     homeless = [weight.name for weight in [*weights, *layout.scan.host] if not weight.target]
@@ -142,12 +142,12 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
     checks = [
         f"{len(source.files)} file(s), {len(checkpoint.tensors):,} tensors, {total_bytes(checkpoint) / 1e9:.2f} GB",
         f"{len(reading.spec.groups)} config group(s), {len(weights):,} FP8 weights; scales have right shapes, dtypes, values",
-        "no scale without its weight, no weight in FP8 that no group speaks of, no dense one that a group does",
+        "no scale without its weight, no FP8 weight that no group matches, no dense weight that a group matches",
         f"every parameter of {type_of(source)} is filled",
         "no NaN among the codes",
     ]
     if layout.scan.host:
         checks.insert(2, f"{len(layout.scan.host):,} weights of other formats, for transformers to run")
     if homeless:
-        checks.append(f"{len(homeless)} weights such as {homeless[0]} that the model does not have, and will not load")
+        checks.append(f"{len(homeless)} weights (for example {homeless[0]}) that the model lacks: they are not loaded")
     return checks

@@ -11,7 +11,7 @@ from typing import Any
 
 from .rows import Row, Rows
 
-# A vertical line at every so many blocks.
+# Number of blocks between vertical lines.
 GRID = 5
 MARKERS = "osD^vPX<>*hp"
 RING: dict[str, Any] = {"marker": "o", "markersize": 9, "fillstyle": "none", "color": "black", "linewidth": 0}
@@ -25,7 +25,7 @@ PANELS = (
 def depths(rows: Rows) -> tuple[dict[str, int], dict[int, str]]:
     """(name of a row -> its place on the axis, place -> label).
 
-    A place is a block: what a name has up to its first number, `model.layers.3`; a layer outside of any has its own.
+    A place is a block, the part of a name up to its first number (`model.layers.3`); a layer outside of blocks is a place, too.
     """
     places: dict[str, int] = {}
     found: dict[str, int] = {}
@@ -40,17 +40,17 @@ def depths(rows: Rows) -> tuple[dict[str, int], dict[int, str]]:
 
 
 def draw(rows: Rows, title: str, path: Path) -> Path:
-    """A picture of `rows` in `path`, .svg or .png. Raises ImportError without matplotlib, ValueError with nothing to draw."""
+    """Draw `rows` to `path`, .svg or .png. Raises ImportError without matplotlib, ValueError if there is nothing to draw."""
     try:
         matplotlib, figures = import_module("matplotlib"), import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError("a picture of the report needs matplotlib: pip install matplotlib") from error
+        raise ImportError("drawing the report needs matplotlib: pip install matplotlib") from error
     panels = [(measure, name) for measure, name in PANELS if rows.values(measure)]
     if not panels:
         raise ValueError("no row has a number to draw")
     kinds = list(dict.fromkeys(row.kind for row in rows))
     places, labels = depths(rows)
-    with matplotlib.rc_context({"svg.hashsalt": "hf_fp8"}):  # the same rows, the same file
+    with matplotlib.rc_context({"svg.hashsalt": "hf_fp8"}):  # the same rows give the same file
         width = min(max(6.5, 2.5 + 0.16 * len(labels)), 14)
         figure = figures.Figure(figsize=(width, 0.9 + 2.3 * len(panels)), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -76,7 +76,7 @@ def draw(rows: Rows, title: str, path: Path) -> Path:
 
 
 def _panel(axis: Any, rows: Rows, measure: str, kinds: list[str], places: dict[str, int], outlying: set[str]) -> None:
-    """One measure of all rows. What is not finite stands at the edge that it belongs to, in words."""
+    """Draw one measure of all rows. Infinite values and NaN are drawn at the upper or lower edge."""
     colours = [f"C{number}" for number in range(10)]
     values = [value for value in rows.values(measure) if math.isfinite(value)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -93,7 +93,7 @@ def _panel(axis: Any, rows: Rows, measure: str, kinds: list[str], places: dict[s
         colour, marker = colours[number % len(colours)], MARKERS[number % len(MARKERS)]
         finite = [(x, y) for x, y, _ in points if math.isfinite(y)]
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "label": kind}
-        # Several of a kind in a block, such as experts one by one, are points without a line.
+        # Several layers of a kind in a block, such as single experts, are points without a line.
         line = "-" if len({x for x, _ in finite}) == len(finite) else ""
         axis.plot(*(zip(*finite, strict=True) if finite else ([], [])), linestyle=line, linewidth=0.7, **style)
         for x, y, row in points:
@@ -111,7 +111,7 @@ def _panel(axis: Any, rows: Rows, measure: str, kinds: list[str], places: dict[s
 
 
 def _label(axis: Any, labels: dict[int, str]) -> None:
-    """Numbers of blocks at every GRID-th of them, with a line through all panels; names of layers outside of blocks."""
+    """Label every GRID-th block with its number and a line through all panels, and layers outside of blocks with names."""
     blocks = [place for place, label in labels.items() if label.isdigit() and int(label) % GRID == 0]
     others = [place for place, label in labels.items() if not label.isdigit()]
     others = others if len(others) <= 12 else []

@@ -1,4 +1,4 @@
-"""The report of `quality`: a table with a footer, JSON, and a picture."""
+"""The report of `quality`: a table with a footer, JSON, and a plot."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .rows import OUTLYING_DB, OUTLYING_DEVIATIONS, Rows, finite, median, minimu
 
 @dataclass(repr=False)
 class QualityReport:
-    """What `quality` measured; printed, a table of all rows with median, minimum, and which layers stand out.
+    """The result of `quality`; prints as a table of all rows with median, minimum, and the layers that stand out.
 
     rows: in the order of the model. logits_sqnr: of the models' logits (or first output), dB. kl_divergence: of the
     quantized model's next-token distribution from the float one's, nats, the mean over `tokens`. perplexity: (before,
-    after); before is None if there was no reference. None is what was not measured.
+    after); before is None if there was no reference. Values that were not measured are None.
     """
 
     rows: Rows
@@ -32,21 +32,21 @@ class QualityReport:
     __repr__ = __str__
 
     def worst(self, n: int = 10) -> Rows:
-        """The n worst rows by `output_sqnr`, else `weight_sqnr`; printed, a table."""
+        """The n worst rows by `output_sqnr`, else `weight_sqnr`; prints as a table."""
         return self.rows.worst(n)
 
     @property
     def schemes(self) -> list[str]:
-        """In words, each once."""
+        """Descriptions of the schemes, each once."""
         return list(dict.fromkeys(row.scheme for row in self.rows if row.shape))
 
     @property
     def ignore(self) -> list[str]:
-        """Names of the modules that stand out, to be left in float."""
+        """Names of the modules that stand out, for the `ignore` option that leaves them in float."""
         return list(dict.fromkeys(row.module for row in self.rows.standing_out()))
 
     def footer(self) -> str:
-        """Medians and minima, end to end, and the layers that stand out, in words."""
+        """Text with medians and minima, end-to-end measures, and the layers that stand out."""
         lines = [f"scheme: {'; '.join(self.schemes)}"]
         names = {"weight_sqnr": "weights", "output_sqnr": "outputs, layer alone", "accumulated_sqnr": "outputs, in the model"}
         for measure, name in names.items():
@@ -83,7 +83,7 @@ class QualityReport:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """All numbers, strictly JSON: null for what JSON does not have, named under "not_finite" beside it."""
+        """All numbers in strict JSON: NaN and infinity are null, and named under "not_finite" next to it."""
         before, after = self.perplexity or (None, None)
         ends = {
             "logits_sqnr": self.logits_sqnr, "kl_divergence": self.kl_divergence, "tokens": self.tokens,
@@ -97,16 +97,16 @@ class QualityReport:
         return {"schemes": self.schemes, **finite(ends), "statistics": statistics, "ignore": self.ignore, "rows": rows}
 
     def to_json(self, path: Path | str | None = None) -> str:
-        """`as_json` as text, written to `path` if there is one."""
+        """`as_json` as text; also written to `path` if it is given."""
         text = json.dumps(self.as_json(), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text + "\n")
         return text
 
     def plot(self, path: Path | str, title: str | None = None) -> Path:
-        """Draw SQNR against depth, .svg or .png by the name of `path`; returns the path.
+        """Draw SQNR against depth, as .svg or .png by the suffix of `path`; returns the path.
 
-        title: by default scheme and perplexity. Raises ImportError without matplotlib.
+        title: by default schemes and perplexity. Raises ImportError without matplotlib.
         """
         if title is None:
             title = "; ".join(self.schemes)

@@ -1,4 +1,4 @@
-"""What `quality` found, layer by layer: rows that print as a table, their statistics, and which of them stand out."""
+"""The rows of `quality`, one for each layer: a table, statistics, and which rows stand out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-# A layer stands out if its SQNR lies more than so many median absolute deviations below the median of all layers. The
-# median and its deviation do not move with the few layers that are looked for, as a mean and a standard deviation would;
-# 3 of them are about 2 standard deviations of a normal distribution.
+# A layer stands out if its SQNR lies more than this many median absolute deviations below the median of all layers. The few
+# layers that stand out do not change the median and its deviation, as they would change a mean and a standard deviation; 3
+# are about 2 standard deviations of a normal distribution.
 OUTLYING_DEVIATIONS = 3.0
-# And at least so many dB below it, which is twice the noise: layers of one shape differ by tenths of a dB, where three
-# deviations mean nothing to anybody.
+# And at least this many dB below it. 3 dB is twice the noise power; layers of one shape differ by tenths of a dB, where three
+# deviations have no meaning in practice.
 OUTLYING_DB = 3.0
 
 
@@ -21,8 +21,8 @@ OUTLYING_DB = 3.0
 class Row:
     """One layer, one projection of an experts module, or an experts module as a whole (outputs only).
 
-    SQNRs are in dB, 20 log10(||x|| / ||x - x_hat||), larger is better: inf where nothing differs, -inf where the float
-    values are all zero and the quantized ones are not, None where there is nothing to compare.
+    SQNRs are in dB, 20 log10(||x|| / ||x - x_hat||), larger is better: inf if nothing differs, -inf if the float
+    values are all zero and the quantized ones are not, None if there is nothing to compare.
 
     module: the name to put on an `ignore` list; that of the experts module for a projection. shape: of the weight.
     relative_error: ||w - w_hat|| / ||w||. largest_error: max |w - w_hat|. worst_expert, worst_expert_sqnr: of a
@@ -50,19 +50,19 @@ class Row:
         return self.name.rpartition(".")[2]
 
     def as_json(self) -> dict[str, Any]:
-        """Fields by name, strictly JSON: see `finite`."""
+        """Fields by name, in strict JSON: see `finite`."""
         return finite({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with null for numbers that JSON does not have, and what these are under "not_finite": inf, -inf, nan."""
+    """`values` with null for inf, -inf and nan, which JSON does not have; they are named under "not_finite"."""
     strange = {key: str(v) for key, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     kept = {key: None if key in strange else list(v) if isinstance(v, tuple) else v for key, v in values.items()}
     return {**kept, "not_finite": strange} if strange else kept
 
 
 class Rows(list[Row]):
-    """Rows as a list; printed, a table."""
+    """Rows as a list; prints as a table."""
 
     def __str__(self) -> str:
         return self.table()
@@ -70,11 +70,11 @@ class Rows(list[Row]):
     __repr__ = __str__
 
     def values(self, measure: str) -> list[float]:
-        """The numbers of a field, of the rows that have one."""
+        """The values of a field, without None."""
         return [value for row in self if (value := getattr(row, measure)) is not None]
 
     def table(self, footer: bool = False) -> str:
-        """One line a row, with columns for what any row has; with `footer`, median and minimum of each SQNR below."""
+        """One line for each row, with the columns that any row has; with `footer`, also median and minimum of each SQNR."""
         if not self:
             return "no layers"
         columns = [
@@ -112,7 +112,7 @@ class Rows(list[Row]):
         )
 
     def worst(self, n: int) -> Rows:
-        """The n rows with the lowest `output_sqnr` (`weight_sqnr` for rows without), NaN first."""
+        """The n rows with the lowest `output_sqnr` (or `weight_sqnr` if they have none), NaN first."""
         rated = [(row.weight_sqnr if row.output_sqnr is None else row.output_sqnr, row) for row in self]
         known = [(value, row) for value, row in rated if value is not None]
         return Rows(row for _, row in sorted(known, key=lambda pair: rank(pair[0]))[:n])
@@ -120,9 +120,9 @@ class Rows(list[Row]):
     def standing_out(self) -> Rows:
         """The rows that stand out (`OUTLYING_DEVIATIONS`, `OUTLYING_DB`) by their outputs or by their weights.
 
-        So do all with an SQNR of NaN or -inf.
+        Rows with an SQNR of NaN or -inf always do.
         """
-        # Outputs of experts have gone through two layers and a gate: they are held against other experts.
+        # Outputs of experts have passed two layers and a gate: they are compared only with other experts.
         wholes = Rows(row for row in self if not row.shape)
         layers = Rows(row for row in self if row.shape)
         groups = (layers.outlying("weight_sqnr"), layers.outlying("output_sqnr"), wholes.outlying("output_sqnr"))
@@ -130,7 +130,7 @@ class Rows(list[Row]):
         return Rows(row for row in self if row.name in names)
 
     def outlying(self, measure: str) -> list[str]:
-        """Names of the rows that stand out by one number among all rows here."""
+        """Names of the rows that stand out by one measure among all rows here."""
         numbers = [value for value in self.values(measure) if math.isfinite(value)]
         limit = -math.inf
         if numbers:
@@ -142,19 +142,19 @@ class Rows(list[Row]):
 
 
 def rank(value: float) -> float:
-    """A key to sort by: NaN is worse than anything."""
+    """A sort key that puts NaN first, as the worst."""
     return -math.inf if math.isnan(value) else value
 
 
 def median(values: Iterable[float]) -> float | None:
-    """Of those that are finite; of exact ones alone, inf. None of none."""
+    """The median of finite values; inf if there is only inf, None if there are no values."""
     given = [value for value in values if not math.isnan(value) and value != -math.inf]
     numbers = [value for value in given if math.isfinite(value)]
     return statistics.median(numbers) if numbers else math.inf if given else None
 
 
 def minimum(values: Iterable[float]) -> float | None:
-    """The smallest, NaN if there is one. None of none."""
+    """The smallest value, NaN if there is one; None if there are no values."""
     return min(values, key=rank, default=None)
 
 

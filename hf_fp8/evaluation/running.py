@@ -1,4 +1,4 @@
-"""Runs models for `quality`: in evaluation mode, on batches of any form, on whatever device; and `perplexity`."""
+"""Runs models for `quality`, in evaluation mode, on batches of any form, on any device; and measures `perplexity`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.utils._pytree import tree_map
 
 from ..nn.base import QuantizedModule
 
-# Called with (what is done, how much of it, of how much; None if that is unknown).
+# Called with (name of the step, amount done, total or None if unknown).
 Progress = Callable[[str, int, "int | None"], Any]
 
 
-_running: list[Any] = []  # the stances of those who evaluate at the moment
+_running: list[Any] = []  # the stance, once for each `evaluating` block that is active
 _stances = threading.Lock()
 
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Nothing compiled, in any thread: the first one in sets torch's stance, the last one out puts it back."""
+    """Run nothing compiled, in any thread: the first block that enters sets torch's stance, the last that exits resets it."""
     with _stances:
         _running.append(_running[0] if _running else torch.compiler.set_stance("force_eager"))
     try:
@@ -39,7 +39,7 @@ def _eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, nothing compiled (compiled code may not call hooks); all is as before afterwards."""
+    """Evaluation mode, no gradients, nothing compiled (compiled code may not call hooks); restores all at the end."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -52,7 +52,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: accelerate moves offloaded weights there for the call."""
+    """The device on which a module computes; accelerate moves offloaded weights there for the call."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device(device)
@@ -61,7 +61,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the first float parameter that is neither codes nor scales; None if there is none."""
+    """The dtype of the first float parameter that is neither codes (8-bit values) nor scales; None if there is none."""
     for module in model.modules():
         coded = module.quantized if isinstance(module, QuantizedModule) else ()
         for name, parameter in module.named_parameters(recurse=False):
@@ -71,7 +71,7 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
 
 
 def moved(values: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """`values` with the tensors in it on `device`, the float ones in `dtype` (None: as they are)."""
+    """`values` with its tensors on `device`, float tensors in `dtype` (None: unchanged)."""
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -101,10 +101,10 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 def check_text(ids: torch.Tensor, window: int) -> None:
-    """Raise ValueError for what `perplexity` cannot be measured on."""
+    """Raise ValueError if `perplexity` cannot be measured on the text."""
     if ids.ndim != 1 or len(ids) < 2 or window < 2:
         raise ValueError(
-            f"perplexity is that of a text of two or more tokens, ids (L,), in windows of two or more; got ids "
+            f"perplexity needs a text of two or more tokens, ids (L,), and windows of two or more; got ids "
             f"{tuple(ids.shape)} and window={window}"
         )
 
@@ -113,7 +113,7 @@ def perplexity(model: nn.Module, ids: torch.Tensor, window: int = 512, progress:
     """exp of the mean negative log-likelihood of a token, given those before it in its window.
 
     model: a causal language model, `model(ids (1, T)).logits` (1, T, V) or those as the first tensor. ids: (L,) int64,
-    cut into windows of `window` tokens; a last one of a single token is left out. Computed on the model's device, in
+    cut into windows of `window` tokens; a last window of one token is left out. Computed on the model's device, in
     evaluation mode, from logits in float32. Raises ValueError for ids that are not 1-D, or fewer than two.
     """
     check_text(ids, window)
@@ -123,7 +123,7 @@ def perplexity(model: nn.Module, ids: torch.Tensor, window: int = 512, progress:
             part = ids[start : start + window].to(device)
             logits = logits_of(model(part[None]))
             if logits is None or logits.ndim != 3:
-                raise ValueError(f"{type(model).__name__} gives no logits (1, T, V): it is no causal language model")
+                raise ValueError(f"{type(model).__name__} gives no logits (1, T, V): it is not a causal language model")
             losses = nn.functional.cross_entropy(logits[0, :-1].float(), part[1:].to(logits.device), reduction="sum")
             total, count = total + losses.item(), count + len(part) - 1
             if progress is not None:
