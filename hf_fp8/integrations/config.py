@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CompressedTensorsConfig
 
 from ..checkpoint.config_groups import Group, all_of
-from ..checkpoint.spec import METHOD, QuantizationSpec, plain
+from ..checkpoint.quantization_spec import METHOD, QuantizationSpec, plain
 from ..errors import ConfigError
 from ..formats.scheme import FP8, Scheme
 from .options import DEFAULTS, LOADING, settled

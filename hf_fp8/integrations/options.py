@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.spec import LINEARS, given_scheme, names, refuse_two_targets
+from ..checkpoint.quantization_spec import LINEARS, given_scheme, names, refuse_two_targets
 from ..errors import ConfigError
 from ..kernels import BACKENDS
 from ..nn.backward import BACKWARDS

@@ -13,8 +13,8 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import logging
 
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
 from ..checkpoint.weight_files import find_weight_files
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
 from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import FP8
@@ -24,7 +24,7 @@ from ..loading.conversions import KeyRenaming, RoutedConverter, build_conversion
 from ..loading.dtypes import dtype_of
 from ..loading.extra_tensors import Unplaced, belong_to, by_pattern, keep_names
 from ..loading.facts import ModelFacts
-from ..loading.keys import KeyMap
+from ..loading.key_map import KeyMap
 from ..loading.layout import NOTES, Layout
 from ..loading.matching import match_checkpoint
 from ..loading.ops import NoOp
@@ -33,8 +33,8 @@ from ..nn.base import QuantizedModule
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
 from .config import FP8Config
+from .load_log import report, report_planned
 from .placement import compute_device, policy_of
-from .report import report, report_planned
 from .saving import (
     FILE_DTYPES,
     any_number,

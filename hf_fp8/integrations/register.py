@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ..checkpoint.config_groups import concerns_fp8
-from ..checkpoint.spec import METHOD, plain
+from ..checkpoint.quantization_spec import METHOD, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
 from . import ddp, patches, pretrained

@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
-from ..checkpoint.weights import WEIGHT
+from ..checkpoint.stored_weight import WEIGHT
 from ..errors import CalibrationError, UnsupportedError
 from ..loading.layout import Layout
 from ..loading.ops import as_read, is_widened

@@ -14,10 +14,10 @@ from zlib import crc32
 
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, companion
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, companion
 from ..formats.scheme import scale_shape
 from .expert_ops import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
-from .keys import converters
+from .key_map import converters
 from .layout import Layout, Stack
 from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, plain_pattern
 

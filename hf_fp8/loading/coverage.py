@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.validate import Scan
-from ..checkpoint.weights import WEIGHT
+from ..checkpoint.scan import Scan
+from ..checkpoint.stored_weight import WEIGHT
 from ..errors import MismatchError, MissingTensorError
 from .facts import ModelFacts
-from .keys import KeyMap
+from .key_map import KeyMap
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r".*?\.\d+\.")

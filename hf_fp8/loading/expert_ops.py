@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..errors import UnsupportedError
 from .layout import Stack
 from .ops import SharedOp, only, quantize_or_note

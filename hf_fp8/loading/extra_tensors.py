@@ -16,11 +16,11 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform, app
 from transformers.utils import logging
 
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.validate import Scan
+from ..checkpoint.scan import Scan
 from ..errors import FP8Error
 from .conversions import KeyRenaming, RoutedConverter
 from .facts import is_of_class
-from .keys import KeyMap
+from .key_map import KeyMap
 from .ops import Reshape
 
 logger = logging.get_logger(__name__)

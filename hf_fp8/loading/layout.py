@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoint.validate import Scan
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
+from ..checkpoint.scan import Scan
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
 from ..nn.experts import ExpertsLayout, Projection
 
 # Attribute of the model in which the loader stores its decisions: module or parameter name -> (scheme, reason).

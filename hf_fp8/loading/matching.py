@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
+from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
-from ..checkpoint.spec import QuantizationSpec
-from ..checkpoint.validate import scan, weights_of
-from ..checkpoint.weights import (
+from ..checkpoint.scan import scan, weights_of
+from ..checkpoint.stored_weight import (
     INPUT_SCALE,
     WEIGHT,
     ZERO_POINTS,
@@ -31,10 +31,10 @@ from ..checkpoint.weights import (
 from ..errors import MismatchError, MissingTensorError, ScaleError
 from ..formats.scheme import Scheme
 from .coverage import check_coverage
-from .experts import check_experts, plan_experts
+from .experts_plan import check_experts, plan_experts
 from .extra_tensors import unplaced
 from .facts import ModelFacts
-from .keys import KeyMap
+from .key_map import KeyMap
 from .layout import Layout, Parameter
 
 

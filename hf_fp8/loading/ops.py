@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.utils import logging
 
 from ..checkpoint.reader import TORCH_DTYPES
-from ..checkpoint.weights import WEIGHT, DenseTensor, StoredWeight, companion
+from ..checkpoint.stored_weight import WEIGHT, DenseTensor, StoredWeight, companion
 from ..errors import ScaleError, UnsupportedError
 from ..formats import numerics
 from ..formats.cpu import multiply_out

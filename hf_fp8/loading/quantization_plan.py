@@ -15,16 +15,16 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from ..checkpoint.config_groups import Group, match
+from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.spec import QuantizationSpec
-from ..checkpoint.validate import ROUTER, module_named, names_of
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
+from ..checkpoint.scan import ROUTER, module_named, names_of
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
 from ..errors import ConfigError, MismatchError, by_reason
 from ..formats.scheme import scale_shape
 from ..formats.weights import scale_dtype_of
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts
-from .keys import KeyMap
+from .key_map import KeyMap
 from .layout import Layout
 from .matching import Policy, match_checkpoint
 from .serving import describe, torn

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
 from ..checkpoint.reader import TORCH_DTYPES, Checkpoint
-from ..checkpoint.validate import companions, module_named
-from ..checkpoint.weights import WEIGHT, WEIGHT_SCALE
+from ..checkpoint.scan import companions, module_named
+from ..checkpoint.stored_weight import WEIGHT, WEIGHT_SCALE
 from ..errors import FP8Error, MismatchError
-from .keys import KeyMap
+from .key_map import KeyMap
 
 
 def refuse_undeclared(

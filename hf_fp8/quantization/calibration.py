@@ -20,7 +20,7 @@ from ..kernels import Routing
 from ..nn.base import QuantizedModule
 from ..nn.experts import Projection, QuantizedExperts
 from ..nn.linear import QuantizedLinear
-from .observers import Observer, over_ranks, prototype_of
+from .observers import DEFAULT, Observer, over_ranks, prototype_of
 
 logger = logging.getLogger(__name__)
 # Maximum number of names in a message.
@@ -48,7 +48,7 @@ class Calibration:
 @contextmanager
 def calibrate(
     model: nn.Module,
-    observer: str | Observer | Callable[[], Observer] = "mse",
+    observer: str | Observer | Callable[[], Observer] = DEFAULT,
     tie: bool = True,
     progress: bool | None = None,
 ) -> Iterator[Calibration]:

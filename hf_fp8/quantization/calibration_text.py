@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..checkpoint.weights import INPUT_SCALE
+from ..checkpoint.stored_weight import INPUT_SCALE
 from ..errors import CalibrationError, ConfigError, CorruptFileError
 from ..integrations.config import FP8Config
 from .calibration import calibrate
-from .observers import Observer
+from .observers import DEFAULT, Observer
 from .source import Source
 
 
@@ -88,7 +88,7 @@ def measure(
     config: FP8Config,
     file: Path,
     *,
-    observer: str | Observer = "mse",
+    observer: str | Observer = DEFAULT,
     tokens: int = 16384,
     length: int = 512,
     device_map: Any = None,

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers.core_model_loading import WeightTransform
 
+from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.spec import QuantizationSpec
-from ..checkpoint.weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
 from ..checkpoint.writer import ShardWriter, check_place, nbytes, whole_folder, write_index
 from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
 from ..integrations.config import FP8Config
 from ..loading.facts import ModelFacts
-from ..loading.keys import EXPERT, KeyMap, converters, hub_name
+from ..loading.key_map import EXPERT, KeyMap, converters, hub_name
 from ..loading.layout import Layout
 from ..loading.matching import Policy, match_checkpoint
 from ..loading.ops import quantize_named, weight_from

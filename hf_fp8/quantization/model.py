@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.spec import QuantizationSpec
+from ..checkpoint.quantization_spec import QuantizationSpec
 from ..errors import ConfigError, ScaleError, by_reason
 from ..formats.scheme import Scheme
 from ..integrations.config import FP8Config

@@ -254,6 +254,8 @@ class Mse(Histogram):
 
 
 OBSERVERS: dict[str, Callable[[], Observer]] = {"amax": Amax, "percentile": Percentile, "mse": Mse}
+# SmolLM2's perplexity with scales of 2,048 and of 10,240 tokens: mse +1.7%, +1.6%; amax +2.7%, +2.2%; percentile 57.
+DEFAULT = "mse"
 
 
 def prototype_of(observer: str | Observer | Callable[[], Observer]) -> Observer:

@@ -14,13 +14,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
 from ..checkpoint.reader import DTYPE_NAMES, Checkpoint, TensorInfo
-from ..checkpoint.weights import TensorSlice
+from ..checkpoint.stored_weight import TensorSlice
 from ..errors import ScaleError, UnsupportedError
 from ..integrations.config import FP8Config
 from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.dtypes import DtypePlan, dtype_of
 from ..loading.expert_ops import quantize_stack
-from ..loading.keys import KeyMap, PlainMerge
+from ..loading.key_map import KeyMap, PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
 from ..nn.base import QuantizedModule

@@ -277,7 +277,7 @@ cli.main()
 """
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.hostless
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:

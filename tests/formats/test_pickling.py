@@ -127,7 +127,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in names}
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, tmp_path: Path, processes: ProcessPoolExecutor) -> None:
     model = MODELS[name](tmp_path)

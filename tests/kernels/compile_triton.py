@@ -14,21 +14,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_fp8.kernels.triton import (
-    grouped as triton_grouped,
-)
-from hf_fp8.kernels.triton import (
-    int8_epilogue as triton_epilogue,
-)
-from hf_fp8.kernels.triton import (
-    quantize as triton_quantize,
-)
-from hf_fp8.kernels.triton import (
-    scaled_mm as triton_mm,
-)
-from hf_fp8.kernels.triton import (
-    weight_only as triton_weight_only,
-)
+from hf_fp8.kernels.triton import grouped as triton_grouped
+from hf_fp8.kernels.triton import int8_epilogue as triton_epilogue
+from hf_fp8.kernels.triton import quantize as triton_quantize
+from hf_fp8.kernels.triton import scaled_mm as triton_mm
+from hf_fp8.kernels.triton import weight_only as triton_weight_only
 
 # What an SM has of shared memory for a program, in bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

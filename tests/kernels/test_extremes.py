@@ -19,8 +19,8 @@ from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8, FP8_DYNAMIC, FP8_STATIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
 from hf_fp8.kernels import KERNELS
 from hf_fp8.kernels.base import BaseKernel
+from hf_fp8.kernels.triton import granularity as tiling
 from hf_fp8.kernels.triton import support as triton_support
-from hf_fp8.kernels.triton import tiling
 from hf_fp8.nn.functional import scaled_linear
 from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
@@ -50,7 +50,7 @@ def interpreted(name: str, scheme: Scheme) -> list[str]:
     return found + (["int8_mm/triton", "int8_mm_outliers/triton"] if scheme.weight.dtype == INT8 else [])
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_linears(name: str, dtype: torch.dtype) -> None:
@@ -73,7 +73,7 @@ def test_linears(name: str, dtype: torch.dtype) -> None:
     assert min(seen.values()) > 300, seen
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GROUPED)
 def test_experts(name: str, dtype: torch.dtype) -> None:
@@ -108,7 +108,7 @@ def test_experts(name: str, dtype: torch.dtype) -> None:
 OF_ROWS = [name for name, scheme in SCHEMES.items() if scheme.input is None or not scheme.input.granularity.is_tensor]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_a_row_spoils_no_other(name: str, dtype: torch.dtype) -> None:

@@ -29,8 +29,8 @@ from hf_fp8.formats.scheme import (
 )
 from hf_fp8.kernels import use
 from hf_fp8.kernels.probing import exact_operands
+from hf_fp8.kernels.triton import granularity as tiling
 from hf_fp8.kernels.triton import support as triton_support
-from hf_fp8.kernels.triton import tiling
 from hf_fp8.nn.functional import scaled_linear
 
 pytestmark = pytest.mark.hostless

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from hf_fp8.checkpoint.quantization_spec import QuantizationSpec
 from hf_fp8.checkpoint.reader import Checkpoint, TensorInfo
-from hf_fp8.checkpoint.spec import QuantizationSpec
 from hf_fp8.errors import ConfigError, FP8Error, MismatchError, MissingTensorError, UnusedTensorError
 from hf_fp8.loading.facts import ModelFacts, ModuleFacts, ParameterFacts
-from hf_fp8.loading.keys import KeyMap
+from hf_fp8.loading.key_map import KeyMap
 from hf_fp8.loading.layout import Layout
 from hf_fp8.loading.matching import Policy, match_checkpoint
 from hf_fp8.loading.quantization_plan import Plan, plan_quantization

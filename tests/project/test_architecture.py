@@ -99,7 +99,7 @@ def test_import_is_lean() -> None:
         "import hf_fp8;"
         "assert (torch.cuda.is_initialized(), 'triton' in sys.modules) == before and 'peft' not in sys.modules;"
         "ours = sorted(name for name in sys.modules if name.startswith('hf_fp8.kernels.triton.'));"
-        "assert ours == [f'hf_fp8.kernels.triton.{name}' for name in ('entries', 'support', 'tiling')], ours;"
+        "assert ours == [f'hf_fp8.kernels.triton.{name}' for name in ('entries', 'granularity', 'support')], ours;"
         "print('lean')"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "lean\n"

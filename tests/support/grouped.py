@@ -12,8 +12,8 @@ from support.kernels import SCHEMES as ALL
 
 from hf_fp8 import kernels
 from hf_fp8.formats.scheme import FP8, Scheme
+from hf_fp8.kernels.triton import granularity as tiling
 from hf_fp8.kernels.triton import support as triton_support
-from hf_fp8.kernels.triton import tiling
 
 SCHEMES = {name: scheme for name, scheme in ALL.items() if scheme.weight.dtype == FP8}
 TRITON = {"triton_grouped_scaled_mm": tiling.why_not_scaled_mm, "triton_grouped_weight_only": tiling.why_not_weight_only}

@@ -10,7 +10,7 @@ from typing import Any
 from ...formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_WEIGHT_ONLY, Scheme
 from ..base import GroupedKernel, Kernel, Problem, why_sums_overflow
 from . import support
-from .tiling import why_not_scaled_mm, why_not_weight_only
+from .granularity import why_not_scaled_mm, why_not_weight_only
 
 
 def why_not_device(problem: Problem) -> str | None:

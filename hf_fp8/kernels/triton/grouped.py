@@ -16,9 +16,9 @@ import triton.language as tl
 from ..base import ExpertWeights, Input, Routing
 from . import scaled_mm as triton_mm
 from . import weight_only as triton_weight_only
+from .granularity import columns
 from .scales import power_of, times_scales, widened
 from .support import native_e4m3, on_device
-from .tiling import columns
 
 # Tiles are sized for this many times the average number of rows per expert: with 16 random rows on average, two in five
 # experts have more, and would otherwise read their weights twice. Not measured.

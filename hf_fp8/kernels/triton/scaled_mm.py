@@ -14,9 +14,9 @@ import triton.language as tl
 from ...formats.scheme import INT8, Scheme
 from ..base import Input, Weight
 from ..inputs import quantize_input
+from .granularity import columns
 from .scales import times_scales
 from .support import on_device
-from .tiling import columns
 
 # Tiles by rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured; these are the usual sizes for
 # 8-bit operands on Hopper: an instruction computes 64 rows, and block schemes have one scale for 128 columns of K.

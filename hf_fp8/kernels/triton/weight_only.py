@@ -12,9 +12,9 @@ import triton.language as tl
 
 from ...formats.scheme import FP8
 from ..base import Input, Weight
+from .granularity import columns
 from .scales import power_of, widened
 from .support import native_e4m3, on_device, processors
-from .tiling import columns
 
 # Tiles by rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured: sized so that a program
 # has 24 to 32 KB of weights in flight, which a Hopper SM needs to keep its share of the memory busy (3.35 TB/s x

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from ..checkpoint.reader import TORCH_DTYPES
-from ..checkpoint.weights import DenseTensor, StoredWeight
+from ..checkpoint.stored_weight import DenseTensor, StoredWeight
 from ..errors import MismatchError, MissingTensorError
 from ..nn.experts import ExpertsLayout, Projection
 from .facts import ModelFacts
-from .keys import KeyMap, PlainMerge
+from .key_map import KeyMap, PlainMerge
 from .layout import ExpertsPlan, Parameter, Stack
 
 

@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..checkpoint.validate import Owner
-from ..checkpoint.weights import WEIGHT
+from ..checkpoint.scan import Owner
+from ..checkpoint.stored_weight import WEIGHT
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts
 
