@@ -322,7 +322,7 @@ def test_what_does_not_pair_is_named() -> None:
         (put(nn.Linear(32, 31)), r"other has a weight of shape \(31, 32\)"),
         (put(nn.LayerNorm(32)), "other of the reference is a LayerNorm"),
         (put(nn.Conv2d(32, 32, 3)), r"other has a weight of shape \(32, 32, 3, 3\)"),
-        (put(q["other"]), "other of the reference is a QuantizedLinear, quantized itself"),
+        (put(q["other"]), "other of the reference is a QuantizedLinear, which is quantized"),
     ):
         with pytest.raises(ValueError, match=words):
             quality(reference, q)
