@@ -39,6 +39,17 @@ MODULES = {
     "source": "quantization.source",
     "weight_source": "formats.quantized_weight.source",
 }
+# Attributes that a module of `MODULES` had under its old name, and where they are now.
+ATTRIBUTES = {
+    "nn.linear.FP8Linear": "nn.linear.QuantizedLinear",
+    "nn.experts.FP8Experts": "nn.experts.QuantizedExperts",
+    "nn.conv.FP8PointwiseConv": "nn.conv.QuantizedConv1x1",
+    "evaluation.inspection.verify_source": "evaluation.verify.verify_source",
+    **{
+        f"formats.numerics.{name}": f"formats.weights.{name}"
+        for name in ("least_scale", "quantize_weight", "requantize", "scale_dtype_of", "weight_scale_of")
+    },
+}
 # hf_fp8.<key> is now <the last part of value> in hf_fp8.<the rest>.
 NAMES = {
     "FP8Linear": "nn.linear.QuantizedLinear",
@@ -67,14 +78,15 @@ class _Finder(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> None:
         """A default, empty module: `exec_module` replaces it."""
 
-    def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__
+    def exec_module(self, alias: ModuleType) -> None:
+        old = alias.__name__
         new = f"hf_fp8.{MODULES[old.partition('.')[2]]}"
         _warn(old, new)
         sys.modules[old] = found = importlib.import_module(new)
-        for name, place in NAMES.items():  # renamed classes: a pickle stores the class name together with the module
-            if f"hf_fp8.{place}".rpartition(".")[0] == new and name not in vars(found):
-                setattr(found, name, getattr(found, place.rpartition(".")[2]))
+        for old_place, place in ATTRIBUTES.items():  # a pickle stores the name of a class together with its module
+            module, name = f"hf_fp8.{old_place}".rpartition(".")[::2]
+            if module == new:
+                setattr(found, name, _at(place))
 
 
 def install() -> None:
@@ -89,9 +101,15 @@ def found(name: str) -> Any:
         return importlib.import_module(f"hf_fp8.{name}")
     if name not in NAMES:
         raise AttributeError(f"module 'hf_fp8' has no attribute {name!r}")
-    module, _, leaf = NAMES[name].rpartition(".")
+    leaf = NAMES[name].rpartition(".")[2]
     _warn(f"hf_fp8.{name}", f"hf_fp8.{leaf}" if name != leaf and leaf.startswith("Quantized") else f"hf_fp8.{NAMES[name]}")
-    return getattr(importlib.import_module(f"hf_fp8.{module}"), leaf)
+    return _at(NAMES[name])
+
+
+def _at(place: str) -> Any:
+    """The object at hf_fp8.<place>."""
+    module, _, leaf = f"hf_fp8.{place}".rpartition(".")
+    return getattr(importlib.import_module(module), leaf)
 
 
 def _warn(old: str, new: str) -> None:

@@ -39,6 +39,17 @@ def test_scripts(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("old", old_names.ATTRIBUTES)
+def test_attributes_of_modules(old: str) -> None:
+    module, _, leaf = old.rpartition(".")
+    alias = next(name for name, place in old_names.MODULES.items() if place == module)
+    sys.modules.pop(f"hf_fp8.{alias}", None)
+    with pytest.warns(DeprecationWarning):
+        found = importlib.import_module(f"hf_fp8.{alias}")
+    place, _, name = old_names.ATTRIBUTES[old].rpartition(".")
+    assert getattr(found, leaf) is getattr(importlib.import_module(f"hf_fp8.{place}"), name)
+
+
 @pytest.mark.parametrize("old", old_names.NAMES)
 def test_names(old: str) -> None:
     module, _, leaf = old_names.NAMES[old].rpartition(".")
