@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .errors import ConfigError, UnsupportedError
-from .formats.scheme import FP8, INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+from .formats.code_types import FP8, INT8
+from .formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
 from .nn.base import QuantizedModule
 from .nn.linear import QuantizedLinear
 from .quantization.calibration import apply_scales

@@ -28,7 +28,7 @@ from compressed_tensors.quantization import (
 from pydantic import ValidationError
 
 from ..errors import ConfigError, UnsupportedError
-from ..formats.scheme import INT8, ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+from ..formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
 
 # Formats that store E4M3 codes (8-bit numbers) unpacked, under "weight": int-quantized differs from the others in name only
 # (compressors/naive_quantized), and old writers fell back to it.
@@ -332,15 +332,13 @@ def asked_groups(
 
 def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
     """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_group` reads."""
-    if scheme.input is None:
-        fmt = CompressionFormat.naive_quantized  # as llm-compressor writes for W8A16
-    else:
-        fmt = CompressionFormat.int_quantized if scheme.weight.dtype == INT8 else CompressionFormat.float_quantized
+    # naive: as llm-compressor writes for W8A16
+    fmt = CompressionFormat.naive_quantized.value if scheme.input is None else scheme.weight.code.format
     group = QuantizationScheme(
         targets=list(targets),
         weights=_arguments(scheme.weight, "channel"),
         input_activations=None if scheme.input is None else _arguments(scheme.input, "token"),
-        format=fmt.value,
+        format=fmt,
     )
     written: dict[str, Any] = json.loads(group.model_dump_json())
     return written
@@ -353,8 +351,8 @@ def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
         options = {"strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
     elif options["strategy"] == "group":
         options["group_size"] = granularity.cols
-    kind = "int" if operand.dtype == INT8 else "float"
-    return QuantizationArgs(num_bits=8, type=kind, symmetric=True, dynamic=operand.dynamic, **options)
+    code = operand.code
+    return QuantizationArgs(num_bits=code.bits, type=code.kind, symmetric=True, dynamic=operand.dynamic, **options)
 
 
 def written_config(groups: Mapping[str, dict[str, Any]], ignore: Iterable[str]) -> dict[str, Any]:

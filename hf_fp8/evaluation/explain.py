@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..formats.scheme import FP8
+from ..formats.code_types import FP8
 from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.experts import QuantizedExperts

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import CalibrationError
+from .code_types import CODE_TYPES, FP8
 from .cpu import multiply_out
 from .quantized_weight.tensor import codes_of
-from .scheme import CODE_MAX, FP8, Granularity, TensorScheme
+from .scheme import CODE_MAX, Granularity, TensorScheme
 
 # The scale if amax / 448 is 0: a normal number, which no device flushes to 0 in x / scale.
 MIN_SCALE = torch.finfo(torch.float32).tiny
@@ -107,14 +108,13 @@ def quantize(
     become 0, and the NaN or infinite scale of their block keeps the error visible. generator: round up or down at random
     (`stochastic_round`).
     """
+    code = CODE_TYPES[dtype]
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
     if generator is not None:
-        scaled = stochastic_round(scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype]), dtype, generator)
+        scaled = stochastic_round(scaled.clamp(-code.largest, code.largest), dtype, generator)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
-    clamped = scaled.clamp(-CODE_MAX[dtype], CODE_MAX[dtype])
-    if dtype == FP8:
-        return torch.where(x.isinf(), torch.nan, clamped).to(dtype)
-    return clamped.round_().nan_to_num_(0.0).to(dtype)
+    clamped = scaled.clamp(-code.largest, code.largest)
+    return code.round(torch.where(x.isinf(), torch.nan, clamped) if code.is_float else clamped.nan_to_num_(0.0))
 
 
 def stochastic_round(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -123,11 +123,7 @@ def stochastic_round(x: torch.Tensor, dtype: torch.dtype, generator: torch.Gener
     The mean over many values is preserved. Rounding to nearest does not preserve it: values that lie on codes and change by
     less than half a step would all be rounded back. See Croci et al., doi.org/10.1098/rsos.211631.
     """
-    step = torch.ones_like(x)
-    if dtype == FP8:
-        # Three bits after the leading one; the smallest step is that of subnormals, 2**-9.
-        exponent = torch.frexp(x).exponent.clamp_(min=-5) - 4
-        step = torch.ldexp(step, exponent)
+    step = CODE_TYPES[dtype].step(x)
     x = x / step  # exact: a power of two
     low = torch.floor(x)
     return low.add_(torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device) < x - low).mul_(step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .scheme import FP8
+from .code_types import FP8
 
 
 def install() -> None:

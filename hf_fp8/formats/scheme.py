@@ -6,6 +6,7 @@ A scale is always the factor by which a code (a stored 8-bit value) is multiplie
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -13,11 +14,10 @@ from functools import cache
 import torch
 
 from ..errors import ConfigError
+from .code_types import CODE_TYPES, FP8, INT8, CodeType
 
-FP8 = torch.float8_e4m3fn
-INT8 = torch.int8
-# The largest magnitude of a code. int8 is symmetric: -128 is not used.
-CODE_MAX = {FP8: torch.finfo(FP8).max, INT8: 127.0}
+# The largest magnitude of a code, by the dtype of its type.
+CODE_MAX = {dtype: code.largest for dtype, code in CODE_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Granularity:
         return f"{self.rows}x{self.cols}"
 
 
+_BY_SUFFIX = {code.suffix: dtype for dtype, code in CODE_TYPES.items()}
+
 TENSOR = Granularity(-1, -1)
 ROW = Granularity(1, -1)
 
@@ -70,11 +72,16 @@ class TensorScheme:
     dtype: torch.dtype = FP8
 
     def __post_init__(self) -> None:
-        if self.dtype not in CODE_MAX:
-            raise ConfigError(f"codes are {' or '.join(map(str, CODE_MAX))}, got {self.dtype}")
+        if self.dtype not in CODE_TYPES:
+            raise ConfigError(f"codes are {' or '.join(map(str, CODE_TYPES))}, got {self.dtype}")
+
+    @property
+    def code(self) -> CodeType:
+        """The type of the codes."""
+        return CODE_TYPES[self.dtype]
 
     def __str__(self) -> str:
-        return f"{self.granularity}{'d' if self.dynamic else 's'}{'i' if self.dtype == INT8 else ''}"
+        return f"{self.granularity}{'d' if self.dynamic else 's'}{self.code.suffix}"
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,9 @@ class Scheme:
         """The scheme whose ``text`` is `text`, e.g. ``1x-1s|1x-1d`` (channel weights, per-token inputs)."""
 
         def operand(part: str) -> TensorScheme:
-            dtype, part = (INT8, part[:-1]) if part.endswith("i") else (FP8, part)
-            rows, cols = part[:-1].split("x")
-            return TensorScheme(Granularity(int(rows), int(cols)), dynamic=part[-1] == "d", dtype=dtype)
+            extents, scales, suffix = re.split("([ds])", part)
+            rows, cols = extents.split("x")
+            return TensorScheme(Granularity(int(rows), int(cols)), dynamic=scales == "d", dtype=_BY_SUFFIX[suffix])
 
         weight, activation = text.split("|")
         return Scheme(operand(weight), None if activation == "-" else operand(activation))
@@ -125,13 +132,13 @@ class Scheme:
             weight = ("group " if self.weight.granularity.rows == 1 else "block ") + (
                 str(self.weight.granularity.cols) if self.weight.granularity.rows == 1 else str(self.weight.granularity)
             )
-        if self.weight.dtype == INT8:
-            weight = f"int8 {weight}"
+        if not self.weight.code.is_float:
+            weight = f"{self.weight.code.label} {weight}"
         if self.input is None:
             return f"{weight} weights, inputs not quantized"
         kind = {"-1x-1": "tensor", "1x-1": "token"}.get(str(self.input.granularity), f"group {self.input.granularity.cols}")
-        if self.input.dtype == INT8:
-            kind = f"int8 {kind}"
+        if not self.input.code.is_float:
+            kind = f"{self.input.code.label} {kind}"
         return f"{weight} x {kind} ({'dynamic' if self.input.dynamic else 'static'})"
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ScaleError
+from .code_types import CODE_TYPES, FP8
 from .numerics import amax_of, broadcast_scale, chunk, compute_scale, dequantize, pieces, quantize, stochastic_round
 from .quantized_weight.tensor import codes_of
-from .scheme import CODE_MAX, FP8, ROW, Granularity, scale_shape
+from .scheme import CODE_MAX, ROW, Granularity, scale_shape
 
 
 def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
@@ -74,12 +75,12 @@ def quantize_weight(
         before = held.reshape(scale.shape).to(compute)
         # Keep the held scale unless it is too small, or so large that int8 would lose more than one bit.
         scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
-    largest = CODE_MAX[dtype]
+    code = CODE_TYPES[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
-        scaled = (piece.to(compute) / broadcast_scale(part, granularity, *piece.shape)).clamp_(-largest, largest)
+        scaled = (piece.to(compute) / broadcast_scale(part, granularity, *piece.shape)).clamp_(-code.largest, code.largest)
         if generator is not None:
-            scaled = stochastic_round(scaled.float(), dtype, generator).clamp_(-largest, largest)
-        codes[start : start + len(piece)] = scaled.to(dtype) if dtype == FP8 else scaled.round_().to(dtype)
+            scaled = stochastic_round(scaled.float(), dtype, generator).clamp_(-code.largest, code.largest)
+        codes[start : start + len(piece)] = code.round(scaled)
     return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
 
 

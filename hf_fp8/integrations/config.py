@@ -15,7 +15,8 @@ from transformers import CompressedTensorsConfig
 from ..checkpoint.config_groups import Group, all_of
 from ..checkpoint.quantization_spec import METHOD, QuantizationSpec, plain
 from ..errors import ConfigError
-from ..formats.scheme import FP8, Scheme
+from ..formats.code_types import FP8
+from ..formats.scheme import Scheme
 from .options import DEFAULTS, LOADING, settled
 
 METHODS = (METHOD, "sparseml")  # the second is the method's name in old files

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..formats.scheme import CODE_MAX, INT8, Scheme
+from ..formats.code_types import INT8
+from ..formats.scheme import CODE_MAX, Scheme
 
 # Largest K for which a sum of products of int8 codes always fits into int32.
 LARGEST_K = (2**31 - 1) // int(CODE_MAX[INT8]) ** 2
@@ -170,7 +171,7 @@ class GroupedKernel(BaseKernel):
 
 def why_sums_overflow(problem: Problem) -> str | None:
     """The reason why sums of int8 products may overflow int32; None if they cannot, or the codes are not int8."""
-    if problem.scheme.weight.dtype == INT8 and problem.k > LARGEST_K:
+    if not problem.scheme.weight.code.is_float and problem.k > LARGEST_K:
         return f"sums of K={problem.k} products of int8 codes may overflow int32 (up to {LARGEST_K} never do)"
     return None
 

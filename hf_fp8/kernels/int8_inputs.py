@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from ..formats import numerics
+from ..formats.code_types import INT8
 from ..formats.cpu import scratch
-from ..formats.scheme import INT8, Scheme
+from ..formats.scheme import Scheme
 from .base import Input
 from .inputs import quantize_input
 from .triton import support as triton_support

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..formats import numerics
-from ..formats.scheme import CODE_MAX, INT8, Scheme
+from ..formats.scheme import Scheme
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Routing, Weight
 from .torch_grouped import quantize, sort
 
@@ -114,10 +114,10 @@ def exact_operands(
         # Each block of x contains the largest code, hence a scale of 1 before the factor below. It occurs several times,
         # as some columns may be split off.
         step = min(EVERY, scheme.input.granularity.cols) if scheme.input.granularity.cols > 0 else EVERY
-        largest = CODE_MAX[scheme.input.dtype]
+        largest = scheme.input.code.largest
         x[:, ::step] = largest
         w[:, ::step] = 0.0
-        if scheme.input.dtype == INT8:
+        if not scheme.input.code.is_float:
             # Sums of int8 products are exact, so large codes are tested, too: pairs of them with the same weight add up to 1.
             second = torch.arange(step, k, 2 * step)
             x[:, second] = 1 - largest

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import KernelError
-from ..formats.scheme import FP8, FP8_WEIGHT_ONLY, INT8, INT8_DYNAMIC, Scheme
+from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from .base import BaseKernel, GroupedKernel, Kernel, Problem
 from .probing import probe
 from .registry import GROUPED_KERNELS, GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, KERNELS, QUANTIZED, WEIGHT_ONLY
@@ -127,7 +127,7 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     if backend == "int8" and scheme != INT8_DYNAMIC:
         raise KernelError(f"backend='int8' is for layers that were re-quantized to int8, not {scheme.describe()}")
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
-    auto = backend == "auto" and scheme.weight.dtype == FP8 and fused is not WEIGHT_ONLY[-1]
+    auto = backend == "auto" and scheme.weight.code.is_float and fused is not WEIGHT_ONLY[-1]
     if reason is None and auto and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:
@@ -160,7 +160,7 @@ def _why_weight_only(scheme: Scheme, backend: str) -> str | None:
 def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Problem, backend: str, unit: str) -> Selection[K]:
     """The kernel that quantizes inputs; for few rows the weight-only one, if it is fused and the backend is not "scaled_mm"."""
     kernel, declined = _first(quantized, problem)
-    codes = "int8" if problem.scheme.weight.dtype == INT8 else "FP8"
+    codes = problem.scheme.weight.code.label
     found = "no 8-bit kernel takes such scales" if kernel is quantized[-1] else f"{codes} matmul on {problem.device.type}"
     reason, few = declined or found, _first(weight_only, problem)[0]
     if backend == "scaled_mm" or few is weight_only[-1]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import numerics
-from ..formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Scheme
+from ..formats.code_types import FP8
+from ..formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Scheme
 from .base import Input, Kernel, Problem, Weight, add_bias, product_dtype
 from .inputs import quantize_input
 

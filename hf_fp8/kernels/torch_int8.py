@@ -9,8 +9,9 @@ from functools import cache
 
 import torch
 
+from ..formats.code_types import INT8
 from ..formats.cpu import rows_at_once, scratch
-from ..formats.scheme import INT8, INT8_DYNAMIC, ROW, Scheme
+from ..formats.scheme import INT8_DYNAMIC, ROW, Scheme
 from .base import Input, Kernel, Problem, Weight, add_bias, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
 from .triton import support as triton_support

@@ -93,7 +93,7 @@ def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor], broke
         for expert in range(n_experts):
             stored = stack.sources[part][expert]
             made = quantize_or_note(stored.name, read(part, expert), stored.scheme.weight, broken)
-            for role, values in zip((WEIGHT, WEIGHT_SCALE), made, strict=True):
+            for role, values in made.items():
                 name = stack.name_of(role)
                 if name not in found:
                     found[name] = torch.empty(_shape(stack, role), dtype=values.dtype, device=values.device)

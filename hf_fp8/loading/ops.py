@@ -18,7 +18,7 @@ from ..errors import ScaleError, UnsupportedError
 from ..formats import numerics
 from ..formats.cpu import multiply_out
 from ..formats.scheme import Granularity, TensorScheme
-from ..formats.weights import quantize_weight
+from ..formats.storage import format_of
 from . import options as load_options
 from .layout import Parameter
 
@@ -239,9 +239,10 @@ class QuantizeWeights(SharedOp):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
         stored = self.weights[full_layer_name]
-        codes, scale = quantize_or_note(stored.name, only(input_dict.pop(WEIGHT)), stored.scheme.weight, self.broken)
-        found = {full_layer_name: codes, companion(full_layer_name, "weight_scale"): scale}
+        made = quantize_or_note(stored.name, only(input_dict.pop(WEIGHT)), stored.scheme.weight, self.broken)
+        found = {companion(full_layer_name, role): tensor for role, tensor in made.items()}
         if stored.scheme.has_static_input:
+            scale = made["weight_scale"]
             unknown = torch.full((1,), torch.nan, dtype=scale.dtype, device=scale.device)
             found[companion(full_layer_name, "input_scale")] = unknown
         return found
@@ -254,21 +255,19 @@ class NoOp(SharedOp):
         return input_dict
 
 
-def quantize_or_note(
-    name: str, weight: torch.Tensor, scheme: TensorScheme, broken: list[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_or_note(name: str, weight: torch.Tensor, scheme: TensorScheme, broken: list[str]) -> dict[str, torch.Tensor]:
     """`quantize_named`, but an error is appended to `broken` (transformers would hide it) and quantized zeros are returned."""
     try:
         return quantize_named(name, weight, scheme)
     except ScaleError as error:
         broken.append(str(error))
-        return quantize_weight(torch.zeros_like(weight), scheme.granularity, scheme.dtype)
+        return format_of(scheme).quantize(torch.zeros_like(weight), scheme)
 
 
-def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_weight`, with the name of the weight in its error."""
+def quantize_named(name: str, weight: torch.Tensor, scheme: TensorScheme) -> dict[str, torch.Tensor]:
+    """Role -> tensor of a float weight (`WeightFormat.quantize`), with the name of the weight in errors."""
     try:
-        return quantize_weight(weight, scheme.granularity, scheme.dtype)
+        return format_of(scheme).quantize(weight, scheme)
     except ScaleError as error:
         raise ScaleError(f"{name}: {error}. Add it to `ignore`, or repair the checkpoint") from None
 
@@ -292,7 +291,7 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
         for codes, expert_scale, dense in zip(q, wide.expand(len(q), -1, -1), out, strict=True):
             multiply_out(codes, expert_scale, dense)
         return out
-    return numerics.dequantize(q, scale, weight.scheme.weight.granularity, dtype)
+    return format_of(weight.scheme.weight).dequantize({**parts, "weight_scale": scale}, weight.scheme.weight, dtype)
 
 
 def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -18,9 +18,9 @@ from ..checkpoint.config_groups import Group, match
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.scan import ROUTER, module_named, names_of
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
+from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, StoredWeight, TensorSlice
 from ..errors import ConfigError, MismatchError, by_reason
-from ..formats.scheme import scale_shape
+from ..formats.storage import TensorForm, format_of
 from ..formats.weights import scale_dtype_of
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts
@@ -281,15 +281,13 @@ def _quantized(
 ) -> dict[str, TensorInfo]:
     """The tensors that replace a dense matrix. dtype: to which it is cast before it is quantized, None for no cast."""
     assert group.scheme is not None
-    scale = DTYPE_NAMES[scale_dtype_of(dtype or TORCH_DTYPES[info.dtype])]
-    dot = f"{module}." if module else ""
-    made = {
-        dot + WEIGHT: TensorInfo("F8_E4M3", shape, info.file),
-        dot + WEIGHT_SCALE: TensorInfo(scale, scale_shape(group.scheme.weight.granularity, *shape), info.file),
-    }
+    scheme, scale = group.scheme.weight, scale_dtype_of(dtype or TORCH_DTYPES[info.dtype])
+    n, k = shape
+    forms = format_of(scheme).forms(scheme, n, k, scale)
     if group.scheme.has_static_input:
-        made[dot + INPUT_SCALE] = TensorInfo(scale, (1,), info.file)
-    return made
+        forms[INPUT_SCALE] = TensorForm(scale, (1,))
+    dot = f"{module}." if module else ""
+    return {dot + role: TensorInfo(DTYPE_NAMES[form.dtype], form.shape, info.file) for role, form in forms.items()}
 
 
 def is_dense_by_default(names: tuple[str, ...], is_head: bool) -> bool:

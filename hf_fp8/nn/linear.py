@@ -11,8 +11,10 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedError
 from ..formats import numerics
+from ..formats.code_types import INT8
 from ..formats.quantized_weight.source import Decoder
-from ..formats.scheme import INT8, INT8_DYNAMIC, Scheme, scale_shape
+from ..formats.scheme import INT8_DYNAMIC, Scheme
+from ..formats.storage import format_of
 from ..formats.weights import Change, quantize_weight, requantize, scale_dtype_of
 from .base import QuantizedModule, moved_as_it_is
 from .functional import scaled_linear
@@ -55,6 +57,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     """
 
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
+    weight_scale: nn.Parameter
 
     def __init__(
         self,
@@ -86,8 +89,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.weight = frozen((out_features, in_features), scheme.weight.dtype)
-        self.weight_scale = frozen(scale_shape(scheme.weight.granularity, out_features, in_features), scale_dtype)
+        for name, form in format_of(scheme.weight).forms(scheme.weight, out_features, in_features, scale_dtype).items():
+            self.register_parameter(name, frozen(form.shape, form.dtype))
         self._scale_count = self.weight_scale.numel()
         if scheme.has_static_input:
             self.input_scale = frozen((1,), input_scale_dtype or scale_dtype)
@@ -99,7 +102,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self.register_parameter("bias", None)
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self.scheme.weight.dtype, (self.out_features, self.in_features)
+        return self.scheme.weight.code.storage, (self.out_features, self.in_features)
 
     def scale_count(self, name: str) -> int:
         return self._scale_count
@@ -152,16 +155,15 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """
         if originals not in ORIGINALS:
             raise ConfigError(f"originals={originals!r} is not supported; use one of {', '.join(ORIGINALS)}")
-        granularity, home = self.scheme.weight.granularity, weight.device
-        scale_dtype = scale_dtype_of(weight.dtype)
+        stored, scheme, home = format_of(self.scheme.weight), self.scheme.weight, weight.device
         if weight.is_meta:
-            codes = torch.empty(weight.shape, dtype=self.scheme.weight.dtype, device=home)
-            scale = torch.empty(scale_shape(granularity, *weight.shape), dtype=scale_dtype, device=home)
+            n, k = weight.shape
+            forms = stored.forms(scheme, n, k, scale_dtype_of(weight.dtype))
+            made = {name: torch.empty(form.shape, dtype=form.dtype, device=home) for name, form in forms.items()}
         else:
-            there = weight.detach().to(device or home)
-            codes, scale = (part.to(home) for part in quantize_weight(there, granularity, self.scheme.weight.dtype))
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+            made = stored.quantize(weight.detach().to(device or home), scheme)
+        for name, tensor in made.items():
+            setattr(self, name, nn.Parameter(tensor.to(home), requires_grad=False))
         if self.scheme.has_static_input and (self.input_scale is None or self.input_scale.is_meta):
             self.await_scale("input_scale", (1,), self.weight_scale)
         self.originals = originals

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.config_groups import Group, all_of, match
 from ..errors import ConfigError, ScaleError, UnsupportedError
-from ..formats.scheme import FP8, FP8_DYNAMIC, Scheme
+from ..formats.code_types import FP8
+from ..formats.scheme import FP8_DYNAMIC, Scheme
 from ..formats.weights import scale_dtype_of
 from ..integrations.config import FP8Config
 from ..integrations.peft.state import adapters

@@ -104,12 +104,11 @@ def quantize_checkpoint(
                 yield written, values
                 continue
             module = written.removesuffix(WEIGHT)
-            codes, scale = quantize_named(module.rstrip("."), values.to(device), scheme.weight)
-            yield written, codes
-            yield module + WEIGHT_SCALE, scale
+            made = quantize_named(module.rstrip("."), values.to(device), scheme.weight)
+            yield from ((module + role, tensor) for role, tensor in made.items())
             if scheme.has_static_input:
                 assert input_scales is not None
-                yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(scale.dtype)
+                yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(made[WEIGHT_SCALE].dtype)
 
     _write(source, destination, checkpoint, plan.written, make, plan.spec.to_json(), overwrite, tick)
     return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), plan.reasons, plan.unmatched)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from ..formats import numerics
-from ..formats.scheme import FP8, ROW
+from ..formats.code_types import FP8
+from ..formats.scheme import ROW
 
 # Bins of a histogram. For `Mse`, evenly spread over 0 .. 2**n, the upper half of which is in use. Measured on 2**20 values of
 # six distributions (normal, a tenth normal and the rest zeros, log-normal, Student's t with 3 degrees of freedom, normal with

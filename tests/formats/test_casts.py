@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.cpu import multiply_out
-from hf_fp8.formats.scheme import FP8
 
 pytestmark = pytest.mark.hostless
 

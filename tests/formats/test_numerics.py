@@ -8,7 +8,8 @@ from compressed_tensors.quantization.lifecycle.forward import quantize as ct_qua
 from support.build import weights_json
 
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import CODE_MAX, FP8, ROW, TENSOR, Granularity
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import CODE_MAX, ROW, TENSOR, Granularity
 
 pytestmark = pytest.mark.hostless
 

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_fp8
 from hf_fp8 import FP8Config, explain, quantize_model
+from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.quantized_weight.tensor import QuantizedWeight
-from hf_fp8.formats.scheme import FP8
 
 
 def from_data(name: str, **options: Any) -> Callable[[Path], torch.nn.Module]:

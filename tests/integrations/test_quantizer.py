@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear
-from hf_fp8.formats.scheme import FP8, TENSOR
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import TENSOR
 from hf_fp8.integrations import placement
 from hf_fp8.integrations.placement import compute_device
 

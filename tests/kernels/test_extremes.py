@@ -16,7 +16,8 @@ from torch import nn
 
 from hf_fp8 import QuantizedConv1x1, QuantizedLinear, kernels
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8, FP8_DYNAMIC, FP8_STATIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
+from hf_fp8.formats.code_types import FP8, INT8
+from hf_fp8.formats.scheme import FP8_DYNAMIC, FP8_STATIC, INT8_DYNAMIC, ROW, TENSOR, Scheme, TensorScheme
 from hf_fp8.kernels import KERNELS
 from hf_fp8.kernels.base import BaseKernel
 from hf_fp8.kernels.triton import granularity as tiling

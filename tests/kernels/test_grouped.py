@@ -12,7 +12,8 @@ from support.grouped import IDS, INTERPRETED, SCHEMES, TRITON, forced, grid
 from hf_fp8 import kernels
 from hf_fp8.errors import InputError, KernelError
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY
 from hf_fp8.kernels import ExpertWeights, Problem, Routing, select_grouped
 from hf_fp8.kernels import torch_grouped as grouped_mm
 from hf_fp8.kernels.probing import exact_experts

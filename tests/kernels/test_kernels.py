@@ -9,7 +9,8 @@ from support.kernels import BY_NAME, CPU, IN_BFLOAT16, SCHEMES, THRESHOLD, expec
 
 from hf_fp8 import kernels
 from hf_fp8.errors import KernelError
-from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import Input, Kernel, Problem, Weight, probe, select
 from hf_fp8.kernels.probing import exact_operands
 from hf_fp8.nn.functional import scaled_linear

@@ -14,12 +14,11 @@ import torch
 from support.kernels import SCHEMES, expected, operands, sqnr
 
 from hf_fp8.formats import numerics
+from hf_fp8.formats.code_types import FP8, INT8
 from hf_fp8.formats.scheme import (
-    FP8,
     FP8_BLOCK,
     FP8_STATIC,
     FP8_WEIGHT_ONLY,
-    INT8,
     INT8_DYNAMIC,
     ROW,
     TENSOR,

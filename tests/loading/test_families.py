@@ -28,7 +28,7 @@ from transformers import (
 
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 HEADS: dict[str, tuple[bool, Callable[[str], bool], list[str], list[str]]] = {
     "tied": (True, lambda n: is_linear(n), ["Linear"], []),

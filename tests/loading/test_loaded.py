@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 
 @pytest.mark.parametrize("config", [KEEP, FP8Config(backend="scaled_mm")], ids=["weight_only", "scaled_mm"])

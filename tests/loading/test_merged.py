@@ -16,7 +16,7 @@ from transformers import (
 
 import hf_fp8
 from hf_fp8 import FP8Config
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 
 @pytest.mark.thinned(3)

@@ -12,7 +12,7 @@ from support.build import differing, error, stock_transformers, tensors
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_fp8 import FP8Config, QuantizedLinear
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 EXPERTS = ("mixtral-dyn", "mixtral-hub-static", "qwen3moe-dyn")
 

@@ -33,7 +33,8 @@ from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausa
 
 from hf_fp8 import FP8Config
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8, ROW
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import ROW
 
 
 @pytest.mark.thinned(5)

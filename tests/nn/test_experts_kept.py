@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 import hf_fp8
 from hf_fp8 import FP8Config, explain
 from hf_fp8.errors import UnsupportedError
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from hf_fp8 import FP8Config, QuantizedLinear, Scheme, dequantize_model
 from hf_fp8.errors import InputError
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity
+from hf_fp8.formats.code_types import FP8, INT8
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity
 from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import torch_fp8 as torch_mm
 from hf_fp8.nn.grouped import scaled_grouped_linear

@@ -18,7 +18,8 @@ import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear, kernels
 from hf_fp8.errors import ConfigError, UnsupportedError
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8_BLOCK, INT8, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
+from hf_fp8.formats.code_types import INT8
+from hf_fp8.formats.scheme import FP8_BLOCK, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 from hf_fp8.formats.weights import requantize
 from hf_fp8.kernels import selection
 

@@ -13,7 +13,8 @@ from torch import nn
 from hf_fp8 import QuantizedLinear, dequantize_model
 from hf_fp8.errors import InputError
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, Scheme
 
 pytestmark = pytest.mark.hostless
 

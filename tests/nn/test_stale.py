@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_fp8 import dequantize_model, load_quantized, merging, quantize_model, requantize_model, save_quantized
 from hf_fp8.errors import StaleError, UnsupportedError
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 ORIGINALS = ["keep", "offload"]

@@ -21,7 +21,8 @@ from torch import nn
 from hf_fp8 import QuantizedLinear, cli
 from hf_fp8.errors import CalibrationError, ConfigError, UnsupportedError
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import CODE_MAX, FP8, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import CODE_MAX, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
 from hf_fp8.quantization import observers
 from hf_fp8.quantization.calibration import apply_scales, calibrate
 from hf_fp8.quantization.observers import Amax, Mse, Observer, Percentile

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_fp8
 from hf_fp8 import FP8Config, Granularity, Scheme, TensorScheme
 from hf_fp8.errors import CalibrationError, ConfigError, MismatchError
-from hf_fp8.formats.scheme import FP8, SCHEMES
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import SCHEMES
 
 NAMES = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR"]
 FAMILIES = {**MOE, **TRANSPOSED}

@@ -27,7 +27,7 @@ from transformers import (
 import hf_fp8
 from hf_fp8 import FP8Config, Granularity, QuantizedLinear, Scheme, TensorScheme
 from hf_fp8.errors import ConfigError, UnsupportedError
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 NAMES = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR"]
 SMALL_BLOCK = Scheme(TensorScheme(Granularity(32, 32)), TensorScheme(Granularity(1, 32), dynamic=True))

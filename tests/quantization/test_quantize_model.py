@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import hf_fp8
 from hf_fp8 import QuantizedConv1x1, QuantizedLinear, dequantize_model, quantize_model
 from hf_fp8.errors import ConfigError, ScaleError
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 NAMES = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", "INT8", "INT8_WEIGHT_ONLY"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -27,7 +27,7 @@ from hf_fp8 import (
     save_quantized,
 )
 from hf_fp8.errors import ScaleError, StaleError, UnsupportedError
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 ROTARY = 0.02  # the models of build.py have frequencies in bfloat16, loaded ones in float32
 NO_CONFIG = "codes are saved without a quantization_config, and stock and we load them as values"

@@ -16,13 +16,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_fp8 import QuantizedLinear, calibrate, dequantize_model, quantize_model, recipes
 from hf_fp8.errors import CalibrationError, ConfigError, UnsupportedError
+from hf_fp8.formats.code_types import INT8
 from hf_fp8.formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
     FP8_STATIC,
     FP8_TENSOR,
     FP8_WEIGHT_ONLY,
-    INT8,
     INT8_DYNAMIC,
     INT8_WEIGHT_ONLY,
     TENSOR,

@@ -18,7 +18,8 @@ from torch import nn
 
 from hf_fp8 import FP8Config, QuantizedConv1x1, QuantizedLinear, calibrate, kernels, quantize_model, save_quantized
 from hf_fp8.errors import CalibrationError
-from hf_fp8.formats.scheme import FP8, FP8_STATIC, ROW, TENSOR, Scheme, TensorScheme
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import FP8_STATIC, ROW, TENSOR, Scheme, TensorScheme
 from hf_fp8.kernels import KERNELS, Problem, Routing
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear

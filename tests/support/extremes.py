@@ -6,7 +6,8 @@ import torch
 from support.kernels import IN_BFLOAT16
 
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import INT8, Scheme
+from hf_fp8.formats.code_types import INT8
+from hf_fp8.formats.scheme import Scheme
 from hf_fp8.kernels import WEIGHT_ONLY
 
 LEFT_ALONE = {kernel.name for kernel in WEIGHT_ONLY} | {"grouped_weight_only", "triton_grouped_weight_only"}

@@ -11,7 +11,8 @@ import torch
 from support.kernels import SCHEMES as ALL
 
 from hf_fp8 import kernels
-from hf_fp8.formats.scheme import FP8, Scheme
+from hf_fp8.formats.code_types import FP8
+from hf_fp8.formats.scheme import Scheme
 from hf_fp8.kernels.triton import granularity as tiling
 from hf_fp8.kernels.triton import support as triton_support
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...formats import numerics
-from ...formats.scheme import CODE_MAX, INT8, TensorScheme
+from ...formats.scheme import TensorScheme
 from .support import on_device
 
 # Maximum columns of a row that one program keeps in registers between computing the scale and using it. Longer rows
@@ -117,8 +117,8 @@ def quantize(
     m, k = x.shape
     granularity = scheme.granularity
     q = torch.empty((m, k), dtype=scheme.dtype, device=x.device)
-    common = (CODE_MAX[scheme.dtype], numerics.MIN_SCALE)
-    is_int8 = scheme.dtype == INT8
+    common = (scheme.code.largest, numerics.MIN_SCALE)
+    is_int8 = not scheme.code.is_float
     if granularity.is_row or granularity.is_tensor:
         static = input_scale
         if granularity.is_tensor and static is None:

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formats.scheme import INT8, Scheme
+from ...formats.code_types import INT8
+from ...formats.scheme import Scheme
 from ..base import Input, Weight
 from ..inputs import quantize_input
 from .granularity import columns

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formats.scheme import FP8
+from ...formats.code_types import FP8
 from ..base import Input, Weight
 from .granularity import columns
 from .scales import power_of, widened

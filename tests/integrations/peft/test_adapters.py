@@ -26,7 +26,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear, dequantize_model, merging, quantize_model
 from hf_fp8.errors import UnsupportedError
-from hf_fp8.formats.scheme import FP8
+from hf_fp8.formats.code_types import FP8
 
 Q = LoraConfig(target_modules=["q_proj"], r=4)
 

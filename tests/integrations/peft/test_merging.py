@@ -18,7 +18,8 @@ import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear, dequantize_model, merging, quantize_model
 from hf_fp8.errors import ConfigError, ScaleError, UnsupportedError
 from hf_fp8.formats import numerics
-from hf_fp8.formats.scheme import FP8, INT8, ROW, TENSOR, Granularity
+from hf_fp8.formats.code_types import FP8, INT8
+from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 from hf_fp8.formats.weights import Change, quantize_weight
 from hf_fp8.nn.base import QuantizedModule
 

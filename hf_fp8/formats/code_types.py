@@ -1,0 +1,67 @@
+"""The types of codes: what their values are, how numbers are rounded to them, what files and messages call them.
+
+A type of codes is one entry of `CODE_TYPES`. Nothing else compares dtypes to find out how codes are rounded or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+INT8 = torch.int8
+
+
+@dataclass(frozen=True)
+class CodeType:
+    """A type of codes.
+
+    dtype: the dtype by which schemes name it. storage: that of the tensors that hold the codes, `per_element` of them in an
+    element. largest: the largest magnitude that is used. mantissa, least_exponent: of a floating-point type, the bits after
+    the leading one and the exponent of the smallest normal number; None for integers. kind, bits, format: compressed-tensors'
+    `type`, `num_bits` and `format`. label: for messages. suffix: in `Scheme.text`.
+    """
+
+    dtype: torch.dtype
+    storage: torch.dtype
+    largest: float
+    kind: str
+    bits: int
+    format: str
+    label: str
+    suffix: str
+    per_element: int = 1
+    mantissa: int | None = None
+    least_exponent: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are floating-point numbers, which can be NaN and are rounded by a cast."""
+        return self.mantissa is not None
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes nearest to x, which is in range; x may be overwritten."""
+        return x.to(self.storage) if self.is_float else x.round_().to(self.storage)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """The distance between the codes around each value of x (float32), a power of two."""
+        step = torch.ones_like(x)
+        if self.mantissa is None or self.least_exponent is None:
+            return step
+        # frexp gives a fraction below one, hence one more; below the smallest normal number steps do not get smaller.
+        exponent = torch.frexp(x).exponent.clamp_(min=self.least_exponent + 1) - 1 - self.mantissa
+        return torch.ldexp(step, exponent)
+
+
+CODE_TYPES = {
+    found.dtype: found
+    for found in (
+        CodeType(
+            FP8, FP8, float(torch.finfo(FP8).max), kind="float", bits=8, format="float-quantized", label="FP8", suffix="",
+            mantissa=3, least_exponent=-6,
+        ),
+        # Symmetric: -128 is not used.
+        CodeType(INT8, INT8, 127.0, kind="int", bits=8, format="int-quantized", label="int8", suffix="i"),
+    )
+}  # fmt: skip
