@@ -91,6 +91,7 @@ OVERLAPS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("first", ["mine", "theirs"])
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_groups_that_speak_of_each_others_layers(overlap: str, first: str, tmp_path: Path) -> None:

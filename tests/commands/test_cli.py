@@ -39,6 +39,7 @@ def test_writes_what_loading_would_save(tmp_path: Path, scheme: str) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", [mixtral, qwen3_moe, deepseek_v3, gpt_oss, llama4])
 def test_experts(tmp_path: Path, family) -> None:
     """One tensor per expert, whether the files stack them or not; the same as loading makes, and back."""

@@ -495,6 +495,7 @@ def test_places_on_the_axis() -> None:
     assert labels == {0: "0", 1: "1", 2: "0", 3: "lm_head"}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_plot(ending: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

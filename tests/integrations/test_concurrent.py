@@ -181,6 +181,7 @@ def test_loading_in_many_threads(folders: dict[str, Path], kind: str) -> None:
     assert failures == []
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["llama", "llama fp8", "mixtral", "mixtral fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_loading_while_another_thread_builds(

@@ -158,6 +158,7 @@ def kept(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].scheme is not None])
 def test_a_dict_quantizes_as_the_object_does(name: str, dense: Path, tmp_path: Path) -> None:
     config = CONFIGS[name]
@@ -344,6 +345,7 @@ STOCK: dict[str, Any] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", STOCK)
 def test_stock_groups_quantize_a_dense_model(way: str, dense: Path, tmp_path: Path) -> None:
     for ignore in (None, [], ["lm_head"], ["re:.*self_attn.*", "lm_head"]):

@@ -25,7 +25,7 @@ def test_modules(old: str) -> None:
     assert found.__spec__.name == found.__name__ == f"hf_fp8.{old_names.MODULES[old]}"
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

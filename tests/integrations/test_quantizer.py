@@ -247,6 +247,7 @@ def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != key}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("backend", ["auto", "weight_only", "scaled_mm"])
 def test_spellings(name: str, backend: str, tmp_path: Path) -> None:

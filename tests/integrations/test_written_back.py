@@ -240,6 +240,7 @@ def ernie_vl() -> PreTrainedModel:
     return make(Ernie4_5_VLMoeForConditionalGeneration, config)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("config", [KEEP, EXPERTS, FP8Config(dequantize=True)], ids=["dense experts", "fp8 experts", "dense"])
 @pytest.mark.parametrize("what", ["experts", "projections"])
 def test_one_list_of_experts_in_two_parameters(what: str, config: FP8Config, tmp_path: Path) -> None:
@@ -333,6 +334,7 @@ def qwen3_vl_moe() -> PreTrainedModel:
     return make(Qwen3VLMoeForConditionalGeneration, config)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("config", [KEEP, EXPERTS, FP8Config(dequantize=True)], ids=["dense experts", "fp8 experts", "dense"])
 @pytest.mark.parametrize("kind", ["fused, with a bias in the same pattern", "stacks", "stacks that the host transposes"])
 def test_families_whose_patterns_end_in_no_weight(kind: str, config: FP8Config, tmp_path: Path) -> None:

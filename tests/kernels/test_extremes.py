@@ -109,7 +109,7 @@ def test_experts(name: str, dtype: torch.dtype) -> None:
 OF_ROWS = [name for name, scheme in SCHEMES.items() if scheme.input is None or not scheme.input.granularity.is_tensor]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(21)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_a_row_spoils_no_other(name: str, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ RUNS = [(kernel, name) for name in SCHEMES for kernel in ("grouped_dequantize", 
 ]
 
 
-@pytest.mark.thinned(11)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize(("kernel", "name"), RUNS)
 def test_exact(kernel: str, name: str) -> None:
     scheme = SCHEMES[name]

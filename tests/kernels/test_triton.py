@@ -211,6 +211,7 @@ def test_every_code_is_widened_right() -> None:
                 torch.testing.assert_close(found[0], codes[:, code].float(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kernel", ["int8_mm", "int8_mm_outliers"])
 @pytest.mark.parametrize("m", [1, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -224,6 +225,7 @@ def test_int8_with_the_fused_epilogue(kernel: str, m: int, dtype: torch.dtype) -
         assert torch.equal(found.double(), expected_with(INT8_DYNAMIC, x, weight, weight_scale, None) + bias.double())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("one_pass", [16384, 100])
 def test_int8_beside_outliers(one_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as the steps of a CPU without Triton, whatever the number of columns set aside."""

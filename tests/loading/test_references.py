@@ -57,6 +57,7 @@ def test_kept_in_fp8(folder: Path, backend: str) -> None:
         assert all(p.numel() < module.weight.numel() for n, p in module.named_parameters() if n != "weight")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 @pytest.mark.parametrize("forward_first", [False, True])
 def test_round_trip(folder: Path, tmp_path: Path, backend: str, forward_first: bool) -> None:

@@ -44,7 +44,7 @@ def case(name: str, mode: str = "default", dtype: str = "float32", *changes: Cha
     return Case(0, name, mode, dtype, list(changes), Draft.of(base(name)))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_bases_are_right(mode: str) -> None:
     """As they are, under every option: the decoder and the package read the same."""

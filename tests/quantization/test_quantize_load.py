@@ -93,6 +93,7 @@ def test_codes_and_scales_are_those_of_compressed_tensors(scheme: Any, dtype: to
     assert differing(written, dict(model.state_dict())) == []
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("scheme", "dtype"), [
     *((scheme, torch.bfloat16) for scheme in (*NAMES, SMALL_BLOCK)), ("FP8_DYNAMIC", torch.float32), ("FP8", torch.float16)
 ], ids=str)  # fmt: skip

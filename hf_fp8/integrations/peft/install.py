@@ -91,11 +91,12 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 
 def _wrap_everywhere(module: str, name: str, wrapper: Any) -> None:
-    """Wrap a function where it is defined and in every module, users' modules included, that has imported it by its name."""
+    """Wrap a function where it is defined, and in every module that has imported it, users' modules included, by any name."""
     owner = import_module(module)
     if is_patched(owner, name):
         return
     function = vars(owner)[name]
+    wrapped = wraps(function)(wrapper(function))
     for known in list(sys.modules.values()):
-        if getattr(known, "__dict__", {}).get(name) is function:
-            _wrap(known, name, wrapper)
+        for leaf in [leaf for leaf, held in list(getattr(known, "__dict__", {}).items()) if held is function]:
+            patch(known, leaf, wrapped)

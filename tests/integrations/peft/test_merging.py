@@ -32,6 +32,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_there_and_back(case: str, rounding: str, tmp_path: Path) -> None:

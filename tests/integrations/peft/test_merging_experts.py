@@ -20,6 +20,7 @@ FAMILIES = [mixtral, qwen3_moe, gpt_oss, llama4, deepseek_v3]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts(family: Any, tmp_path: Path) -> None:
     """Adapters on stacks: what they give is what they give on the dense family, in every layout; merged and back, saved."""

@@ -154,3 +154,13 @@ def test_unregistered_before_peft_is_imported() -> None:
         "hf_fp8.unregister(); assert BaseTuner.inject_adapter is own"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_functions_of_peft_that_were_imported_before_by_any_name() -> None:
+    code = (
+        "import peft; from peft import prepare_model_for_kbit_training as prepare; own = prepare; import hf_fp8;"
+        "assert prepare is peft.prepare_model_for_kbit_training is peft.utils.other.prepare_model_for_kbit_training;"
+        "assert prepare.__wrapped__ is not None; hf_fp8.unregister(); assert not hasattr(prepare, '__wrapped__')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -84,6 +84,7 @@ def test_its_options(backend: str, options: dict[str, Any], fp8: Path, tmp_path:
     assert losses(trainer)[-1] < 0.85 * losses(trainer)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_resumed(backend: str, fp8: Path, tmp_path: Path) -> None:
     """Stopped after 4 of 8 steps and taken up by another process, it ends where it would have ended."""
