@@ -267,12 +267,12 @@ def test_a_renaming_that_fails_loses_nothing(fails: int, tmp_path: Path, monkeyp
 PROGRAM = """
 import sys, time
 from hf_fp8 import cli
-from hf_fp8.loading import ops
-slow = ops.quantize_weight
-def quantize_weight(*args):
+from hf_fp8.formats.storage import OneByteCodes
+quantize = OneByteCodes.quantize
+def quantize_slowly(*args):
     time.sleep(0.2)
-    return slow(*args)
-ops.quantize_weight = quantize_weight
+    return quantize(*args)
+OneByteCodes.quantize = quantize_slowly
 print("ready", flush=True)
 cli.main()
 """
@@ -287,7 +287,7 @@ def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
     for moment in {signal.SIGINT: (0.0, 0.25)}.get(how, (0.25,)):
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, "quantize", dense, tmp_path / "fp8"],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdout=subprocess.PIPE, text=True,
             env={**os.environ, "TRITON_INTERPRET": "1"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have their background jobs ignore it
         )  # fmt: skip
