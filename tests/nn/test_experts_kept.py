@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.build import OFFLOAD, differing, error, moved, tensors, tiny_llama, write
+from support.build import OFFLOAD, copies, differing, error, tensors, tiny_llama, write
 from support.experts import KEEP, experts_of, load, write_family
 from support.moe import IDS, causal, is_linear, qwen3_moe, write_transposed
 from torch.nn.utils import parametrize
@@ -60,15 +60,7 @@ def test_what_is_done_to_models(qwen: tuple[PreTrainedModel, Path], tmp_path: Pa
     model, path = qwen
     kept = load(model, path)
     wanted = causal(kept)
-    torch.save(kept, tmp_path / "whole.pt")
-    others = {
-        "deepcopy": copy.deepcopy(kept),
-        "torch.save": torch.load(tmp_path / "whole.pt", weights_only=False),
-        "moved": moved(load(model, path)),
-        "state_dict": load(model, path),
-    }
-    for name in ("moved", "state_dict"):
-        others[name].load_state_dict(kept.state_dict())
+    others = copies(kept, lambda: load(model, path), tmp_path)
     for name, other in others.items():
         assert torch.equal(causal(other), wanted), name
         other.save_pretrained(tmp_path / name)

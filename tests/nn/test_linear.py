@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,14 +76,6 @@ def test_zero_rows_and_nan_stay_in_their_rows(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_compiles_without_a_break(scheme: Scheme) -> None:
-    module, x = layer(scheme), torch.randn(3, 200)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), module(x))
-    assert torch.equal(compiled(torch.zeros(5, 200)), module(torch.zeros(5, 200)))
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_copies_and_files(scheme: Scheme) -> None:
     module, x = layer(scheme), torch.randn(3, 200)
     buffer = io.BytesIO()
@@ -139,12 +130,6 @@ def test_state_dicts_that_do_not_fit() -> None:
     assert module.weight_scale.dtype == torch.bfloat16
 
 
-def test_autocast() -> None:
-    module = layer(FP8_DYNAMIC)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert module(torch.randn(2, 200)).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("x", "words"),
     [
@@ -156,13 +141,6 @@ def test_autocast() -> None:
 def test_wrong_inputs(x: torch.Tensor, words: str) -> None:
     with pytest.raises(InputError, match=words):
         layer(FP8_DYNAMIC)(x)
-
-
-def test_threads() -> None:
-    module, x = layer(FP8_DYNAMIC), torch.randn(3, 200)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: module(x), range(16)))
-    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_dequantize_model_keeps_shared_modules_shared() -> None:

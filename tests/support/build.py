@@ -181,3 +181,17 @@ def moved(model: Any) -> Any:
         if isinstance(module, QuantizedModule):
             module.to("meta").to_empty(device="cpu")
     return model
+
+
+def copies(model: Any, fresh: Callable[[], Any], folder: Path) -> dict[str, Any]:
+    """What has to be `model` again, by how it was made. fresh: loads what `model` was loaded from."""
+    torch.save(model, folder / "whole.pt")
+    made = {
+        "deepcopy": copy.deepcopy(model),
+        "torch.save": torch.load(folder / "whole.pt", weights_only=False),
+        "moved": moved(fresh()),
+        "state_dict": fresh(),
+    }
+    for name in ("moved", "state_dict"):
+        made[name].load_state_dict(model.state_dict())
+    return made
