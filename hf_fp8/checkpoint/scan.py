@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from .config_groups import Group, fits, groups_of, match, weight_name
 from .quantization_spec import QuantizationSpec
 from .reader import DENSE_DTYPES, Checkpoint
-from .stored_weight import HOST_ROLES, INPUT_SCALE, SPELLINGS, WEIGHT, WEIGHT_SCALE, StoredWeight, stored
+from .stored_weight import HOST_ROLES, SPELLINGS, StoredWeight, stored
 
 # Scales of `kv_cache_scheme`, such as `k_scale` and `v_scale`, in the spellings found in checkpoints.
 CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
-from ..formats.scheme import Scheme, scale_shape
+from ..formats.scheme import Scheme
+from ..formats.storage import INPUT_SCALE, SCALAR, WEIGHT, WEIGHT_SCALE, Shape, accepted_of_stack, format_of
 from .config_groups import Group
 from .reader import SCALE_DTYPES, Checkpoint
 
-WEIGHT, WEIGHT_SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 
 # Spellings of the same scales. In DeepSeek-style files the factor for dequantization is named `weight_scale_inv`; the other
@@ -120,20 +120,19 @@ class StoredWeight:
         merged = self.pattern is not None or len(self.shapes.get(WEIGHT, ())) == 3
         return merged and bool(self.target) and not self.target.endswith(f".{WEIGHT}")
 
-    def stacked_scale(self, scale: torch.Tensor) -> torch.Tensor:
-        """The scale of a stack of weights (E, A, B), in float32 and broadcastable to the stack."""
-        experts, rows, cols = self.shape
-        scale, granularity = scale.float(), self.scheme.weight.granularity
-        if granularity.is_tensor:
-            return scale.reshape(-1, 1, 1)
-        if granularity.is_row:
-            if scale.ndim == 3:
-                return scale
-            return scale.reshape((experts, 1, cols) if self.transposed else (experts, rows, 1))
-        step_rows, step_cols = granularity.rows, granularity.cols
-        if self.transposed:
-            step_rows, step_cols = step_cols, step_rows
-        return scale.repeat_interleave(step_rows, 1)[:, :rows].repeat_interleave(step_cols, 2)[..., :cols]
+    def matrices(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """Views of `tensors` (by role, shaped as in the files) for each expert of a stack, of a matrix for itself."""
+        experts = self.shape[0]
+        if len(self.shape) == 2:
+            yield dict(tensors)
+            return
+        for expert in range(experts):
+            each = TensorSlice("", expert, transposed=self.transposed)
+            # A scale that all experts share has no dimension for them.
+            yield {
+                role: each.take(tensor) if tensor.ndim and len(tensor) == experts else tensor
+                for role, tensor in tensors.items()
+            }
 
     def check(self) -> None:
         """Raise, naming the tensor, for scales that are missing, unused, or of a wrong dtype or shape.
@@ -153,13 +152,13 @@ class StoredWeight:
         for role in (WEIGHT_SCALE, INPUT_SCALE):
             if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
                 raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; supported are {', '.join(SCALE_DTYPES)}")
-        allowed = self._weight_scale_shapes()
+        allowed = self._accepted(WEIGHT_SCALE)
         if self.shapes[WEIGHT_SCALE] not in allowed:
             raise ScaleError(
                 f"{self.keys[WEIGHT_SCALE]} has shape {list(self.shapes[WEIGHT_SCALE])}; for a weight of shape "
                 f"{list(self.shape)} and {self.scheme.describe()} it must be {' or '.join(str(list(s)) for s in allowed)}"
             )
-        scalars: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
+        scalars: tuple[Shape, ...] = (SCALAR, (1,), (1, 1))
         if len(self.shape) == 3:
             scalars += ((self.shape[0],), (self.shape[0], 1), (self.shape[0], 1, 1))
         if INPUT_SCALE in self.keys and self.shapes[INPUT_SCALE] not in scalars:
@@ -167,30 +166,15 @@ class StoredWeight:
                 f"{self.keys[INPUT_SCALE]} has shape {list(self.shapes[INPUT_SCALE])}; a static input has one scale per tensor"
             )
 
-    def _weight_scale_shapes(self) -> list[tuple[int, ...]]:
-        granularity = self.scheme.weight.granularity
+    def _accepted(self, role: str) -> list[Shape]:
+        scheme = self.scheme.weight
         if len(self.shape) == 2:
-            rows, cols = self.shape
-            shapes = [scale_shape(granularity, rows, cols)]
-            if granularity.is_tensor:
-                shapes += [(), (1, 1)]
-            elif granularity.is_row:
-                shapes += [(rows,)]
-            elif granularity.rows == 1:
-                shapes += [(*shapes[0], 1)]  # per group, with a last dimension to broadcast over the group
-            return shapes
-        if len(self.shape) != 3:
-            raise UnsupportedError(
-                f"{self.keys[WEIGHT]} has {len(self.shape)} dimensions; hf_fp8 reads FP8 matrices and stacks of them"
-            )
-        experts, rows, cols = self.shape
-        if granularity.is_tensor:
-            return [(), (1,), (experts,), (experts, 1), (experts, 1, 1)]
-        if granularity.is_row:
-            out = cols if self.transposed else rows
-            return [(experts, 1, cols) if self.transposed else (experts, rows, 1), (experts, out)]
-        grid = granularity.grid(cols, rows)[::-1] if self.transposed else granularity.grid(rows, cols)
-        return [(experts, *grid)]
+            return format_of(scheme).accepted(scheme, role, *self.shape)
+        if len(self.shape) == 3:
+            return accepted_of_stack(scheme, role, self.shape, self.transposed)
+        raise UnsupportedError(
+            f"{self.keys[WEIGHT]} has {len(self.shape)} dimensions; hf_fp8 reads FP8 matrices and stacks of them"
+        )
 
 
 def companion(pattern: str, role: str) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.stored_weight import WEIGHT
 from ..checkpoint.writer import nbytes
 from ..errors import CheckpointError, MissingTensorError
+from ..formats.storage import WEIGHT
 from ..quantization.files import read_quantized, total_bytes
 from ..quantization.source import Source, type_of
 

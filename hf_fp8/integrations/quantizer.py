@@ -13,11 +13,12 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import logging
 
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, ZERO_POINTS, check_host_shapes
+from ..checkpoint.stored_weight import ZERO_POINTS, check_host_shapes
 from ..checkpoint.weight_files import find_weight_files
 from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from ..formats.code_types import FP8
 from ..formats.quantized_weight.tensor import codes_of
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..loading import options as load_options
 from ..loading.apply import apply_layout
 from ..loading.conversions import KeyRenaming, RoutedConverter, build_conversions, for_saving

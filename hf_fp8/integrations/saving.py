@@ -14,8 +14,8 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
-from ..checkpoint.stored_weight import WEIGHT
 from ..errors import CalibrationError, UnsupportedError
+from ..formats.storage import WEIGHT
 from ..loading.layout import Layout
 from ..loading.ops import as_read, is_widened
 from ..loading.serving import describe, torn

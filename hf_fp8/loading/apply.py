@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import TORCH_DTYPES
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT_SCALE, StoredWeight
+from ..checkpoint.stored_weight import StoredWeight
+from ..formats.storage import INPUT_SCALE, WEIGHT_SCALE
 from ..nn.swap import swap_experts, swap_linear, untie
 from .layout import ExpertsPlan, Layout
 

@@ -14,8 +14,8 @@ from zlib import crc32
 
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, companion
-from ..formats.scheme import scale_shape
+from ..checkpoint.stored_weight import StoredWeight, companion
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, format_of
 from .expert_ops import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
 from .key_map import converters
 from .layout import Layout, Stack
@@ -147,8 +147,9 @@ def _scale_converters(layout: Layout) -> list[WeightTransform]:
     """Converters for scales whose shape in the files differs from that in the module."""
     forth, back, routes = {}, {}, {}
     for module, weight in layout.kept.items():
-        shapes = {WEIGHT_SCALE: scale_shape(weight.scheme.weight.granularity, *weight.shape), INPUT_SCALE: (1,)}
-        for role, shape in shapes.items():
+        scheme, (n, k) = weight.scheme.weight, weight.shape
+        own = format_of(scheme).accepted(scheme, WEIGHT_SCALE, n, k)[0]
+        for role, shape in ((WEIGHT_SCALE, own), (INPUT_SCALE, (1,))):
             if role in weight.keys and weight.shapes[role] != shape:
                 name = f"{module}.{role}"
                 forth[name], back[name] = shape, weight.shapes[role]

@@ -6,8 +6,8 @@ import re
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.scan import Scan
-from ..checkpoint.stored_weight import WEIGHT
 from ..errors import MismatchError, MissingTensorError
+from ..formats.storage import WEIGHT
 from .facts import ModelFacts
 from .key_map import KeyMap
 

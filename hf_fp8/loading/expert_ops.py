@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..errors import UnsupportedError
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from .layout import Stack
 from .ops import SharedOp, only, quantize_or_note
 
@@ -134,10 +134,7 @@ class SplitExperts(SharedOp):
 
 
 def _shape(stack: Stack, role: str) -> tuple[int, ...]:
-    projection = stack.projection
-    if role == WEIGHT:
-        return projection.shape
-    return projection.scale_shape if role == WEIGHT_SCALE else (projection.shape[0], projection.parts)
+    return stack.projection.forms()[role].shape
 
 
 def _place(stack: Stack, tensor: torch.Tensor, part: int, expert: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from ..checkpoint.scan import Owner
-from ..checkpoint.stored_weight import WEIGHT
+from ..formats.storage import WEIGHT
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ..checkpoint.scan import Scan
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, DenseTensor, StoredWeight
-from ..nn.experts import ExpertsLayout, Projection
+from ..checkpoint.stored_weight import DenseTensor, StoredWeight
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from ..nn.experts import ExpertsLayout, Projection, suffix_of
 
 # Attribute of the model in which the loader stores its decisions: module or parameter name -> (scheme, reason).
 NOTES = "_hf_fp8_notes"
@@ -60,7 +61,7 @@ class Stack:
 
     def name_of(self, role: str) -> str:
         """The parameter of the model for a role of the weights."""
-        return self.target + {WEIGHT: "", WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"}[role]
+        return self.target + suffix_of(role)
 
 
 @dataclass

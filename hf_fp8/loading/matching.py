@@ -17,8 +17,6 @@ from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.scan import scan, weights_of
 from ..checkpoint.stored_weight import (
-    INPUT_SCALE,
-    WEIGHT,
     ZERO_POINTS,
     DenseTensor,
     StoredWeight,
@@ -30,6 +28,7 @@ from ..checkpoint.stored_weight import (
 )
 from ..errors import MismatchError, MissingTensorError, ScaleError
 from ..formats.scheme import Scheme
+from ..formats.storage import INPUT_SCALE, WEIGHT
 from .coverage import check_coverage
 from .experts_plan import check_experts, plan_experts
 from .extra_tensors import unplaced

@@ -13,12 +13,11 @@ from transformers.core_model_loading import ConversionOps
 from transformers.utils import logging
 
 from ..checkpoint.reader import TORCH_DTYPES
-from ..checkpoint.stored_weight import WEIGHT, DenseTensor, StoredWeight, companion
+from ..checkpoint.stored_weight import DenseTensor, StoredWeight, companion
 from ..errors import ScaleError, UnsupportedError
 from ..formats import numerics
-from ..formats.cpu import multiply_out
-from ..formats.scheme import Granularity, TensorScheme
-from ..formats.storage import format_of
+from ..formats.scheme import TensorScheme
+from ..formats.storage import WEIGHT, WEIGHT_SCALE, format_of
 from . import options as load_options
 from .layout import Parameter
 
@@ -282,16 +281,14 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
     if weight.group.scheme is None:
         dense: torch.Tensor = compressor(weight).decompress(dict(parts), weight.group.parsed)[WEIGHT]
         return dense.to(dtype)
-    q, scale = parts[WEIGHT], parts["weight_scale"].to(parts[WEIGHT].device)
-    if len(weight.shape) == 3:
-        wide = weight.stacked_scale(scale)
-        if q.device.type != "cpu":
-            return (q.float() * wide).to(dtype)
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
-        for codes, expert_scale, dense in zip(q, wide.expand(len(q), -1, -1), out, strict=True):
-            multiply_out(codes, expert_scale, dense)
-        return out
-    return format_of(weight.scheme.weight).dequantize({**parts, "weight_scale": scale}, weight.scheme.weight, dtype)
+    home, stored = parts[WEIGHT].device, format_of(weight.scheme.weight)
+    each = weight.matrices({role: tensor.to(home) for role, tensor in parts.items()})
+    if len(weight.shape) == 2:
+        return stored.dequantize(next(each), weight.scheme.weight, dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=home)
+    for place, tensors in zip(weight.matrices({WEIGHT: out}), each, strict=True):
+        place[WEIGHT].copy_(stored.dequantize(tensors, weight.scheme.weight, dtype))
+    return out
 
 
 def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -306,8 +303,7 @@ def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: to
 def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """A scale computed from `dense`, with the shape, dtype and device of the scale `old`; kept where it still fits."""
     granularity = weight.scheme.weight.granularity
-    matrices = dense.float().unsqueeze(0) if dense.ndim == 2 else dense.float()
-    grids = [numerics.compute_scale(m.t() if weight.transposed else m, granularity) for m in matrices]
+    grids = [numerics.compute_scale(each[WEIGHT].float(), granularity) for each in weight.matrices({WEIGHT: dense})]
     stacked = torch.stack([grid.t() if weight.transposed else grid for grid in grids])
     if old.numel() == 1:
         stacked = stacked.amax()
@@ -319,9 +315,9 @@ def codes_from(
     weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """The E4M3 codes of a dense weight for the scale in `parts`. generator: see `numerics.quantize`."""
-    scale = parts["weight_scale"].to(dense.device)
-    if len(weight.shape) == 3:
-        wide = weight.stacked_scale(scale).expand(dense.shape).reshape(-1, dense.shape[-1])
-        flat = dense.reshape(-1, dense.shape[-1])
-        return numerics.quantize(flat, wide, Granularity(1, 1), generator=generator).view(dense.shape)
-    return numerics.quantize(dense, scale, weight.scheme.weight.granularity, generator=generator)
+    scheme, out = weight.scheme.weight, torch.empty(dense.shape, dtype=weight.scheme.weight.code.storage, device=dense.device)
+    given = {WEIGHT: dense, WEIGHT_SCALE: parts[WEIGHT_SCALE].to(dense.device)}
+    for place, each in zip(weight.matrices({WEIGHT: out}), weight.matrices(given), strict=True):
+        codes = numerics.quantize(each[WEIGHT], each[WEIGHT_SCALE], scheme.granularity, scheme.dtype, generator)
+        place[WEIGHT].copy_(codes)
+    return out

@@ -18,9 +18,9 @@ from ..checkpoint.config_groups import Group, match
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.scan import ROUTER, module_named, names_of
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, StoredWeight, TensorSlice
+from ..checkpoint.stored_weight import StoredWeight, TensorSlice
 from ..errors import ConfigError, MismatchError, by_reason
-from ..formats.storage import TensorForm, format_of
+from ..formats.storage import INPUT_SCALE, WEIGHT, TensorForm, format_of
 from ..formats.weights import scale_dtype_of
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts

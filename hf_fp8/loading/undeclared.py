@@ -9,8 +9,8 @@ from transformers.core_model_loading import WeightTransform
 
 from ..checkpoint.reader import TORCH_DTYPES, Checkpoint
 from ..checkpoint.scan import companions, module_named
-from ..checkpoint.stored_weight import WEIGHT, WEIGHT_SCALE
 from ..errors import FP8Error, MismatchError
+from ..formats.storage import WEIGHT, WEIGHT_SCALE
 from .key_map import KeyMap
 
 

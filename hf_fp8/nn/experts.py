@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import Scheme
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, TensorForm, forms_of_stack
 from ..formats.weights import Change
 from ..kernels import Routing
 from . import expert_weights as stacks
@@ -44,18 +45,34 @@ class Projection:
     scheme: Scheme
     parts: int = 1
 
+    def parameter(self, role: str) -> str:
+        """The name of the parameter for a role of its tensors ("weight_scale")."""
+        return self.name + suffix_of(role)
+
     @property
     def scale(self) -> str:
-        return f"{self.name}_scale"
+        return self.parameter(WEIGHT_SCALE)
 
     @property
     def input_scale(self) -> str:
-        return f"{self.name}_input_scale"
+        return self.parameter(INPUT_SCALE)
+
+    def forms(self, scale_dtype: torch.dtype = torch.float32) -> dict[str, TensorForm]:
+        """Role -> dtype and shape of its tensors (`forms_of_stack`); with static inputs, "input_scale" (E, parts) too."""
+        forms = forms_of_stack(self.scheme.weight, self.shape, self.parts, scale_dtype)
+        if self.scheme.has_static_input:
+            forms[INPUT_SCALE] = TensorForm(scale_dtype, (self.shape[0], self.parts))
+        return forms
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """tensor (E, parts), channel (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols))."""
         return scale_shape_of_experts(self.scheme, *self.shape, self.parts)
+
+
+def suffix_of(role: str) -> str:
+    """The end of a stack's parameter for a role: "" for the weight, "_scale", "_input_scale"."""
+    return role.removeprefix(WEIGHT) if role.startswith(WEIGHT) else f"_{role}"
 
 
 @dataclass(frozen=True)
@@ -137,12 +154,9 @@ class QuantizedExperts(QuantizedModule):
         self.low_rank: dict[str, tuple[LowRank, ...]] = {}
         dtypes = scale_dtypes or {}
         for projection in (first, second):
-            shapes = {projection.name: projection.shape, projection.scale: projection.scale_shape}
-            if projection.scheme.has_static_input:
-                shapes[projection.input_scale] = (projection.shape[0], projection.parts)
-            for name, shape in shapes.items():
-                dtype = projection.scheme.weight.dtype if name == projection.name else dtypes.get(name, torch.float32)
-                data = torch.empty(shape, dtype=dtype, device=device)
+            for role, form in projection.forms().items():
+                name = projection.parameter(role)
+                data = torch.empty(form.shape, dtype=dtypes.get(name, form.dtype), device=device)
                 self.register_parameter(name, nn.Parameter(data, requires_grad=False))
             if not projection.scheme.has_static_input:
                 self.register_parameter(projection.input_scale, None)
@@ -168,7 +182,7 @@ class QuantizedExperts(QuantizedModule):
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         projection = self._projection(name)
-        return projection.scheme.weight.dtype, projection.shape
+        return projection.scheme.weight.code.storage, projection.shape
 
     def scale_count(self, name: str) -> int:
         return prod(self._projection(name).scale_shape)

@@ -9,7 +9,8 @@ from torch.autograd import forward_ad
 
 from ..errors import InputError
 from ..formats.quantized_weight.tensor import codes_of
-from ..formats.scheme import Scheme
+from ..formats.scheme import Scheme, scale_shape
+from ..formats.storage import stacked
 from ..kernels import ExpertWeights, Input, Problem, Routing, select_grouped
 from ..kernels import torch_grouped as grouped_mm
 from . import custom_op
@@ -40,10 +41,7 @@ def known(ids: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor
 
 def scale_shape_of_experts(scheme: Scheme, n_experts: int, n: int, k: int, parts: int) -> tuple[int, ...]:
     """The scale shape of (E, N, K) weights: tensor (E, parts), channel (E, N, 1), else one grid for each part."""
-    if scheme.weight.granularity.is_tensor:
-        return (n_experts, parts)
-    rows, cols = scheme.weight.granularity.grid(n // parts, k)
-    return (n_experts, parts * rows, cols)
+    return stacked(scale_shape(scheme.weight.granularity, n // parts, k), n_experts, parts)
 
 
 def _run(

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..checkpoint.stored_weight import INPUT_SCALE
 from ..errors import CalibrationError, ConfigError, CorruptFileError
+from ..formats.storage import INPUT_SCALE
 from ..integrations.config import FP8Config
 from .calibration import calibrate
 from .observers import DEFAULT, Observer

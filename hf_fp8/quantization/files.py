@@ -14,9 +14,10 @@ from transformers.core_model_loading import WeightTransform
 
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.stored_weight import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, StoredWeight, TensorSlice
+from ..checkpoint.stored_weight import StoredWeight, TensorSlice
 from ..checkpoint.writer import ShardWriter, check_place, nbytes, whole_folder, write_index
 from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..integrations.config import FP8Config
 from ..loading.facts import ModelFacts
 from ..loading.key_map import EXPERT, KeyMap, converters, hub_name

@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from hf_fp8 import QuantizedLinear
 from hf_fp8.formats.code_types import CODE_TYPES, FP8, INT8, CodeType
 from hf_fp8.formats.scheme import SCHEMES, Scheme
-from hf_fp8.formats.storage import format_of
+from hf_fp8.formats.storage import format_of, forms_of_stack
 
 pytestmark = pytest.mark.hostless
 EVERY = sorted(set(SCHEMES.values()), key=str)
@@ -59,3 +59,14 @@ def test_forms_are_those_of_the_tensors_and_of_layers(scheme: Scheme, shape: tup
     }
     back = stored.dequantize(made, scheme.weight, torch.float32)
     assert float((back - weight.float()).norm() / weight.float().norm()) < 0.04
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_forms_of_stacks_are_those_of_each_matrix_joined(scheme: Scheme, parts: int) -> None:
+    made = [[format_of(scheme.weight).quantize(torch.randn(72, 150), scheme.weight) for _ in range(parts)] for _ in range(3)]
+    joined = {role: torch.stack([torch.cat([part[role] for part in expert]) for expert in made]) for role in made[0][0]}
+    forms = forms_of_stack(scheme.weight, (3, 72 * parts, 150), parts, torch.float32)
+    assert {role: (form.dtype, form.shape) for role, form in forms.items()} == {
+        role: (tensor.dtype, tuple(tensor.shape)) for role, tensor in joined.items()
+    }
