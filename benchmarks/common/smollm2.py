@@ -48,7 +48,7 @@ def gguf_folder() -> Path:
 
 
 def load_gguf(dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer), the GGUF's weights multiplied out to `dtype`."""
+    """(model, tokenizer), the GGUF's weights dequantized to `dtype`."""
     folder = gguf_folder()
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(

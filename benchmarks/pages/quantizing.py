@@ -80,7 +80,7 @@ def commands(work: Path, dense: Path) -> str:
 
 
 def lost(path: Path) -> int:
-    """How many weights compressed-tensors decompresses to other values than hf_fp8 multiplies out."""
+    """How many weights compressed-tensors decompresses to other values than hf_fp8."""
     state = load_file(path / "model.safetensors")
     config = AutoConfig.from_pretrained(path).quantization_config
     (group,) = QuantizationConfig.model_validate(config).config_groups.values()
