@@ -12,7 +12,7 @@ from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.experts import QuantizedExperts
 from ..nn.linear import QuantizedLinear
-from .running import device_of
+from .running import device_of, dtype_of
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
     dtype: that of the inputs; by default that of the first dense parameter. device: as if the model were on it; by default
     the model's. Weights that were dequantized while loading are listed too, with the reason.
     """
-    if dtype is None:
-        dense = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32))
-        dtype = next(dense, torch.bfloat16)
+    dtype = dtype or dtype_of(model) or torch.bfloat16
     rows = Explanation()
     asked = None if device is None else torch.device(device)
     for name, module in model.named_modules():

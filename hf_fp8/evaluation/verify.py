@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint.writer import nbytes
 from ..errors import CheckpointError, MissingTensorError
+from ..formats.code_types import FP8
 from ..formats.storage import WEIGHT
 from ..quantization.files import read_quantized, total_bytes
 from ..quantization.source import Source, type_of
@@ -32,7 +33,7 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
             "all): they would be random"
         )
     unmatched = [weight.name for weight in [*weights, *layout.scan.host] if not weight.target]
-    codes = {weight.keys[WEIGHT] for weight in weights}
+    codes = {weight.keys[WEIGHT] for weight in weights if weight.scheme.weight.dtype == FP8}  # int8 has no NaN
     for key, info in checkpoint.tensors.items():
         if key in codes and bool(((checkpoint.load(key).view(torch.uint8) & _NAN) == _NAN).any()):
             raise CheckpointError(

@@ -86,7 +86,7 @@ class TensorScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The scheme of a linear layer: 8-bit weights (N, K) and, unless `input` is None (W8A16), 8-bit inputs (M, K).
+    """The scheme of a linear layer: 8-bit weights (N, K) and, unless `input` is None (weight-only), 8-bit inputs (M, K).
 
     ``Scheme.parse(scheme.text)`` returns the scheme, so that a scheme can be passed to a custom op as a string.
     """

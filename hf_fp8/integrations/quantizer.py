@@ -279,7 +279,10 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()
-                module.needs_calibration = self.planned is not None and module.has_static_input
+                if self.planned is not None:
+                    module.needs_calibration = module.has_static_input
+                else:
+                    module.see_calibration()
                 module.original_dtype = module.original_dtype or self._dtype
                 if isinstance(module, QuantizedLinear):
                     module.backward = self.quantization_config.backward

@@ -154,7 +154,7 @@ def _why_weight_only(scheme: Scheme, backend: str) -> str | None:
     """The reason, independent of the device, why inputs are not quantized; None if there is none."""
     if backend == "weight_only":
         return "backend='weight_only'"
-    return "the checkpoint does not quantize inputs (W8A16)" if scheme.input is None else None
+    return "the checkpoint does not quantize inputs" if scheme.input is None else None
 
 
 def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Problem, backend: str, unit: str) -> Selection[K]:

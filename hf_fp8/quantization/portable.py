@@ -27,6 +27,7 @@ from ..formats.scheme import Scheme
 from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
 from ..kernels import BACKENDS
+from ..nn.backward import BACKWARDS
 from ..nn.base import QuantizedModule
 from ..nn.conv import Convolution, QuantizedConv1x1
 from ..nn.linear import QuantizedLinear
@@ -146,6 +147,8 @@ def _describe(layer: QuantizedLinear) -> dict[str, Any]:
         found["compute_dtype"] = str(layer.compute_dtype).removeprefix("torch.")
     if not layer.cast_output:
         found["cast_output"] = False
+    if layer.backward != "exact":
+        found["backward"] = layer.backward
     return found
 
 
@@ -163,9 +166,12 @@ def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
         )
     new = kind.like(old, Scheme.parse(entry["scheme"]), backend=entry["backend"])
     if new.bias is not None:
-        new.bias = nn.Parameter(new.bias.detach().clone())  # the bias of the model stays unchanged
+        new.bias = nn.Parameter(
+            new.bias.detach().clone(), requires_grad=new.bias.requires_grad
+        )  # the bias of the model stays unchanged
     new.compute_dtype = getattr(torch, entry["compute_dtype"]) if "compute_dtype" in entry else None
     new.cast_output = entry.get("cast_output", True)
+    new.backward = entry.get("backward", "exact")
     return new
 
 
@@ -202,19 +208,19 @@ def _compare(
 
 def _assign(model: nn.Module, state: dict[str, torch.Tensor], shared: dict[str, str], device: Any) -> None:
     placed: dict[str, torch.Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for name in [*state, *shared]:
         path, _, leaf = name.rpartition(".")
         module = _get(model, path)
         old = module._parameters.get(leaf, module._buffers.get(leaf)) if module is not None else None
         if module is None or old is None:
             continue  # not strict: the model does not have it
-        if name in shared and shared[name] in placed:
-            value = placed[shared[name]]
-        else:
+        value = placed.get(shared.get(name, name))
+        if value is None:
             value = state[shared.get(name, name)].to(_place(old, device))
-            if leaf in module._parameters:
-                value = nn.Parameter(value, requires_grad=old.requires_grad)
         placed[name] = value
+        if leaf in module._parameters:  # a buffer may share the memory of a parameter
+            value = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=old.requires_grad))
         setattr(module, leaf, value)
     if device is not None:
         model.to(device)
@@ -267,11 +273,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
             or entry.get("backend") not in BACKENDS
         ):
             raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}, which is not a layer that hf_fp8 supports")
-        compute = entry.get("compute_dtype")
-        if not isinstance(entry.get("cast_output", True), bool) or compute not in (None, *COMPUTE):
+        compute, backward = entry.get("compute_dtype"), entry.get("backward", "exact")
+        known = compute in (None, *COMPUTE) and backward in BACKWARDS
+        if not known or not isinstance(entry.get("cast_output", True), bool):
             raise CheckpointError(
-                f"{path}: modules[{name!r}] is {entry!r}: compute_dtype must be one of {', '.join(COMPUTE)}, and cast_output "
-                "true or false"
+                f"{path}: modules[{name!r}] is {entry!r}: compute_dtype must be one of {', '.join(COMPUTE)}, backward one of "
+                f"{', '.join(BACKWARDS)}, and cast_output true or false"
             )
         try:
             Scheme.parse(entry["scheme"])

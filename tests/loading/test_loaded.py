@@ -250,6 +250,14 @@ def test_explain(fp8: Path) -> None:
     assert str(hf_fp8.explain(torch.nn.Linear(2, 2))) == "no FP8 modules"
 
 
+def test_explain_takes_the_dtype_of_dense_parameters() -> None:
+    """Not that of scales."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+    model = hf_fp8.quantize_model(model, "FP8_BLOCK", backend="scaled_mm").bfloat16()
+    assert str(hf_fp8.explain(model)) == str(hf_fp8.explain(model, torch.bfloat16))
+    assert str(hf_fp8.explain(model)) != str(hf_fp8.explain(model, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("forward_first", [False, True])
 def test_other_formats_keep_their_scales_too(dtype: torch.dtype, forward_first: bool, tmp_path: Path) -> None:

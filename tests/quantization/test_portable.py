@@ -104,7 +104,8 @@ def test_another_dtype_of_the_model_is_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"originals": "keep"}, {"originals": "offload"}, {"compute_dtype": torch.bfloat16}, {"backend": "weight_only"},
+    {"originals": "keep"}, {"originals": "offload"}, {"backward": "quantized"},
+    {"compute_dtype": torch.bfloat16}, {"backend": "weight_only"},
     {"compute_dtype": torch.bfloat16, "cast_output": False, "backend": "scaled_mm"},
 ])  # fmt: skip
 def test_how_layers_run_is_saved(options: Any, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_how_layers_run_is_saved(options: Any, tmp_path: Path) -> None:
     x = torch.randn(3, 32)
     assert again[0](x).dtype == model[0](x).dtype and torch.equal(again[0](x), model[0](x))
     assert torch.equal(again[1](x[..., None]), model[1](x[..., None]))
-    assert again[0].backend == model[0].backend and again[0].original is None
+    assert (again[0].backend, again[0].backward) == (model[0].backend, model[0].backward) and again[0].original is None
 
 
 def test_shards_hold_shared_tensors_once(tmp_path: Path) -> None:
@@ -352,3 +353,32 @@ def test_not_strict_is_not_careless(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in load_file(path).items() if name != "0.bias"}, path)
     with pytest.raises(MissingTensorError, match=r"0\.bias"):
         load_quantized(nn.Sequential(nn.Linear(16, 16)), tmp_path / "net", strict=False)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_buffer_may_share_the_memory_of_a_parameter(flipped: bool, tmp_path: Path) -> None:
+    class Reader(nn.Module):
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__()
+            self.register_buffer("table", embedding.weight.data)
+
+    def build() -> nn.Module:
+        embedding = nn.Embedding(4, 16)
+        parts = [Reader(embedding), embedding] if flipped else [embedding, Reader(embedding)]
+        return nn.Sequential(*parts, nn.Linear(16, 16))
+
+    model = quantize_model(build())
+    save_quantized(model, tmp_path / "saved")
+    again = load_quantized(build(), tmp_path / "saved")
+    assert [name for name, _ in again.named_buffers()] == [name for name, _ in model.named_buffers()] != []
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
+    places = {value.data_ptr() for name, value in again.state_dict().items() if not name.startswith("2.")}
+    assert len(places) == 1 and differing(dict(model.state_dict()), dict(again.state_dict())) == []
+
+
+def test_frozen_biases_stay_frozen(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16).requires_grad_(False), nn.Linear(16, 16))
+
+    save_quantized(quantize_model(build()), tmp_path / "saved")
+    assert [layer.bias.requires_grad for layer in load_quantized(build(), tmp_path / "saved")] == [False, True]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.build import STATIC_TENSOR, error, write
+from support.build import IDS, STATIC_TENSOR, error, tiny_llama, write
 from support.experts import experts_of, reference
 from support.experts import load as load_moe
 from support.grouped import INTERPRETED, TRITON, forced
@@ -291,3 +291,16 @@ def test_experts_on_a_cpu_leave_inputs_alone(backend: str, tmp_path: Path) -> No
     assert module.unmeasured == ("gate_up_proj_input_scale", "down_proj_input_scale")
     with torch.no_grad():
         assert module(torch.randn(24, 64)).isfinite().all()
+
+
+def test_static_groups_beside_int8_ones(tmp_path: Path) -> None:
+    """Planned by another way than FP8 alone; the flag has to survive it."""
+    model = quantize_model(tiny_llama(), {"INT8": ["re:.*mlp.*"], "FP8": ["re:.*self_attn.*"]})
+    assert all(module.needs_calibration for name, module in model.named_modules() if name.endswith("q_proj"))
+    with pytest.raises(CalibrationError, match=WORDS):
+        model(IDS)
+    with pytest.raises(CalibrationError):
+        model.save_pretrained(tmp_path)
+    with calibrate(model):
+        model(IDS)
+    assert model(IDS).logits.isfinite().all()

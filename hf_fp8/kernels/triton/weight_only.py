@@ -1,4 +1,4 @@
-"""Triton: float inputs times 8-bit weights (W8A16); codes (8-bit values) are read once and converted in registers.
+"""Triton: float inputs times 8-bit weights; codes (8-bit values) are read once and converted in registers.
 
 For few rows, where reading weights takes most of the time, and for GPUs without FP8 units. Sums are float32 in
 a fixed order: if K is split, a second kernel adds the parts, without atomics.
