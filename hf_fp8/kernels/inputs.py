@@ -22,7 +22,8 @@ def quantize_input(
     for columns that are treated as zeros. Raises CalibrationError for a static scheme without a scale.
     """
     numerics.require_static(scheme, input_scale)
-    if triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):
+    in_float32 = x.dtype != torch.float64  # as the scales of Triton's kernel are
+    if in_float32 and triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):
         from .triton import quantize as triton_quantize
 
         return triton_quantize.quantize(x, scheme, input_scale, per_row, kept)

@@ -14,6 +14,7 @@ from ..formats import numerics
 from ..formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 from ..kernels import Input, Weight, kernel_for
 from ..kernels import torch_fp8 as torch_mm
+from ..kernels.base import product_dtype
 from . import custom_op
 
 # "exact": gradient times the dequantized weight. "quantized": gradient rounded to 8 bits, times the codes.
@@ -35,12 +36,12 @@ def _run(
 def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """x @ dequantized weight, a block of columns at a time: the same sums, without a float copy of the whole weight."""
     elements = torch_mm.elements_at_once(weight.device)
-    granularity = scheme.weight.granularity
+    granularity, values = scheme.weight.granularity, x.to(product_dtype(x.dtype, x.device))
     if weight.numel() <= elements:
-        return x @ numerics.dequantize(weight, weight_scale, granularity, x.dtype)
+        return (values @ numerics.dequantize(weight, weight_scale, granularity, values.dtype)).to(x.dtype)
     out = x.new_empty((x.shape[0], weight.shape[1]))
     for codes, scale, start in numerics.pieces_of_columns(weight, weight_scale, granularity, elements):
-        out[:, start : start + codes.shape[1]] = x @ numerics.dequantize(codes, scale, granularity, x.dtype)
+        out[:, start : start + codes.shape[1]] = values @ numerics.dequantize(codes, scale, granularity, values.dtype)
     return out
 
 

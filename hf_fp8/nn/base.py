@@ -352,10 +352,12 @@ class QuantizedModule(nn.Module):
         return is_whole(codes) and _same_scale(kept.scale, scale)
 
     def _ratio(self, name: str, new: torch.Tensor) -> float:
-        """Mean magnitude of the new scales divided by that of the held ones."""
+        """Mean magnitude of the new scales divided by that of the held ones; 0 if the new ones are those of a zero weight."""
         held = getattr(self, name)
         if held.is_meta or new.is_meta:
             return 1.0
+        if bool((new == torch.finfo(new.dtype).eps).all()):
+            return 0.0
         before = held.detach().float().abs().mean()
         return float(new.detach().to(before).abs().mean() / before)
 

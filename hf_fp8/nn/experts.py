@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..formats.quantized_weight.casts import codes_for_certain
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import Scheme
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, TensorForm, forms_of_stack
@@ -278,9 +279,6 @@ class QuantizedExperts(QuantizedModule):
             y = y + product(x, factors, routing)
         return y
 
-    def _plain(self, name: str) -> Any:
-        return plain_scale(getattr(self, name))
-
     def _with_bias(self, y: torch.Tensor, projection: Projection, expert: torch.Tensor) -> torch.Tensor:
         if not self.layout.has_bias:
             return y
@@ -321,8 +319,9 @@ class QuantizedExperts(QuantizedModule):
         """As in `QuantizedModule`; dense: the family's module."""
         found, change = stacks.requantized(self, dense, generator)
         new = self._twin()
-        for name, parameter in found.items():
-            setattr(new, name, parameter)
+        with codes_for_certain():
+            for name, parameter in found.items():
+                setattr(new, name, parameter)
         new.low_rank = {}
         return new, change
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import ConfigError, UnsupportedError
 from ..formats import numerics
 from ..formats.code_types import INT8
+from ..formats.quantized_weight.casts import codes_for_certain
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import INT8_DYNAMIC, Scheme
 from ..formats.storage import format_of
@@ -162,8 +163,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             made = {name: torch.empty(form.shape, dtype=form.dtype, device=home) for name, form in forms.items()}
         else:
             made = stored.quantize(weight.detach().to(device or home), scheme)
-        for name, tensor in made.items():
-            setattr(self, name, nn.Parameter(tensor.to(home), requires_grad=False))
+        with codes_for_certain():
+            for name, tensor in made.items():
+                setattr(self, name, nn.Parameter(tensor.to(home), requires_grad=False))
         if self.scheme.has_static_input and (self.input_scale is None or self.input_scale.is_meta):
             self.await_scale("input_scale", (1,), self.weight_scale)
         self.originals = originals
@@ -268,7 +270,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         granularity = self.scheme.weight.granularity
         codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, generator)
         new, change = self._twin(), Change()
-        new.weight = nn.Parameter(codes, requires_grad=False)
+        with codes_for_certain():
+            new.weight = nn.Parameter(codes, requires_grad=False)
         new.weight_scale = nn.Parameter(scale, requires_grad=False)
         if self.bias is not None:
             bias: torch.Tensor = dense.bias.detach()  # type: ignore[operator]

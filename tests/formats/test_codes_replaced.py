@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ def order(w: torch.Tensor) -> torch.Tensor:
 
 
 MIXED: dict[str, Callable[[Any, Any], Any]] = {
+    "a state dict with rows by a list": lambda a, b: a.load_state_dict(
+        {**a.state_dict(), "weight": a.state_dict()["weight"][list(range(N))[::-1]]}
+    ),
     "rows in another order": lambda a, b: setattr(a.weight, "data", order(a.weight.data)),
     "a state dict in another order": lambda a, b: a.load_state_dict(
         {**a.state_dict(), "weight": order(a.state_dict()["weight"])}
@@ -149,12 +153,29 @@ def test_codes_of_files_are_loaded_whatever_they_are() -> None:
     """Layers of zeros, of which some rows are next to nothing: what a file holds is not taken for cast values."""
     for scheme in SCHEMES:
         for change in (lambda w: w.zero_(), lambda w: w[:64].zero_(), lambda w: w[:64].mul_(1 / 20)):
-            dense = nn.Linear(512, 1024, bias=False)
-            change(dense.weight.data)
-            state = hf_fp8.quantize_model(dense, scheme).state_dict()
-            layer = hf_fp8.quantize_model(nn.Linear(512, 1024, bias=False), scheme)
-            layer.load_state_dict({k: getattr(v, "codes", v).clone() for k, v in state.items()})
-            assert torch.equal(layer.weight.float(), state["weight"].float())
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                dense = nn.Linear(512, 1024, bias=False, dtype=dtype)
+                change(dense.weight.data)
+                state = hf_fp8.quantize_model(dense, scheme).state_dict()
+                layer = hf_fp8.quantize_model(nn.Linear(512, 1024, bias=False, dtype=dtype), scheme)
+                layer.load_state_dict({k: getattr(v, "codes", v).clone() for k, v in state.items()})
+                assert torch.equal(layer.weight.float(), state["weight"].float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_originals_may_change_to_anything(scheme: str) -> None:
+    """What was just quantized is not taken for cast values: zeros, or small codes beside an outlier."""
+    for change in (lambda w: w.zero_(), lambda w: w[7, 3].fill_(30.0)):
+        model = hf_fp8.quantize_model(nn.Sequential(nn.Linear(512, 512, bias=False)), scheme, originals="keep")
+        dense = model[0].to_linear(torch.float32)
+        for weight in (model[0].original, dense.weight):
+            change(weight)
+        wanted = hf_fp8.quantize_model(nn.Sequential(copy.deepcopy(dense)), scheme)[0].dequantized_weight()
+        hf_fp8.requantize_model(model)
+        assert torch.equal(model[0].dequantized_weight(), wanted)
+        other = hf_fp8.quantize_model(nn.Linear(512, 512, bias=False), scheme).requantized(dense)[0]
+        assert float((other.dequantized_weight() - dense.weight).norm()) <= 0.06 * float(dense.weight.norm()) + 1e-6
 
 
 def test_a_parameter_that_is_assigned_again() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,11 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "steps": lambda w: w[::7] * 1,
     "an element": lambda w: w[3, 4] * 1,
     "by index": lambda w: w[INDEX],
+    "by a list": lambda w: w[[3, 140, 3]],
+    "all rows by a list": lambda w: w[list(range(N))[::-1]],
+    "all columns by a list": lambda w: w[:, list(range(K))[::-1]],
+    "by an array": lambda w: w[numpy.arange(N)[::-1].copy()],
+    "by a list of flags": lambda w: w[[True] * N],
     "by mask": lambda w: w[OTHER > 1],
     "index_select": lambda w: w.index_select(0, INDEX),
     "rows of rows": lambda w: w[10:100][5:50][3:] * 1,

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from support.build import error
 from support.experts import FAMILIES, experts_of, write_family
 from support.experts import SCHEMES as STORED
-from support.grouped import SCHEMES
+from support.grouped import INTERPRETED, SCHEMES
 from support.kernels import SCHEMES as ALL
 from support.kernels import expected, operands
 from support.moe import IDS, causal
@@ -19,9 +19,11 @@ from torch import nn
 
 from hf_fp8 import FP8Config, QuantizedConv1x1, QuantizedLinear, kernels
 from hf_fp8.formats import numerics
+from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.scheme import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
 from hf_fp8.kernels import ExpertWeights, Routing
 from hf_fp8.kernels import torch_grouped as grouped_mm
+from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear
 from hf_fp8.nn.grouped import known, route, scaled_grouped_linear
 
@@ -209,3 +211,14 @@ def test_scales_and_codes() -> None:
     assert all(error(row / scale[i], x[i] / scale[i]) < 0.04 for i, row in enumerate(back))
     narrow = numerics.compute_scale(x[2:3].float(), ROW)
     assert narrow.dtype == torch.float32 and torch.equal(numerics.compute_scale(x[:0], ROW), torch.zeros(0, 1, dtype=WIDE))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted here")
+def test_triton_leaves_float64_inputs_to_the_reference() -> None:
+    """Its scales are float32."""
+    x, codes = torch.randn(4, 64, dtype=WIDE) * 1e100, torch.randn(2, 32, 64).to(FP8)
+    given = (x, codes, torch.full((2, 32, 1), 1e-2), FP8_DYNAMIC, torch.tensor([0, 1, 0, 1]))
+    wanted = scaled_grouped_linear(*given, backend="scaled_mm")
+    with triton_support.interpreted():
+        found = scaled_grouped_linear(*given, backend="scaled_mm")
+    assert wanted.isfinite().all() and error(found, wanted) < CLOSE

@@ -309,3 +309,12 @@ def test_a_model_that_is_dense_again_trains_its_weights(fp8: Path) -> None:
     model = dequantize_model(load(fp8), torch.float32)
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_weights_beyond_the_range_of_float16() -> None:
+    """Their gradients are not, if the gradients of the outputs are small."""
+    linear = nn.Linear(64, 72, bias=False)
+    linear.weight.data.mul_(1e6)
+    module = QuantizedLinear.from_linear(linear, FP8_DYNAMIC, backend="weight_only")
+    x, seed = (torch.randn(4, 64) * 1e-4).half(), (torch.randn(4, 72) * 1e-4).half()
+    assert error(grad_of(module, x, seed).float(), seed.float() @ module.dequantized_weight()) < 1e-3

@@ -125,9 +125,12 @@ def _move(func: Any, weight: QuantizedWeight, rest: Any, kwargs: Any) -> Any:
         return func(values(weight), *rest, **kwargs)
     moved = func(weight.codes, *rest, **kwargs)
     first = moved if isinstance(moved, torch.Tensor) else moved[0] if len(moved) else weight.codes
-    is_part = not (is_whole(weight) and first.shape == weight.codes.shape)
-    if is_part and is_copy(first, weight.codes) and not weight._source.exported:
-        return func(values(weight), *rest, **kwargs)  # a copied part is only useful as values, except in a state dict
+    if is_copy(first, weight.codes):
+        if name_of(func) == "__getitem__":  # indexed by lists: rows in another order, or some of them
+            return func(values(weight), *rest, **kwargs)
+        is_part = not (is_whole(weight) and first.shape == weight.codes.shape)
+        if is_part and not weight._source.exported:
+            return func(values(weight), *rest, **kwargs)  # a copied part is only useful as values, except in a state dict
     if isinstance(moved, torch.Tensor):
         found = moved_weight(weight, moved, lambda found: func(found, *rest, **kwargs))
         if weight.requires_grad and moved.requires_grad:  # `values` refuses it
