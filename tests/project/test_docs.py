@@ -76,6 +76,13 @@ def test_the_tables_of_the_design_name_every_module() -> None:
     assert sorted(named) == sorted({*modules, "kernels"})
 
 
+@every_page
+def test_rows_of_a_table_have_its_columns(path: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", path.read_text() + "\n", re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`", "", row).count("|") for row in table.splitlines()]
+        assert len(set(rows)) == 1, table
+
+
 def test_errors_in_the_table_of_formats_exist() -> None:
     text = (ROOT / "docs" / "formats.md").read_text().partition("## What is refused")[2].partition("\n## ")[0]
     named = re.findall(r"\| `(\w+)` \|$", text, re.MULTILINE)
