@@ -6,30 +6,35 @@ NCCL (before compute capability 9.0) can send FP8.
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.base import QuantizedModule
-from .patches import patch
+from .patches import wrap
 
 # The attribute in which DistributedDataParallel looks for the names of parameters to ignore.
 IGNORED = "_ddp_params_and_buffers_to_ignore"
-_host: Any = DistributedDataParallel.__init__
 
 
 def install() -> None:
     """Wrap DistributedDataParallel. Harmless when repeated."""
-    patch(DistributedDataParallel, "__init__", _init)
+    wrap(DistributedDataParallel, "__init__", _init)
 
 
-@wraps(_host)
-def _init(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    if names := quantized_names(module):
-        setattr(module, IGNORED, sorted({*getattr(module, IGNORED, ()), *names}))
-    _host(self, module, *args, **kwargs)
+def _init(host: Any, self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    names, before = quantized_names(module), vars(module).get(IGNORED)
+    if not names:
+        host(self, module, *args, **kwargs)
+        return
+    setattr(module, IGNORED, sorted({*getattr(module, IGNORED, ()), *names}))
+    try:
+        host(self, module, *args, **kwargs)  # it copies the list
+    finally:  # the layers may be dense when the model is wrapped again
+        delattr(module, IGNORED)
+        if before is not None:
+            setattr(module, IGNORED, before)
 
 
 def quantized_names(model: nn.Module) -> list[str]:

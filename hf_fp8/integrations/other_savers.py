@@ -5,14 +5,13 @@ They write a state dict without saying that it contains codes (stored 8-bit valu
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 from torch import nn
 
 from ..errors import UnsupportedError
 from ..nn.base import QuantizedModule
-from .patches import is_patched, patch
+from .patches import wrap
 
 _METHOD = "save_pretrained"
 
@@ -22,23 +21,19 @@ def guard_savers(model: nn.Module) -> None:
     for module in model.modules():
         for cls in type(module).__mro__:
             # The method of transformers is wrapped in `pretrained`.
-            if _METHOD in vars(cls) and not is_patched(cls, _METHOD) and cls.__module__.partition(".")[0] != "transformers":
-                patch(cls, _METHOD, _refusing(vars(cls)[_METHOD]))
+            if _METHOD in vars(cls) and cls.__module__.partition(".")[0] != "transformers":
+                wrap(cls, _METHOD, _save_pretrained, lasting=True)
 
 
-def _refusing(method: Any) -> Any:
-    @wraps(method)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        name = _unspoken_for(self) if isinstance(self, nn.Module) else None
-        if name is not None:
-            raise UnsupportedError(
-                f"{name} of {type(self).__name__} is a quantized layer: {type(self).__name__}.{_METHOD} would write its codes "
-                "without their scheme, and they would be loaded as weights. Save with hf_fp8.save_quantized(model, folder) and "
-                "load with hf_fp8.load_quantized, or call hf_fp8.dequantize_model(model) first to save a dense model"
-            )
-        return method(self, *args, **kwargs)
-
-    return save_pretrained
+def _save_pretrained(host: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    name = _unspoken_for(self) if isinstance(self, nn.Module) else None
+    if name is not None:
+        raise UnsupportedError(
+            f"{name} of {type(self).__name__} is a quantized layer: {type(self).__name__}.{_METHOD} would write its codes "
+            "without their scheme, and they would be loaded as weights. Save with hf_fp8.save_quantized(model, folder) and "
+            "load with hf_fp8.load_quantized, or call hf_fp8.dequantize_model(model) first to save a dense model"
+        )
+    return host(self, *args, **kwargs)
 
 
 def _unspoken_for(model: nn.Module) -> str | None:

@@ -1,12 +1,13 @@
-"""Replaces attributes of other libraries: for the whole process (`patch`, undone by `restore`), or of one object (`bind`)."""
+"""Replaces attributes of other libraries: for the whole process (`patch`, `wrap`, `restore`), or of one object (`bind`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 _patched: list[tuple[Any, str, Any]] = []  # (owner, name, original value)
+_lasting: list[tuple[Any, str, Callable[..., Any]]] = []  # arguments of `wrap`, for `wrap_again`
 
 
 def patch(owner: Any, name: str, new: Any) -> None:
@@ -18,6 +19,38 @@ def patch(owner: Any, name: str, new: Any) -> None:
     if not is_patched(owner, name):
         _patched.append((owner, name, before))
         setattr(owner, name, new)
+
+
+def wrap(owner: Any, name: str, function: Callable[..., Any], *, lasting: bool = False) -> None:
+    """Replace the method or function `name` by one that calls ``function(replaced, *args, **kwargs)``.
+
+    A method gets its instance, and a class method its class, after `replaced`. Signature and source still look like those of
+    what was replaced. Does nothing if it is replaced already. lasting: `wrap_again` wraps it again after `restore`.
+    """
+    if is_patched(owner, name):
+        return
+    before = vars(owner)[name]
+    replaced = getattr(before, "__func__", before)
+    new = calling(function, replaced)
+    patch(owner, name, new if replaced is before else type(before)(new))
+    if lasting and (owner, name, function) not in _lasting:
+        _lasting.append((owner, name, function))
+
+
+def calling(function: Callable[..., Any], replaced: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(replaced, ...)`` as a function that looks like `replaced`."""
+
+    @wraps(replaced)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(replaced, *args, **kwargs)
+
+    return wrapper
+
+
+def wrap_again() -> None:
+    """Repeat each `wrap` that is `lasting`."""
+    for owner, name, function in _lasting:
+        wrap(owner, name, function)
 
 
 def is_patched(owner: Any, name: str) -> bool:

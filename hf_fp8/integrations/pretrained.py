@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,28 @@ from ..nn.base import QuantizedModule
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import copy_hooks, replace_module
 from .locks import one_at_a_time, while_changing
-from .patches import patch
+from .patches import wrap
 from .peft.state import adapters as adapters_on
 from .quantizer import FP8HfQuantizer
 from .saving import FILE_DTYPES, restore_dtypes
 
 logger = logging.get_logger(__name__)
-_host_load: Callable[..., Any] = PreTrainedModel.__dict__["from_pretrained"].__func__
-_host_load_files: Callable[..., Any] = PreTrainedModel.__dict__["_load_pretrained_model"].__func__
-_host_save = PreTrainedModel.save_pretrained
-_host_resize = PreTrainedModel.resize_token_embeddings
-_host_dtype = modeling_utils.local_torch_dtype
 
 
 def install() -> None:
     """Wrap these methods. Harmless when repeated."""
-    patch(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    patch(PreTrainedModel, "_load_pretrained_model", staticmethod(load_files))
-    patch(PreTrainedModel, "save_pretrained", save_pretrained)
-    patch(PreTrainedModel, "resize_token_embeddings", resize_token_embeddings)
-    patch(modeling_utils, "local_torch_dtype", local_torch_dtype)
+    wrap(PreTrainedModel, "from_pretrained", from_pretrained)
+    wrap(PreTrainedModel, "_load_pretrained_model", load_files)
+    wrap(PreTrainedModel, "save_pretrained", save_pretrained)
+    wrap(PreTrainedModel, "resize_token_embeddings", resize_token_embeddings)
+    wrap(modeling_utils, "local_torch_dtype", local_torch_dtype)
 
 
-@wraps(_host_load)
-def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+def from_pretrained(host: Any, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.from_pretrained`, one model at a time in a process; `loading` keeps arguments for the quantizer."""
-    with one_at_a_time(), loading(name, kwargs):
+    with one_at_a_time(), loading(pretrained_model_name_or_path, kwargs):
         try:
-            return _host_load(cls, name, *args, **kwargs)
+            return host(cls, pretrained_model_name_or_path, *args, **kwargs)
         except RuntimeError as error:
             if broken := current().broken:
                 raise MismatchError("; ".join(broken)) from error
@@ -56,24 +49,24 @@ def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def local_torch_dtype(*args: Any, **kwargs: Any) -> Iterator[None]:
+def local_torch_dtype(host: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     """The host's block with another default dtype, in which it builds models (also `from_config`): one thread at a time."""
-    with while_changing(), _host_dtype(*args, **kwargs):
+    with while_changing(), host(*args, **kwargs):
         yield
 
 
-@wraps(_host_load_files)
-def load_files(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+def load_files(
+    host: Any, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """`PreTrainedModel._load_pretrained_model`; raises for codes (stored 8-bit values) whose scales would not be loaded."""
     quantizer = load_config.hf_quantizer
     if checkpoint_files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
         method = None if quantizer is None else quantizer.quantization_config.quant_method
         refuse_undeclared(model, checkpoint_files, load_config.weight_mapping or [], getattr(method, "value", method))
-    return _host_load_files(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+    return host(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
-@wraps(_host_save)
-def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained`. Raises UnsupportedError for a model of which only a part was quantized, since its
     config does not describe the codes, and for a model with adapters, since they change the names of layers.
 
@@ -84,7 +77,7 @@ def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -
     if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
         kwargs["state_dict"] = self.state_dict()
         restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=dtype_of(self))
-    saved = _host_save(self, save_directory, *args, **kwargs)
+    saved = host(self, save_directory, *args, **kwargs)
     _drop_stale_index(Path(save_directory))
     return saved
 
@@ -105,7 +98,7 @@ def _refuse_unsavable(model: Any, options: dict[str, Any]) -> None:
         )
     if options.get("save_original_format", True) is False and isinstance(quantizer, FP8HfQuantizer):
         layout = quantizer.layout
-        if layout is not None and (layout.dense or layout.experts or quantizer.unplaced):
+        if layout is not None and (layout.dense or layout.experts or quantizer.unplaced.keys):
             raise UnsupportedError(
                 "save_original_format=False skips the conversions that write weights back in FP8, which this model needs: "
                 "leave it at True, or call model.dequantize() first to save a dense model"
@@ -126,14 +119,13 @@ def _drop_stale_index(folder: Path) -> None:
         index.unlink()
 
 
-@wraps(_host_resize)
-def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+def resize_token_embeddings(host: Any, self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.resize_token_embeddings`; first dequantizes a quantized output embedding, as new rows have no scale."""
     embedding = self.get_input_embeddings()
     resized = new_num_tokens is not None and new_num_tokens != getattr(embedding, "num_embeddings", None)
     if resized or args or kwargs.get("pad_to_multiple_of") is not None:
         _make_head_dense(self)
-    return _host_resize(self, new_num_tokens, *args, **kwargs)
+    return host(self, new_num_tokens, *args, **kwargs)
 
 
 def _make_head_dense(model: Any) -> None:

@@ -66,7 +66,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.layout: Layout | None = None
         self.host: CompressedTensorsHfQuantizer | None = None
         self.extra: dict[str, torch.Tensor] = {}
-        self.unplaced: Unplaced | None = None
+        self.unplaced = Unplaced(Checkpoint([]), {})
         self._host_scales: dict[str, torch.Tensor] = {}
         self._files: list[str] = []
         self._device_map: Any = None
@@ -341,8 +341,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 return None, {}
             if leave_experts(model, self.quantization_config, self.layout):
                 model._weight_conversions = self._conversions_of_dense_experts()
-            carried = self.unplaced.keys.values() if self.unplaced is not None else ()
-            fit_config(model, self.quantization_config, self.layout, carried)
+            fit_config(model, self.quantization_config, self.layout, self.unplaced.keys.values())
         if self._dense_because is None and not self.quantization_config.dequantize:
             warn_of_readers(model, self.quantization_config)
         state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
@@ -352,7 +351,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             recompress(model, state)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
         restore_dtypes(model, state, self.layout.file_dtypes, beyond=dtype_of(model) if self.planned is not None else None)
-        extra = {**self.extra, **(self.unplaced.read() if self.unplaced is not None else {})}
+        extra = {**self.extra, **self.unplaced.read()}
         keep_names(model, extra, self._file_names(self.layout))
         return {**state, **extra}, {}
 
@@ -360,7 +359,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Name under which a tensor is passed to the saver -> key in the files, for all but dense tensors."""
         weights = [w for w in [*layout.scan.weights, *layout.scan.host] if w.target and w.part is None]
         named = {w.saved[role]: key for w in weights for role, key in w.keys.items()}
-        return named | layout.extra | (self.unplaced.keys if self.unplaced is not None else {})
+        return named | layout.extra | self.unplaced.keys
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get them back unchanged."""

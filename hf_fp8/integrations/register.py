@@ -14,13 +14,13 @@ from ..checkpoint.config_groups import concerns_fp8
 from ..checkpoint.quantization_spec import METHOD, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
+from ..loading.options import current
 from . import ddp, patches, pretrained
 from .config import METHODS, OUR_METHOD, FP8Config
 from .peft import install as peft
 from .quantizer import FP8HfQuantizer
 from .requests import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
 
-_host_door = modeling_utils.get_hf_quantizer
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
@@ -30,11 +30,12 @@ def register() -> None:
     if OUR_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(OUR_METHOD)(FP8HfQuantizer)
         auto.register_quantization_config(OUR_METHOD)(FP8Config)
-    patches.patch(modeling_utils, "get_hf_quantizer", get_hf_quantizer)
+    patches.wrap(modeling_utils, "get_hf_quantizer", get_hf_quantizer)
     pretrained.install()
     ddp.install()
     peft.install()
     plain_pickle.install()
+    patches.wrap_again()
 
 
 def unregister() -> None:
@@ -59,7 +60,7 @@ def quantizer_for(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
     return FP8HfQuantizer(quantization_config, **kwargs)
 
 
-def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's function; for FP8, the checkpoint's config and the user's are merged here (`merge`).
 
     The host's own merge requires that both are of one class, so it refuses an FP8Config, or a dict,
@@ -78,7 +79,7 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
             for key in _CONFIG_KEYS:
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
-        return _host_door(config, None, *args, **kwargs)
+        return host(config, None, *args, **kwargs)
     if before is not None and concerns_fp8(before):
         # The config of a model that was loaded from FP8 and then dequantized, or made int8: the files decide.
         if asks_to_quantize(quantization_config):
@@ -88,10 +89,10 @@ def get_hf_quantizer(config: PreTrainedConfig, quantization_config: Any, *args: 
             )
         config.quantization_config = merge(before, quantization_config)
         config.quantization_config.of_another_load = True
-        return _host_door(config, None, *args, **kwargs)
+        return host(config, None, *args, **kwargs)
     if is_for_us(quantization_config) and not (written is not None and is_stock(quantization_config)):
         quantization_config = _for_another_kind(config, written, asked_for(quantization_config))
-    return _host_door(config, quantization_config, *args, **kwargs)
+    return host(config, quantization_config, *args, **kwargs)
 
 
 def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, asked: FP8Config) -> CompressedTensorsConfig:
@@ -157,7 +158,7 @@ def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     found = getattr(config, "quantization_config", None)
     if isinstance(found, FP8Config) and found.spec.origin is not None:
         return found.spec.origin.to_json()  # the model was made int8
-    if found is not None or not config.name_or_path:
+    if found is not None or not config.name_or_path or current().has_float_state:
         return None
     try:
         on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)

@@ -50,7 +50,8 @@ def is_request(found: Any) -> bool:
 
 
 def _are_options(passed: Mapping[str, Any]) -> bool:
-    return plain(passed.get("quant_method")) == OUR_METHOD or "scheme" in passed or set(passed) <= set(DEFAULTS)
+    method = plain(passed.get("quant_method"))
+    return method == OUR_METHOD or ("scheme" in passed and method in (None, *METHODS)) or set(passed) <= set(DEFAULTS)
 
 
 def asked_for(passed: Any) -> FP8Config:

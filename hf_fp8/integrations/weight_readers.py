@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,24 +16,20 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..loading.model_code import read_by_methods
 from ..nn.base import QuantizedModule
-from .patches import is_patched, patch
+from .patches import wrap
 
 
 def guard_readers(model: nn.Module) -> None:
     """Wrap such methods of `model` and its submodules, if they read a quantized layer, so that they get float copies."""
     for module in model.modules():
         for (cls, name), paths in read_by_methods(type(module)).items():  # type: ignore[arg-type]  # as in `reads`
-            if not is_patched(cls, name) and any(_quantized(module, path) is not None for path in paths):
-                patch(cls, name, _on_float_copies(vars(cls)[name], paths))
+            if any(_quantized(module, path) is not None for path in paths):
+                wrap(cls, name, partial(_on_float_copies, paths), lasting=True)
 
 
-def _on_float_copies(method: Any, paths: frozenset[str]) -> Any:
-    @wraps(method)
-    def reader(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _float_copies(self, paths):
-            return method(self, *args, **kwargs)
-
-    return reader
+def _on_float_copies(paths: frozenset[str], host: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    with _float_copies(self, paths):
+        return host(self, *args, **kwargs)
 
 
 @contextmanager

@@ -166,10 +166,14 @@ def test_what_a_user_leaves_out_stays_out(tmp_path: Path) -> None:
     setattr(model, IGNORED, ["mine"])
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     try:
-        nn.parallel.DistributedDataParallel(model)
+        found = nn.parallel.DistributedDataParallel(model)
+        names = set(quantized_names(model))
+        hf_fp8.dequantize_model(model)
+        again = nn.parallel.DistributedDataParallel(model)  # now the weights are trained with the others
     finally:
         dist.destroy_process_group()
-    assert set(getattr(model, IGNORED)) == {"mine", *quantized_names(model)}
+    assert found.parameters_to_ignore == {"mine", *names} and getattr(model, IGNORED) == ["mine"]
+    assert again.parameters_to_ignore == {"mine"}
 
 
 def test_a_model_without_codes_is_left_alone(tmp_path: Path) -> None:

@@ -13,17 +13,23 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from support.build import differing, tensors, tiny_llama
+from support.build import differing, load, logits, tensors, tiny_llama
 from support.moe import qwen3_moe
 from support.other_formats import OTHER_FORMATS, write_other
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel, core_model_loading, modeling_utils
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    core_model_loading,
+    modeling_utils,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 import hf_fp8
 from hf_fp8 import FP8Config
-from hf_fp8.integrations import pretrained as host_methods
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -77,6 +83,7 @@ def test_plain_models_load_as_ever(tmp_path: Path) -> None:
 
 def test_register_and_unregister_are_idempotent() -> None:
     ours = modeling_utils.get_hf_quantizer
+    assert inspect.unwrap(ours) is auto.get_hf_quantizer
     hf_fp8.register()
     assert modeling_utils.get_hf_quantizer is ours
     hf_fp8.unregister()
@@ -85,7 +92,18 @@ def test_register_and_unregister_are_idempotent() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["compressed-tensors"] is CompressedTensorsHfQuantizer
     assert "hf_fp8" not in auto.AUTO_QUANTIZER_MAPPING
     hf_fp8.register()
-    assert modeling_utils.get_hf_quantizer is ours
+    again = modeling_utils.get_hf_quantizer
+    assert again.__code__ is ours.__code__ and again.__wrapped__ is auto.get_hf_quantizer
+
+
+def test_arguments_by_the_names_of_the_host(fp8: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=fp8, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(load(fp8)))
+    model.save_pretrained(save_directory=str(fp8.parent / "saved"))
+    assert (fp8.parent / "saved" / "config.json").exists()
+    for name in ("from_pretrained", "save_pretrained", "resize_token_embeddings", "_load_pretrained_model"):
+        theirs = list(inspect.signature(inspect.unwrap(getattr(PreTrainedModel, name))).parameters)
+        assert list(inspect.signature(getattr(PreTrainedModel, name)).parameters) == [n for n in theirs if n != "cls"]
 
 
 class TestHost:
@@ -124,21 +142,21 @@ class TestHost:
         """`update_attn_implementation`, in which the folder is looked at, and which is given the model's config."""
         assert list(inspect.signature(HfQuantizer.update_attn_implementation).parameters) == ["self", "config"]
         assert ".update_attn_implementation(config)" in inspect.getsource(auto.get_hf_quantizer)
-        source = inspect.getsource(host_methods._host_load)
+        source = inspect.getsource(PreTrainedModel.from_pretrained)
         assert source.index("get_hf_quantizer(") < source.index("_get_resolved_checkpoint_files(")
 
     def test_methods_that_are_wrapped(self) -> None:
-        assert list(inspect.signature(host_methods._host_load_files).parameters)[:4] == [
+        assert list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters)[:4] == [
             "model", "state_dict", "checkpoint_files", "load_config",
         ]  # fmt: skip
         assert {"hf_quantizer", "weight_mapping"} <= set(inspect.signature(modeling_utils.LoadStateDictConfig).parameters)
-        assert "cls._load_pretrained_model(" in inspect.getsource(host_methods._host_load)
+        assert "cls._load_pretrained_model(" in inspect.getsource(PreTrainedModel.from_pretrained)
         options = {"variant", "use_safetensors", "ignore_mismatched_sizes", "subfolder", "gguf_file"}
-        named = set(inspect.signature(host_methods._host_load).parameters)
-        popped = set(re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(host_methods._host_load)))
+        named = set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+        popped = set(re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(PreTrainedModel.from_pretrained)))
         assert options <= named | popped
-        assert list(inspect.signature(host_methods._host_resize).parameters)[1] == "new_num_tokens"
-        assert list(inspect.signature(host_methods._host_save).parameters)[:4] == [
+        assert list(inspect.signature(PreTrainedModel.resize_token_embeddings).parameters)[1] == "new_num_tokens"
+        assert list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[:4] == [
             "self", "save_directory", "is_main_process", "state_dict",
         ]  # fmt: skip
 

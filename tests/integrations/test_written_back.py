@@ -534,6 +534,12 @@ def test_one_file_over_several_leaves_no_index(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "saved")), logits(load(tmp_path / "fp8")))
 
 
+def test_the_models_own_form_is_saved_where_it_is_that_of_the_files(fp8: Path, tmp_path: Path) -> None:
+    model = load(fp8)
+    model.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
 def test_the_models_own_form_is_refused_where_it_would_be_misread(tmp_path: Path) -> None:
     write(MOE["mixtral"](), tmp_path / "fp8", quantized=is_linear)
     model = load(tmp_path / "fp8")

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.code_types import FP8
+from hf_fp8.integrations.requests import is_for_us, is_request
 
 
 @pytest.mark.parametrize("config", [KEEP, FP8Config(backend="scaled_mm")], ids=["weight_only", "scaled_mm"])
@@ -270,3 +271,17 @@ def test_other_formats_keep_their_scales_too(dtype: torch.dtype, forward_first: 
     read, saved = tensors(path), tensors(tmp_path / "saved")
     quantized = {name for name in read if "weight_" in name or read[name].dtype == FP8}
     assert quantized <= set(saved) and not quantized & set(differing(read, saved))
+
+
+def test_a_state_dict_of_floats_beside_the_config_of_a_dequantized_model(fp8: Path) -> None:
+    """There are no files to be checked, and nothing in it is codes."""
+    model = load(fp8).dequantize()
+    state = model.state_dict()
+    again = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=state, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_configs_of_other_methods_may_have_a_scheme() -> None:
+    for method, ours in (("quark", False), ("auto-round", False), ("hf_fp8", True), (None, True)):
+        given = {"scheme": "FP8_DYNAMIC", **({} if method is None else {"quant_method": method})}
+        assert is_request(given) == is_for_us(given) == ours, method

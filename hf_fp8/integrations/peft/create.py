@@ -55,21 +55,18 @@ _OF_STACKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def inject_adapter(host: Any) -> Any:
-    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's method; on quantized layers `_create` creates each adapter, and the tuner logs what it merges into them."""
-        if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+def inject_adapter(host: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's method; on quantized layers `_create` creates each adapter, and the tuner logs what it merges into them."""
+    if not any(isinstance(module, QuantizedModule) or RECORD in vars(module) for module in model.modules()):
+        return host(self, model, adapter_name, *args, **kwargs)
+    for name, method in _OF_TUNERS.items():
+        bind(self, name, method)
+    bind(self, "_create_and_replace", _create)
+    try:
+        with reporting():
             return host(self, model, adapter_name, *args, **kwargs)
-        for name, method in _OF_TUNERS.items():
-            bind(self, name, method)
-        bind(self, "_create_and_replace", _create)
-        try:
-            with reporting():
-                return host(self, model, adapter_name, *args, **kwargs)
-        finally:
-            del self._create_and_replace
-
-    return inject_adapter
+    finally:
+        del self._create_and_replace
 
 
 def _create(tuner: Any, config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
@@ -222,13 +219,8 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
         )
 
 
-def refuse_all(why: str) -> Any:
-    def refuse_all(host: Any) -> Any:
-        def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(module, QuantizedModule) for module in model.modules()):
-                raise UnsupportedError(f"{why}. Its adapters could read codes as weights: load with FP8Config(dequantize=True)")
-            return host(self, model, *args, **kwargs)
-
-        return inject_adapter
-
-    return refuse_all
+def refuse_all(why: str, host: Any, self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `inject_adapter`, which refuses quantized layers. why: the reason."""
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise UnsupportedError(f"{why}. Its adapters could read codes as weights: load with FP8Config(dequantize=True)")
+    return host(self, model, *args, **kwargs)

@@ -11,7 +11,7 @@ methods to the tuners and adapters on these layers (`create.inject_adapter`, `cr
 from __future__ import annotations
 
 import sys
-from functools import wraps
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import resolve_name
@@ -20,7 +20,7 @@ from typing import Any
 from packaging import version
 
 from ..import_hook import after_import, cancel
-from ..patches import is_patched, patch
+from ..patches import calling, is_patched, patch, wrap
 from .create import inject_adapter, refuse_all
 from .prepare import prepare, reduce_intruders, update_copy, with_float_heads
 
@@ -64,10 +64,10 @@ def _teach() -> None:
     except Exception:  # does not work with this transformers: users of PEFT get its own error
         return
     if (why := _why_unknown(found)) is not None:
-        _wrap(tuner, "inject_adapter", refuse_all(f"PEFT {found} is not supported by hf_fp8: {why}"))
+        wrap(tuner, "inject_adapter", partial(refuse_all, f"PEFT {found} is not supported by hf_fp8: {why}"))
         return
-    _wrap(tuner, "inject_adapter", inject_adapter)
-    _wrap(resolve_name("peft.utils.other:ModulesToSaveWrapper"), "update", update_copy)
+    wrap(tuner, "inject_adapter", inject_adapter)
+    wrap(resolve_name("peft.utils.other:ModulesToSaveWrapper"), "update", update_copy)
     _wrap_everywhere("peft.utils.other", "prepare_model_for_kbit_training", prepare)
     _wrap_everywhere("peft.utils.save_and_load", "get_peft_model_state_dict", with_float_heads)
     if find_spec("peft.tuners.lora.intruders") is not None:  # from 0.21 on
@@ -85,18 +85,13 @@ def _why_unknown(found: str) -> str | None:
     return None
 
 
-def _wrap(owner: Any, name: str, wrapper: Any) -> None:
-    before = vars(owner)[name]
-    patch(owner, name, wraps(before)(wrapper(before)))
-
-
-def _wrap_everywhere(module: str, name: str, wrapper: Any) -> None:
+def _wrap_everywhere(module: str, name: str, function: Any) -> None:
     """Wrap a function where it is defined, and in every module that has imported it, users' modules included, by any name."""
     owner = import_module(module)
     if is_patched(owner, name):
         return
-    function = vars(owner)[name]
-    wrapped = wraps(function)(wrapper(function))
+    replaced = vars(owner)[name]
+    wrapper = calling(function, replaced)
     for known in list(sys.modules.values()):
-        for leaf in [leaf for leaf, held in list(getattr(known, "__dict__", {}).items()) if held is function]:
-            patch(known, leaf, wrapped)
+        for leaf in [leaf for leaf, held in list(getattr(known, "__dict__", {}).items()) if held is replaced]:
+            patch(known, leaf, wrapper)

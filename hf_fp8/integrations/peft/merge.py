@@ -102,6 +102,7 @@ def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> 
     holder = innermost(record.layers[0])
     now, merged_now, unmerged_now = holder.base_layer, _merged(record), record.unmerged
     base = record.unmerged or now
+    ours = now is base or now is record.merged or isinstance(now, QuantizedModule)  # not replaced by a dense layer meanwhile
     if has_offload_hook(base):
         raise UnsupportedError(
             f"{record.name} is offloaded, and merging would have to write its offload file: load the model without offloading "
@@ -112,19 +113,22 @@ def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> 
         if any(wanted.values()):
             holder.base_layer = base.to_dense(torch.float32).requires_grad_(False)
         for layer in record.layers:
-            layer.merged_adapters = []
+            layer.merged_adapters.clear()  # in place: shallow copies of the layer share the list
             if wanted.get(id(layer)):
                 layer.merge(safe_merge=safe_merge, adapter_names=wanted[id(layer)])
         if any(layer.merged_adapters for layer in record.layers):
-            holder.base_layer = record.merged = finalize_merge(record.name, base, holder.base_layer)
+            if ours:
+                holder.base_layer = record.merged = finalize_merge(record.name, base, holder.base_layer)
+            else:
+                holder.base_layer = holder.base_layer.to(next(now.parameters()).dtype)
         else:
-            holder.base_layer = _as_it_was(base, now, now is record.merged or now is base)
+            holder.base_layer = _as_it_was(base, now, ours)
             record.unmerged = record.merged = None
             forget(record.name)
     except BaseException:
         holder.base_layer, record.unmerged = now, unmerged_now
         for layer in record.layers:
-            layer.merged_adapters = merged_now[id(layer)]
+            layer.merged_adapters[:] = merged_now[id(layer)]
         raise
     finally:
         record.open = False
@@ -133,8 +137,8 @@ def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> 
 def _as_it_was(base: QuantizedModule, now: nn.Module, ours: bool) -> nn.Module:
     """`base`, the original layer, on the device and in the dtype of `now`, the layer that replaced it.
 
-    ours: whether `now` is still the layer that merging put there. If the user has replaced it by a dense layer, the result
-    is dense, too.
+    ours: whether `now` is a layer that merging put there, or quantized. If the user has replaced it by a dense layer, the
+    result is dense, too.
     """
     like = next(now.parameters())
     base = base.to(like.device)
@@ -143,7 +147,8 @@ def _as_it_was(base: QuantizedModule, now: nn.Module, ours: bool) -> nn.Module:
         bias.data = bias.data.to(other.dtype)
     if not base.is_offloaded and base.has_static_input:
         base.see_calibration()  # the scales are shared, and may have been measured meanwhile
-    kept = base if ours or isinstance(now, QuantizedModule) else base.to_dense(like.dtype).requires_grad_(False)
+    base.original_dtype = now.original_dtype if isinstance(now, QuantizedModule) else like.dtype
+    kept = base if ours else base.to_dense(like.dtype).requires_grad_(False)
     return kept.train(now.training)
 
 

@@ -239,6 +239,49 @@ def test_made_dense_while_merged(fp8: Path, tmp_path: Path) -> None:
     assert error(logits(model), before) < 1e-6
 
 
+def test_merged_again_after_it_was_made_dense() -> None:
+    """Into the dense layers, with nothing rounded."""
+    net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    model = adapted(quantize_model(net, backend="weight_only"), target_modules=["0", "2"])
+    x = torch.randn(5, 32)
+    wanted = {None: model(x)}
+    model.merge_adapter()
+    dequantize_model(model.get_base_model(), torch.float32)
+    model.add_adapter("b", LoraConfig(target_modules=["0", "2"], init_lora_weights=False))
+    model.merge_adapter(["b"])
+    assert not [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    model.unmerge_adapter()
+    assert error(model(x), wanted[None]) < 1e-6
+    plain = model.merge_and_unload(adapter_names=["default"])
+    assert error(plain(x), wanted[None]) < 1e-6 and not [m for m in plain.modules() if isinstance(m, QuantizedModule)]
+
+
+def test_shallow_copies_are_the_same_adapter() -> None:
+    """As in PEFT: modules and lists are shared, so that either is merged and unmerged through the other."""
+    for dense in (False, True):
+        net = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+        model = adapted(net if dense else quantize_model(net, backend="weight_only"), target_modules=["0"])
+        layer, x = model.base_model.model[0], torch.randn(5, 32)
+        before = layer(x)
+        for first, second in ((copy.copy(layer), layer), (layer, copy.copy(layer))):
+            first.merge()
+            assert first.merged and second.merged
+            assert error(first(x), before) < 0.1 and torch.equal(first(x), second(x))
+            second.unmerge()
+            assert not first.merged and not second.merged
+            assert error(first(x), before) < 1e-6 and error(second(x), before) < 1e-6
+
+
+def test_cast_while_merged(fp8: Path) -> None:
+    """The weight is read in the dtype of the model afterwards, too."""
+    model = adapted(load(fp8, dtype=torch.bfloat16), target_modules=["q_proj"])
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert isinstance(base, QuantizedLinear) and (base.weight * 1).dtype == torch.float32
+
+
 def test_merged_in_inference_mode_and_trained_on(fp8: Path) -> None:
     model = adapted(load(fp8))
     with torch.inference_mode():
@@ -248,13 +291,14 @@ def test_merged_in_inference_mode_and_trained_on(fp8: Path) -> None:
 
 
 @pytest.mark.parametrize("into", ["quantized", "dense"])
-def test_a_weight_is_changed_at_the_start_only_while_nothing_is_merged(into: str, fp8: Path) -> None:
-    model = adapted(load(fp8), target_modules=["q_proj"])
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"], ids=str)
+def test_a_weight_is_changed_at_the_start_only_while_nothing_is_merged(into: str, targets: Any, fp8: Path) -> None:
+    model = adapted(load(fp8), target_modules=targets)
     before, base = logits(model), held(model)
     with merging(into):
         model.merge_adapter()
     with pytest.raises(UnsupportedError, match="unmerge them first"):
-        model.add_adapter("pissa", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+        model.add_adapter("pissa", LoraConfig(target_modules=targets, init_lora_weights="pissa"))
     model.unmerge_adapter()
     assert all(torch.equal(tensor, base[name]) for name, tensor in held(model).items())
     assert torch.equal(logits(model), before)
