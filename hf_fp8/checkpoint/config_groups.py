@@ -6,7 +6,6 @@ and which of those hf_fp8 runs, and matches names as compressed-tensors does (ut
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +73,7 @@ def matching(names: Iterable[str], classes: Iterable[str], targets: Iterable[str
 def groups_of(groups: Iterable[Group], names: Iterable[str], classes: Iterable[str]) -> list[Group]:
     """The groups whose targets match a module, the most specific match first."""
     by_target: dict[str, list[Group]] = {}
-    for group in groups:
+    for group in reversed([*groups]):  # of two groups with one target the last is meant, as in compressed-tensors
         for target in group.targets:
             by_target.setdefault(target, []).append(group)
     found = (group for target in matching(names, classes, by_target) for group in by_target[target])
@@ -142,7 +141,7 @@ def with_presets(groups: Any) -> dict[str, Any]:
     for name, group in groups.items():
         if isinstance(group, list):
             try:
-                group = json.loads(preset_name_to_scheme(name, group).model_dump_json())
+                group = preset_name_to_scheme(name, group).model_dump(mode="json")
             except KeyError:
                 raise ConfigError(f"quantization_config.config_groups[{name!r}]: no preset has that name") from None
             except ValueError as error:
@@ -246,7 +245,7 @@ def _value(x: Any) -> Any:
 
 
 def read_group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
-    weights = None if parsed.weights is None else json.loads(parsed.weights.model_dump_json())
+    weights = None if parsed.weights is None else parsed.weights.model_dump(mode="json")
     fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
     fmt = _value(parsed.format) or _value(config.format)
     return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)
@@ -340,7 +339,7 @@ def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
         input_activations=None if scheme.input is None else _arguments(scheme.input, "token"),
         format=fmt,
     )
-    written: dict[str, Any] = json.loads(group.model_dump_json())
+    written: dict[str, Any] = group.model_dump(mode="json")
     return written
 
 

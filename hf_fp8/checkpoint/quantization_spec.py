@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from ..errors import ConfigError
 from ..formats.scheme import INT8_DYNAMIC, SCHEMES, Scheme, scheme_named
-from .config_groups import Group, asked_groups, match, parse, read_group, with_presets, write_group, written_config
+from .config_groups import Group, asked_groups, groups_of, match, parse, read_group, with_presets, write_group, written_config
 
 LINEARS = ["Linear"]  # the targets of a scheme without any
 METHOD = "compressed-tensors"
@@ -75,9 +74,7 @@ class QuantizationSpec:
         called, classes = tuple(called), tuple(classes)
         if match(called, classes, self.ignore):
             return None
-        by_target = {target: group for group in self.groups for target in group.targets}
-        found = match(called, classes, by_target)
-        return by_target[found] if found else None
+        return next(iter(groups_of(self.groups, called, classes)), None)
 
     def explicit_targets(self, usual: Sequence[tuple[str, ...]]) -> list[str]:
         """The targets that match only the output embedding or routers. usual: names of all other Linears."""
@@ -210,7 +207,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Scheme | torch.dtype):
         return str(value)
     if hasattr(value, "model_dump_json"):
-        return json.loads(value.model_dump_json())
+        return value.model_dump(mode="json")
     if isinstance(value, Mapping):
         return {plain(key): plain(part) for key, part in value.items()}
     if isinstance(value, set | frozenset):

@@ -42,11 +42,11 @@ class Scan:
 class Owner:
     """The module of the model to which a weight of the files belongs.
 
-    name: its name, for a merged expert the one that it would have in the model. module: the name of the module that exists in
-    the model, None if there is none. cls: its class. has_weight: whether its `weight` is a parameter.
+    names: all its names in a config, that in the files first (`names_of`). module: the name of the module that exists in the
+    model, None if there is none. cls: its class. has_weight: whether its `weight` is a parameter.
     """
 
-    name: str
+    names: tuple[str, ...]
     module: str | None = None
     cls: type[nn.Module] | None = None
     has_weight: bool = False
@@ -66,20 +66,17 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {key: name for key, name in named if name is not None}
 
 
-def scan(
-    checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Owner], params: Collection[str], prefix: str
-) -> Scan:
+def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Owner], params: Collection[str]) -> Scan:
     """Find the quantized weights among the tensors of the files, and check them against the config.
 
-    owners: key of each weight in the files (`weights_of`) -> its module. params: names of the model's parameters. prefix: that
-    of the base model, which names may have or lack.
+    owners: key of each weight in the files (`weights_of`) -> its module. params: names of the model's parameters.
 
     Raises a subclass of CheckpointError, naming the tensor or the config key, for the first contradiction.
     """
     found, used = Scan(), set[str]()
     candidates = []
     for key, name in weights_of(checkpoint).items():
-        names = names_of(name, owners[key].name, prefix)
+        names = owners[key].names
         candidates.append((name, key, names, _group_of(spec, name, names, owners[key], key, checkpoint)))
     _check_groups(spec, [(names, owners[key].classes or ("Linear",), group) for _, key, names, group in candidates])
     for name, key, names, group in candidates:
@@ -113,10 +110,12 @@ def _check_orphans(checkpoint: Checkpoint, used: set[str]) -> None:
             )
 
 
-def names_of(name: str, place: str, prefix: str) -> tuple[str, ...]:
-    """All names of a module in a config: that in the files and that in the model, with and without the base model's prefix."""
+def names_of(name: str, place: str, prefix: str, inside: bool) -> tuple[str, ...]:
+    """All names of a module in a config: that in the files (`name`) and that in the model (`place`), with and without `prefix`,
+    that of the base model. inside: whether the module lies in the base model; a head lies beside it, and has no such name.
+    """
     bare = [n.removeprefix(f"{prefix}.") for n in (name, place)]
-    return tuple(dict.fromkeys((name, place, *bare, *(f"{prefix}.{n}" for n in bare))))
+    return tuple(dict.fromkeys((name, place, *bare, *(f"{prefix}.{n}" for n in bare if inside))))
 
 
 def module_named(key: str, dtype: str, ndim: int) -> str | None:

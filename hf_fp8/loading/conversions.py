@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 from zlib import crc32
 
@@ -42,8 +42,7 @@ def build_conversions(layout: Layout, host: Sequence[WeightTransform]) -> list[W
 
 def for_saving(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
     """Move our converters to the end: transformers' saver tries the last first, and ours match exact names."""
-    last = [c for c in conversions if isinstance(c, RoutedConverter)]
-    return [*(c for c in conversions if c not in last), *last]
+    return sorted(conversions, key=lambda conversion: isinstance(conversion, RoutedConverter))
 
 
 def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[WeightTransform]:
@@ -201,8 +200,6 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
     ) -> None:
         super().__init__(source_patterns, target_patterns, operations, force_cpu=bool(base and base.force_cpu))
         self.routes, self.base, self.reverse = routes, base, reverse
-        if base is not None:
-            self.scope_prefix, self.base_model_prefix = base.scope_prefix, base.base_model_prefix
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         route = self.routes.get(source_key)
@@ -221,14 +218,9 @@ class RoutedConverter(WeightConverter):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedConverter:
         # The loader copies a converter for each parameter it makes; the copies share the routes.
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        for slot in (*WeightTransform.__slots__, *WeightConverter.__slots__):
-            if hasattr(self, slot):
-                object.__setattr__(copy, slot, getattr(self, slot))
-        copy.collected_tensors = defaultdict(list)
-        copy.layer_targets = defaultdict(set)
-        return copy
+        new = copy(self)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
 
 
 class LazyConverter(RoutedConverter):

@@ -38,13 +38,8 @@ def unplaced(checkpoint: Checkpoint, scanned: Scan, keymap: KeyMap) -> list[str]
     """Keys of the files for which the model has no parameter, such as a multi-token prediction layer or obsolete buffers."""
     weights = [*scanned.weights, *scanned.host]
     placed = {key for weight in weights if weight.target for key in weight.keys.values()}
-    left = {key for weight in weights if not weight.target for key in weight.keys.values()}
-    cache = set(scanned.cache)
-    return [
-        key
-        for key in checkpoint.tensors
-        if key not in placed and key not in cache and (key in left or keymap.resolve(key)[0] not in keymap.shapes)
-    ]
+    placed.update(scanned.cache)
+    return [key for key in checkpoint.tensors if key not in placed and keymap.resolve(key)[0] not in keymap.shapes]
 
 
 @dataclass

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..checkpoint.scan import Owner
+from ..checkpoint.scan import Owner, names_of
 from ..formats.storage import WEIGHT
 from ..nn.experts import ExpertsLayout
 from .facts import ModelFacts
@@ -52,6 +52,7 @@ class KeyMap:
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.shapes = shapes
         self.prefix = prefix
+        self._is_base = not any(name.startswith(f"{prefix}.") for name in shapes)
         self.aliases: dict[str, str] = {}
         self.unmapped_experts: tuple[ExpertsLayout, str] | None = None
         self._plain: dict[str, str] = {}
@@ -156,8 +157,16 @@ class KeyMap:
             return self._with_prefix(key), None
         return target, pattern
 
-    def owner(self, key: str, model: ModelFacts) -> Owner:
-        """The module of the model to which the weight `key` of the files belongs."""
+    def names_of(self, name: str, place: str, module: str | None = None) -> tuple[str, ...]:
+        """`scan.names_of` of a module that is called `name` in the files and `place` in the model.
+
+        module: the existing module that it is, or is merged into, if that is not `place`.
+        """
+        inside = self._is_base or (module or place).startswith(f"{self.prefix}.")
+        return names_of(name, place, self.prefix, inside)
+
+    def owner(self, key: str, called: str, model: ModelFacts) -> Owner:
+        """The module of the model to which the weight `key` of the files belongs. called: the name of its module there."""
         if key.endswith("weight_packed"):
             key = key.removesuffix("_packed")
         target, pattern = self.resolve(key)
@@ -166,10 +175,10 @@ class KeyMap:
         place = next((place for place in places if place in model.modules), None)
         if pattern is not None:
             name = self.rename(key).removesuffix(f".{WEIGHT}")  # each expert is named separately
-        if place is None:
-            return Owner(name)
+        if place is None:  # the model lacks it, so nothing is known of it but its name
+            return Owner(names_of(called, name, self.prefix, inside=False))
         module = model.modules[place]
-        return Owner(name, place, module.cls, module.has_weight)
+        return Owner(self.names_of(called, name, place), place, module.cls, module.has_weight)
 
     def _with_prefix(self, name: str) -> str:
         completed: str = rename_source_key(name, [], [], self.prefix, self.shapes)[0]

@@ -70,8 +70,8 @@ def match_checkpoint(
 
     Raises a subclass of CheckpointError if files, config and model contradict each other.
     """
-    owners = {key: keymap.owner(key, model) for key in weights_of(checkpoint)}
-    scanned = scan(checkpoint, spec, owners, model.params.keys(), model.prefix)
+    owners = {key: keymap.owner(key, name, model) for key, name in weights_of(checkpoint).items()}
+    scanned = scan(checkpoint, spec, owners, model.params.keys())
     layout = Layout(
         scan=scanned, aliases=dict(keymap.aliases), prefix=model.prefix, unmapped_experts=keymap.unmapped_experts
     )  # fmt: skip

@@ -126,10 +126,6 @@ class Dequantize(SharedOp):
             out[index].copy_(dense)
         return found if out is None else out
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise AssertionError("RoutedConverter.reverse says how to save")
-
 
 class AsInBase(SharedOp):
     """An operation of transformers' converter, called with the patterns of that converter only, without those of scales."""

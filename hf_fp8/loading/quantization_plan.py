@@ -17,7 +17,7 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from ..checkpoint.config_groups import Group, match
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.scan import ROUTER, module_named, names_of
+from ..checkpoint.scan import ROUTER, module_named
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
 from ..errors import ConfigError, MismatchError, by_reason
 from ..formats.storage import INPUT_SCALE, WEIGHT, TensorForm, format_of
@@ -189,10 +189,12 @@ class _Planner:
             module = module_named(name, info.dtype, len(shape))
             if module is None or len(shape) != 2 or info.dtype not in DENSE_DTYPES:
                 continue
-            place, owner = (module, experts) if part.expert is not None else self._linear(name)
-            if place is not None:
+            if part.expert is not None:
+                names, owner = self.keymap.names_of(module, module, experts), experts
+            else:
+                names, owner = self._linear(name, module)
+            if names:
                 is_expert = part.expert is not None or "experts." in name
-                names = names_of(module, place, self.keymap.prefix)
                 stays = is_dense_by_default(names, owner in self.model.heads)
                 yield _Matrix(name, module, names, shape, owner, is_expert, stays)
 
@@ -204,7 +206,7 @@ class _Planner:
             return None, whole
         experts, layout, leaf = stack
         if not (key.endswith(f".{leaf}") and self.keymap.keeps(key, info.shape)):
-            if self.choose(names_of(key, key, self.keymap.prefix), experts):
+            if self.choose(self.keymap.names_of(key, key, experts), experts):
                 plan.reasons[key] = "experts stacked under a name for which llm-compressor has no per-expert names"
             return experts, whole
         taken = list(_experts_of(key, info, layout, leaf))
@@ -230,28 +232,28 @@ class _Planner:
     def _any_chosen(self, taken: list[tuple[str, TensorSlice]], experts: str) -> bool:
         """Whether any expert of a stack is quantized; for a stack of biases, whether any of their weights is."""
         modules = (name.rpartition(".")[0] for name, _ in taken)
-        prefix = self.keymap.prefix
-        return any(self.choose(names_of(m, m, prefix), experts) and m not in self.excluded for m in modules)
+        return any(self.choose(self.keymap.names_of(m, m, experts), experts) and m not in self.excluded for m in modules)
 
-    def _linear(self, key: str) -> tuple[str | None, str | None]:
-        """(name in the model, module) of a matrix of a Linear: of a layer, of an expert, or of one that the model lacks.
+    def _linear(self, key: str, called: str) -> tuple[tuple[str, ...], str | None]:
+        """(names in a config, module) of a matrix of a Linear: of a layer, of an expert, or of one that the model lacks.
 
-        (None, None) for any other matrix.
+        ((), None) for any other matrix. called: the name of its module in the files.
         """
-        owner = self.keymap.owner(key, self.model)
+        owner = self.keymap.owner(key, called, self.model)
         target, pattern = self.keymap.resolve(key)
         if pattern is not None:
             experts = target.rpartition(".")[0]
             layout = self.model.experts(experts)
             if layout is None and ("experts." in key or owner.is_a(nn.Linear)):
                 # Merged or split in a way of the model family: matching gives the reason.
-                return owner.name, owner.module if owner.is_a(nn.Linear) else None
+                return owner.names, owner.module if owner.is_a(nn.Linear) else None
             is_expert = layout is not None and target.rpartition(".")[2] in (layout.first, "down_proj")
-            return (owner.name, experts) if is_expert else (None, None)
+            return (owner.names, experts) if is_expert else ((), None)
         if not (owner.module is None or owner.is_a(nn.Linear)):
             # A router may hold its matrix itself. Other loaders make it a Linear, so the config must list it as dense.
-            return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
-        return owner.name, owner.module
+            is_router = any(ROUTER.search(name) for name in owner.names)
+            return (owner.names, owner.module) if is_router else ((), None)
+        return owner.names, owner.module
 
     def _decide(self, matrix: _Matrix, explicit: Sequence[str], plan: Plan) -> None:
         """Add a matrix to the plan, quantized or dense. explicit: targets that may match what is dense by default."""
