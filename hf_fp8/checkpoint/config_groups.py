@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from typing import Any
 
 import compressed_tensors
@@ -321,7 +322,7 @@ def asked_groups(
             written[str(name)] = dict(value)
             continue
         found = scheme_named(name)
-        group = f"group_{len(written)}"
+        group = next(name for name in map("group_{}".format, count()) if name not in written and name not in scheme)
         schemes[group] = found
         written[group] = write_group(found, [value] if isinstance(value, str) else list(value))
     parsed = parse({"config_groups": written, "ignore": list(ignore)})

@@ -42,7 +42,7 @@ def read_pickled(file: str) -> tuple[dict[str, torch.Tensor], Stamp]:
 
 def _load(file: str) -> object:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a broken pickle can raise any exception
         said = str(error).strip() or type(error).__name__
         raise CorruptFileError(f"{file} cannot be read as a torch checkpoint ({said})") from error

@@ -184,7 +184,7 @@ def given_scheme(given: Any) -> str | Scheme | dict[Any, Any]:
         if isinstance(value, Mapping) or hasattr(value, "model_dump_json"):
             found[str(plain(key))] = plain(value)
         else:
-            found[_one_scheme(key)] = names(f"scheme[{str(key)!r}]", value)
+            found.setdefault(_one_scheme(key), []).extend(names(f"scheme[{str(key)!r}]", value))
     return found
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from torch import nn
 from transformers.core_model_loading import WeightConverter
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from ..errors import CalibrationError, UnsupportedError
 from ..formats.storage import WEIGHT
 from ..loading.layout import Layout
-from ..loading.ops import as_read, is_widened
+from ..loading.ops import as_read, is_widened, packed_again
 from ..loading.serving import describe, torn
 from ..nn.base import QuantizedModule
 from ..nn.conv import QuantizedConv1x1
@@ -25,7 +24,6 @@ from ..nn.linear import QuantizedLinear
 from .config import FP8Config
 
 logger = logging.get_logger(__name__)
-_HALVES = (torch.bfloat16, torch.float16)
 # The attribute of a dequantized model that holds the dtypes of the files: parameter -> dtype.
 FILE_DTYPES = "_hf_fp8_file_dtypes"
 
@@ -190,15 +188,5 @@ def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
             continue
         own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
-        compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        # In float32: a quotient rounded to 16 bits may give a neighbour of the original code.
-        wide = {key: tensor.float() if tensor.dtype in _HALVES else tensor for key, tensor in own.items()}
-        compressed = compressor.compress(wide, scheme)
-        back = compressor.decompress(dict(compressed), scheme)[WEIGHT].to(own[WEIGHT])
-        compressed |= {key: tensor for key, tensor in own.items() if key in compressed and key != WEIGHT}
-        if not torch.equal(back, own[WEIGHT]):
-            raise UnsupportedError(
-                f"{name}.weight was changed since loading, and its {scheme.format} codes and scales cannot represent the "
-                "change: saving would lose it. Load with FP8Config(dequantize=True) to edit and save such a model."
-            )
-        state.update({f"{name}.{key}": value for key, value in compressed.items()})
+        packed = packed_again(f"{name}.weight", own, scheme, scheme.format, own[WEIGHT].dtype)
+        state.update({f"{name}.{key}": value for key, value in packed.items()})

@@ -134,7 +134,7 @@ def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[Weight
                     routes[weight.part.key] = (target, pattern(0 if weight.part.expert is not None else part, WEIGHT))
                     continue
                 routes |= {weight.renamed[role]: (target, pattern(part, role)) for role in ROLES if role in weight.keys}
-        back.update({stack.name_of(role): (target, pattern(0, role)) for role in stack.roles})
+        back.update({stack.name_of(role): (target, pattern(0, role)) for role in ROLES})
     patterns = [pattern(0, role) for role in ROLES]
     reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks)])
     if fresh:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.stored_weight import companion
 from ..errors import UnsupportedError
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from ..nn.experts import suffix_of
 from .layout import Stack
 from .ops import SharedOp, only, quantize_or_note
 
@@ -122,14 +124,18 @@ class SplitExperts(SharedOp):
             tensor = only(input_dict[pattern(0, role)])
             if stack.is_stacked:
                 weight = stack.sources[0][0]
-                found[weight.saved[role]] = _to_stack(stack, role, tensor)
+                if role in weight.keys:
+                    found[weight.saved[role]] = _to_stack(stack, role, tensor)
+                elif tensor.isfinite().all():
+                    found[weight.saved[WEIGHT] + suffix_of(role)] = tensor  # calibrated since
                 continue
             for part, weights in enumerate(stack.sources):
                 for expert, weight in enumerate(weights):
-                    if role not in weight.keys:
-                        continue
                     values = _place(stack, tensor, part, expert)
-                    found[weight.saved[role]] = values.reshape(weight.shapes[role])
+                    if role in weight.keys:
+                        found[weight.saved[role]] = values.reshape(weight.shapes[role])
+                    elif values.isfinite().all():
+                        found[companion(weight.saved[WEIGHT], role)] = values.reshape(1)  # calibrated since
         return found
 
 

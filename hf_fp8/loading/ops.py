@@ -18,10 +18,12 @@ from ..errors import ScaleError, UnsupportedError
 from ..formats import numerics
 from ..formats.scheme import TensorScheme
 from ..formats.storage import WEIGHT, WEIGHT_SCALE, format_of
+from ..formats.weights import quantize_weight
 from . import options as load_options
 from .layout import Parameter
 
 logger = logging.get_logger(__name__)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class SharedOp(ConversionOps):  # type: ignore[misc]
@@ -188,27 +190,14 @@ class Requantize(SharedOp):
     def _codes(self, dense: torch.Tensor, weight: StoredWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         scales = self.scales[weight.name]
         if weight.group.scheme is None:
-            parts = compressor(weight).compress({WEIGHT: dense, **scales}, weight.group.parsed)
-            parts = {**scales, **{role: parts[role] for role in weight.keys if role in parts and role not in scales}}
+            packed = packed_again(weight.name, {WEIGHT: dense, **scales}, weight.group.parsed, weight.group.format, dtype)
+            parts = {**scales, **{role: packed[role] for role in weight.keys if role in packed and role not in scales}}
         else:
             parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
-        # Via the dtype it was loaded in, in case the model has been cast since.
-        back = weight_from(weight, parts, dtype).to(dense)
-        same = torch.equal(back, dense)
-        if not same and weight.group.scheme is None:
-            raise UnsupportedError(
-                f"{weight.name} was changed since loading, and does not fit its original {weight.group.format} codes and "
-                "scales: saving would lose the change. Load with FP8Config(dequantize=True) to edit and save such a model."
-            )
-        if not same:
-            self.changed.append(weight.name)
-            scale = fresh_scale(weight, dense, old := scales["weight_scale"])
-            if dense.ndim == 3 and old.shape[:1] == dense.shape[:1]:  # unchanged experts of a stack keep their scales
-                kept = (back == dense).flatten(1).all(1).to(old.device)
-                scale = torch.where(kept.view(-1, *[1] * (old.ndim - 1)), old, scale)
-            parts["weight_scale"] = scale
-            # Rounding to the nearest code would lose most of a small update from training or merging (see `merging`).
-            parts[WEIGHT] = codes_from(weight, dense, parts, _generator(weight.name, dense))
+            # Via the dtype it was loaded in, in case the model has been cast since.
+            if not torch.equal(weight_from(weight, parts, dtype).to(dense), dense):
+                self.changed.append(weight.name)
+                parts |= changed_from(weight, dense, parts, dtype)
         return {name: parts[role] for role, name in weight.saved.items()}
 
 
@@ -296,24 +285,59 @@ def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: to
         raise
 
 
-def fresh_scale(weight: StoredWeight, dense: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """A scale computed from `dense`, with the shape, dtype and device of the scale `old`; kept where it still fits."""
-    granularity = weight.scheme.weight.granularity
-    grids = [numerics.compute_scale(each[WEIGHT].float(), granularity) for each in weight.matrices({WEIGHT: dense})]
-    stacked = torch.stack([grid.t() if weight.transposed else grid for grid in grids])
-    if old.numel() == 1:
-        stacked = stacked.amax()
-    fresh = stacked.to(old.dtype).clamp(min=torch.finfo(old.dtype).tiny).reshape(old.shape).to(old.device)
-    return torch.where((fresh <= old) & (fresh >= old / 2), old, fresh)  # as in `quantize_weight`
+def packed_again(
+    name: str, own: Mapping[str, torch.Tensor], scheme: Any, fmt: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A dense weight as compressed-tensors stores it. own: by role, the weight and the scales that it was unpacked with.
+
+    scheme, fmt: its classes of them. dtype: that in which the weight was unpacked. Raises UnsupportedError if the weight was
+    changed since then.
+    """
+    compressor = BaseCompressor.get_value_from_registry(fmt)
+    # In float32: a quotient rounded to 16 bits may give a neighbour of the original code.
+    wide = {role: tensor.float() if tensor.dtype in _HALVES else tensor for role, tensor in own.items()}
+    packed: dict[str, torch.Tensor] = compressor.compress(wide, scheme)
+    packed |= {role: tensor for role, tensor in own.items() if role in packed and role != WEIGHT}
+    back = compressor.decompress(dict(packed), scheme)[WEIGHT].to(dtype)
+    if not torch.equal(back.to(own[WEIGHT]), own[WEIGHT]):
+        raise UnsupportedError(
+            f"{name} was changed since loading, and its {fmt} codes and scales cannot represent the change: saving would lose "
+            "it. Load with FP8Config(dequantize=True) to edit and save such a model."
+        )
+    return packed
 
 
-def codes_from(
-    weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor], generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """The E4M3 codes of a dense weight for the scale in `parts`. generator: see `numerics.quantize`."""
+def changed_from(
+    weight: StoredWeight, dense: torch.Tensor, before: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Codes and scales, shaped as in the files, of a weight that was changed since it was dequantized to `dtype`.
+
+    before: codes and scales that it had. Unchanged experts of a stack keep theirs. Raises ScaleError for NaN or infinity.
+    """
+    scheme, scale = weight.scheme.weight, before[WEIGHT_SCALE]
+    old = {WEIGHT: before[WEIGHT], WEIGHT_SCALE: scale.to(dense.device)}
+    new = {role: tensor.clone() for role, tensor in old.items()}
+    generator = _generator(weight.name, dense)
+    if len(weight.shape) == 3 and scale.numel() == 1:  # shared by all experts
+        stacks = zip(*([{**each, WEIGHT: each[WEIGHT].flatten(0, 1)}] for each in (new, old, {WEIGHT: dense})), strict=True)
+    else:
+        stacks = zip(*(weight.matrices(each) for each in (new, old, {WEIGHT: dense})), strict=True)
+    for place, was, wanted in stacks:
+        if torch.equal(format_of(scheme).dequantize(was, scheme, dtype).to(dense), wanted[WEIGHT]):
+            continue
+        try:
+            made = quantize_weight(wanted[WEIGHT].float(), scheme.granularity, scheme.dtype, was[WEIGHT_SCALE], generator)
+        except ScaleError as error:
+            raise ScaleError(f"{weight.name} was changed since loading: {error}") from None
+        for role, tensor in zip((WEIGHT, WEIGHT_SCALE), made, strict=True):
+            place[role].copy_(tensor.reshape(place[role].shape))
+    return {**new, WEIGHT_SCALE: new[WEIGHT_SCALE].to(scale.device)}
+
+
+def codes_from(weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The nearest codes of a dense weight, shaped as in the files, for the scale in `parts`."""
     scheme, out = weight.scheme.weight, torch.empty(dense.shape, dtype=weight.scheme.weight.code.storage, device=dense.device)
     given = {WEIGHT: dense, WEIGHT_SCALE: parts[WEIGHT_SCALE].to(dense.device)}
     for place, each in zip(weight.matrices({WEIGHT: out}), weight.matrices(given), strict=True):
-        codes = numerics.quantize(each[WEIGHT], each[WEIGHT_SCALE], scheme.granularity, scheme.dtype, generator)
-        place[WEIGHT].copy_(codes)
+        place[WEIGHT].copy_(numerics.quantize(each[WEIGHT], each[WEIGHT_SCALE], scheme.granularity, scheme.dtype))
     return out

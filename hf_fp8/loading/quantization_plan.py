@@ -187,7 +187,11 @@ class _Planner:
             plan.parts[name] = part
             plan.written.tensors[name] = TensorInfo(info.dtype, shape, info.file)
             module = module_named(name, info.dtype, len(shape))
-            if module is None or len(shape) != 2 or info.dtype not in DENSE_DTYPES:
+            if module is None or info.dtype not in DENSE_DTYPES:
+                continue
+            if part.expert is None and self._is_targeted_in_vain(name, module):
+                plan.dense.append(module)
+            if len(shape) != 2:
                 continue
             if part.expert is not None:
                 names, owner = self.keymap.names_of(module, module, experts), experts
@@ -233,6 +237,13 @@ class _Planner:
         """Whether any expert of a stack is quantized; for a stack of biases, whether any of their weights is."""
         modules = (name.rpartition(".")[0] for name, _ in taken)
         return any(self.choose(self.keymap.names_of(m, m, experts), experts) and m not in self.excluded for m in modules)
+
+    def _is_targeted_in_vain(self, key: str, called: str) -> bool:
+        """Whether a target matches an embedding or a convolution, which stays dense: others would look for its scale."""
+        owner = self.keymap.owner(key, called, self.model)
+        return owner.is_a(nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) and bool(
+            self.spec.group_of(owner.names, owner.classes)
+        )
 
     def _linear(self, key: str, called: str) -> tuple[tuple[str, ...], str | None]:
         """(names in a config, module) of a matrix of a Linear: of a layer, of an expert, or of one that the model lacks.

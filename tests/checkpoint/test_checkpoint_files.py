@@ -387,3 +387,11 @@ def test_errors_are_ours(tmp_path: Path) -> None:
     shutil.copy(__file__, tmp_path / "script.safetensors")
     with pytest.raises(CorruptFileError, match="script"):
         Checkpoint([str(tmp_path / "script.safetensors")])
+
+
+def test_pickles_in_the_format_before_zip(tmp_path: Path) -> None:
+    """They cannot be mapped, but read."""
+    state = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = Checkpoint([str(tmp_path / "pytorch_model.bin")])
+    assert all(torch.equal(found.load(name), tensor) for name, tensor in state.items())

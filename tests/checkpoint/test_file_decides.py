@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from support.build import KEEP, STATIC_TENSOR, State, differing, error, load, logits, tensors, tiny_llama, write
-from support.moe import causal, dense_logits, make, qwen3_moe
+from support.moe import MOE, causal, dense_logits, is_linear, make, qwen3_moe
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -118,6 +118,20 @@ def test_layers_that_the_host_runs_are_saved_after_a_forward(preset: str, dtype:
     # float16 is no wider than bfloat16: what is no code is saved in the dtype that was asked for.
     codes = (".weight_packed", "_proj.weight", ".weight_shape")
     assert [name for name in changed if dtype != torch.float16 or name.endswith(codes)] == []
+
+
+def test_of_two_groups_with_one_target_the_last_is_meant(tmp_path: Path) -> None:
+    """As in compressed-tensors, and as the config is written when the model is saved."""
+
+    def groups(config: dict[str, Any]) -> None:
+        found = config["quantization_config"]["config_groups"]
+        found["group_1"] = {**found["group_0"], "input_activations": None}
+
+    write(tiny_llama(), tmp_path / "fp8", config_edit=groups)
+    model = load(tmp_path / "fp8", FP8Config(backend="scaled_mm"))
+    assert {layer.scheme.input for layer in model.modules() if isinstance(layer, hf_fp8.QuantizedLinear)} == {None}
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved", FP8Config(backend="scaled_mm"))), logits(model))
 
 
 @pytest.mark.parametrize("first", ["rows", "blocks"])
@@ -387,6 +401,30 @@ def test_experts_of_which_none_has_a_scale(tmp_path: Path) -> None:
     assert causal(model).isfinite().all()
     model.save_pretrained(tmp_path / "saved")
     assert differing(written, tensors(tmp_path / "saved")) == []
+
+
+@pytest.mark.parametrize("lost", [".experts.1.", ".experts."], ids=["of one expert", "of all"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_calibrated_scales_of_experts_are_saved(family: str, lost: str, tmp_path: Path) -> None:
+    """Those that the files lacked: under the names that they have beside the others."""
+    drop = lambda state: {k: v for k, v in state.items() if not (lost in k and k.endswith("input_scale"))}  # noqa: E731
+    write(
+        MOE[family](), tmp_path / "fp8", quantized=is_linear, edit=drop, ignore=["lm_head", "re:.*(mlp.gate|router)$"], **STATIC
+    )
+    keep = FP8Config(backend="scaled_mm", experts="fp8")
+    model = load(tmp_path / "fp8", keep if "1" in lost else FP8Config(backend="weight_only", experts="fp8"))
+    with hf_fp8.calibrate(model):
+        causal(model)
+    model.save_pretrained(tmp_path / "saved")
+    found = tensors(tmp_path / "saved")
+    assert {name for name in found if lost in name and name.endswith("input_scale")}
+    again = load(tmp_path / "saved", keep)
+    held, read = (
+        {name: p for name, p in each.named_parameters() if "experts" in name and name.endswith("input_scale")}
+        for each in (model, again)
+    )
+    assert held.keys() == read.keys() and all(torch.equal(p.nan_to_num(), read[name].nan_to_num()) for name, p in held.items())
+    assert causal(again).isfinite().all()
 
 
 # -- FP8 that the config says nothing of --

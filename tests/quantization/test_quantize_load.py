@@ -12,13 +12,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from support.build import IDS, differing, error, logits, sqnr, tensors, tiny_llama, weights_json, write
+from support.build import IDS, differing, error, logits, sqnr, stock_transformers, tensors, tiny_llama, weights_json, write
 from support.moe import MOE, TRANSPOSED, causal
 from support.quantized_loads import config_of, kept
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 import hf_fp8
 from hf_fp8 import FP8Config, Granularity, Scheme, TensorScheme
+from hf_fp8.checkpoint.config_groups import write_group
+from hf_fp8.checkpoint.quantization_spec import QuantizationSpec
 from hf_fp8.errors import CalibrationError, ConfigError, MismatchError
 from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.scheme import SCHEMES
@@ -211,6 +213,9 @@ def test_codes_of_experts_are_those_of_compressed_tensors(family: str, tmp_path:
     ({"targets": "re:.*lm_head$"}, 1, True), ({"ignore": "re:.*mlp"}, 8, False), ({"targets": ["re:.*[qk]_proj$"]}, 4, False),
     ({"ignore": ["re:.*mlp.*", "model.layers.0.self_attn.q_proj"]}, 7, False),
     ({"targets": "model.layers.1.mlp.up_proj"}, 1, False),
+    # The head lies beside the model: it has no name that begins with "model.".
+    ({"targets": [r"re:model\.(?!embed|norm).*"], "ignore": []}, 14, False),
+    ({"targets": ["lm_head"], "ignore": [r"re:model\..*"]}, 1, True),
 ])  # fmt: skip
 def test_targets_and_ignore(options: Any, quantized_count: int, head: bool, dense: Path, tmp_path: Path) -> None:
     model = quantized(dense, **options)
@@ -219,9 +224,46 @@ def test_targets_and_ignore(options: Any, quantized_count: int, head: bool, dens
     model.save_pretrained(tmp_path / "saved")
     config = config_of(tmp_path / "saved")
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert set(config["ignore"]) == linears - set(kept(model))
+    assert set(config["ignore"]) - {"model.embed_tokens"} == linears - set(kept(model))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=FP8Config(backend="scaled_mm"))
     assert kept(again) == kept(model) and torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("targets", [["re:.*"], [r"re:model\..*"], ["Linear", "Embedding"]], ids=str)
+def test_stock_reads_what_targets_beyond_linears_made(targets: list[str], dense: Path, tmp_path: Path) -> None:
+    """It would look for the scales of embeddings that a target matches and `ignore` does not."""
+    model = quantized(dense, "FP8_WEIGHT_ONLY", targets=targets)
+    assert len(kept(model)) == 14
+    model.save_pretrained(tmp_path / "saved")
+    assert "model.embed_tokens" in config_of(tmp_path / "saved")["ignore"]
+    with stock_transformers():
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        found = logits(stock)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert error(found, logits(wanted)) < 1e-2  # stock computes in bfloat16
+
+
+def test_heads_beside_the_model_are_no_part_of_it(tmp_path: Path) -> None:
+    config = tiny_llama().config
+    config.num_labels = 3
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "dense")
+    for found in (
+        quantized(tmp_path / "dense", "FP8_WEIGHT_ONLY", LlamaForSequenceClassification, targets=[r"re:model\..*"]),
+        hf_fp8.quantize_model(model, "FP8_WEIGHT_ONLY", targets=[r"re:model\..*"]),
+    ):
+        assert type(found.score) is torch.nn.Linear and len(kept(found)) == 14
+
+
+def test_requests_lose_no_group() -> None:
+    def asked(scheme: Any) -> list[tuple[str, ...]]:
+        return sorted(group.targets for group in QuantizationSpec.asked(scheme, ["Linear"], None).groups)
+
+    q, k = ["re:.*q_proj"], ["re:.*k_proj"]
+    assert asked({"FP8_DYNAMIC": q, "fp8_dynamic": k}) == [("re:.*q_proj", "re:.*k_proj")]
+    for name in ("group_0", "group_1"):
+        assert asked({name: write_group(SCHEMES["FP8_BLOCK"], q), "FP8_DYNAMIC": k}) == [tuple(k), tuple(q)]
+        assert asked({"FP8_DYNAMIC": k, name: write_group(SCHEMES["FP8_BLOCK"], q)}) == [tuple(k), tuple(q)]
 
 
 def test_routers_that_a_target_names(tmp_path: Path) -> None:
