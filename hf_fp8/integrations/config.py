@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +153,6 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         asked = {"scheme": self.scheme, "targets": self.targets, "ignore": self._ignore}
         return {**copy.deepcopy(asked), **self.get_loading_attributes()}
 
-    def afresh(self) -> FP8Config:
-        """A new config with the same options and no checkpoint."""
-        new = FP8Config(**self.options)
-        new.spec = replace(new.spec, dense_by_default=self.spec.dense_by_default)
-        return new
-
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set options as if they had been passed to the constructor. Returns those of `kwargs` that are not options."""
         known = {name: value for name, value in kwargs.items() if name in DEFAULTS}
@@ -169,11 +162,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
                 raise ConfigError(
                     "scheme, targets and ignore are determined by the checkpoint of this config: make a new FP8Config"
                 )
-            for name in DEFAULTS if self.checkpoint is None else LOADING:
-                name = "_ignore" if name == "ignore" else name
-                super().__setattr__(name, getattr(new, name))
-            if self.checkpoint is None:
-                self.spec = new.spec
+            self.__dict__.update(new.__dict__ if self.checkpoint is None else new.get_loading_attributes())
         return {name: value for name, value in kwargs.items() if name not in known}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -222,10 +211,6 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON."""
         Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
-
-    def without_fp8(self, dense: Iterable[str]) -> FP8Config:
-        """The config of a model whose FP8 modules, named `dense`, have been dequantized: the other groups are left."""
-        return FP8Config(experts=self.experts, checkpoint=self.spec.host_part(dense))
 
 
 def dequantize_of(stock: Mapping[str, Any]) -> bool:

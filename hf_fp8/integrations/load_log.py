@@ -48,22 +48,17 @@ def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str |
             "of the model."
         )
     if layout.input_scales:
-        said = [f"{wrong}" for wrong in layout.input_scales.values()]
+        said = list(layout.input_scales.values())
         lacking = [weight.name for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights]
         routed = config.backend in ("auto", "scaled_mm") and any(name in layout.input_scales for name in lacking)
         logger.warning(
             f"hf_fp8: {len(said)} static input scales are not valid ({'; '.join(said[:8])}{'; ...' if len(said) > 8 else ''}). "
             + ("Tokens that are routed to those experts give NaN" if routed else "Nothing that runs here uses them")
         )
-    _report_unplaced(layout, carried)
-
-
-def _report_unplaced(layout: Layout, carried: bool) -> None:
-    if not layout.unplaced:
-        return
-    keys = layout.unplaced.values()
-    said = f"hf_fp8: the model has no place for {len(keys)} tensors of the files ({some(keys)})"
-    if carried:
-        logger.info(f"{said}: they are read again when it is saved, and written back unchanged")
-    else:
-        logger.warning(f"{said}: they are dropped, and will not be saved")
+    if layout.unplaced:
+        keys = layout.unplaced.values()
+        what = f"hf_fp8: the model has no place for {len(keys)} tensors of the files ({some(keys)})"
+        if carried:
+            logger.info(f"{what}: they are read again when it is saved, and written back unchanged")
+        else:
+            logger.warning(f"{what}: they are dropped, and will not be saved")

@@ -303,7 +303,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._dense_because is not None and self.layout is not None:
             setattr(model, FILE_DTYPES, self.layout.file_dtypes)
             if self.host is not None:
-                model.config.quantization_config = self.quantization_config.without_fp8(self.layout.dense_modules)
+                left = self.quantization_config.spec.host_part(self.layout.dense_modules)
+                model.config.quantization_config = FP8Config(experts=self.quantization_config.experts, checkpoint=left)
         return model
 
     def _to_int8(self, model: PreTrainedModel, layout: Layout) -> None:
@@ -363,12 +364,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """`hf_fp8.dequantize_model`: without a dtype, layers that kept their float weights get them back unchanged."""
-        model = self._dequantize(model, dtype)
-        self.remove_quantization_config(model)
-        model._weight_conversions = self._native_conversions()  # the host may have dropped them with the config
-        return model
-
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.host is not None:
             raise UnsupportedError(
                 "model.dequantize(): some layers have other formats than FP8, which transformers runs; "
@@ -378,6 +373,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         setattr(model, NOTES, {})
         if self.layout is not None:
             setattr(model, FILE_DTYPES, self.layout.file_dtypes)
+        self.remove_quantization_config(model)
+        model._weight_conversions = self._native_conversions()  # the host may have dropped them with the config
         return model
 
     def is_serializable(self) -> bool:

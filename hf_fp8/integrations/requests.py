@@ -98,13 +98,14 @@ def for_quantizing(asked: FP8Config) -> FP8Config:
 
     Raises ConfigError for groups that are not FP8, UnsupportedError for a `kv_cache_scheme`.
     """
-    if asked.scheme is not None or asked.checkpoint is None:
-        return asked.afresh()
-    if asked.checkpoint.get("kv_cache_scheme"):
-        raise UnsupportedError("kv_cache_scheme: hf_fp8 quantizes weights and their inputs, not KV caches; leave it out")
-    groups = with_presets(asked.checkpoint["config_groups"])
-    new = FP8Config(groups, ignore=list(asked.ignore), **asked.get_loading_attributes())
-    new.spec = replace(new.spec, dense_by_default=False)
+    options, dense_by_default = asked.options, asked.spec.dense_by_default
+    if asked.scheme is None and asked.checkpoint is not None:
+        if asked.checkpoint.get("kv_cache_scheme"):
+            raise UnsupportedError("kv_cache_scheme: hf_fp8 quantizes weights and their inputs, not KV caches; leave it out")
+        options |= {"scheme": with_presets(asked.checkpoint["config_groups"]), "ignore": list(asked.ignore)}
+        dense_by_default = False
+    new = FP8Config(**options)
+    new.spec = replace(new.spec, dense_by_default=dense_by_default)
     return new
 
 

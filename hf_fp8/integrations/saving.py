@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationStatus
@@ -123,31 +122,22 @@ def refuse_unwritable(model: nn.Module) -> None:
 
 def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
     """Log a warning if transformers or serving engines cannot load the model that is about to be saved."""
-    if config.backend == "int8":
-        _warn_of_dense_experts(getattr(model, "_weight_conversions", None) or ())
-    _warn_of_torn(model, config)
-
-
-def _warn_of_dense_experts(conversions: Iterable[Any]) -> None:
-    """Up to 5.24, transformers assumes that stacked experts are quantized as soon as any module is, whatever `ignore`
-    says."""
-    if any(isinstance(c, WeightConverter) and any("*" in s for s in c.source_patterns) for c in conversions):
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    merged = any(isinstance(c, WeightConverter) and any("*" in source for source in c.source_patterns) for c in conversions)
+    if config.backend == "int8" and merged:
+        # Up to 5.24, transformers assumes that stacked experts are quantized as soon as any module is, whatever `ignore` says.
         logger.warning(
             "hf_fp8: the Linears of this MoE model are saved in int8 and its experts dense. transformers (at least up to 5.24) "
             "cannot load that, as it looks for int8 experts. To load it there, save it in FP8 (another backend), or dense "
             "(FP8Config(dequantize=True))."
         )
-
-
-def _warn_of_torn(model: nn.Module, config: FP8Config) -> None:
-    """Log a warning if layers that serving engines run as one are saved in different schemes (`serving.torn`)."""
     schemes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             group = config.spec.group_of((name,), [cls.__name__ for cls in type(module).__mro__])
             scheme = None if group is None else group.scheme
             schemes[name] = None if group is None else group.name if scheme is None else scheme.describe()
-    if found := torn(schemes):
+    if found := torn(schemes):  # layers that serving engines run as one
         logger.warning(f"hf_fp8: {describe(found)}")
 
 

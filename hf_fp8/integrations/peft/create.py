@@ -5,13 +5,13 @@ Codes are the stored 8-bit values of a quantized layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
 from ...errors import UnsupportedError
@@ -21,9 +21,9 @@ from ...nn.experts import QuantizedExperts
 from ...nn.linear import QuantizedLinear
 from ..patches import bind, original
 from .forward import activate_lora, dora_forward, move_adapter
-from .merge import merge, merge_adapter, unload_and_optionally_merge, unload_stack, unmerge, unmerge_adapter
+from .merge import merge, reported, unload_stack, unmerge, unmerge_adapter
 from .merge_policy import finalize_merge, reporting
-from .state import RECORD, Record, has_offload_hook, innermost, record_of
+from .state import RECORD, Record, innermost, record_of
 
 # Kinds of adapters that call the layer, and do not read its weight or read it through this package.
 # Measured: outputs and gradients are those of the dequantized model, bit for bit
@@ -43,9 +43,9 @@ STARTS_BESIDE = (True, False, "gaussian", "orthogonal", "eva")
 STARTS_FROM_CODES = ("corda", "lora_ga")
 # Methods that are bound, on quantized layers, to tuners, to adapters, and to adapters on expert stacks (`ParamWrapper`).
 _OF_TUNERS: dict[str, Callable[..., Any]] = {
-    "merge_adapter": merge_adapter,
+    "merge_adapter": partial(reported, "merge_adapter"),
     "unmerge_adapter": unmerge_adapter,
-    "_unload_and_optionally_merge": unload_and_optionally_merge,
+    "_unload_and_optionally_merge": partial(reported, "_unload_and_optionally_merge"),
 }
 _OF_ADAPTERS: dict[str, Callable[..., Any]] = {"merge": merge, "unmerge": unmerge}
 _OF_STACKS: dict[str, Callable[..., Any]] = {
@@ -138,22 +138,9 @@ def _keep(record: Record, layer: Any) -> None:
 def _copy_to_read(base: QuantizedModule) -> nn.Module:
     """The float copy on which PEFT creates an adapter. Of experts PEFT reads only shapes, so they get no values."""
     dtype = base.original_dtype or torch.bfloat16
-    with _onloaded(base):
+    with align_module_device(base):
         copied = base.outline(dtype) if isinstance(base, QuantizedExperts) else base.to_dense(dtype)
     return copied.requires_grad_(False)
-
-
-@contextmanager
-def _onloaded(base: QuantizedModule) -> Iterator[None]:
-    if not has_offload_hook(base):
-        yield
-        return
-    hook: Any = base._hf_hook
-    hook.pre_forward(base)
-    try:
-        yield
-    finally:
-        hook.post_forward(base, torch.empty(0))
 
 
 def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
@@ -163,9 +150,9 @@ def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
     """
     if not isinstance(base, QuantizedLinear) or _starts_beside(config):
         return True
-    with _onloaded(base):
+    with align_module_device(base):
         untouched = torch.equal(stand_in.weight.flatten(1), base.restored_weight(stand_in.weight.dtype))
-    if not untouched and has_offload_hook(base):
+    if not untouched and has_offloaded_params(base):
         raise UnsupportedError(
             "this initialisation of the adapter changes the weights, which are offloaded, and would have to be written back: "
             "load the model without offloading, or use init_lora_weights=True"
@@ -201,7 +188,7 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
         reads = f"init_weights={config.init_weights!r} computes with the weight"
     elif isinstance(base, QuantizedConv1x1) and (kind not in ON_CONVOLUTIONS or getattr(config, "use_dora", False)):
         reads = f"only {', '.join(sorted(ON_CONVOLUTIONS))} (no DoRA) work on convolutions in FP8"
-    elif getattr(config, "use_dora", False) and has_offload_hook(base):
+    elif getattr(config, "use_dora", False) and has_offloaded_params(base):
         reads = "DoRA reads the weight in each forward, and it is offloaded"
     if reads is not None:
         raise UnsupportedError(f"{name} is a {type(base).__name__}: {reads}. Load with FP8Config(dequantize=True) for that")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +14,14 @@ from ..patches import original
 from .state import innermost
 
 
-@contextmanager
-def activate_lora(layer: Any, active_adapters: list[str]) -> Iterator[None]:
+def activate_lora(layer: Any, active_adapters: list[str]) -> AbstractContextManager[None]:
     """`ParamWrapper._activate_lora`: QuantizedExperts apply adapters themselves; PEFT would add them to the codes."""
     base = layer.get_base_layer()
-    if isinstance(base, QuantizedExperts):
-        names = [name for name in active_adapters if name in layer.lora_A]
-        how = base.adapted(layer.parameter_name, [_factors(layer, base, name) for name in names])
-    else:
-        how = original(layer, "_activate_lora")(active_adapters)
-    with how:
-        yield
+    if not isinstance(base, QuantizedExperts):
+        found: AbstractContextManager[None] = original(layer, "_activate_lora")(active_adapters)
+        return found
+    names = [name for name in active_adapters if name in layer.lora_A]
+    return base.adapted(layer.parameter_name, [_factors(layer, base, name) for name in names])
 
 
 def _factors(layer: Any, base: QuantizedExperts, name: str) -> LowRank:

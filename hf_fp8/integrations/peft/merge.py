@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 
 from ...errors import UnsupportedError
@@ -16,7 +17,7 @@ from ...nn.base import QuantizedModule
 from ...nn.linear import QuantizedLinear
 from ..patches import original
 from .merge_policy import finalize_merge, forget, reporting
-from .state import Record, has_offload_hook, innermost, record_of
+from .state import Record, innermost, record_of
 
 logger = logging.getLogger(__name__)
 # Set while all adapters of a model are being unmerged: ids of those that already are.
@@ -67,17 +68,8 @@ def unmerge_adapter(tuner: Any) -> Any:
         _all.reset(token)
 
 
-def merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`merge_adapter` of a tuner; logs how much of the adapters was kept."""
-    return _reported(tuner, "merge_adapter", *args, **kwargs)
-
-
-def unload_and_optionally_merge(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """`_unload_and_optionally_merge` of a tuner; logs how much of the adapters was kept."""
-    return _reported(tuner, "_unload_and_optionally_merge", *args, **kwargs)
-
-
-def _reported(tuner: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+def reported(method: str, tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """`method` of a tuner, which merges; logs how much of the adapters was kept."""
     before = _schemes(tuner.model)
     with reporting():
         found = original(tuner, method)(*args, **kwargs)
@@ -103,7 +95,7 @@ def _rebuild(record: Record, wanted: dict[int, list[str]], safe_merge: bool) -> 
     now, merged_now, unmerged_now = holder.base_layer, _merged(record), record.unmerged
     base = record.unmerged or now
     ours = now is base or now is record.merged or isinstance(now, QuantizedModule)  # not replaced by a dense layer meanwhile
-    if has_offload_hook(base):
+    if has_offloaded_params(base):
         raise UnsupportedError(
             f"{record.name} is offloaded, and merging would have to write its offload file: load the model without offloading "
             "(device_map='cpu'; merging needs no GPU), merge there and save"

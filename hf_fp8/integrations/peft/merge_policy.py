@@ -76,7 +76,7 @@ class _Merging:
     rounding: str
     least_kept: float | None
     report: MergeReport
-    seeds: torch.Generator = torch.default_generator
+    seeds: torch.Generator
 
 
 _current: ContextVar[_Merging | None] = ContextVar("hf_fp8_merging", default=None)

@@ -46,11 +46,6 @@ def record_of(layer: Any) -> Record | None:
     return record if isinstance(holder.base_layer, QuantizedModule) or record.unmerged is not None else None
 
 
-def has_offload_hook(base: nn.Module) -> bool:
-    """Whether accelerate loads the weights only for the duration of a call."""
-    return bool(getattr(getattr(base, "_hf_hook", None), "offload", False))
-
-
 def adapters(model: nn.Module) -> str | None:
     """The name of a PEFT layer in `model`, None if there is none."""
     layers = (name for name, m in model.named_modules() if any(cls.__name__ == "BaseTunerLayer" for cls in type(m).__mro__))
