@@ -19,7 +19,8 @@ from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.scan import ROUTER, module_named, names_of
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
-from ..errors import ConfigError, MismatchError, by_reason
+from ..errors import ConfigError, MismatchError, by_reason, reasons_of
+from ..formats.scheme import Scheme
 from ..formats.storage import INPUT_SCALE, WEIGHT, TensorForm, format_of
 from ..formats.weights import scale_dtype_of
 from ..nn.experts import ExpertsLayout
@@ -120,7 +121,7 @@ def plan_quantization(
         plan.spec = spec.restricted_to(used, plan.dense)
         written = KeyMap.of(model, conversions, plan.written.tensors)
         layout = match_checkpoint(model, written, plan.written, plan.spec, Policy(), plan.parts)
-        unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_unfit(weight, layout))}
+        unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_not_kept(weight, layout))}
         if not unfit:
             return plan, layout
         planner.excluded |= unfit  # each round excludes more, so this ends
@@ -141,7 +142,7 @@ def _classes(model: ModelFacts, module: str | None) -> list[str]:
 
 def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
     for group in unused:
-        if said := [f"{name}: {reason}" for name, reason in plan.reasons.items()][:5]:
+        if said := reasons_of(plan.reasons):
             raise ConfigError(f"targets {list(group.targets)} match nothing in {model.cls} that can be quantized: {said}")
         raise ConfigError(
             f"targets {list(group.targets)}, ignore {list(spec.ignore)}: they leave no Linear of {model.cls} to "
@@ -149,7 +150,7 @@ def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: li
         )
 
 
-def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:
+def _why_not_kept(weight: StoredWeight, layout: Layout) -> str | None:
     if not weight.target:
         return "this model class does not have it"
     return layout.reasons.get(weight.module) or layout.reasons.get(weight.target)
@@ -259,7 +260,9 @@ class _Planner:
         group = None if stays else self.choose(matrix.names, matrix.owner)
         if group is None or (self.dense_experts and matrix.is_expert):
             plan.dense.append(matrix.module)
-        elif (reason := self.excluded.get(matrix.module) or _unfit(group, matrix.shape)) is not None:
+            return
+        assert group.scheme is not None
+        if (reason := self.excluded.get(matrix.module) or why_unfit(group.scheme, matrix.shape)) is not None:
             plan.reasons[matrix.module] = reason
             plan.dense.append(matrix.module)
         else:
@@ -295,13 +298,13 @@ def is_dense_by_default(names: tuple[str, ...], is_head: bool) -> bool:
     return is_head or any(ROUTER.search(name) for name in names)
 
 
-def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
-    assert group.scheme is not None
-    cols = group.scheme.weight.granularity.cols
+def why_unfit(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    """Why a weight of this shape (N, K) cannot be quantized with `scheme`, None if it can."""
     if 0 in shape:
         return f"it has no values: its shape is {list(shape)}"
-    if group.scheme.weight.granularity.rows == 1 and cols > 1 and shape[1] % cols:
-        return f"K = {shape[1]} is not a multiple of the group size {cols}, which compressed-tensors requires"
+    granularity = scheme.weight.granularity
+    if granularity.rows == 1 and granularity.cols > 1 and shape[1] % granularity.cols:
+        return f"K = {shape[1]} is not a multiple of the group size {granularity.cols}"
     return None
 
 
