@@ -98,26 +98,24 @@ def quantize(
     from .quantization.files import check_destination, quantize_checkpoint, total_bytes
     from .quantization.source import open_source
 
-    def config() -> FP8Config:
-        return FP8Config(
-            _schemes(scheme), targets=targets or ["Linear"], ignore=ignore, experts="dequantize" if dense_experts else "auto"
-        )
-
     start = time.perf_counter()
     if targets and any("=" in entry for entry in scheme):
         raise typer.BadParameter("--target goes with one --scheme; NAME=TARGET has its own target")
     _check_device(device)
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
+    config = FP8Config(
+        _schemes(scheme), targets=targets or ["Linear"], ignore=ignore, experts="dequantize" if dense_experts else "auto"
+    )
     scales = None
     if calibrate is not None:
-        if not any(group.scheme and group.scheme.has_static_input for group in config().groups):
+        if not any(group.scheme and group.scheme.has_static_input for group in config.groups):
             raise typer.BadParameter(f"--calibrate measures static input scales, which {', '.join(scheme)} does not have")
         how: dict[str, Any] = {"observer": observer.value, "tokens": tokens, "device_map": device}
         with _bar("calibrating", 0, bytes_=False) as tick:
-            scales = measure(source, config(), calibrate, **how, tick=lambda done, of: tick(1, of))
-    with _bar("quantizing", total_bytes(source.checkpoint())) as tick:
-        written = quantize_checkpoint(source, dst, config(), input_scales=scales, device=device, overwrite=overwrite, tick=tick)
+            scales = measure(source, config, calibrate, **how, tick=lambda done, of: tick(1, of))
+    with _bar("quantizing", total_bytes(source.checkpoint)) as tick:
+        written = quantize_checkpoint(source, dst, config, input_scales=scales, device=device, overwrite=overwrite, tick=tick)
     if written.reasons:
         err.print(f"left dense: {by_reason(written.reasons)}")
     if written.unmatched:
@@ -146,7 +144,7 @@ def dequantize(
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
     of = None if dtype is None else getattr(torch, dtype.value)
-    with _bar("dequantizing", total_bytes(source.checkpoint())) as tick:
+    with _bar("dequantizing", total_bytes(source.checkpoint)) as tick:
         written = dequantize_checkpoint(source, dst, dtype=of, overwrite=overwrite, tick=tick)
     out.print(
         f"{dst}: {written.weights:,} matrices dequantized, {_size(written.before)} -> {_size(written.after)}, "
@@ -204,7 +202,7 @@ def verify(src: Src, trust_remote_code: Trust = False) -> None:
 
     start = time.perf_counter()
     source = open_source(src, trust_remote_code=trust_remote_code)
-    with _bar("reading", total_bytes(source.checkpoint())) as tick:
+    with _bar("reading", total_bytes(source.checkpoint)) as tick:
         checks = verify_source(source, tick)
     for check in checks:
         out.print(f"ok: {check}")
