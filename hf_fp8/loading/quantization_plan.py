@@ -14,10 +14,11 @@ from torch import nn
 from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from ..checkpoint.config_groups import Group, match
+from ..checkpoint.config_groups import Group, classes_of, match
+from ..checkpoint.dense_by_default import explicit_targets, is_dense_by_default, is_router
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.scan import ROUTER, module_named, names_of
+from ..checkpoint.scan import module_named, names_of
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
 from ..errors import ConfigError, MismatchError, by_reason, reasons_of
 from ..formats.scheme import Scheme
@@ -136,8 +137,8 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
             )
 
 
-def _classes(model: ModelFacts, module: str | None) -> list[str]:
-    return [] if module is None else [cls.__name__ for cls in model.modules[module].cls.__mro__]
+def _classes(model: ModelFacts, module: str | None) -> tuple[str, ...]:
+    return () if module is None else classes_of(model.modules[module].cls)
 
 
 def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
@@ -173,7 +174,7 @@ class _Planner:
         plan = Plan(Checkpoint([]), self.spec)
         found = [matrix for key in self.checkpoint.tensors for matrix in self._take(key, plan)]
         plan.names = [matrix.names for matrix in found]
-        explicit = self.spec.explicit_targets([matrix.names for matrix in found if not matrix.dense_by_default])
+        explicit = explicit_targets(self.spec.groups, [matrix.names for matrix in found if not matrix.dense_by_default])
         for matrix in found:
             self._decide(matrix, explicit, plan)
         self._note_head(explicit, plan)
@@ -251,7 +252,7 @@ class _Planner:
             return (owner.name, experts) if is_expert else (None, None)
         if not (owner.module is None or owner.is_a(nn.Linear)):
             # A router may hold its matrix itself. Other loaders make it a Linear, so the config must list it as dense.
-            return (owner.name, owner.module) if ROUTER.search(owner.name) else (None, None)
+            return (owner.name, owner.module) if is_router((owner.name,)) else (None, None)
         return owner.name, owner.module
 
     def _decide(self, matrix: _Matrix, explicit: Sequence[str], plan: Plan) -> None:
@@ -291,11 +292,6 @@ def _quantized(
         forms[INPUT_SCALE] = TensorForm(scale, (1,))
     dot = f"{module}." if module else ""
     return {dot + role: TensorInfo(DTYPE_NAMES[form.dtype], form.shape, info.file) for role, form in forms.items()}
-
-
-def is_dense_by_default(names: tuple[str, ...], is_head: bool) -> bool:
-    """Whether a module stays dense unless a target matches it explicitly: the output embedding, or a router."""
-    return is_head or any(ROUTER.search(name) for name in names)
 
 
 def why_unfit(scheme: Scheme, shape: tuple[int, ...]) -> str | None:

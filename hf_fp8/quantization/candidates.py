@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.config_groups import Group, all_of, match
+from ..checkpoint.config_groups import Group, all_of, classes_of, match
+from ..checkpoint.dense_by_default import explicit_targets, is_dense_by_default
 from ..errors import ConfigError, ScaleError, UnsupportedError, reasons_of
 from ..formats.code_types import FP8
 from ..formats.scheme import FP8_DYNAMIC, Scheme
@@ -20,7 +21,7 @@ from ..integrations.config import FP8Config
 from ..integrations.peft.state import adapters
 from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.model_code import weights_read_directly
-from ..loading.quantization_plan import is_dense_by_default, why_unfit
+from ..loading.quantization_plan import why_unfit
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, QuantizedConv1x1
 from .transformers_model import plan_in_place, plan_int8, transformers_models
@@ -151,11 +152,11 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         planned.append(path)
         _plan(path, part, config, accepted, choice)
     by_default = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
-    explicit = config.spec.explicit_targets([(name,) for name in found if name not in by_default])
+    explicit = explicit_targets(config.spec.groups, [(name,) for name in found if name not in by_default])
     for name, candidate in found.items():
         if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
             continue
-        group = config.spec.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
+        group = config.spec.group_of((name,), {"Linear", *classes_of(type(candidate.module))})
         if name in by_default and not match((name,), (), explicit):
             continue
         if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
@@ -187,7 +188,7 @@ def _plan(
         if owner is None:
             return None
         name = names[id(module := part.get_submodule(owner))]  # one of the names, if the module has several
-        group = config.spec.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+        group = config.spec.group_of((*called, name), {"Linear", *classes_of(type(module))})
         key = (id(module), None if group is None else group.name)
         if key not in decided:
             decided[key] = accepted(group, name, module)
