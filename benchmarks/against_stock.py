@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -20,27 +19,21 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 import hf_fp8
 from hf_fp8.formats.scheme import TENSOR, Granularity
 
-from . import ROOT
 from .common import smollm2
 from .common.provenance import version
+from .common.references import copied, logits
 
 IDS = torch.arange(24).reshape(2, 12)
 DEQUANTIZE = CompressedTensorsConfig(dequantize=True)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS, use_cache=False).logits
-    return out
 
 
 def both(path: Path, **options: Any) -> str:
     """The error of stock against hf_fp8 on what stock computes: inputs rounded as the checkpoint says."""
     hf_fp8.register()
     config = hf_fp8.FP8Config(dequantize=True) if options else hf_fp8.FP8Config(backend="scaled_mm")
-    wanted = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config))
+    wanted = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config), IDS)
     hf_fp8.unregister()
-    found = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options))
+    found = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options), IDS)
     return f"error {error(found, wanted):.2g}"
 
 
@@ -52,7 +45,7 @@ def checkpoint(path: Path, **options: Any) -> Path:
 def after_forward(path: Path, work: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(checkpoint(path))
     model.save_pretrained(work / "before")
-    logits(model)
+    logits(model, IDS)
     model.save_pretrained(work / "after")
     read = tensors(path)
     return f"{len(differing(read, tensors(work / 'before')))} before, {len(differing(read, tensors(work / 'after')))} after"
@@ -61,7 +54,7 @@ def after_forward(path: Path, work: Path) -> str:
 def stays_fp8(path: Path, work: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(checkpoint(path))
     before = model.model.layers[0].mlp.up_proj.weight.dtype
-    logits(model)
+    logits(model, IDS)
     return f"{before} before the first forward, {model.model.layers[0].mlp.up_proj.weight.dtype} after"
 
 
@@ -79,7 +72,7 @@ def offloaded(path: Path, work: Path) -> str:
     places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(checkpoint(path), device_map=places, offload_folder=work / "offload")
-    return f"{logits(model).shape}"
+    return f"{logits(model, IDS).shape}"
 
 
 def experts(path: Path, work: Path, edit: Callable[[dict[str, Any]], dict[str, Any]] = lambda s: s) -> str:
@@ -143,7 +136,7 @@ def renamed(state: dict[str, Any]) -> dict[str, Any]:
 
 def broken(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path, Path], str]:
     def case(path: Path, work: Path) -> str:
-        found = logits(AutoModelForCausalLM.from_pretrained(checkpoint(path, edit=change)))
+        found = logits(AutoModelForCausalLM.from_pretrained(checkpoint(path, edit=change)), IDS)
         return f"loads, logits {'finite' if found.isfinite().all() else 'NaN'}"
 
     return case
@@ -184,7 +177,7 @@ CASES: dict[str, Callable[[Path, Path], str]] = {
     "saving experts": experts_saved,
     "saving experts after dequantize=True": lambda p, w: experts_saved(p, w, quantization_config=DEQUANTIZE),
     "saving int4 experts beside FP8": int4_experts_saved,
-    "FP8 beside int4, dequantize=True": lambda p, w: both(_mixed(p), quantization_config=DEQUANTIZE),
+    "FP8 beside int4, dequantize=True": lambda p, w: both(copied("llama-mixed", p), quantization_config=DEQUANTIZE),
     "a missing weight_scale": broken(lambda s: {k: v for k, v in s.items() if k != f"{Q}.weight_scale"}),
     "a NaN scale": broken(lambda s: {**s, f"{Q}.weight_scale": s[f"{Q}.weight_scale"] * float("nan")}),
     "a negative scale": broken(lambda s: {**s, f"{Q}.weight_scale": -s[f"{Q}.weight_scale"]}),
@@ -192,12 +185,6 @@ CASES: dict[str, Callable[[Path, Path], str]] = {
     "a weight stored as int8": broken(lambda s: {**s, f"{Q}.weight": s[f"{Q}.weight"].view(torch.int8)}),
     "a dequantized weight with its scale": broken(lambda s: {**s, f"{Q}.weight": s[f"{Q}.weight"].bfloat16()}),
 }
-
-
-def _mixed(path: Path) -> Path:
-    shutil.copytree(ROOT / "tests" / "data" / "llama-mixed", path)
-    (path / "reference.safetensors").unlink()
-    return path
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -45,9 +45,7 @@ class Evaluate(TrainerCallback):  # type: ignore[misc]
             self.losses.append(float(logs["loss"]))
 
     def _look(self, step: int, model: Any) -> None:
-        mode = model.training
-        self.held_out.append((step, math.log(smollm2.perplexity(model.eval(), self.ids))))
-        model.train(mode)
+        self.held_out.append((step, math.log(hf_fp8.perplexity(model, self.ids))))
         print(f"step {step}: loss {self.held_out[-1][1]:.4f} on the text held out", flush=True)
 
 
@@ -96,15 +94,15 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(fp8)
     judged = texts(tokenizer)[2]
     model = load(fp8, args.backend)
-    print(f"perplexity before: {smollm2.perplexity(model, judged):.3f}", flush=True)
+    print(f"perplexity before: {hf_fp8.perplexity(model, judged):.3f}", flush=True)
     shutil.rmtree(args.out, ignore_errors=True)
     model, _ = finetune(model, tokenizer, args.steps, args.out)
-    print(f"perplexity after: {smollm2.perplexity(model, judged):.3f}", flush=True)
+    print(f"perplexity after: {hf_fp8.perplexity(model, judged):.3f}", flush=True)
     model.save_pretrained(args.out / "adapter")
     with hf_fp8.merging() as report:
         merged = model.merge_and_unload()
     print(report)
-    print(f"perplexity merged: {smollm2.perplexity(merged, judged):.3f}", flush=True)
+    print(f"perplexity merged: {hf_fp8.perplexity(merged, judged):.3f}", flush=True)
     merged.save_pretrained(args.out / "merged")
     tokenizer.save_pretrained(args.out / "merged")
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from . import ROOT
-from .common.memory import watched
+from .common.memory import held_bytes, watched
 from .common.worker import command
 
 LAYERS, EXPERTS, HIDDEN = 8, 32, 1024
@@ -24,16 +24,15 @@ def write(path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import Qwen3MoeConfig
 
+    from .common.shapes import quantization_config
+
     Qwen3MoeConfig(
         hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
         vocab_size=1000, intermediate_size=HIDDEN, moe_intermediate_size=HIDDEN, num_experts=EXPERTS,
         num_experts_per_tok=2, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
     ).save_pretrained(path)  # fmt: skip
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {
-        "config_groups": {"FP8_DYNAMIC": ["Linear"]}, "format": "float-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
-        "quant_method": "compressed-tensors", "quantization_status": "compressed",
-    }  # fmt: skip
+    config["quantization_config"] = quantization_config("lm_head", "re:.*mlp.gate$")
     (path / "config.json").write_text(json.dumps(config))
     state = {name: torch.randn(1000, HIDDEN).bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
     state["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
@@ -64,8 +63,7 @@ def load(path: str, backend: str, experts: str) -> None:
     config = hf_fp8.FP8Config(backend=backend, experts=experts)
     with watched(0.005) as memory:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-    layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters()) / 1e9
+    size, layer = held_bytes(model) / 1e9, held_bytes(model.model.layers[0]) / 1e9
     held = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".experts." in n) / 1e9
     print(
         f"backend={backend:<12} experts={experts:<10} model {size:.2f} GB (experts {held:.3f}, a layer {layer:.2f}), "

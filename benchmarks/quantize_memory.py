@@ -56,7 +56,7 @@ def quantize(folder: str, how: str, scheme: str) -> None:
 
     source = open_source(folder)
     _, plan = plan_source(source, hf_fp8.FP8Config(scheme))
-    checkpoint = source.checkpoint()
+    checkpoint = source.checkpoint
     largest_bytes = max(2 * torch.Size(info.shape).numel() for info in checkpoint.tensors.values()) / 1e9
     fp8 = total_bytes(plan.written) / 1e9
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out, watched() as memory:

@@ -11,9 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -54,16 +53,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoi
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")]
 
 
-class Observers(str, Enum):
-    amax = "amax"
-    percentile = "percentile"
-    mse = "mse"
-
-
-class Dtypes(str, Enum):
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+ObserverName = Literal["amax", "percentile", "mse"]
+DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @app.command()
@@ -84,7 +75,7 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Text, or .jsonl with `text` or `messages`, for static input scales.")
     ] = None,
     # The default is `observers.DEFAULT`, which says why; reading it here would import torch for `--help`.
-    observer: Annotated[Observers, typer.Option(help="How static input scales are chosen.")] = Observers.mse,
+    observer: Annotated[ObserverName, typer.Option(help="How static input scales are chosen.")] = "mse",
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens of FILE are used.")] = 16384,
     dense_experts: Annotated[bool, typer.Option("--dense-experts", help="Leave the experts of an MoE model dense.")] = False,
     device: Annotated[str, typer.Option(help="Where to quantize, and to calibrate.")] = "cpu",
@@ -98,26 +89,24 @@ def quantize(
     from .quantization.files import check_destination, quantize_checkpoint, total_bytes
     from .quantization.source import open_source
 
-    def config() -> FP8Config:
-        return FP8Config(
-            _schemes(scheme), targets=targets or ["Linear"], ignore=ignore, experts="dequantize" if dense_experts else "auto"
-        )
-
     start = time.perf_counter()
     if targets and any("=" in entry for entry in scheme):
         raise typer.BadParameter("--target goes with one --scheme; NAME=TARGET has its own target")
     _check_device(device)
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
+    config = FP8Config(
+        _schemes(scheme), targets=targets or ["Linear"], ignore=ignore, experts="dequantize" if dense_experts else "auto"
+    )
     scales = None
     if calibrate is not None:
-        if not any(group.scheme and group.scheme.has_static_input for group in config().groups):
+        if not any(group.scheme and group.scheme.has_static_input for group in config.groups):
             raise typer.BadParameter(f"--calibrate measures static input scales, which {', '.join(scheme)} does not have")
-        how: dict[str, Any] = {"observer": observer.value, "tokens": tokens, "device_map": device}
+        how: dict[str, Any] = {"observer": observer, "tokens": tokens, "device_map": device}
         with _bar("calibrating", 0, bytes_=False) as tick:
-            scales = measure(source, config(), calibrate, **how, tick=lambda done, of: tick(1, of))
-    with _bar("quantizing", total_bytes(source.checkpoint())) as tick:
-        written = quantize_checkpoint(source, dst, config(), input_scales=scales, device=device, overwrite=overwrite, tick=tick)
+            scales = measure(source, config, calibrate, **how, tick=lambda done, of: tick(1, of))
+    with _bar("quantizing", total_bytes(source.checkpoint)) as tick:
+        written = quantize_checkpoint(source, dst, config, input_scales=scales, device=device, overwrite=overwrite, tick=tick)
     if written.reasons:
         err.print(f"left dense: {by_reason(written.reasons)}")
     if written.unmatched:
@@ -132,7 +121,7 @@ def quantize(
 def dequantize(
     src: Src,
     dst: Dst,
-    dtype: Annotated[Dtypes | None, typer.Option(help="The dtype of the weights (by default that of config.json).")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="The dtype of the weights (by default that of config.json).")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -145,8 +134,8 @@ def dequantize(
     start = time.perf_counter()
     source = open_source(src, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
-    of = None if dtype is None else getattr(torch, dtype.value)
-    with _bar("dequantizing", total_bytes(source.checkpoint())) as tick:
+    of = None if dtype is None else getattr(torch, dtype)
+    with _bar("dequantizing", total_bytes(source.checkpoint)) as tick:
         written = dequantize_checkpoint(source, dst, dtype=of, overwrite=overwrite, tick=tick)
     out.print(
         f"{dst}: {written.weights:,} matrices dequantized, {_size(written.before)} -> {_size(written.after)}, "
@@ -204,7 +193,7 @@ def verify(src: Src, trust_remote_code: Trust = False) -> None:
 
     start = time.perf_counter()
     source = open_source(src, trust_remote_code=trust_remote_code)
-    with _bar("reading", total_bytes(source.checkpoint())) as tick:
+    with _bar("reading", total_bytes(source.checkpoint)) as tick:
         checks = verify_source(source, tick)
     for check in checks:
         out.print(f"ok: {check}")

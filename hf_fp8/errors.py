@@ -1,6 +1,6 @@
 """The exceptions of hf_fp8. Every error says what was found, what is supported, and what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class FP8Error(Exception):
@@ -65,3 +65,15 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     return "; ".join(f"{len(found)} such as {found[0] or 'itself'} ({reason})" for reason, found in names.items())
+
+
+def reasons_of(reasons: Mapping[str, str], most: int = 5) -> str:
+    """Text for a message: the first names, each with its reason. reasons: name -> reason; the name may be empty."""
+    found = [f"{name}: {reason}" if name else reason for name, reason in reasons.items()]
+    return "; ".join(found[:most])
+
+
+def first(names: Sequence[str], most: int = 5) -> str:
+    """Text for a message: the first names, and how many more there are ("a, b and 3 more")."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -51,13 +51,10 @@ class FP8GemmOptions:
             raise UnsupportedError("materialize_fp8_on_wrap=False: weights are quantized when the layer is made; leave it True")
 
 
-_DEFAULTS = FP8GemmOptions()
-
-
 def enable_fp8_gemm(
     model: nn.Module,
     *,
-    options: FP8GemmOptions | Mapping[str, Any] = _DEFAULTS,
+    options: FP8GemmOptions | Mapping[str, Any] = FP8GemmOptions(),
     module_filter: Filter | None = None,
     inplace: bool = True,
 ) -> nn.Module:
@@ -74,35 +71,36 @@ def enable_fp8_gemm(
     Returns `model`, the copy, or the new layer if `model` is a Linear itself. Raises ConfigError for unknown options and if
     no layer is quantized.
     """
-    if not isinstance(options, FP8GemmOptions | Mapping):
-        raise ConfigError(f"options={options!r}: must be FP8GemmOptions, or a dict of their fields")
     if isinstance(options, Mapping):
         known = [field.name for field in dataclasses.fields(FP8GemmOptions)]
         if unknown := [name for name in options if name not in known]:
             raise ConfigError(f"options have no {', '.join(map(repr, unknown))}; they have {', '.join(known)}")
         options = FP8GemmOptions(**options)
-    # Layer by layer, as a model may mix dtypes: an fp16 layer among float32 ones must not compute in bf16.
-    cast = {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if options.cast_inputs and _is_dense_linear(module) and module.weight.dtype not in (torch.float16, torch.bfloat16)
-    }
-    quantized = quantize_model(
-        model,
-        "FP8_DYNAMIC",
-        filter_fn=lambda name, module: _is_dense_linear(module) and (module_filter is None or module_filter(name, module)),
-        inplace=inplace,
-        originals=_ORIGINALS[options.fp16_weight_storage],
-        cast_output=options.cast_output_back,
+    elif not isinstance(options, FP8GemmOptions):
+        raise ConfigError(f"options={options!r}: must be FP8GemmOptions, or a dict of their fields")
+    originals, cast_output = _ORIGINALS[options.fp16_weight_storage], options.cast_output_back
+    quantized, made = _quantized(
+        model, "FP8_DYNAMIC", module_filter, inplace=inplace, originals=originals, cast_output=cast_output
     )
-    for name, module in quantized.named_modules(remove_duplicate=False):
-        if name in cast and isinstance(module, QuantizedLinear):
-            module.compute_dtype = torch.bfloat16
+    # Layer by layer, as a model may mix dtypes: an fp16 layer among float32 ones must not compute in bf16.
+    for layer in made.values():
+        if options.cast_inputs and layer.original_dtype not in (torch.float16, torch.bfloat16):
+            layer.compute_dtype = torch.bfloat16
     return quantized
 
 
-def _is_dense_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not isinstance(module, QuantizedModule)
+def _quantized(
+    model: nn.Module, scheme: str | Scheme, wanted: Filter | None, **options: Any
+) -> tuple[nn.Module, dict[str, QuantizedLinear]]:
+    """Quantize Linears of `model`, and no experts. Returns what `quantize_model` returns, and the new layers by name."""
+    held = {name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and (wanted is None or wanted(name, module))
+
+    quantized = quantize_model(model, scheme, filter_fn=chosen, **options)
+    layers = ((name, module) for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear))
+    return quantized, {name: layer for name, layer in layers if name not in held}
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,7 @@ class Recipe:
     """
 
     scheme: Scheme
+    input_scale: float | None = None
 
     def __init__(self, **parameters: Any) -> None:
         for name, value in parameters.items():
@@ -299,19 +298,12 @@ def quantize_(
     config = recipe(config) if isinstance(config, str) else config
     if not isinstance(config, Recipe):
         raise ConfigError(f"config is a {type(config).__name__}: must be one of {', '.join(RECIPES)} of hf_fp8, or its name")
-    if _is_dense_linear(model):
+    if isinstance(model, nn.Linear) and not isinstance(model, QuantizedModule):
         raise UnsupportedError("a Linear cannot be replaced in place: use the layer that quantize_model(model, ...) returns")
-    found, there = filter_fn, None if device is None else torch.device(device)
-    held = {name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
-    quantize_model(
-        model,
-        config.scheme,
-        filter_fn=lambda name, module: isinstance(module, nn.Linear) if found is None else found(module, name),
-        device=there,
-        experts="dequantize",
-    )
-    if isinstance(config, Float8StaticActivationFloat8Weight) and (scale := config.input_scale) is not None:
-        made = (name for name, module in model.named_modules() if isinstance(module, QuantizedLinear) and name not in held)
-        apply_scales(model, dict.fromkeys(made, scale))
+    there = None if device is None else torch.device(device)
+    wanted = None if filter_fn is None else lambda name, module: filter_fn(module, name)
+    _, made = _quantized(model, config.scheme, wanted, device=there, experts="dequantize")
+    if config.input_scale is not None:
+        apply_scales(model, dict.fromkeys(made, config.input_scale))
     if there is not None:
         model.to(there)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,6 +34,14 @@ def config(name: str) -> LlamaConfig:
         **LLAMAS[name], tie_word_embeddings=False, dtype="bfloat16", max_position_embeddings=8192,
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
+
+
+def quantization_config(*ignore: str) -> dict[str, Any]:
+    """FP8_DYNAMIC, as compressed-tensors writes it."""
+    return {
+        "config_groups": {"FP8_DYNAMIC": ["Linear"]}, "format": "float-quantized", "ignore": list(ignore),
+        "quant_method": "compressed-tensors", "quantization_status": "compressed",
+    }  # fmt: skip
 
 
 def codes(n: int, k: int, device: str = "cpu") -> torch.Tensor:
@@ -77,9 +86,6 @@ def write(name: str, path: Path) -> Path:
     save("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     written = config(name).to_dict()
-    written["quantization_config"] = {
-        "config_groups": {"FP8_DYNAMIC": ["Linear"]}, "format": "float-quantized", "ignore": ["lm_head"],
-        "quant_method": "compressed-tensors", "quantization_status": "compressed",
-    }  # fmt: skip
+    written["quantization_config"] = quantization_config("lm_head")
     (path / "config.json").write_text(json.dumps(written))
     return path

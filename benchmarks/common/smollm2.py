@@ -7,7 +7,6 @@ hf_fp8: what hf_fp8 reads here is what others write.
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from loguru import logger as loguru
+from support.build import stock_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import hf_fp8
@@ -100,19 +100,6 @@ def windows(ids: torch.Tensor) -> Iterator[torch.Tensor]:
         yield ids[None, start : start + WINDOW]
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, tick: Callable[[], Any] = lambda: None) -> float:
-    """exp of the mean negative log-likelihood of each token, given those before it in its window."""
-    total, count = 0.0, 0
-    for window in windows(ids):
-        window = window.to(model.device)
-        logits = model(window, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-        count += window.shape[1] - 1
-        tick()
-    return math.exp(total / count)
-
-
 def granularity(scheme: QuantizationScheme) -> Granularity:
     weights = scheme.weights
     strategy = getattr(weights.strategy, "value", weights.strategy)
@@ -126,8 +113,7 @@ def write_fp8(dense: Path, path: Path, kind: str, tick: Callable[[], Any] = lamb
         return path
     part = path.with_name(path.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    hf_fp8.unregister()  # nothing of ours takes part in writing
-    try:
+    with stock_transformers():  # nothing of ours takes part in writing
         model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(dense)
         largest = _largest_inputs(model, calibration(prose(tokenizer)), tick) if kind == "static" else {}
@@ -146,8 +132,6 @@ def write_fp8(dense: Path, path: Path, kind: str, tick: Callable[[], Any] = lamb
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         compressor.update_config(part)
-    finally:
-        hf_fp8.register()
     part.rename(path)
     return path
 
@@ -163,7 +147,7 @@ def _largest_inputs(model: PreTrainedModel, ids: torch.Tensor, tick: Callable[[]
                 largest[name] = max(largest.get(name, 0.0), args[0].abs().max().item())
 
             hooks.append(module.register_forward_pre_hook(hook))
-    perplexity(model, ids, tick)
+    hf_fp8.perplexity(model, ids, progress=lambda *_: tick())
     for handle in hooks:
         handle.remove()
     return largest

@@ -20,6 +20,7 @@ from hf_fp8 import FP8Config
 from .. import CHECKPOINTS, ROOT
 from ..common import smollm2
 from ..common.provenance import measured_with
+from ..common.references import copied, logits
 from .page import Page
 
 BACKENDS = ("auto", "weight_only", "scaled_mm")
@@ -41,25 +42,9 @@ def load(path: Path, dtype: Any, backend: str) -> Any:
     return auto_class(path).from_pretrained(path, dtype=dtype, quantization_config=FP8Config(backend=backend))
 
 
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(ids, use_cache=False).logits.float()
-    return out
-
-
-def stock_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    hf_fp8.unregister()
-    try:
-        return logits(auto_class(path).from_pretrained(path, dtype=torch.float32), ids)
-    finally:
-        hf_fp8.register()
-
-
 def references(folder: Path, work: Path) -> list[str]:
     """One line of the first table for each backend."""
-    path = work / folder.name
-    shutil.copytree(folder, path)
-    (path / "reference.safetensors").unlink()
+    path = copied(folder.name, work / folder.name)
     stored = load_file(folder / "reference.safetensors")
     lines = []
     for backend in BACKENDS:
@@ -79,7 +64,9 @@ def references(folder: Path, work: Path) -> list[str]:
         once, twice = build.tensors(work / "once" / folder.name), build.tensors(work / "twice" / folder.name)
         lost = "-" if backend == "auto" else str(len(build.differing(build.tensors(path), once)))
         same = torch.equal(before, logits(again, stored["input_ids"]))
-        stock = stock_logits(work / "once" / folder.name, stored["input_ids"])
+        with build.stock_transformers():
+            host = auto_class(path).from_pretrained(work / "once" / folder.name, dtype=torch.float32)
+            stock = logits(host, stored["input_ids"])
         wanted = stored.get("logits_quantized_input", stored["logits"]) if backend != "auto" else stored["logits"]
         read = f"{build.error(stock, wanted):.0e}" if "logits_quantized_input" in stored or backend == "auto" else "-"
         lines.append(
@@ -98,12 +85,12 @@ def perplexities(folder: Path, counts: list[int]) -> list[str]:
     for count in counts:
         text = smollm2.evaluation(ids, count)
         reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
-        base = smollm2.perplexity(reference, text)
+        base = hf_fp8.perplexity(reference, text)
         lines.append(f"| BF16 | - | {len(text):,} | {base:.3f} | |")
         for kind in smollm2.KINDS:
             path = smollm2.write_fp8(dense, folder / kind, kind)
             for backend in (*BACKENDS, "int8"):
-                found = smollm2.perplexity(load(path, torch.bfloat16, backend), text)
+                found = hf_fp8.perplexity(load(path, torch.bfloat16, backend), text)
                 lines.append(f"| {kind} | {backend} | {len(text):,} | {found:.3f} | {found / base - 1:+.2%} |")
                 print(lines[-1], flush=True)
     return lines
@@ -122,7 +109,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     smollm2.quiet()
     with tempfile.TemporaryDirectory() as work:
-        table = [line for folder in sorted((ROOT / "tests" / "data").iterdir()) for line in references(folder, Path(work))]
+        folders = sorted(path.parent for path in (ROOT / "tests" / "data").glob("*/reference.safetensors"))
+        table = [line for folder in folders for line in references(folder, Path(work))]
     print("\n".join(table), flush=True)
     perplexity = perplexities(options.folder, options.tokens)
     Accuracy(measured_with(), "\n".join(table), "\n".join(perplexity)).write()

@@ -24,6 +24,7 @@ from hf_fp8 import FP8Config
 from .. import CHECKPOINTS
 from ..common import smollm2
 from ..common.provenance import measured_with
+from ..common.references import logits
 from ..quantize_memory import table as memory_table
 from .page import Page, PageError
 
@@ -98,20 +99,15 @@ def lost(path: Path) -> int:
 def stock(path: Path, ids: torch.Tensor, dtype: torch.dtype, ours: FP8Config, theirs: object = None) -> float:
     """The error of stock transformers' logits against ours; models loaded in `dtype`, computing in float32."""
 
-    def logits(config: object) -> torch.Tensor:
+    def found(config: object) -> torch.Tensor:
         options = {} if config is None else {"quantization_config": config}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         torch.nn.Module.float(model)  # the host refuses its own of models that were quantized
-        with torch.no_grad():
-            found: torch.Tensor = model(ids, use_cache=False).logits
-        return found
+        return logits(model, ids)
 
-    wanted = logits(ours)
-    hf_fp8.unregister()
-    try:
-        return build.error(logits(theirs), wanted)
-    finally:
-        hf_fp8.register()
+    wanted = found(ours)
+    with build.stock_transformers():
+        return build.error(found(theirs), wanted)
 
 
 def equal(work: Path, folder: Path, tokens: int) -> list[str]:
@@ -120,7 +116,7 @@ def equal(work: Path, folder: Path, tokens: int) -> list[str]:
     text = smollm2.evaluation(smollm2.prose(tokenizer), tokens)
 
     def perplexity(path: Path, **options: object) -> float:
-        return smollm2.perplexity(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options), text)
+        return hf_fp8.perplexity(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options), text)
 
     base, lines = perplexity(dense), []
     for kind, scheme in smollm2.KINDS.items():

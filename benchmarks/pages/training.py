@@ -55,13 +55,13 @@ def train(name: str, steps: int, folder: Path, tokenizer: Any, judged: torch.Ten
     """One base: fine-tuned and judged; the adapter is left in the folder."""
     path, backend = BASES[name]
     model = finetune.load(CHECKPOINTS / path, backend)
-    before = smollm2.perplexity(model, judged)
+    before = hf_fp8.perplexity(model, judged)
     said = io.StringIO()
     start = time.time()
     with redirect_stdout(said):
         model, seen = finetune.finetune(model, tokenizer, steps, folder)
     took = time.time() - start
-    after = smollm2.perplexity(model, judged)
+    after = hf_fp8.perplexity(model, judged)
     model.save_pretrained(folder / "adapter")
     print(f"{name}: {before:.3f} to {after:.3f}, {took:.0f} s", file=sys.stderr, flush=True)
     return {
@@ -76,7 +76,7 @@ def merge(name: str, folder: Path, judged: torch.Tensor, how: dict[str, Any]) ->
     model = PeftModel.from_pretrained(finetune.load(CHECKPOINTS / path, backend), folder / "adapter")
     with hf_fp8.merging(**how) as report:
         merged = model.merge_and_unload()
-    found = smollm2.perplexity(merged, judged)
+    found = hf_fp8.perplexity(merged, judged)
     same = False
     if backend != "int8":  # its checkpoint is int8, which transformers runs
         with tempfile.TemporaryDirectory() as work:

@@ -56,6 +56,11 @@ class Group:
     format: str
 
 
+def classes_of(cls: type) -> tuple[str, ...]:
+    """The names of a class and its base classes, any of which a target may be."""
+    return tuple(base.__name__ for base in cls.__mro__)
+
+
 def match(names: Iterable[str], classes: Iterable[str], targets: Iterable[str]) -> str | None:
     """The first of `targets` that matches, in compressed-tensors' order: exact name, ``re:`` regex, class."""
     return next(matching(names, classes, targets), None)

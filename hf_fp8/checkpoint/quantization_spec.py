@@ -76,11 +76,6 @@ class QuantizationSpec:
             return None
         return next(iter(groups_of(self.groups, called, classes)), None)
 
-    def explicit_targets(self, usual: Sequence[tuple[str, ...]]) -> list[str]:
-        """The targets that match only the output embedding or routers. usual: names of all other Linears."""
-        targets = [target for group in self.groups for target in group.targets]
-        return [target for target in targets if not any(match(called, ("Linear",), [target]) for called in usual)]
-
     def unmatched_ignore(self, linears: Sequence[tuple[str, ...]]) -> list[str]:
         """The entries of `ignore` that match nothing, usually typing errors. linears: the names of each Linear."""
         return [entry for entry in self.ignore if not any(match(called, ("Linear",), [entry]) for called in linears)]

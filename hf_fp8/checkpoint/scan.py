@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
-from .config_groups import Group, fits, groups_of, match, weight_name
+from .config_groups import Group, classes_of, fits, groups_of, match, weight_name
+from .dense_by_default import is_router
 from .quantization_spec import QuantizationSpec
 from .reader import DENSE_DTYPES, Checkpoint
 from .stored_weight import HOST_ROLES, SPELLINGS, StoredWeight, stored
@@ -20,8 +21,6 @@ CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_poi
 ORPHAN = re.compile(
     rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)}|(weight|input)_global_scale|weight_g_idx)$"
 )
-# Names in MoE models of the Linear that chooses experts, or of the gate of the shared expert.
-ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_router|router\.(layer|classifier|proj)|gate\.wg|shared_expert_gate)$")
 # A stack of experts has no ".weight": suffixes that give the names of its scales.
 STACK_SUFFIXES = {
     WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
@@ -54,7 +53,7 @@ class Owner:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of its class and base classes; empty if there is no such module."""
-        return () if self.cls is None else tuple(cls.__name__ for cls in self.cls.__mro__)
+        return () if self.cls is None else classes_of(self.cls)
 
     def is_a(self, *kinds: type[nn.Module]) -> bool:
         return self.cls is not None and issubclass(self.cls, kinds)
@@ -232,7 +231,7 @@ def _may_be_dense(names: tuple[str, ...], owner: Owner) -> bool:
     """Whether a weight that a group matches may be dense: it is not of a Linear (but of an embedding, or of a router with a
     separate class), it is of a router, or this model class does not have it."""
     if owner.is_a(nn.Linear):
-        return any(ROUTER.search(name) for name in names)
+        return is_router(names)
     return owner.cls is None or owner.has_weight
 
 

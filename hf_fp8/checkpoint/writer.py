@@ -89,6 +89,13 @@ class ShardWriter:
         self._missing.discard(name)
 
 
+def shard_names(count: int) -> list[str]:
+    """The names of `count` files with weights, as transformers names them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """Write the index that transformers reads, if there is more than one file. files: name of a file -> its tensors."""
     if len(files) < 2:

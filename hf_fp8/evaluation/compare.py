@@ -15,6 +15,7 @@ from ..nn.base import QuantizedModule
 from ..nn.expert_weights import rows_as_held, weights_of
 from ..nn.experts import Projection, QuantizedExperts
 from ..nn.linear import QuantizedLinear
+from ..nn.swap import submodule
 from .outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals
 from .report import QualityReport
 from .rows import Row, Rows, rank
@@ -87,7 +88,7 @@ def _outputs(
     progress: Progress | None,
 ) -> Outputs:
     if reference is None:
-        kept = [pair for pair in pairs if _original(pair.layer) is not None]
+        kept = [pair for pair in pairs if getattr(pair.layer, "original", None) is not None]
         with evaluating(quantized):
             outputs = outputs_against_originals(quantized, kept, data, progress)
     else:
@@ -121,13 +122,12 @@ def _pairs(
             continue
         module = None
         if reference is not None:
-            try:
-                module = reference.get_submodule(wanted[name])
-            except AttributeError:
+            module = submodule(reference, wanted[name])
+            if module is None:
                 raise ValueError(
                     f"the reference has no layer {wanted[name]!r}, which the quantized model has: if it has another name "
                     "there, pass names={'name in quantized': 'name in reference'}"
-                ) from None
+                )
             _check(wanted[name], layer, module)
         yield Pair(name, layer, module)
 
@@ -157,17 +157,13 @@ def _check_weight(name: str, weight: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has a weight of shape {tuple(weight.shape)} in the reference; the quantized one's is {shape}")
 
 
-def _original(layer: Layer) -> torch.Tensor | None:
-    return layer.original if isinstance(layer, QuantizedLinear) else None
-
-
 def _weights(pair: Pair) -> list[Row]:
     """The row of a linear, or one for each projection of experts."""
     layer = pair.layer
     if isinstance(layer, QuantizedExperts):
         return [_projection(pair, layer, projection) for projection in layer.projections]
     row = Row(pair.name, pair.name, layer.scheme.describe(), (layer.out_features, layer.in_features))
-    weight: Any = _original(layer) if pair.reference is None else pair.reference.weight
+    weight: Any = layer.original if pair.reference is None else pair.reference.weight
     if weight is None:
         return [dataclasses.replace(row, note="not comparable: its float weight was not kept")]
     codes = layer.held_codes("weight")

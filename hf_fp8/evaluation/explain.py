@@ -12,6 +12,8 @@ from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.experts import QuantizedExperts
 from ..nn.linear import QuantizedLinear
+from ..nn.swap import submodule
+from .rows import aligned
 from .running import device_of, dtype_of
 
 
@@ -43,10 +45,7 @@ class Explanation(list[Row]):
             size = f"{sum(row.bytes for row in rows):,}"
             lines.append((pattern, str(len(rows)), scheme, kernel, size, reason if common is None else ""))
         lines.append(("total", str(len(self)), "", "", f"{sum(row.bytes for row in self):,}", ""))
-        widths = [max(len(line[column]) for line in lines) for column in range(6)]
-        table = "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        table = aligned(lines, left=range(6))
         return f"{table}\nwhy: {common}" if common else table
 
     __repr__ = __str__
@@ -88,13 +87,11 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
 
 def _held(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
     """The module or parameter of a name, None if there is none."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        try:
-            return model.get_parameter(name)
-        except AttributeError:
-            return None
+    if (module := submodule(model, name)) is not None:
+        return module
+    parent, _, leaf = name.rpartition(".")
+    owner = submodule(model, parent)
+    return None if owner is None else owner._parameters.get(leaf)
 
 
 def _experts(name: str, module: QuantizedExperts, dtype: torch.dtype, device: torch.device) -> list[Row]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import nbytes
@@ -59,9 +60,7 @@ def inspect_source(source: Source, device: torch.device | str | None = None) -> 
 
     Raises CheckpointError only for files that cannot be read: other errors are in `Inspection.error`.
     """
-    if device is not None:
-        device = torch.device(device)
-    checkpoint = source.checkpoint()
+    checkpoint = source.checkpoint
     counts, sizes = Counter[str](), Counter[str]()
     for info in checkpoint.tensors.values():
         counts[info.dtype] += 1
@@ -94,18 +93,17 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
         found.summary = str(stored)
         return
     config = FP8Config(checkpoint=source.quantization)
-    groups = {group.name: GroupFound(group.name, _describe(group), list(group.targets)) for group in config.groups}
+    groups = {}
+    for group in config.groups:
+        scheme = str(group.format) if group.scheme is None else group.scheme.describe()
+        groups[group.name] = GroupFound(group.name, scheme, list(group.targets))
     found.groups, found.ignore = list(groups.values()), list(config.ignore)
     model = source.structure()
     quantizer = FP8HfQuantizer(config)
-    layout = quantizer.dry_run(model, source.conversions(model), checkpoint, source.dtype, device)
+    layout = quantizer.dry_run(model, get_model_conversion_mapping(model), checkpoint, source.dtype, device)
     for weight in [*layout.scan.weights, *layout.scan.host]:
-        group = groups[weight.group.name]
-        group.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1
-        group.bytes += sum(nbytes(checkpoint.tensors[key]) for key in weight.keys.values())
+        one = groups[weight.group.name]
+        one.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1
+        one.bytes += sum(nbytes(checkpoint.tensors[key]) for key in weight.keys.values())
     found.explanation = explain(model, source.dtype, quantizer.compute_device)
     found.summary = f"FP8 in the compressed-tensors format; from_pretrained on {quantizer.compute_device.type} would run:"
-
-
-def _describe(group: Any) -> str:
-    return group.scheme.describe() if group.scheme is not None else str(group.format)

@@ -105,22 +105,24 @@ class Outputs:
     batches: int = 0
 
 
-def batches_of(data: Any) -> Iterable[Any]:
-    """`data` as an iterable; a tensor or a dict is a single batch."""
-    return [data] if isinstance(data, (torch.Tensor, Mapping)) else data
+def each(data: Any, outputs: Outputs, progress: Progress | None) -> Iterator[Any]:
+    """The batches of `data`, counted and reported when they are done; a tensor or a dict is a single batch."""
+    batches = [data] if isinstance(data, (torch.Tensor, Mapping)) else data
+    total = len(batches) if isinstance(batches, Sized) else None
+    for batch in batches:
+        yield batch
+        outputs.batches += 1
+        if progress is not None:
+            progress("outputs", outputs.batches, total)
 
 
 @contextlib.contextmanager
 def hooked(modules: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """Register forward hooks (module, args, kwargs, output) on modules, for the duration of the block."""
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
         for module, hook in modules:
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compare_outputs(
@@ -132,9 +134,8 @@ def compare_outputs(
     progress: Progress | None,
 ) -> Outputs:
     """Run both models on each batch. Holds the float layers' outputs of one batch at a time (if `accumulated`)."""
-    outputs, batches = Outputs(), batches_of(data)
+    outputs, dtype = Outputs(), dtype_of(quantized)
     captured: dict[str, deque[torch.Tensor]] = defaultdict(deque)
-    dtype, total = dtype_of(quantized), len(batches) if isinstance(batches, Sized) else None
 
     def alone(pair: Pair) -> Hook:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -160,7 +161,7 @@ def compare_outputs(
 
         return hook
 
-    for batch in batches:
+    for batch in each(data, outputs, progress):
         with hooked((pair.reference, alone(pair)) for pair in pairs if pair.reference is not None):
             expected = call(reference, batch)
         # Keep only the logits: the rest, such as a cache, is freed before the other model runs.
@@ -171,16 +172,12 @@ def compare_outputs(
         captured.clear()
         if expected is not None and found is not None and expected.shape == found.shape:
             _end_to_end(outputs, expected, found, _mask(batch, expected), has_logits)
-        outputs.batches += 1
-        if progress is not None:
-            progress("outputs", outputs.batches, total)
     return outputs
 
 
 def outputs_against_originals(quantized: nn.Module, pairs: list[Pair], data: Any, progress: Progress | None) -> Outputs:
     """Run only the quantized model: compare each layer with the float layer of its `original`, on the same input."""
-    outputs, batches = Outputs(), batches_of(data)
-    total = len(batches) if isinstance(batches, Sized) else None
+    outputs = Outputs()
 
     def against_original(pair: Pair) -> Hook:
         def hook(layer: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
@@ -191,11 +188,8 @@ def outputs_against_originals(quantized: nn.Module, pairs: list[Pair], data: Any
         return hook
 
     with hooked((pair.layer, against_original(pair)) for pair in pairs):
-        for batch in batches:
+        for batch in each(data, outputs, progress):
             call(quantized, batch)
-            outputs.batches += 1
-            if progress is not None:
-                progress("outputs", outputs.batches, total)
     return outputs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -102,14 +102,7 @@ class Rows(list[Row]):
                 cells = ["" if value is None else shown(value) for value in found]
                 lines.append([title, *([""] if several else []), *cells, ""])
         words = {0, len(lines[0]) - 1, *([1] if several else [])}
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i in words else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned(lines, left=words)
 
     def worst(self, n: int) -> Rows:
         """The n rows with the lowest `output_sqnr` (or `weight_sqnr` if they have none), NaN first."""
@@ -163,3 +156,15 @@ def shown(value: float | None, digits: str = ".2f") -> str:
     if value is None:
         return "-"
     return {"inf": "exact", "nan": "NaN"}.get(str(value)) or format(value, digits)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Container[int]) -> str:
+    """A table of cells. left: numbers of the columns that are aligned to the left, the others are to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

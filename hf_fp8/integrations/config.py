@@ -87,7 +87,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             asked = QuantizationSpec.asked(self.scheme, self.targets, self._ignore)
             if not all_of(FP8, asked.groups):
                 raise ConfigError(
-                    f"scheme={scheme!r} is not FP8: while loading, hf_fp8 quantizes only to FP8; for int8 use "
+                    f"scheme={scheme!r} is not FP8: FP8Config and `hf-fp8 quantize` make FP8 only; for int8 use "
                     "hf_fp8.quantize_model(model, 'INT8')"
                 )
             self.spec = asked

@@ -279,9 +279,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()
-                if self.planned is not None:
-                    module.needs_calibration = module.has_static_input
-                else:
+                module.needs_calibration = self.planned is not None and module.has_static_input
+                if self.planned is None and not self.pre_quantized:
                     module.see_calibration()
                 module.original_dtype = module.original_dtype or self._dtype
                 if isinstance(module, QuantizedLinear):

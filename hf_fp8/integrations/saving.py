@@ -12,6 +12,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
+from ..checkpoint.config_groups import classes_of
 from ..errors import CalibrationError, UnsupportedError
 from ..formats.storage import WEIGHT
 from ..loading.layout import Layout
@@ -35,8 +36,7 @@ def fit_config(model: nn.Module, config: FP8Config, layout: Layout, carried: Ite
     found, dense = set[str](), _resized(model, layout)
     restored = {name.removesuffix(f".{WEIGHT}") for p in layout.dense.values() for name in (p.name, *p.others)}
     for name, module in model.named_modules():
-        classes = [cls.__name__ for cls in type(module).__mro__]
-        group = config.spec.group_of((name,), classes) if isinstance(module, nn.Linear) else None
+        group = config.spec.group_of((name,), classes_of(type(module))) if isinstance(module, nn.Linear) else None
         quantized = isinstance(module, QuantizedLinear) or name in restored or hasattr(module, "quantization_scheme")
         if group is not None and not quantized and name not in dense:
             dense.append(name)
@@ -134,7 +134,7 @@ def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
     schemes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            group = config.spec.group_of((name,), [cls.__name__ for cls in type(module).__mro__])
+            group = config.spec.group_of((name,), classes_of(type(module)))
             scheme = None if group is None else group.scheme
             schemes[name] = None if group is None else group.name if scheme is None else scheme.describe()
     if found := torn(schemes):  # layers that serving engines run as one

@@ -14,12 +14,14 @@ from torch import nn
 from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from ..checkpoint.config_groups import Group, match
+from ..checkpoint.config_groups import Group, classes_of, match
+from ..checkpoint.dense_by_default import explicit_targets, is_dense_by_default, is_router
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.scan import ROUTER, module_named
+from ..checkpoint.scan import module_named
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
-from ..errors import ConfigError, MismatchError, by_reason
+from ..errors import ConfigError, MismatchError, by_reason, reasons_of
+from ..formats.scheme import Scheme
 from ..formats.storage import INPUT_SCALE, WEIGHT, TensorForm, format_of
 from ..formats.weights import scale_dtype_of
 from ..nn.experts import ExpertsLayout
@@ -120,7 +122,7 @@ def plan_quantization(
         plan.spec = spec.restricted_to(used, plan.dense)
         written = KeyMap.of(model, conversions, plan.written.tensors)
         layout = match_checkpoint(model, written, plan.written, plan.spec, Policy(), plan.parts)
-        unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_unfit(weight, layout))}
+        unfit = {weight.name: reason for weight in layout.scan.weights if (reason := _why_not_kept(weight, layout))}
         if not unfit:
             return plan, layout
         planner.excluded |= unfit  # each round excludes more, so this ends
@@ -135,13 +137,13 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
             )
 
 
-def _classes(model: ModelFacts, module: str | None) -> list[str]:
-    return [] if module is None else [cls.__name__ for cls in model.modules[module].cls.__mro__]
+def _classes(model: ModelFacts, module: str | None) -> tuple[str, ...]:
+    return () if module is None else classes_of(model.modules[module].cls)
 
 
 def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: list[Group]) -> None:
     for group in unused:
-        if said := [f"{name}: {reason}" for name, reason in plan.reasons.items()][:5]:
+        if said := reasons_of(plan.reasons):
             raise ConfigError(f"targets {list(group.targets)} match nothing in {model.cls} that can be quantized: {said}")
         raise ConfigError(
             f"targets {list(group.targets)}, ignore {list(spec.ignore)}: they leave no Linear of {model.cls} to "
@@ -149,7 +151,7 @@ def _check_use(model: ModelFacts, spec: QuantizationSpec, plan: Plan, unused: li
         )
 
 
-def _why_unfit(weight: StoredWeight, layout: Layout) -> str | None:
+def _why_not_kept(weight: StoredWeight, layout: Layout) -> str | None:
     if not weight.target:
         return "this model class does not have it"
     return layout.reasons.get(weight.module) or layout.reasons.get(weight.target)
@@ -172,7 +174,7 @@ class _Planner:
         plan = Plan(Checkpoint([]), self.spec)
         found = [matrix for key in self.checkpoint.tensors for matrix in self._take(key, plan)]
         plan.names = [matrix.names for matrix in found]
-        explicit = self.spec.explicit_targets([matrix.names for matrix in found if not matrix.dense_by_default])
+        explicit = explicit_targets(self.spec.groups, [matrix.names for matrix in found if not matrix.dense_by_default])
         for matrix in found:
             self._decide(matrix, explicit, plan)
         self._note_head(explicit, plan)
@@ -262,8 +264,7 @@ class _Planner:
             return (owner.names, experts) if is_expert else ((), None)
         if not (owner.module is None or owner.is_a(nn.Linear)):
             # A router may hold its matrix itself. Other loaders make it a Linear, so the config must list it as dense.
-            is_router = any(ROUTER.search(name) for name in owner.names)
-            return (owner.names, owner.module) if is_router else ((), None)
+            return (owner.names, owner.module) if is_router(owner.names) else ((), None)
         return owner.names, owner.module
 
     def _decide(self, matrix: _Matrix, explicit: Sequence[str], plan: Plan) -> None:
@@ -272,7 +273,9 @@ class _Planner:
         group = None if stays else self.choose(matrix.names, matrix.owner)
         if group is None or (self.dense_experts and matrix.is_expert):
             plan.dense.append(matrix.module)
-        elif (reason := self.excluded.get(matrix.module) or _unfit(group, matrix.shape)) is not None:
+            return
+        assert group.scheme is not None
+        if (reason := self.excluded.get(matrix.module) or why_unfit(group.scheme, matrix.shape)) is not None:
             plan.reasons[matrix.module] = reason
             plan.dense.append(matrix.module)
         else:
@@ -303,18 +306,13 @@ def _quantized(
     return {dot + role: TensorInfo(DTYPE_NAMES[form.dtype], form.shape, info.file) for role, form in forms.items()}
 
 
-def is_dense_by_default(names: tuple[str, ...], is_head: bool) -> bool:
-    """Whether a module stays dense unless a target matches it explicitly: the output embedding, or a router."""
-    return is_head or any(ROUTER.search(name) for name in names)
-
-
-def _unfit(group: Group, shape: tuple[int, ...]) -> str | None:
-    assert group.scheme is not None
-    cols = group.scheme.weight.granularity.cols
+def why_unfit(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    """Why a weight of this shape (N, K) cannot be quantized with `scheme`, None if it can."""
     if 0 in shape:
         return f"it has no values: its shape is {list(shape)}"
-    if group.scheme.weight.granularity.rows == 1 and cols > 1 and shape[1] % cols:
-        return f"K = {shape[1]} is not a multiple of the group size {cols}, which compressed-tensors requires"
+    granularity = scheme.weight.granularity
+    if granularity.rows == 1 and granularity.cols > 1 and shape[1] % granularity.cols:
+        return f"K = {shape[1]} is not a multiple of the group size {granularity.cols}"
     return None
 
 

@@ -182,6 +182,14 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return model
 
 
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """The module called `name` (the model itself if it is empty), None if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def leave_fused_paths(model: nn.Module) -> None:
     """Disable the fused paths of torch's encoder, which do not call its Linears, where those are quantized.
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CalibrationError, UnsupportedError
-from ..formats.scheme import CODE_MAX
+from ..errors import CalibrationError, UnsupportedError, first
+from ..formats.scheme import CODE_MAX, Scheme
+from ..formats.weights import least_scale
 from ..kernels import Routing
 from ..nn.base import QuantizedModule
 from ..nn.experts import Projection, QuantizedExperts
@@ -23,8 +24,6 @@ from ..nn.linear import QuantizedLinear
 from .observers import DEFAULT, Observer, over_ranks, prototype_of
 
 logger = logging.getLogger(__name__)
-# Maximum number of names in a message.
-NAMED = 5
 
 
 class Calibration:
@@ -118,8 +117,8 @@ def apply_scales(model: nn.Module, scales: Mapping[str, float | Sequence[float] 
     unknown = [name for name in scales if name not in targets]
     if unknown:
         raise CalibrationError(
-            f"scales for {_some(unknown)}, which are not layers of the model with a static input scheme; it has "
-            f"{_some(list(targets))}"
+            f"scales for {first(unknown)}, which are not layers of the model with a static input scheme; it has "
+            f"{first(list(targets))}"
         )
     _refuse_offloaded([targets[name] for name in scales])
     given = {}
@@ -142,6 +141,7 @@ class _Target:
 
     name: str
     layer: QuantizedModule
+    scheme: Scheme
     projection: str | None = None
 
     @property
@@ -156,13 +156,8 @@ class _Target:
     @property
     def codes(self) -> torch.dtype:
         """The dtype to which inputs will be quantized."""
-        if isinstance(self.layer, QuantizedLinear):
-            scheme = self.layer.scheme
-        else:
-            assert isinstance(self.layer, QuantizedExperts)
-            scheme = next(p.scheme for p in self.layer.projections if p.name == self.projection)
-        assert scheme.input is not None
-        return scheme.input.dtype
+        assert self.scheme.input is not None
+        return self.scheme.input.dtype
 
 
 def _targets(model: nn.Module) -> list[_Target]:
@@ -171,13 +166,13 @@ def _targets(model: nn.Module) -> list[_Target]:
         if isinstance(module, QuantizedLinear) and module.scheme.has_static_input:
             if module.input_scale is None:
                 module.await_scale("input_scale", (1,), module.weight_scale)
-            found.append(_Target(name, module))
+            found.append(_Target(name, module, module.scheme))
         elif isinstance(module, QuantizedExperts):
             for p in module.projections:
                 if p.scheme.has_static_input:
                     if getattr(module, p.input_scale) is None:
                         module.await_scale(p.input_scale, (p.shape[0], p.parts), getattr(module, p.scale))
-                    found.append(_Target(f"{name}.{p.name}".lstrip("."), module, p.name))
+                    found.append(_Target(f"{name}.{p.name}".lstrip("."), module, p.scheme, p.name))
     return found
 
 
@@ -185,7 +180,7 @@ def _check(model: nn.Module, targets: list[_Target]) -> None:
     if not targets:
         schemes = {m.scheme.describe() for m in model.modules() if isinstance(m, QuantizedLinear)}
         schemes |= {p.scheme.describe() for m in model.modules() if isinstance(m, QuantizedExperts) for p in m.projections}
-        found = f"its quantized layers have {_some(sorted(schemes))}" if schemes else "it has no quantized layers"
+        found = f"its quantized layers have {first(sorted(schemes))}" if schemes else "it has no quantized layers"
         raise CalibrationError(
             f"{type(model).__name__} has no layer with a static input scheme, and only those are calibrated: {found}. Other "
             "schemes need no calibration; for static input scales quantize with FP8_STATIC"
@@ -193,14 +188,14 @@ def _check(model: nn.Module, targets: list[_Target]) -> None:
     _refuse_offloaded(targets)
     busy = [t.name for t in targets if t.layer.observer is not None]
     if busy:
-        raise CalibrationError(f"{_some(busy)} are being calibrated already: end that block first")
+        raise CalibrationError(f"{first(busy)} are being calibrated already: end that block first")
 
 
 def _refuse_offloaded(targets: list[_Target]) -> None:
     away = [t.name for t in targets if t.layer.is_offloaded or t.scale.is_meta]
     if away:
         raise UnsupportedError(
-            f"{_some(away)} are offloaded or on the meta device, where scales cannot be set: load the model without offloading"
+            f"{first(away)} are offloaded or on the meta device, where scales cannot be set: load the model without offloading"
         )
 
 
@@ -278,11 +273,11 @@ def _siblings(watches: dict[str, _LinearWatch]) -> list[list[str]]:
         return []
     same = over_ranks(torch.tensor([watches[a].history == watches[b].history for a, b in pairs], dtype=torch.int32), "MIN")
     sets: dict[str, list[str]] = {}
-    first: dict[str, str] = {}
+    eldest: dict[str, str] = {}
     for (a, b), are_same in zip(pairs, same.tolist(), strict=True):
-        if are_same and b not in first:
-            first[b] = first.get(a, a)
-            sets.setdefault(first[b], [first[b]]).append(b)
+        if are_same and b not in eldest:
+            eldest[b] = eldest.get(a, a)
+            sets.setdefault(eldest[b], [eldest[b]]).append(b)
     return list(sets.values())
 
 
@@ -294,7 +289,7 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
     broken = [name for name, found in amax.items() if not bool(found.isfinite().all())]
     if broken:
         raise CalibrationError(
-            f"{len(broken)} layer(s) had NaN or infinity in their inputs, and nothing was changed: {_some(broken)}. Look at "
+            f"{len(broken)} layer(s) had NaN or infinity in their inputs, and nothing was changed: {first(broken)}. Look at "
             "the first of them: possible causes are an overflow of float16 and broken data"
         )
     seen = [t for t in targets if bool((amax[t.name] >= 0).any())]
@@ -304,7 +299,7 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
         )
     if len(seen) < len(targets):
         unseen = [t.name for t in targets if t not in seen]
-        logger.warning("%d of %d layers had no input and stay unchanged: %s", len(unseen), len(targets), _some(unseen))
+        logger.warning("%d of %d layers had no input and stay unchanged: %s", len(unseen), len(targets), first(unseen))
     thresholds, filled = {}, []
     for target in seen:
         found = observers[target.name].threshold(target.codes).cpu()
@@ -314,7 +309,7 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
             filled.append(f"{target.name} {int(empty.sum())} of {len(empty)}")
         thresholds[target.name] = found
     if filled:
-        logger.warning("experts without tokens get the largest input scale of the other experts: %s", _some(filled))
+        logger.warning("experts without tokens get the largest input scale of the other experts: %s", first(filled))
     for names in siblings:
         if names[0] in thresholds:
             largest = torch.stack([thresholds[name] for name in names]).max()
@@ -326,15 +321,13 @@ def _measured(targets: list[_Target], observers: dict[str, Observer], siblings: 
         scales[target.name] = scale.to(dtype)
     too_large = [name for name, scale in scales.items() if not bool(scale.isfinite().all())]
     if too_large:
-        raise CalibrationError(f"input scales of {_some(too_large)} are too large for the dtype in which they are stored")
+        raise CalibrationError(f"input scales of {first(too_large)} are too large for the dtype in which they are stored")
     return scales
 
 
 def _rounded(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`scale` in `dtype`; positive values stay positive."""
-    info = torch.finfo(dtype)
-    # As in `weight_scale_of`: kernels may flush values below `tiny`, except in float16.
-    return scale.to(dtype).clamp(min=info.tiny * info.eps if dtype == torch.float16 else info.tiny)
+    return scale.to(dtype).clamp(min=least_scale(dtype))
 
 
 def _write(targets: list[_Target], scales: dict[str, torch.Tensor]) -> None:
@@ -359,7 +352,3 @@ def _shown(progress: bool | None) -> Iterator[Callable[[], None]]:
     with Progress(text, TimeElapsedColumn(), console=Console(stderr=True)) as line:
         task = line.add_task("", total=None)
         yield lambda: line.advance(task)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -15,8 +15,10 @@ from ..errors import CalibrationError, ConfigError, CorruptFileError
 from ..formats.storage import INPUT_SCALE
 from ..integrations.config import FP8Config
 from .calibration import calibrate
-from .observers import DEFAULT, Observer
 from .source import Source
+
+# Tokens in one forward pass.
+LENGTH = 512
 
 
 def texts(file: Path) -> Iterator[str | list[dict[str, Any]]]:
@@ -88,20 +90,19 @@ def measure(
     config: FP8Config,
     file: Path,
     *,
-    observer: str | Observer = DEFAULT,
-    tokens: int = 16384,
-    length: int = 512,
-    device_map: Any = None,
+    observer: str,
+    tokens: int,
+    device_map: Any,
     tick: Callable[[int, int], Any] = lambda done, of: None,
 ) -> dict[str, torch.Tensor]:
     """Calibrate the static input scales of the checkpoint that `config` makes from `source`; return them by key.
 
-    The model is quantized while loading, and run on `tokens` tokens of the text, `length` at a time: this takes memory for the
+    The model is quantized while loading, and run on `tokens` tokens of the text, `LENGTH` at a time: this takes memory for the
     FP8 model. It has the class that config.json names, and gets text only: in a multimodal model, layers that only images or
     sound reach are not calibrated. tick: called with (windows done, number of windows).
     """
     next(texts(file), None)  # raises for a file that cannot be read
-    pieces = windows(file, _tokenizer(source), length, tokens)
+    pieces = windows(file, _tokenizer(source), LENGTH, tokens)
     kind: Any = source.model_class or AutoModelForCausalLM
     model = kind.from_pretrained(
         source.folder, quantization_config=config, device_map=device_map, trust_remote_code=source.trust_remote_code

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.config_groups import Group, all_of, match
-from ..errors import ConfigError, ScaleError, UnsupportedError
+from ..checkpoint.config_groups import Group, all_of, classes_of, match
+from ..checkpoint.dense_by_default import explicit_targets, is_dense_by_default
+from ..errors import ConfigError, ScaleError, UnsupportedError, reasons_of
 from ..formats.code_types import FP8
 from ..formats.scheme import FP8_DYNAMIC, Scheme
 from ..formats.weights import scale_dtype_of
@@ -20,7 +21,7 @@ from ..integrations.config import FP8Config
 from ..integrations.peft.state import adapters
 from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.model_code import weights_read_directly
-from ..loading.quantization_plan import is_dense_by_default
+from ..loading.quantization_plan import why_unfit
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, QuantizedConv1x1
 from .transformers_model import plan_in_place, plan_int8, transformers_models
@@ -57,16 +58,6 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
             reasons[id(module)] = reason
     for name, module in layers:
         yield Candidate(name, module, reasons.get(id(module)))
-
-
-def why_unfit(module: nn.Module, scheme: Scheme) -> str | None:
-    """Why the layer cannot be quantized with `scheme`, None if it can."""
-    granularity = scheme.weight.granularity
-    weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    inputs = weight.flatten(1).shape[1]
-    if granularity.rows == 1 and granularity.cols > 1 and inputs % granularity.cols:
-        return f"K = {inputs} is not a multiple of the group size {granularity.cols}"
-    return None
 
 
 def _own_code(module: nn.Module) -> str | None:
@@ -148,7 +139,8 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         candidate = found.get(name)
         reason = None if candidate is None else candidate.reason
         if reason is None and candidate is not None and group.scheme is not None:
-            reason = why_unfit(module, group.scheme)
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            reason = why_unfit(group.scheme, weight.flatten(1).shape)
         if reason is not None:
             choice.reasons[name] = reason
             return None
@@ -160,11 +152,11 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         planned.append(path)
         _plan(path, part, config, accepted, choice)
     by_default = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
-    explicit = config.spec.explicit_targets([(name,) for name in found if name not in by_default])
+    explicit = explicit_targets(config.spec.groups, [(name,) for name in found if name not in by_default])
     for name, candidate in found.items():
         if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
             continue
-        group = config.spec.group_of((name,), {"Linear", *(cls.__name__ for cls in type(candidate.module).__mro__)})
+        group = config.spec.group_of((name,), {"Linear", *classes_of(type(candidate.module))})
         if name in by_default and not match((name,), (), explicit):
             continue
         if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
@@ -196,7 +188,7 @@ def _plan(
         if owner is None:
             return None
         name = names[id(module := part.get_submodule(owner))]  # one of the names, if the module has several
-        group = config.spec.group_of((*called, name), {"Linear", *(cls.__name__ for cls in type(module).__mro__)})
+        group = config.spec.group_of((*called, name), {"Linear", *classes_of(type(module))})
         key = (id(module), None if group is None else group.name)
         if key not in decided:
             decided[key] = accepted(group, name, module)
@@ -217,14 +209,13 @@ def _check(model: nn.Module, config: FP8Config, choice: Choice, used: set[str]) 
         if group.name not in used:
             if held:
                 choice.reasons.setdefault("", f"{held} layers are quantized already")
-            said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
+            said = reasons_of(choice.reasons)
             raise ConfigError(
                 f"no layer of {type(model).__name__} is quantized by targets {list(group.targets)}, ignore "
                 f"{list(config.spec.ignore)} and filter_fn{f' ({said})' if said else ''}"
             )
     if not choice.layers and not choice.quantizers:
-        said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
-        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
+        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({reasons_of(choice.reasons)})")
     for path, quantizer in choice.quantizers.items():
         for plan in quantizer.layout.experts.values() if quantizer.layout is not None else ():
             for stack in plan.stacks:

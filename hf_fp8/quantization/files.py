@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import WeightTransform
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
-from ..checkpoint.writer import ShardWriter, check_place, nbytes, whole_folder, write_index
+from ..checkpoint.writer import ShardWriter, check_place, nbytes, shard_names, whole_folder, write_index
 from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..integrations.config import FP8Config
@@ -54,9 +54,9 @@ def plan_source(source: Source, config: FP8Config) -> tuple[Checkpoint, Plan]:
         raise CheckpointError(
             f"{source.folder} is quantized already ({stored.method}): use the dense checkpoint that it was made from{way}"
         )
-    model, checkpoint = source.structure(), source.checkpoint()
+    model, checkpoint = source.structure(), source.checkpoint
     plan, _ = plan_quantization(
-        ModelFacts.of(model, source.dtype), source.conversions(model), checkpoint, config.spec,
+        ModelFacts.of(model, source.dtype), get_model_conversion_mapping(model), checkpoint, config.spec,
         dense_experts=config.experts == "dequantize", cast_to=None,
     )  # fmt: skip
     return checkpoint, plan
@@ -80,9 +80,10 @@ def quantize_checkpoint(
     Raises CalibrationError without scales for a static scheme, and ScaleError, naming it, for a weight with NaN or infinity.
     """
     checkpoint, plan = plan_source(source, config)
+    scales = input_scales or {}
     groups = {key: group.scheme for key, group in plan.groups.items() if group.scheme is not None}
     static = [key for key in plan.written.tensors if key.rpartition(".")[2] == INPUT_SCALE]
-    if lacking := [key for key in static if key not in (input_scales or {})]:
+    if lacking := [key for key in static if key not in scales]:
         raise CalibrationError(
             f"the scheme has static input scales, but {len(lacking)} (such as {lacking[0]}) are not calibrated: pass a text "
             "(--calibrate), or use a scheme with dynamic input scales, such as FP8_DYNAMIC"
@@ -91,12 +92,9 @@ def quantize_checkpoint(
     for key, part in plan.parts.items():
         by_source.setdefault(part.key, []).append(key)
 
-    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
-        if by_source[key] == [key] and key not in groups:
-            return None
-        return quantized(key)
+    copied = {key for key, made in by_source.items() if made == [key] and key not in groups}
 
-    def quantized(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = checkpoint.load(key)
         for written in by_source[key]:
             values = plan.parts[written].take(tensor)
@@ -108,21 +106,20 @@ def quantize_checkpoint(
             made = quantize_named(module.rstrip("."), values.to(device), scheme.weight)
             yield from ((module + role, tensor) for role, tensor in made.items())
             if scheme.has_static_input:
-                assert input_scales is not None
-                yield module + INPUT_SCALE, input_scales[module + INPUT_SCALE].reshape(1).to(made[WEIGHT_SCALE].dtype)
+                yield module + INPUT_SCALE, scales[module + INPUT_SCALE].reshape(1).to(made[WEIGHT_SCALE].dtype)
 
-    _write(source, destination, checkpoint, plan.written, make, plan.spec.to_json(), overwrite, tick)
+    _write(source, destination, checkpoint, plan.written, make, copied, plan.spec.to_json(), overwrite, tick)
     return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), plan.reasons, plan.unmatched)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A quantized checkpoint, checked against its config and its model. conversions: those of transformers."""
+    """A quantized checkpoint, checked against its config and its model."""
 
     checkpoint: Checkpoint
     spec: QuantizationSpec
     model: ModelFacts
-    conversions: list[WeightTransform]
+    keymap: KeyMap
     layout: Layout
 
 
@@ -134,9 +131,9 @@ def read_quantized(source: Source) -> Reading:
     if stored.reader != HF_FP8:
         raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
     spec = QuantizationSpec.read(source.quantization or {})
-    model, checkpoint = source.structure(), source.checkpoint()
-    conversions, facts = source.conversions(model), ModelFacts.of(model, source.dtype)
-    keymap = KeyMap.of(facts, conversions, checkpoint.tensors)
+    model, checkpoint = source.structure(), source.checkpoint
+    facts = ModelFacts.of(model, source.dtype)
+    keymap = KeyMap.of(facts, get_model_conversion_mapping(model), checkpoint.tensors)
     policy = Policy(
         dense_because="dequantize=True",
         experts_because=lambda scheme: "dequantize=True",
@@ -144,7 +141,7 @@ def read_quantized(source: Source) -> Reading:
         needs_input_scales=False,
     )
     layout = match_checkpoint(facts, keymap, checkpoint, spec, policy)
-    return Reading(checkpoint, spec, facts, conversions, layout)
+    return Reading(checkpoint, spec, facts, keymap, layout)
 
 
 def dequantize_checkpoint(
@@ -162,7 +159,7 @@ def dequantize_checkpoint(
     """
     reading = read_quantized(source)
     checkpoint, layout, of = reading.checkpoint, reading.layout, dtype or source.dtype
-    homes, shapes = host_form(reading.model, reading.conversions, checkpoint)
+    homes, shapes = host_form(reading.model, reading.keymap, checkpoint)
     weights = {weight.keys[weight.primary]: weight for weight in [*layout.scan.weights, *layout.scan.host]}
     dropped = {key for w in weights.values() for role, key in w.keys.items() if role != w.primary} | set(layout.scan.cache)
     written, members = Checkpoint([]), dict[str, list[str]]()
@@ -193,18 +190,17 @@ def dequantize_checkpoint(
             homes[key].take(out).copy_(values(key))
         return out
 
-    def make(key: str) -> Iterator[tuple[str, torch.Tensor]] | None:
-        if key in dropped:
-            return iter(())
+    def make(key: str) -> Iterator[tuple[str, torch.Tensor]]:
         home = homes.get(key)
-        if home is not None and home.expert is not None:
-            first = members[home.key][0] == key
-            return iter([(home.key, stacked(home.key))] if first else ())
-        if key not in weights and home is None:
-            return None
-        return iter([(home.key if home else key.removesuffix("_packed"), values(key))])
+        if key in dropped:
+            return
+        if home is None or home.expert is None:
+            yield home.key if home else key.removesuffix("_packed"), values(key)
+        elif members[home.key][0] == key:
+            yield home.key, stacked(home.key)
 
-    _write(source, destination, checkpoint, written, make, None, overwrite, tick, of)
+    copied = set(checkpoint.tensors) - dropped - set(weights) - set(homes)
+    _write(source, destination, checkpoint, written, make, copied, None, overwrite, tick, of)
     return Written(len(weights), total_bytes(checkpoint), total_bytes(written))
 
 
@@ -233,12 +229,14 @@ def _write(
     destination: Path,
     checkpoint: Checkpoint,
     written: Checkpoint,
-    make: Callable[[str], Iterator[tuple[str, torch.Tensor]] | None],
+    make: Callable[[str], Iterator[tuple[str, torch.Tensor]]],
+    copied: Collection[str],
     quantization: dict[str, Any] | None,
     overwrite: bool,
     tick: ProgressCallback,
     dtype: torch.dtype | None = None,
 ) -> None:
+    """Write the folder file by file. make: key of the source -> tensors made from it. copied: keys that are copied instead."""
     files = _files(written)
     total = total_bytes(written)
     check_destination(source, destination, overwrite)
@@ -247,10 +245,11 @@ def _write(
         for file, (name, tensors) in files.items():
             with ShardWriter(folder / name, tensors) as shard:
                 for key in (key for key, info in checkpoint.tensors.items() if info.file == file):
-                    if (tensors_made := make(key)) is None:
-                        shard.copy(key, checkpoint.pieces(key))  # unchanged, and never whole in memory
-                    for made, values in tensors_made or ():
-                        shard.write(made, values)
+                    if key in copied:
+                        shard.copy(key, checkpoint.pieces(key))  # never whole in memory
+                    else:
+                        for made, values in make(key):
+                            shard.write(made, values)
                     tick(nbytes(checkpoint.tensors[key]))
         write_index(folder, dict(files.values()))
         source.copy_rest(folder)
@@ -263,9 +262,7 @@ def _files(written: Checkpoint) -> dict[str, tuple[str, dict[str, TensorInfo]]]:
     by_file: dict[str, dict[str, TensorInfo]] = {}
     for key, info in written.tensors.items():
         by_file.setdefault(info.file, {})[key] = info
-    count = len(by_file)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
-    return {file: (name, by_file[file]) for file, name in zip(sorted(by_file), names, strict=True)}
+    return {file: (name, by_file[file]) for file, name in zip(sorted(by_file), shard_names(len(by_file)), strict=True)}
 
 
 def _check_space(destination: Path, total: int) -> None:
@@ -278,11 +275,10 @@ def _check_space(destination: Path, total: int) -> None:
 
 
 def host_form(
-    model: ModelFacts, conversions: Sequence[WeightTransform], checkpoint: Checkpoint
+    model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint
 ) -> tuple[dict[str, TensorSlice], dict[str, tuple[int, ...]]]:
     """(key -> where its values go in a dense checkpoint, name of a stack of experts -> its shape), for keys that transformers
     does not map: to other names (Mixtral), or into stacks (gpt-oss, Llama-4)."""
-    keymap = KeyMap.of(model, conversions, checkpoint.tensors)
     merges = converters(*keymap.unmapped_experts) if keymap.unmapped_experts is not None else []
     sources = {pattern: converter.source_patterns for converter in merges for pattern in converter.source_patterns}
     homes: dict[str, TensorSlice] = {}

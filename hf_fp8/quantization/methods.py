@@ -70,7 +70,7 @@ def _unsaid(source: Source) -> Stored | None:
             algorithm = "?"
         if algorithm is not None:
             return Stored(f"ModelOpt's {algorithm} (says {_MODELOPT}; config.json does not say so)", None)
-    tensors = source.checkpoint().tensors
+    tensors = source.checkpoint.tensors
     codes = [key for key, info in tensors.items() if info.dtype.startswith(_CODES) or key.endswith(_BESIDE_CODES)]
     if not codes:
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.quantization_spec import QuantizationSpec
-from ..errors import ConfigError, ScaleError, by_reason
+from ..errors import ConfigError, ScaleError, by_reason, reasons_of
 from ..formats.scheme import Scheme
 from ..integrations.config import FP8Config
 from ..integrations.other_savers import guard_savers
@@ -105,8 +105,7 @@ def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: di
             root = replace_module(root, name, made[id(old)])
         del old  # free its weight before the next one is quantized
     if not made and choice.layers:
-        said = "; ".join(f"{name}: {reason}" for name, reason in list(choice.reasons.items())[:5])
-        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({said})")
+        raise ConfigError(f"no layer of {type(model).__name__} can be quantized ({reasons_of(choice.reasons)})")
     if not inplace:
         root = _copy(model, made)
         for name in choice.layers:

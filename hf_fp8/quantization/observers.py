@@ -88,27 +88,6 @@ class Observer(ABC):
         """(streams,) float32: the magnitude that maps to the largest code of `dtype`; at most `amax`, 0 only if `amax` is 0."""
 
 
-def _counted(
-    x: torch.Tensor,
-    stream: torch.Tensor | None,
-    counts: torch.Tensor,
-    index_of: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
-) -> torch.Tensor:
-    """The number of magnitudes of x (..., K) in each bin, in the shape of `counts` (streams, BINS).
-
-    index_of: (magnitudes (rows, K) float32, their streams (rows, 1) or None) -> bins, truncated to integers.
-    """
-    x = x.reshape(-1, x.shape[-1])
-    step = max(CHUNK // x.shape[1], 1)
-    total = torch.zeros(counts.numel(), dtype=torch.int64, device=x.device)
-    for start in range(0, len(x), step):
-        magnitude = x[start : start + step].abs().float()
-        of = None if stream is None else stream[start : start + step, None]
-        index = index_of(magnitude, of).int()
-        total = total + (index if of is None else index + of * BINS).flatten().bincount(minlength=len(total))
-    return total.view_as(counts)
-
-
 class Amax(Observer):
     """The largest magnitude: nothing is clipped."""
 
@@ -119,51 +98,38 @@ class Amax(Observer):
         return self.amax
 
 
-class Histogram(Observer):
-    """Counts magnitudes in `BINS` even bins from 0 to 2**exponent. The range grows by doubling: bins are added up in pairs.
+class Counts(Observer):
+    """Counts magnitudes in `BINS` bins. counts: (streams, BINS) int64: 16 KB per stream, for any number of inputs."""
 
-    Attributes: exponent (streams,) int32; counts (streams, BINS) int64: 16 KB per stream, for any number of inputs.
-    """
-
-    exponent: torch.Tensor
     counts: torch.Tensor
 
     def _start(self, streams: int, device: torch.device) -> None:
         super()._start(streams, device)
-        self.exponent = torch.full((streams,), LEAST, dtype=torch.int32, device=device)
         self.counts = torch.zeros((streams, BINS), dtype=torch.int64, device=device)
+
+    @abstractmethod
+    def bins(self, magnitude: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+        """The bins, truncated to integers, of magnitudes (rows, K) float32. of: their streams (rows, 1), or None."""
 
     def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
         if not bool(amax.isfinite().all()):
             return  # there will be no threshold
-        # m * 2**e with m < 1: every magnitude is below 2**e.
-        needed = torch.where(amax > 0, torch.frexp(amax).exponent, LEAST)
-        self._grow(torch.maximum(self.exponent, needed))
-        width = self._width()
-        self.counts = self.counts + _counted(x, stream, self.counts, lambda m, of: m / (width if of is None else width[of]))
-
-    def _grow(self, exponent: torch.Tensor) -> None:
-        """Widen the ranges to 2**exponent (streams,)."""
-        shift = exponent - self.exponent
-        if bool((shift > 0).any()):
-            numbers = torch.arange(BINS, device=shift.device)
-            # A shift by more than 63 is not defined; everything is in the first bin long before that.
-            index = numbers >> shift.clamp(max=BINS.bit_length()).unsqueeze(1)
-            self.counts = torch.zeros_like(self.counts).scatter_add(1, index, self.counts)
-            self.exponent = exponent
-
-    def _width(self) -> torch.Tensor:
-        """(streams,) float32: the width of a bin, a power of two."""
-        return torch.ldexp(torch.ones_like(self.amax), self.exponent) / BINS
+        x = x.reshape(-1, x.shape[-1])
+        step = max(CHUNK // x.shape[1], 1)
+        total = torch.zeros(self.counts.numel(), dtype=torch.int64, device=x.device)
+        for start in range(0, len(x), step):
+            of = None if stream is None else stream[start : start + step, None]
+            index = self.bins(x[start : start + step].abs().float(), of).int()
+            total = total + (index if of is None else index + of * BINS).flatten().bincount(minlength=len(total))
+        self.counts = self.counts + total.view_as(self.counts)
 
     @torch.no_grad()
     def merge_ranks(self) -> None:
         super().merge_ranks()
-        self._grow(over_ranks(self.exponent, "MAX"))
         self.counts = over_ranks(self.counts, "SUM")
 
 
-class Percentile(Observer):
+class Percentile(Counts):
     """The magnitude below which `percent` of all values lie (by default one in 10 000 is clipped), with an error up to 6%.
 
     Counts magnitudes in `BINS` bins, sixteen per doubling, from 2**-96 to 2**32: by exponent and four bits of the fraction, so
@@ -171,35 +137,18 @@ class Percentile(Observer):
 
     Not for language models: they have a few values that are far larger than all others and matter most. On SmolLM2 clipping
     one in 10 000 ruins the model (perplexity 57 instead of 17). Use it for models whose largest values are noise, and to
-    compare with other tools; measure its effect on the output (`hf_fp8.compare`) before you keep its scales.
+    compare with other tools; measure its effect on the output (`hf_fp8.quality`) before you keep its scales.
 
     Raises ConfigError for a percent that is not above 0 and at most 100.
     """
-
-    counts: torch.Tensor
 
     def __init__(self, percent: float = 99.99) -> None:
         if not 0 < percent <= 100:
             raise ConfigError(f"Percentile({percent}): it must be above 0 and at most 100, such as 99.99")
         self.percent = percent
 
-    def _start(self, streams: int, device: torch.device) -> None:
-        super()._start(streams, device)
-        self.counts = torch.zeros((streams, BINS), dtype=torch.int64, device=device)
-
-    def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
-        if not bool(amax.isfinite().all()):
-            return  # there will be no threshold
-
-        def index(magnitude: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
-            return ((magnitude.view(torch.int32) >> 19) - FIRST).clamp(0, BINS - 1)
-
-        self.counts = self.counts + _counted(x, stream, self.counts, index)
-
-    @torch.no_grad()
-    def merge_ranks(self) -> None:
-        super().merge_ranks()
-        self.counts = over_ranks(self.counts, "SUM")
+    def bins(self, magnitude: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+        return ((magnitude.view(torch.int32) >> 19) - FIRST).clamp(0, BINS - 1)
 
     @torch.no_grad()
     def threshold(self, dtype: torch.dtype = FP8) -> torch.Tensor:
@@ -218,11 +167,49 @@ class Percentile(Observer):
         return torch.minimum(found, self.amax)
 
 
-class Mse(Histogram):
+class Mse(Counts):
     """The threshold with the least mean squared error of quantizing all values; tries `STEPS` thresholds per halving.
 
-    Every magnitude is represented by the middle of its bin, or of its part of a bin, and rounded as in `numerics.quantize`.
+    Counts magnitudes in even bins from 0 to 2**exponent. The range grows by doubling: bins are added up in pairs. Every
+    magnitude is represented by the middle of its bin, or of its part of a bin, and rounded as in `numerics.quantize`.
+
+    exponent: (streams,) int32.
     """
+
+    exponent: torch.Tensor
+
+    def _start(self, streams: int, device: torch.device) -> None:
+        super()._start(streams, device)
+        self.exponent = torch.full((streams,), LEAST, dtype=torch.int32, device=device)
+
+    def see(self, x: torch.Tensor, stream: torch.Tensor | None, amax: torch.Tensor) -> None:
+        # m * 2**e with m < 1: every magnitude is below 2**e.
+        needed = torch.where((amax > 0) & amax.isfinite(), torch.frexp(amax).exponent, LEAST)
+        self._grow(torch.maximum(self.exponent, needed))
+        super().see(x, stream, amax)
+
+    def bins(self, magnitude: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+        width = self._width()
+        return magnitude / (width if of is None else width[of])
+
+    def _grow(self, exponent: torch.Tensor) -> None:
+        """Widen the ranges to 2**exponent (streams,)."""
+        shift = exponent - self.exponent
+        if bool((shift > 0).any()):
+            numbers = torch.arange(BINS, device=shift.device)
+            # A shift by more than 63 is not defined; everything is in the first bin long before that.
+            index = numbers >> shift.clamp(max=BINS.bit_length()).unsqueeze(1)
+            self.counts = torch.zeros_like(self.counts).scatter_add(1, index, self.counts)
+            self.exponent = exponent
+
+    def _width(self) -> torch.Tensor:
+        """(streams,) float32: the width of a bin, a power of two."""
+        return torch.ldexp(torch.ones_like(self.amax), self.exponent) / BINS
+
+    @torch.no_grad()
+    def merge_ranks(self) -> None:
+        self._grow(over_ranks(self.exponent, "MAX"))
+        super().merge_ranks()
 
     @torch.no_grad()
     def threshold(self, dtype: torch.dtype = FP8) -> torch.Tensor:

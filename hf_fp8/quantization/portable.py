@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.files import read_json
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, SCALE_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.writer import ShardWriter, nbytes, whole_folder, write_index
+from ..checkpoint.writer import ShardWriter, nbytes, shard_names, whole_folder, write_index
 from ..errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
-    CorruptFileError,
     MismatchError,
     MissingTensorError,
     ScaleError,
@@ -31,7 +30,7 @@ from ..nn.backward import BACKWARDS
 from ..nn.base import QuantizedModule
 from ..nn.conv import Convolution, QuantizedConv1x1
 from ..nn.linear import QuantizedLinear
-from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace_module
+from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace_module, submodule
 from ..version import __version__
 
 CONFIG = "quantization.json"
@@ -61,7 +60,6 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
             raise UnsupportedError(f"{name} is on the meta device, or offloaded, and cannot be saved: load it onto a device")
         if module.needs_calibration:
             raise CalibrationError(f"{name} has no input scale yet: calibrate the model before saving (hf_fp8.calibrate)")
-        module.refuse_stale(name)
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(f"{type(model).__name__} is a transformers model: use its save_pretrained")
     state = model.state_dict()
@@ -85,7 +83,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
         "shared": shared,
     }
     with whole_folder(Path(folder), replaces=CONFIG) as part:
-        files = dict(_shards({name: value for name, value in state.items() if name not in shared}, max_shard_bytes))
+        files = _shards({name: value for name, value in state.items() if name not in shared}, max_shard_bytes)
         for file, infos in files.items():
             with ShardWriter(part / file, infos) as shard:
                 for name in infos:
@@ -153,12 +151,12 @@ def _describe(layer: QuantizedLinear) -> dict[str, Any]:
 
 
 def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
-    kind = QuantizedConv1x1 if entry["kind"] == "conv1x1" else QuantizedLinear
-    fits = isinstance(old, nn.Linear)
-    if isinstance(old, Convolution):
-        fits = kind is QuantizedConv1x1 and QuantizedConv1x1.why_not(old) is None and list(old.stride) == entry.get("stride")
-    elif kind is QuantizedConv1x1:
-        fits = False
+    kind: type[QuantizedLinear] = QuantizedLinear
+    if entry["kind"] == "conv1x1":
+        kind = QuantizedConv1x1
+        fits = isinstance(old, Convolution) and kind.why_not(old) is None and list(old.stride) == entry.get("stride")
+    else:
+        fits = isinstance(old, nn.Linear)
     if not fits or isinstance(old, QuantizedModule):
         raise MismatchError(
             f"{name} is {old} in the model, but was a {entry['kind']} with {entry} when it was quantized: build the float "
@@ -166,9 +164,8 @@ def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
         )
     new = kind.like(old, Scheme.parse(entry["scheme"]), backend=entry["backend"])
     if new.bias is not None:
-        new.bias = nn.Parameter(
-            new.bias.detach().clone(), requires_grad=new.bias.requires_grad
-        )  # the bias of the model stays unchanged
+        # The bias of the model stays unchanged.
+        new.bias = nn.Parameter(new.bias.detach().clone(), requires_grad=new.bias.requires_grad)
     new.compute_dtype = getattr(torch, entry["compute_dtype"]) if "compute_dtype" in entry else None
     new.cast_output = entry.get("cast_output", True)
     new.backward = entry.get("backward", "exact")
@@ -211,7 +208,7 @@ def _assign(model: nn.Module, state: dict[str, torch.Tensor], shared: dict[str, 
     parameters: dict[int, nn.Parameter] = {}
     for name in [*state, *shared]:
         path, _, leaf = name.rpartition(".")
-        module = _get(model, path)
+        module = submodule(model, path)
         old = module._parameters.get(leaf, module._buffers.get(leaf)) if module is not None else None
         if module is None or old is None:
             continue  # not strict: the model does not have it
@@ -233,15 +230,8 @@ def _place(tensor: Any, device: Any) -> torch.device:
     return torch.device("cpu") if found.type == "meta" else found
 
 
-def _get(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
 def _module(model: nn.Module, name: str, folder: Path) -> Any:
-    found = _get(model, name)
+    found = submodule(model, name)
     if found is None:
         raise MismatchError(f"{name} is quantized in {folder}, but {type(model).__name__} has no such module")
     return found
@@ -254,15 +244,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG}: it was not written by hf_fp8.save_quantized. Load transformers checkpoints with "
             "from_pretrained"
         )
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise CorruptFileError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {found.get('format') if isinstance(found, dict) else '?'}; this version of hf_fp8 reads format "
-            f"{FORMAT}"
-        )
+    found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {found.get('format')}; this version of hf_fp8 reads format {FORMAT}")
     modules, shared = found.get("modules"), found.get("shared", {})
     if not isinstance(modules, dict) or not isinstance(shared, dict) or not all(isinstance(k, str) for k in shared.values()):
         raise CheckpointError(f"{path} has no `modules`, or a `shared` that is not a table of names")
@@ -287,8 +271,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {"modules": modules, "shared": shared}
 
 
-def _shards(state: dict[str, torch.Tensor], most: int) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-    """(name of a file, its tensors); each file has at most `most` bytes, or one tensor."""
+def _shards(state: dict[str, torch.Tensor], most: int) -> dict[str, dict[str, TensorInfo]]:
+    """Name of a file -> its tensors; each file has at most `most` bytes, or one tensor."""
     groups: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -298,6 +282,4 @@ def _shards(state: dict[str, torch.Tensor], most: int) -> Iterator[tuple[str, di
             size = 0
         groups[-1][name] = info
         size += nbytes(info)
-    for number, group in enumerate(groups, 1):
-        several = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        yield (several if len(groups) > 1 else "model.safetensors"), group
+    return dict(zip(shard_names(len(groups)), groups, strict=True))

@@ -16,8 +16,6 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import get_configuration_file
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform
 from transformers.modeling_utils import local_torch_dtype
 
 from ..checkpoint.files import Stamp, changed, is_there, read_json, regular
@@ -73,15 +71,12 @@ class Source:
             dtype = getattr(torch, dtype, None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
             return dtype
-        stored = (info.dtype for info in self.checkpoint().tensors.values() if info.dtype in DENSE_DTYPES)
+        stored = (info.dtype for info in self.checkpoint.tensors.values() if info.dtype in DENSE_DTYPES)
         return TORCH_DTYPES[next(stored, "BF16")]
 
+    @cached_property
     def checkpoint(self) -> Checkpoint:
         """The headers of the files, read once. Raises if the index and the files contradict each other."""
-        return self._checkpoint
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
         checkpoint = Checkpoint(self.files)
         listed = self.weights.listed
         for name, file in listed.items():
@@ -131,11 +126,6 @@ class Source:
         make: Any = getattr(transformers, auto) if of else AutoModel
         model: PreTrainedModel = make.from_config(self.config, trust_remote_code=self.trust_remote_code)
         return model
-
-    def conversions(self, model: PreTrainedModel) -> list[WeightTransform]:
-        """The conversions with which transformers would load the checkpoint into `model`."""
-        found: list[WeightTransform] = get_model_conversion_mapping(model)
-        return found
 
     def copy_rest(self, folder: Path) -> None:
         """Copy the other files, including subfolders: tokenizer, chat templates, generation config, card, code, licence."""

@@ -24,7 +24,6 @@ from ..loading.key_map import KeyMap, PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
 from ..nn.base import QuantizedModule
-from ..nn.experts import QuantizedExperts
 from ..nn.swap import swap_experts
 
 
@@ -57,7 +56,9 @@ def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside = {f"{name}.weight" for name in layers}
     dense = [key.removesuffix(".weight") for key in matrices if keymap.resolve(key)[0] not in inside | embeddings]
-    written.spec = config.spec.restricted_to({g.name for g in config.spec.groups}, [*dense, *_head(model, layers)])
+    if (head := model.get_output_embeddings()) is not None:
+        dense += [name for name, module in model.named_modules() if module is head and name not in layers]
+    written.spec = config.spec.restricted_to({group.name for group in config.spec.groups}, dense)
     return FP8HfQuantizer(written, pre_quantized=False)
 
 
@@ -72,30 +73,30 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         )
 
 
-def _head(model: PreTrainedModel, layers: set[str]) -> list[str]:
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is head and head is not None and name not in layers]
-
-
-def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> QuantizedExperts:
+def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> None:
     """Replace the dense experts of `plan` by QuantizedExperts; experts are quantized one at a time on `device`."""
     dense = model.get_submodule(plan.name)
     new = swap_experts(
         model, plan.name, plan.first.projection, plan.second.projection,
         interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=backend,
     )  # fmt: skip
+
+    def part_of(stack: Stack, values: torch.Tensor, part: int, expert: int) -> torch.Tensor:
+        is_transposed, is_interleaved = new.layout.is_transposed, not new.layout.is_concatenated
+        where = TensorSlice("", expert, part, stack.projection.parts, is_transposed, is_interleaved)
+        return where.take(values).to(device or values.device)
+
     for stack in plan.stacks:
         values: torch.Tensor = getattr(dense, stack.projection.name).detach()
         if values.is_meta:
             continue
-        quantized = quantize_stack(stack, partial(_expert, new, stack, values, device), broken := list[str]())
+        quantized = quantize_stack(stack, partial(part_of, stack, values), broken := list[str]())
         if broken:
             raise ScaleError("; ".join(broken))
         for name, made in quantized.items():
             setattr(new, name.rpartition(".")[2], nn.Parameter(made.to(values.device), requires_grad=False))
         new.original_dtype = values.dtype
         del dense._parameters[stack.projection.name]  # free it before the next one
-    return new
 
 
 def attach_quantizer(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
@@ -105,12 +106,6 @@ def attach_quantizer(model: PreTrainedModel, quantizer: FP8HfQuantizer) -> None:
     if quantizer.layout is not None:
         model._weight_conversions = [c for c in quantizer.conversions if not isinstance(c, PlainMerge) or c.was_used()]
     quantizer.postprocess_model(model)
-
-
-def _expert(new: QuantizedExperts, stack: Stack, values: torch.Tensor, device: Any, part: int, expert: int) -> torch.Tensor:
-    layout = new.layout
-    where = TensorSlice("", expert, part, stack.projection.parts, layout.is_transposed, not layout.is_concatenated)
-    return where.take(values).to(device or values.device)
 
 
 def _conversions(model: PreTrainedModel) -> list[WeightTransform]:
@@ -125,11 +120,7 @@ def _headers(model: PreTrainedModel) -> Checkpoint:
     """The headers of the checkpoint that transformers would write for `model`."""
     tied = model.all_tied_weights_keys
     held = model.state_dict()
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in held.items()
-        if not (name in tied and tied[name] in held and held[tied[name]] is not None)
-    }
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in held.items() if tied.get(name) not in held}
     checkpoint = Checkpoint([])
     for name, tensor in revert_weight_conversion(model, state).items():
         dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,11 +20,17 @@ from support.commands import config_of, run, saved
 from support.moe import MOE, deepseek_v3, gpt_oss, is_linear, llama4, mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM
 
-from hf_fp8 import FP8Config
+from hf_fp8 import FP8Config, cli
 from hf_fp8.checkpoint.writer import whole_folder
 from hf_fp8.errors import ConfigError
+from hf_fp8.quantization.observers import OBSERVERS
 
 SCHEMES = ["FP8_DYNAMIC", "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR"]
+
+
+def test_observers_are_those_of_calibrate() -> None:
+    """`cli` repeats their names: it imports no torch for `--help`."""
+    assert get_args(cli.ObserverName) == tuple(OBSERVERS)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

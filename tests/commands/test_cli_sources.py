@@ -53,11 +53,11 @@ def test_index_and_files_that_contradict_each_other(tmp_path: Path) -> None:
         return dense
 
     with pytest.raises(CheckpointError, match=moved):  # it is in one file, and the index has it in another
-        open_source(str(written({**names, moved: last}))).checkpoint()
+        _ = open_source(str(written({**names, moved: last}))).checkpoint
     with pytest.raises(MissingTensorError, match="more"):
-        open_source(str(written({**names, "more": last}))).checkpoint()
+        _ = open_source(str(written({**names, "more": last}))).checkpoint
     with pytest.raises(CheckpointError, match=moved):
-        open_source(str(written({n: f for n, f in names.items() if n != moved}))).checkpoint()
+        _ = open_source(str(written({n: f for n, f in names.items() if n != moved}))).checkpoint
     for bad in ({"a": "../outside.safetensors"}, ["a"], {"a": 1}):
         with pytest.raises(CorruptFileError):
             open_source(str(written(bad)))
@@ -65,10 +65,10 @@ def test_index_and_files_that_contradict_each_other(tmp_path: Path) -> None:
     twice = load_file(dense / last) | {moved: torch.zeros_like(load_file(dense / first)[moved])}
     save_file(twice, dense / last, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{moved} is in .*{first}.* and in .*{last}"):  # and not the same in both
-        open_source(str(dense)).checkpoint()
+        _ = open_source(str(dense)).checkpoint
     twice[moved] = load_file(dense / first)[moved]
     save_file(twice, dense / last, metadata={"format": "pt"})
-    assert moved in open_source(str(dense)).checkpoint().tensors
+    assert moved in open_source(str(dense)).checkpoint.tensors
     run("quantize", dense, tmp_path / "fp8")
     assert moved in tensors(tmp_path / "fp8")
 

@@ -12,7 +12,7 @@ import torch
 from support.build import IDS, differing, tensors, tiny_llama, write
 from support.markdown import PAGES, ROOT, Block, blocks
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_fp8 import FP8Config, QuantizedLinear
 
@@ -43,7 +43,6 @@ class UNet(nn.Module):
 
 def given(folder: Path) -> dict[str, Any]:
     """What the reader has: a model, data, a tokenizer."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     def tokenizer(text: str, return_tensors: str) -> dict[str, torch.Tensor]:
@@ -57,11 +56,9 @@ def given(folder: Path) -> dict[str, Any]:
     return {
         "UNet": UNet, "unet": UNet(), "dense_model": dense, "fp8_model": fp8, "ids": ids,
         "batches": [{"input_ids": ids[None, :512]}],
-        "tokenizer": tokenizer, "texts": ["some thousand tokens"], "train_dataset": [{"input_ids": IDS[0], "labels": IDS[0]}],
-        "data_collator": None,
+        "tokenizer": tokenizer, "texts": ["some thousand tokens"], "dataset": [{"input_ids": IDS[0], "labels": IDS[0]}],
+        "collator": None,
         "args": TrainingArguments(folder / "out", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
-        # README says where these come from in a comment.
-        "LoraConfig": LoraConfig, "get_peft_model": get_peft_model, "Trainer": Trainer,
     }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_the_observer_by_default_is_the_command_lines() -> None:
     named, default = Attention(), Attention()
     default.load_state_dict(named.state_dict())
     command = inspect.signature(cli.quantize).parameters["observer"].default
-    for model, options in ((named, {"observer": command.value}), (default, {})):
+    for model, options in ((named, {"observer": command}), (default, {})):
         with calibrate(model, **options), torch.no_grad():
             model(batches()[0])
     found = scales_of(named), scales_of(default)
