@@ -14,7 +14,7 @@ def run(out: Path, machine: Machine) -> None:
     cases = [("qwen3-30b-a3b", "channel"), ("qwen3-30b-a3b", "block"), ("mixtral-8x7b", "channel")]
     how = ["--tokens", "1", "8", "64", "512", "4096", "--rounds", "5"]
     if machine.dry:
-        cases, how = [("tiny", "channel"), ("tiny", "block")], ["--tokens", "1", "9", "--rounds", "1", "--slow"]
+        cases, how = [("tiny", "channel"), ("tiny", "block")], ["--tokens", "1", "3", "--rounds", "1", "--slow"]
     for shape, scheme in cases:
         common = ["--csv", str(path), "--device", machine.device, "--dtype", "bfloat16"]
         experts.main(["--shapes", shape, "--scheme", scheme, *how, *common])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
+from support.fresh import run_fresh
 from torch import nn
 
 import hf_fp8
@@ -25,18 +25,14 @@ def test_modules(old: str) -> None:
     assert found.__spec__.name == found.__name__ == f"hf_fp8.{old_names.MODULES[old]}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "code",
-    [
+def test_scripts() -> None:
+    scripts = [
         "from hf_fp8 import numerics; from hf_fp8.scheme import ROW; numerics.quantize, ROW.cols",
         "import hf_fp8; hf_fp8.numerics.quantize; hf_fp8.linear.FP8Linear",
         "import hf_fp8.linear; assert hf_fp8.linear.FP8Linear is hf_fp8.FP8Linear is hf_fp8.QuantizedLinear",
         "import hf_fp8; assert callable(hf_fp8.explain); import hf_fp8.kernels; hf_fp8.kernels.select",
-    ],
-)
-def test_scripts(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ]
+    run_fresh({script: script for script in scripts})
 
 
 @pytest.mark.parametrize("old", old_names.ATTRIBUTES)

@@ -51,6 +51,11 @@ def interpreted(name: str, scheme: Scheme) -> list[str]:
     return found + (["int8_mm/triton", "int8_mm_outliers/triton"] if scheme.weight.dtype == INT8 else [])
 
 
+def ends_of(sizes: list[float]) -> set[float]:
+    """The smallest, an ordinary and the largest: the interpreter takes seconds for each."""
+    return {min(sizes), 1.0, max(sizes)}
+
+
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
@@ -62,16 +67,18 @@ def test_linears(name: str, dtype: torch.dtype) -> None:
             codes, scale, dense = weights(scheme, n, k, size)
             for kernel in (*runs(scheme, n, k, dtype), *interpreted(name, scheme)):
                 in_triton = kernel.startswith("triton") or "/" in kernel
+                if in_triton and size not in ends_of(WEIGHTS[dtype]):
+                    continue
                 for m in (3,) if in_triton else (1, 3, 17, 40):
                     for sizes in [[s] for s in ROWS[dtype]] + ([] if per_tensor else [ROWS[dtype]]):
-                        if in_triton and len(sizes) == 1 and k == 70:
-                            continue  # the interpreter takes its time
+                        if in_triton and len(sizes) == 1 and (k == 70 or not per_tensor):
+                            continue
                         x = inputs(m, k, sizes, dtype)
                         static = x.abs().amax().float().reshape(1) / 448 if scheme.has_static_input else None
                         with forced(kernel):
                             found = scaled_linear(x, codes, scale, scheme, input_scale=static)
                         seen[kernel] = seen.get(kernel, 0) + check(found, x, dense, kernel, scheme)
-    assert min(seen.values()) > 300, seen
+    assert min(seen.values()) > 100, seen
 
 
 @pytest.mark.thinned(13)
@@ -89,8 +96,8 @@ def test_experts(name: str, dtype: torch.dtype) -> None:
             x, ids = inputs(8, 64, sizes, dtype), torch.tensor([[0, 1], [1, 2]] * 4)
             static = x.abs().amax().float().expand(3, 1) / 448 if scheme.has_static_input else None
             for kernel in usable:
-                if kernel in TRITON and len(sizes) == 1 and not per_tensor:
-                    continue  # the interpreter takes its time
+                if kernel in TRITON and (size not in ends_of(WEIGHTS[dtype]) or (len(sizes) == 1 and not per_tensor)):
+                    continue
                 for sort in (True,) if kernel in TRITON else (True, False):
                     first, second = route(known(ids, 3)[0], 3, sort=sort)
                     with forced(kernel):
@@ -103,7 +110,7 @@ def test_experts(name: str, dtype: torch.dtype) -> None:
                         seen[kernel] = seen.get(kernel, 0) + check(
                             found[rows, slots], x[rows], parts[expert][2], kernel, scheme
                         )
-    assert min(seen.values()) > 300, seen
+    assert min(seen.values()) > 100, seen
 
 
 OF_ROWS = [name for name, scheme in SCHEMES.items() if scheme.input is None or not scheme.input.granularity.is_tensor]

@@ -32,7 +32,7 @@ RUNS = [(kernel, name) for name in SCHEMES for kernel in ("grouped_dequantize", 
 @pytest.mark.parametrize(("kernel", "name"), RUNS)
 def test_exact(kernel: str, name: str) -> None:
     scheme = SCHEMES[name]
-    for case, (n, k) in zip(IDS, ((72, 384), (33, 421), (64, 128), (48, 128)), strict=True):
+    for case, (n, k) in zip(IDS, ((72, 256), (33, 149), (64, 128), (48, 128)), strict=True):
         x, weights, scales, routing, wanted = exact_experts(scheme, torch.float32, n, k, IDS[case])
         static = torch.full((5, 1), 0.5) if scheme.has_static_input else None
         for dtype in (torch.float32, torch.bfloat16) if n == 72 else (torch.bfloat16,):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.build import load
+from support.fresh import run_fresh
 
 import hf_fp8
 from hf_fp8.integrations import import_hook
@@ -84,12 +84,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.thinned(7)
-@pytest.mark.parametrize("way", WAYS)
-def test_quantized_models_are_known_to_peft(way: str, folder: Path) -> None:
-    code = f"{START}\n{WAYS[way]}"
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True)
-    assert found.returncode == 0 and found.stdout.endswith("taught\n"), found.stderr
+def test_quantized_models_are_known_to_peft(folder: Path) -> None:
+    said = run_fresh({way: f"{START}\n{code}" for way, code in WAYS.items()}, folder)
+    assert said.keys() == WAYS.keys() and all("taught\n" in text for text in said.values()), said
 
 
 @pytest.fixture
@@ -144,23 +141,21 @@ def test_an_import_that_fails_is_its_own_error(library: str, tmp_path: Path) -> 
         import_hook.cancel(library)
 
 
-@pytest.mark.slow
-def test_unregistered_before_peft_is_imported() -> None:
-    code = (
+ENDS = {
+    "unregistered before PEFT is imported": (
         "import sys, hf_fp8; hf_fp8.unregister(); assert not any('import_hook' in type(f).__module__ for f in sys.meta_path);"
         "from peft.tuners.tuners_utils import BaseTuner; own = BaseTuner.inject_adapter;"
         "assert 'hf_fp8' not in own.__code__.co_filename; hf_fp8.register();"
         "assert BaseTuner.inject_adapter.__wrapped__ is own;"
         "hf_fp8.unregister(); assert BaseTuner.inject_adapter is own"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.slow
-def test_functions_of_peft_that_were_imported_before_by_any_name() -> None:
-    code = (
+    ),
+    "functions that were imported before by any name": (
         "import peft; from peft import prepare_model_for_kbit_training as prepare; own = prepare; import hf_fp8;"
         "assert prepare is peft.prepare_model_for_kbit_training is peft.utils.other.prepare_model_for_kbit_training;"
         "assert prepare.__wrapped__ is not None; hf_fp8.unregister(); assert not hasattr(prepare, '__wrapped__')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ),
+}
+
+
+def test_what_unregistering_leaves() -> None:
+    run_fresh(ENDS)
