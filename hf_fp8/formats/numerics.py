@@ -158,11 +158,6 @@ def dequantize_rows(
     return dequantize(codes_of(q)[first : rows.stop], part, granularity, dtype)[rows.start - first :]
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """Quantize to codes of `dtype`, then dequantize to the dtype of x."""
-    return dequantize_input(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
-
-
 def dequantize_input(q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
     """`dequantize`, with values beyond the range of `dtype` (by rounding up) clamped to its largest number."""
     largest = torch.finfo(dtype).max
@@ -179,18 +174,13 @@ def require_static(scheme: TensorScheme, static: torch.Tensor | None) -> None:
         )
 
 
-def input_scale_for(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> torch.Tensor:
-    """The scale of an input x (M, K): `static`, in float32, if the scheme is static, else from x itself.
+def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of an input x (M, K). The scale: `static`, in float32, if there is one, else the grid of x itself.
 
     Raises CalibrationError for a static scheme without a scale.
     """
     require_static(scheme, static)
-    return compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
-
-
-def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of an input x (M, K); the scale has the shape of its granularity's grid. Raises as `input_scale_for`."""
-    scale = input_scale_for(x, scheme, static)
+    scale = compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
     return quantize(x, scale, scheme.granularity, scheme.dtype), scale
 
 
