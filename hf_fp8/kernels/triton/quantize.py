@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...formats import numerics
+from ...formats.code_types import INT8
 from ...formats.scheme import TensorScheme
 from .support import on_device
 
@@ -109,7 +110,7 @@ def quantize(
     granularity = scheme.granularity
     q = torch.empty((m, k), dtype=scheme.dtype, device=x.device)
     common = (scheme.code.largest, numerics.MIN_SCALE)
-    is_int8 = not scheme.code.is_float
+    is_int8 = scheme.dtype == INT8
     if granularity.is_row or granularity.is_tensor:
         static = input_scale
         if granularity.is_tensor and static is None:
