@@ -1,6 +1,7 @@
 """The types of codes: what their values are, how numbers are rounded to them, what files and messages call them.
 
-A type of codes is one entry of `CODE_TYPES`. Nothing else compares dtypes to find out how codes are rounded or written.
+A type of codes is one entry of `CODE_TYPES`. Except for kernels, which are made for one or two types, nothing else compares
+dtypes to find out how codes are rounded or written.
 """
 
 from __future__ import annotations

@@ -53,8 +53,3 @@ def scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
         if needed <= SIZE:
             setattr(_kept, name, held)
     return held[:needed].view(dtype).view(shape)
-
-
-def rows_at_once(cols: int, bytes_per_element: int = 4) -> int:
-    """Number of rows of `cols` elements that fit into `SIZE` bytes."""
-    return max(1, SIZE // (cols * bytes_per_element))

@@ -35,14 +35,6 @@ CPU_CHUNK = 2**19
 GPU_CHUNK = 2**24
 
 
-def _blocks(x: torch.Tensor, granularity: Granularity) -> tuple[int, int]:
-    rows, cols = x.shape
-    return (
-        rows if granularity.rows == -1 else granularity.rows,
-        cols if granularity.cols == -1 else granularity.cols,
-    )
-
-
 def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
     """Scales (`granularity.grid`) that map the amax of each block to the largest code of `dtype`.
 
@@ -63,7 +55,8 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
         return magnitude.amax(dim=1, keepdim=True)
     if granularity.is_tensor:
         return magnitude.amax().reshape(1, 1)
-    block_rows, block_cols = _blocks(x, granularity)
+    block_rows = rows if granularity.rows == -1 else granularity.rows
+    block_cols = cols if granularity.cols == -1 else granularity.cols
     pad = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
     tiles = torch.nn.functional.pad(magnitude, pad).view(grid_rows, block_rows, grid_cols, block_cols)
     return tiles.amax(dim=(1, 3))
@@ -80,12 +73,7 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
 
 
 def expand_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
-    """`scale`, any shape with `granularity.grid` elements, in the `wide` dtype and broadcastable to (rows, cols)."""
-    return broadcast_scale(scale.to(wide(scale.dtype)), granularity, rows, cols)
-
-
-def broadcast_scale(scale: torch.Tensor, granularity: Granularity, rows: int, cols: int) -> torch.Tensor:
-    """`expand_scale` in the dtype of `scale`."""
+    """`scale`, any shape with `granularity.grid` elements, broadcastable to (rows, cols)."""
     scale = scale.reshape(granularity.grid(rows, cols))
     if granularity.cols > 1:
         scale = scale.repeat_interleave(granularity.cols, dim=1)[:, :cols]
@@ -110,10 +98,10 @@ def quantize(
     """
     code = CODE_TYPES[dtype]
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
-    if generator is not None:
-        scaled = stochastic_round(scaled.clamp(-code.largest, code.largest), dtype, generator)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
     clamped = scaled.clamp(-code.largest, code.largest)
+    if generator is not None:
+        clamped = stochastic_round(clamped, dtype, generator)
     return code.round(torch.where(x.isinf(), torch.nan, clamped) if code.is_float else clamped.nan_to_num_(0.0))
 
 
@@ -138,7 +126,7 @@ def dequantize(
         return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
-        multiply_out(piece, expand_scale(part, granularity, *piece.shape), out[start : start + len(piece)])
+        multiply_out(piece, expand_scale(part.float(), granularity, *piece.shape), out[start : start + len(piece)])
     return out
 
 
@@ -149,18 +137,10 @@ def dequantize_rows(
     count, cols = q.shape
     if rows.start == 0 and rows.stop == count:
         return dequantize(q, scale, granularity, dtype)
-    height = count if granularity.rows == -1 else granularity.rows
-    grid = scale.reshape(granularity.grid(count, cols))
-    first = rows.start // max(height, 1) * height
+    grid, height = scale.reshape(granularity.grid(count, cols)), max(granularity.rows, 1)
+    first = rows.start // height * height
     part = grid if granularity.rows == -1 else grid[first // height : -(-rows.stop // height)]
-    if granularity.rows == -1:
-        first = rows.start
     return dequantize(codes_of(q)[first : rows.stop], part, granularity, dtype)[rows.start - first :]
-
-
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """Quantize to codes of `dtype`, then dequantize to the dtype of x."""
-    return dequantize_input(quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
 
 
 def dequantize_input(q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
@@ -179,18 +159,13 @@ def require_static(scheme: TensorScheme, static: torch.Tensor | None) -> None:
         )
 
 
-def input_scale_for(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> torch.Tensor:
-    """The scale of an input x (M, K): `static`, in float32, if the scheme is static, else from x itself.
+def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of an input x (M, K). The scale: `static`, in float32, if there is one, else the grid of x itself.
 
     Raises CalibrationError for a static scheme without a scale.
     """
     require_static(scheme, static)
-    return compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
-
-
-def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of an input x (M, K); the scale has the shape of its granularity's grid. Raises as `input_scale_for`."""
-    scale = input_scale_for(x, scheme, static)
+    scale = compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
     return quantize(x, scale, scheme.granularity, scheme.dtype), scale
 
 
@@ -238,7 +213,6 @@ def pieces_of_columns(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Yield (codes, their scales, first column): views of q in pieces of whole blocks of columns, about `elements` each."""
-    q = codes_of(q)
     rows, cols = q.shape
     scale = scale.reshape(granularity.grid(rows, cols))
     width = granularity.cols if granularity.cols > 1 else 64  # a multiple that suits matmuls

@@ -9,8 +9,7 @@ import torch
 
 from ..errors import ScaleError
 from .code_types import CODE_TYPES, FP8
-from .numerics import amax_of, broadcast_scale, chunk, compute_scale, dequantize, pieces, quantize, stochastic_round
-from .quantized_weight.tensor import codes_of
+from .numerics import amax_of, chunk, compute_scale, dequantize, expand_scale, pieces, quantize, stochastic_round
 from .scheme import CODE_MAX, ROW, Granularity, scale_shape
 
 
@@ -77,9 +76,9 @@ def quantize_weight(
         scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
     code = CODE_TYPES[dtype]
     for piece, part, start in pieces(weight, scale, granularity, elements):
-        scaled = (piece.to(compute) / broadcast_scale(part, granularity, *piece.shape)).clamp_(-code.largest, code.largest)
+        scaled = (piece.to(compute) / expand_scale(part, granularity, *piece.shape)).clamp_(-code.largest, code.largest)
         if generator is not None:
-            scaled = stochastic_round(scaled.float(), dtype, generator).clamp_(-code.largest, code.largest)
+            scaled = stochastic_round(scaled.float(), dtype, generator)
         codes[start : start + len(piece)] = code.round(scaled)
     return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
 
@@ -91,7 +90,6 @@ def requantize(
 
     Processed in pieces, without a float32 copy of the whole weight.
     """
-    q = codes_of(q)
     rows, cols = q.shape
     codes = torch.empty((rows, cols), dtype=dtype, device=q.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=q.device)

@@ -171,7 +171,7 @@ class GroupedKernel(BaseKernel):
 
 def why_sums_overflow(problem: Problem) -> str | None:
     """The reason why sums of int8 products may overflow int32; None if they cannot, or the codes are not int8."""
-    if not problem.scheme.weight.code.is_float and problem.k > LARGEST_K:
+    if problem.scheme.weight.dtype == INT8 and problem.k > LARGEST_K:
         return f"sums of K={problem.k} products of int8 codes may overflow int32 (up to {LARGEST_K} never do)"
     return None
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..formats import numerics
+from ..formats.code_types import INT8
 from ..formats.scheme import Scheme
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Routing, Weight
 from .torch_grouped import quantize, sort
@@ -117,7 +118,7 @@ def exact_operands(
         largest = scheme.input.code.largest
         x[:, ::step] = largest
         w[:, ::step] = 0.0
-        if not scheme.input.code.is_float:
+        if scheme.input.dtype == INT8:
             # Sums of int8 products are exact, so large codes are tested, too: pairs of them with the same weight add up to 1.
             second = torch.arange(step, k, 2 * step)
             x[:, second] = 1 - largest

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import KernelError
+from ..formats.code_types import FP8
 from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from .base import BaseKernel, GroupedKernel, Kernel, Problem
 from .probing import probe
@@ -127,7 +128,7 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     if backend == "int8" and scheme != INT8_DYNAMIC:
         raise KernelError(f"backend='int8' is for layers that were re-quantized to int8, not {scheme.describe()}")
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
-    auto = backend == "auto" and scheme.weight.code.is_float and fused is not WEIGHT_ONLY[-1]
+    auto = backend == "auto" and scheme.weight.dtype == FP8 and fused is not WEIGHT_ONLY[-1]
     if reason is None and auto and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from ..formats.code_types import INT8
 from ..formats.scheme import Scheme
 
 
@@ -46,7 +47,7 @@ _INT8_CPU = Limit(4, "measured on a Xeon with AMX, used for every CPU")
 @cache
 def weight_only_limit(device: torch.device, scheme: Scheme) -> Limit:
     """The limit for `device` and the dtype of the codes."""
-    if not scheme.weight.code.is_float:
+    if scheme.weight.dtype == INT8:
         return _INT8_CPU if device.type == "cpu" else _INT8_CUDA
     if device.type == "cuda" and torch.version.hip is None:
         return _FP8.get(("cuda", torch.cuda.get_device_capability(device)[0]), _FP8_UNKNOWN)

@@ -5,14 +5,16 @@ Each takes codes (8-bit values) and scales of a weight as the checkpoint stores 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from ..formats import numerics
 from ..formats.code_types import FP8
-from ..formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Scheme
+from ..formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Granularity, Scheme
 from .base import Input, Kernel, Problem, Weight, add_bias, product_dtype
-from .inputs import quantize_input
+from .inputs import quantize
 
 # Elements of a weight that are dequantized at a time for a matmul. On a CPU, 2 cores, gradients of inputs, ms at 2**19,
 # 2**20, 2**21, 2**22, all at once: 4096x4096 bfloat16, 128 rows 39, 42, 30, 28, 48; float32, 512 rows 123, 121, 124, 137,
@@ -45,35 +47,17 @@ def _scaled_mm(x: Input, w: Weight, w_scale: torch.Tensor, recipes: tuple[str, s
     return add_bias(out, w.bias).to(dtype)
 
 
-def quantize_rowwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
-    """Codes and one scale per row, (M, 1), for any input scheme, as scaled_mm cannot mix row and tensor scales."""
-    assert scheme.input is not None
-    return Input(*quantize_input(x, scheme.input, input_scale, per_row=True))
-
-
 def rowwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """scaled_mm with scales of x (M, 1) and of the weight (1, N), both float32, for channel or tensor weights."""
     w_scale = w.scale.float().reshape(1, -1).expand(1, w.codes.shape[0]).contiguous()
     return _scaled_mm(x, w, w_scale, ("RowWise", "RowWise"), dtype)
 
 
-def quantize_tensorwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
-    """Codes and one scale for the whole input, (1,)."""
-    assert scheme.input is not None
-    q, scale = quantize_input(x, scheme.input, input_scale)
-    return Input(q, scale.reshape(1))
-
-
 def tensorwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """scaled_mm with one scale for x and one for the weight."""
-    return _scaled_mm(x, w, w.scale.float().reshape(1), ("TensorWise", "TensorWise"), dtype)
-
-
-def quantize_blockwise(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
-    """Codes and a scale per 128 columns, (M, ceil(K / 128)) with the outer dimension contiguous, as cuBLAS needs it."""
-    assert scheme.input is not None
-    q, scale = quantize_input(x, scheme.input, input_scale)
-    return Input(q, scale.t().contiguous().t())  # the Triton kernel returns this order already
+    """scaled_mm with one scale for x, which is repeated for each row, and one for the weight."""
+    assert x.scale is not None
+    one = x._replace(scale=x.scale[:1].reshape(1))
+    return _scaled_mm(one, w, w.scale.float().reshape(1), ("TensorWise", "TensorWise"), dtype)
 
 
 def blockwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -85,8 +69,8 @@ def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Sch
     """Quantize and dequantize x, in its dtype."""
     if scheme.input is None:
         return Input(x)
-    scale = numerics.input_scale_for(x, scheme.input, input_scale)
-    return Input(numerics.fake_quantize(x, scale, scheme.input.granularity, scheme.input.dtype))
+    q, scale = numerics.quantize_input(x, scheme.input, input_scale)
+    return Input(numerics.dequantize_input(q, scale, scheme.input.granularity, x.dtype))
 
 
 def dequantize(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -101,39 +85,27 @@ def dequantize(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     return add_bias(out, w.bias).to(dtype)
 
 
-def why_not_rowwise(scheme: Scheme) -> str | None:
-    """The reason why the row-wise kernel does not support `scheme`; None if it does."""
-    if reason := _quantized_fp8(scheme):
-        return reason
-    assert scheme.input is not None
-    if scheme.weight.granularity not in (ROW, TENSOR) or scheme.input.granularity not in (ROW, TENSOR):
-        return "row-wise scaled_mm takes one scale per row or per tensor, not per group or block"
-    return None
+def _takes(fits: Callable[[Granularity, Granularity], bool], reason: str) -> Callable[[Scheme], str | None]:
+    """A `why_not_scheme`. fits: whether the kernel supports the granularities of weight and input; reason: if it does not."""
+
+    def why_not_scheme(scheme: Scheme) -> str | None:
+        if scheme.input is None:
+            return "the scheme does not quantize inputs"
+        if scheme.weight.dtype != FP8 or scheme.input.dtype != FP8:
+            return "scaled_mm takes E4M3 codes on both sides"
+        return None if fits(scheme.weight.granularity, scheme.input.granularity) else reason
+
+    return why_not_scheme
 
 
-def why_not_tensorwise(scheme: Scheme) -> str | None:
-    """The reason why the tensor-wise kernel does not support `scheme`; None if it does."""
-    if reason := _quantized_fp8(scheme):
-        return reason
-    assert scheme.input is not None
-    if not (scheme.weight.granularity.is_tensor and scheme.input.granularity.is_tensor):
-        return "tensor-wise scaled_mm takes one scale per tensor on both sides"
-    return None
-
-
-def why_not_blockwise(scheme: Scheme) -> str | None:
-    """The reason why the block-wise kernel does not support `scheme`; None if it does."""
-    if reason := _quantized_fp8(scheme):
-        return reason
-    return None if scheme == FP8_BLOCK else "block-wise scaled_mm takes 1x128 inputs by 128x128 weights"
-
-
-def _quantized_fp8(scheme: Scheme) -> str | None:
-    if scheme.input is None:
-        return "the scheme does not quantize inputs"
-    if scheme.weight.dtype != FP8 or scheme.input.dtype != FP8:
-        return "scaled_mm takes E4M3 codes on both sides"
-    return None
+why_not_tensorwise = _takes(lambda w, x: {w, x} == {TENSOR}, "tensor-wise scaled_mm takes one scale per tensor on both sides")
+why_not_rowwise = _takes(
+    lambda w, x: {w, x} <= {ROW, TENSOR}, "row-wise scaled_mm takes one scale per row or per tensor, not per group or block"
+)
+why_not_blockwise = _takes(
+    lambda w, x: (w, x) == (Granularity(128, 128), Granularity(1, 128)),
+    "block-wise scaled_mm takes 1x128 inputs by 128x128 weights",
+)
 
 
 def why_not_device(problem: Problem) -> str | None:
@@ -146,15 +118,15 @@ def why_not_device(problem: Problem) -> str | None:
 
 TENSORWISE = Kernel(
     name="scaled_mm_tensorwise", why_not_scheme=why_not_tensorwise, why_not_device=why_not_device, probes=(FP8_STATIC,),
-    quantize=quantize_tensorwise, multiply=tensorwise,
+    quantize=quantize, multiply=tensorwise,
 )  # fmt: skip
 ROWWISE = Kernel(
     name="scaled_mm_rowwise", why_not_scheme=why_not_rowwise, why_not_device=why_not_device, probes=(FP8_DYNAMIC,),
-    quantize=quantize_rowwise, multiply=rowwise,
+    quantize=quantize, multiply=rowwise,
 )  # fmt: skip
 BLOCKWISE = Kernel(
     name="scaled_mm_blockwise", why_not_scheme=why_not_blockwise, why_not_device=why_not_device, probes=(FP8_BLOCK,),
-    quantize=quantize_blockwise, multiply=blockwise,
+    quantize=quantize, multiply=blockwise,
 )  # fmt: skip
 DEQUANTIZE = Kernel(name="dequantize", quantize=fake_quantize, multiply=dequantize)
 WEIGHT_ONLY = Kernel(name="weight_only", multiply=dequantize)

@@ -129,8 +129,7 @@ def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> tor
     """
     assert routing.offsets is not None
     _, n, k = w.codes.shape
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    found = torch.zeros((grad.shape[0], k), dtype=wide, device=grad.device)
+    found = torch.zeros((grad.shape[0], k), dtype=numerics.wide(grad.dtype), device=grad.device)
     aligned = n % 8 == 0 and k % 8 == 0  # rows of 16 bytes
     if aligned and grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
         return _times_columns(grad.contiguous(), w, routing, found)

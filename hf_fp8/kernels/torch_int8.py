@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from ..formats.code_types import INT8
-from ..formats.cpu import rows_at_once, scratch
+from ..formats.cpu import SIZE, scratch
 from ..formats.scheme import INT8_DYNAMIC, ROW, Scheme
 from .base import Input, Kernel, Problem, Weight, add_bias, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
@@ -71,7 +71,7 @@ def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype
     m, n = x.x.shape[0], w.codes.shape[0]
     out = torch.empty((m, n), dtype=dtype, device=x.x.device)
     in_place = dtype == torch.float32
-    step = m if in_place else rows_at_once(n)
+    step = m if in_place else max(1, SIZE // (n * torch.int32.itemsize))
     for start in range(0, m, step):
         part = x.rows(start, start + step)
         sums = out.view(torch.int32) if in_place else scratch("sums", (part.x.shape[0], n), torch.int32)

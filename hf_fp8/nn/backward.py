@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..formats import numerics
+from ..formats.code_types import FP8, INT8
 from ..formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 from ..kernels import Input, Weight, kernel_for
 from ..kernels import torch_fp8 as torch_mm
@@ -52,8 +53,8 @@ def _turned(scheme: Scheme) -> Scheme | None:
     """
     granularity = scheme.weight.granularity
     if granularity == ROW:
-        return FP8_DYNAMIC if scheme.weight.code.is_float else INT8_DYNAMIC
-    if not scheme.weight.code.is_float or granularity.rows == 1:
+        return {FP8: FP8_DYNAMIC, INT8: INT8_DYNAMIC}.get(scheme.weight.dtype)
+    if scheme.weight.dtype != FP8 or granularity.rows == 1:
         return None
     if granularity.is_tensor:
         return Scheme(scheme.weight, FP8_DYNAMIC.input)

@@ -165,7 +165,13 @@ class QuantizedModule(nn.Module):
         found: Any = self._parameters.get(name)
         codes: torch.Tensor = found.codes if type(found) is QuantizedWeight else found
         if codes is None or (codes.dtype, codes.shape) != self.form_of(name):
-            self._refuse_replaced(name, codes)
+            dtype, shape = self.form_of(name)
+            held = "nothing" if codes is None else f"{[*codes.shape]} in {codes.dtype}"
+            raise UnsupportedError(
+                f"{self.called(name)} is {held}, where its scheme has {[*shape]} codes in {dtype}: it was replaced or cast "
+                "after the layer was quantized. model.to(dtype) leaves codes unchanged; to change weights, call "
+                "hf_fp8.dequantize_model(model) first"
+            )
         return codes
 
     def refuse_replaced(self) -> None:
@@ -174,15 +180,6 @@ class QuantizedModule(nn.Module):
         for name in self.holds:
             self.held_codes(name)
             self.held_scale(name)
-
-    def _refuse_replaced(self, name: str, found: torch.Tensor | None) -> None:
-        dtype, shape = self.form_of(name)
-        held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
-        raise UnsupportedError(
-            f"{self.called(name)} is {held}, where its scheme has {[*shape]} codes in {dtype}: it was replaced or cast after "
-            "the layer was quantized. model.to(dtype) leaves codes unchanged; to change weights, call "
-            "hf_fp8.dequantize_model(model) first"
-        )
 
     @property
     def has_static_input(self) -> bool:

@@ -60,7 +60,7 @@ class QuantizedConv1x1(QuantizedLinear):
 
     def to_dense(self, dtype: torch.dtype) -> Any:
         """The float convolution, with `original` if it was kept, else the dequantized weight."""
-        linear = self.to_linear(dtype)
+        linear = super().to_dense(dtype)
         kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(self.stride)]
         stride: Any = self.stride
         conv: Any = kind(

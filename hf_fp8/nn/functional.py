@@ -55,7 +55,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+    if any(ctx.needs_input_grad[1:4]):
         raise InputError(
             "FP8 weights and their scales have no gradient. Train adapters (LoRA) on top of them, or load with "
             "FP8Config(dequantize=True) to train the weights themselves."
@@ -108,8 +108,7 @@ def scaled_linear(
         )
     if x.shape[-1] != weight.shape[1]:
         raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
-    if forward_ad._current_level >= 0:
-        refuse_forward_mode(x)
+    refuse_forward_mode(x)
     # Reshaped outside of the op: under autograd, a view returned by an op cannot be changed in place.
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and can_bypass_dispatcher(x, weight, weight_scale, bias):
@@ -123,6 +122,8 @@ def scaled_linear(
 
 def refuse_forward_mode(x: torch.Tensor) -> None:
     """Raise InputError if x has a forward-mode tangent, which the op would drop."""
+    if forward_ad._current_level < 0:
+        return
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise InputError(
             "forward-mode gradients (torch.func.jvp, dual numbers) are not supported by quantized layers: use backward(), or "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..errors import InputError
 from ..formats.quantized_weight.tensor import codes_of
@@ -186,8 +185,7 @@ def scaled_grouped_linear(
         raise InputError(
             f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})"
         )
-    if forward_ad._current_level >= 0:
-        refuse_forward_mode(x)
+    refuse_forward_mode(x)
     if can_bypass_dispatcher(x, weight, weight_scale):
         return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
     found: torch.Tensor = _scaled_grouped_linear(

@@ -316,12 +316,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.unmeasured = ()
         self.scheme, self.backend, self._scale_count = INT8_DYNAMIC, "int8", scale.numel()
 
-    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
-        """`to_linear`."""
-        return self.to_linear(dtype)
-
     @torch.no_grad()
-    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """A plain `nn.Linear` on the same device with a copy of `original` if it was kept, else the dequantized weight.
 
         Raises UnsupportedError for an offloaded layer, as its weight cannot be read.
@@ -336,6 +332,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             bias = self.bias.detach().to(dtype, copy=True)
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
+
+    to_linear = to_dense  # also of a subclass whose float module is not a Linear
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)

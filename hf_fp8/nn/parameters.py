@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import UnsupportedError
 from ..formats.quantized_weight import functions as weight_functions  # noqa: F401  # registers its functions
 from ..formats.quantized_weight.source import Decoder, Part, Source
-from ..formats.quantized_weight.tensor import QuantizedWeight, as_parameter, whole
+from ..formats.quantized_weight.tensor import QuantizedWeight, whole
 
 _twins: Any = WeakIdKeyDictionary()  # plain parameter -> QuantizedWeight or WeightScale (weak reference)
 
@@ -47,7 +46,7 @@ class WeightScale(torch.nn.Parameter):
 def held_by(module: Any, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, a parameter called `leaf` of `module`, as a QuantizedWeight of that module; other types unchanged."""
     if type(tensor) is torch.nn.Parameter:
-        tensor = _twin_of(tensor, _codes_parameter)
+        tensor = _twin_of(tensor, QuantizedWeight)
     if type(tensor) is QuantizedWeight:
         owners = [(ref, name) for ref, name in tensor._source.owners if ref() is not None and ref() is not module]
         tensor._source = Source([*owners, (weakref.ref(module), leaf)])
@@ -82,32 +81,22 @@ def _gathered(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any], **_
     return found
 
 
-def _twin_of(parameter: torch.nn.Parameter, make: Callable[[torch.nn.Parameter], Any]) -> Any:
-    """``make(parameter)``, cached, so that all modules that share a plain parameter get the same object."""
+def _twin_of(parameter: torch.nn.Parameter, kind: type[torch.Tensor]) -> Any:
+    """`parameter` as a `kind`, cached, so that all modules that share a plain parameter get the same object."""
     known = _twins.get(parameter)
     found = None if known is None else known()
     if found is None or found.data_ptr() != parameter.data_ptr() or found.shape != parameter.shape:
-        found = make(parameter)
+        found = kind(parameter.detach(), parameter.requires_grad)
         vars(found).update(vars(parameter))
         _twins[parameter] = weakref.ref(found)
     return found
 
 
-def _codes_parameter(parameter: torch.nn.Parameter) -> QuantizedWeight:
-    codes = parameter.detach()
-    return as_parameter(whole(codes), parameter.requires_grad)
-
-
 def scale_held(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, a scale parameter, as a WeightScale; other types unchanged."""
-    if type(tensor) is not torch.nn.Parameter:
-        return tensor
-    found: torch.Tensor = _twin_of(tensor, _scale_parameter)
-    return found
-
-
-def _scale_parameter(parameter: torch.nn.Parameter) -> WeightScale:
-    return WeightScale(parameter.detach(), parameter.requires_grad)
+    if type(tensor) is torch.nn.Parameter:
+        tensor = _twin_of(tensor, WeightScale)
+    return tensor
 
 
 def plain_scale(scale: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -105,11 +106,10 @@ def let_siblings_share(model: nn.Module) -> None:
     """
     for name, parent in model.named_modules():
         layers = [layer for layer in parent.children() if isinstance(layer, QuantizedLinear)]
+        alike = Counter((layer.in_features, layer.scheme.input) for layer in layers)
         for layer in layers:
-            family = [
-                other for other in layers if (other.in_features, other.scheme.input) == (layer.in_features, layer.scheme.input)
-            ]
-            layer.shares_input = name if len(family) > 1 and layer.scheme.input is not None else None
+            shares = layer.scheme.input is not None and alike[layer.in_features, layer.scheme.input] > 1
+            layer.shares_input = name if shares else None
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -170,7 +170,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
                 if isinstance(module, QuantizedLinear):
                     new.weight = weights.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type]
             model = replace_module(model, name, made[id(module)])
-    restore_fused_paths(model)
+    choose_fused_paths(model)
     return model
 
 
@@ -190,25 +190,21 @@ def submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def leave_fused_paths(model: nn.Module) -> None:
-    """Disable the fused paths of torch's encoder, which do not call its Linears, where those are quantized.
+def choose_fused_paths(model: nn.Module) -> None:
+    """Disable the fused paths of torch's encoder, which do not call its Linears, where those are quantized; else undo that.
 
-    `restore_fused_paths` undoes it. In torch.nn.modules.transformer, an activation of 0 means that no fused kernel exists.
+    In torch.nn.modules.transformer, an activation of 0 means that no fused kernel exists.
     """
     for module in model.modules():
         for kind, name, off in _FUSED:
-            if isinstance(module, kind) and any(isinstance(part, QuantizedModule) for part in module.modules()):
-                vars(module).setdefault(f"_hf_fp8_{name}", getattr(module, name))
+            if not isinstance(module, kind):
+                continue
+            before = f"_hf_fp8_{name}"
+            if any(isinstance(part, QuantizedModule) for part in module.modules()):
+                vars(module).setdefault(before, getattr(module, name))
                 setattr(module, name, off)
-
-
-def restore_fused_paths(model: nn.Module) -> None:
-    """Undo `leave_fused_paths` in modules without quantized layers."""
-    for module in model.modules():
-        for kind, name, _ in _FUSED:
-            holds_codes = any(isinstance(part, QuantizedModule) for part in module.modules())
-            if isinstance(module, kind) and not holds_codes and f"_hf_fp8_{name}" in vars(module):
-                setattr(module, name, vars(module).pop(f"_hf_fp8_{name}"))
+            elif before in vars(module):
+                setattr(module, name, vars(module).pop(before))
 
 
 def copy_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -19,7 +19,7 @@ from ..integrations.weight_readers import guard_readers
 from ..nn.base import QuantizedModule
 from ..nn.conv import QuantizedConv1x1
 from ..nn.linear import ORIGINALS, QuantizedLinear, refuse_torn
-from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace_module
+from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module
 from .candidates import Choice, Filter, choose
 from .transformers_model import attach_quantizer, fill_experts
 
@@ -170,7 +170,7 @@ def _finish(root: nn.Module, choice: Choice, device: torch.device | str | None) 
             fill_experts(part, plan, backend=quantizer.quantization_config.backend, device=device)
         attach_quantizer(part, quantizer)
     let_siblings_share(root)
-    leave_fused_paths(root)
+    choose_fused_paths(root)
     guard_savers(root)
     guard_readers(root)
     if choice.reasons:

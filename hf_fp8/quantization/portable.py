@@ -30,7 +30,7 @@ from ..nn.backward import BACKWARDS
 from ..nn.base import QuantizedModule
 from ..nn.conv import Convolution, QuantizedConv1x1
 from ..nn.linear import QuantizedLinear
-from ..nn.swap import copy_hooks, leave_fused_paths, let_siblings_share, replace_module, submodule
+from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module, submodule
 from ..version import __version__
 
 CONFIG = "quantization.json"
@@ -131,7 +131,7 @@ def load_quantized(
         model = replace_module(model, name, layer)
     _assign(model, state, described["shared"], device)
     let_siblings_share(model)
-    leave_fused_paths(model)
+    choose_fused_paths(model)
     guard_savers(model)
     guard_readers(model)
     return model

@@ -11,7 +11,7 @@ from support.build import error
 from support.extremes import ROWS, WEIGHTS, check, inputs, weights
 from support.grouped import INTERPRETED, TRITON, grid
 from support.grouped import SCHEMES as GROUPED
-from support.kernels import SCHEMES, runs
+from support.kernels import SCHEMES, fake_quantize, runs
 from torch import nn
 
 from hf_fp8 import QuantizedConv1x1, QuantizedLinear, kernels
@@ -211,7 +211,7 @@ def test_quantized_inputs_are_scaled_down_to_the_smallest(codes: torch.dtype) ->
         assert error(back[row] / sizes[row], x[row].double() / sizes[row]) < 0.04, row
     assert float(scale[5]) == numerics.MIN_SCALE == torch.finfo(torch.float32).tiny and not back[5].any()
     deep = torch.full((1, 8), 1e-45)
-    assert numerics.fake_quantize(deep, numerics.compute_scale(deep, ROW, codes), ROW, codes).isfinite().all()
+    assert fake_quantize(deep, numerics.compute_scale(deep, ROW, codes), ROW, codes).isfinite().all()
 
 
 def test_columns_that_stand_out_are_found_at_any_size() -> None:

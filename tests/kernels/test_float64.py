@@ -13,7 +13,7 @@ from support.experts import FAMILIES, experts_of, write_family
 from support.experts import SCHEMES as STORED
 from support.grouped import INTERPRETED, SCHEMES
 from support.kernels import SCHEMES as ALL
-from support.kernels import expected, operands
+from support.kernels import expected, fake_quantize, operands
 from support.moe import IDS, causal
 from torch import nn
 
@@ -58,8 +58,7 @@ def by_hand(x: torch.Tensor, w: ExpertWeights, ids: torch.Tensor, quantized: boo
             part = w.part(index) if w.parts > 1 else w
             given = x[rows]
             if quantized and of_x is not None and len(rows):
-                scale = numerics.input_scale_for(given, of_x, None if static is None else static[expert, index])
-                q = numerics.quantize(given, scale, of_x.granularity)
+                q, scale = numerics.quantize_input(given, of_x, None if static is None else static[expert, index])
                 given = q.to(WIDE) * numerics.expand_scale(scale, of_x.granularity, *q.shape)
             height = part.codes.shape[1]
             dense = part.codes[expert].to(WIDE) * numerics.expand_scale(part.scale[expert], of_w, height, x.shape[1]).to(WIDE)
@@ -207,7 +206,7 @@ def test_scales_and_codes() -> None:
     x[2, 3] = 0
     scale = numerics.compute_scale(x, ROW)
     assert scale.dtype == WIDE and torch.equal(scale, x.abs().amax(1, keepdim=True) / 448)
-    back = numerics.fake_quantize(x, scale, ROW)
+    back = fake_quantize(x, scale, ROW)
     assert all(error(row / scale[i], x[i] / scale[i]) < 0.04 for i, row in enumerate(back))
     narrow = numerics.compute_scale(x[2:3].float(), ROW)
     assert narrow.dtype == torch.float32 and torch.equal(numerics.compute_scale(x[:0], ROW), torch.zeros(0, 1, dtype=WIDE))

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from support.build import OFFLOAD, STATIC_TENSOR, write
 from support.experts import KEEP, experts_of
 from support.experts import load as load_moe
+from support.kernels import fake_quantize
 from support.moe import causal, is_linear, llama4, qwen3_moe, write_transposed
 from torch import nn
 
 from hf_fp8 import QuantizedLinear, cli
 from hf_fp8.errors import CalibrationError, ConfigError, UnsupportedError
-from hf_fp8.formats import numerics
 from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.scheme import CODE_MAX, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR
 from hf_fp8.quantization import observers
@@ -350,7 +350,7 @@ def test_mse_is_as_good_as_a_search_over_the_values(kind: str, codes: torch.dtyp
 
     def error(threshold: float) -> float:
         scale = torch.full((len(x), 1), threshold / CODE_MAX[codes])
-        return float((numerics.fake_quantize(x, scale, ROW, codes) - x).double().square().sum())
+        return float((fake_quantize(x, scale, ROW, codes) - x).double().square().sum())
 
     amax = float(x.abs().max())
     best = min(error(amax * 2 ** (-step / 100)) for step in range(400))

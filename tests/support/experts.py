@@ -58,8 +58,8 @@ def reference(module: QuantizedExperts, x: torch.Tensor, ids: Any = None, weight
             given = x
             if scheme.input is not None:
                 static = getattr(module, projection.input_scale)
-                scale_of_x = numerics.input_scale_for(x, scheme.input, None if static is None else static[e, part])
-                given = numerics.fake_quantize(x, scale_of_x, scheme.input.granularity)
+                x_codes, x_scale = numerics.quantize_input(x, scheme.input, None if static is None else static[e, part])
+                given = numerics.dequantize_input(x_codes, x_scale, scheme.input.granularity, x.dtype)
             found.append(given @ numerics.dequantize(q, scale, scheme.weight.granularity).t())
         return torch.cat(found, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_fp8.formats import numerics
+from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
@@ -64,6 +65,11 @@ def expected(scheme: Scheme, given: dict[str, torch.Tensor], quantized_input: bo
         given["weight_scale"], scheme.weight.granularity, *given["weight"].shape
     )
     return x.double() @ w.t()
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """Quantize to codes of `dtype`, then dequantize to the dtype of x."""
+    return numerics.dequantize_input(numerics.quantize(x, scale, granularity, dtype), scale, granularity, x.dtype)
 
 
 def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -86,9 +86,9 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
             first.codes.requires_grad_(first.requires_grad)
         return found
     if name == "copy_":
-        return _copy(func, first, *args[1:], **kwargs)
+        return _copy(first, *args[1:], **kwargs)
     if name in ("to", "type_as", "type"):
-        return _cast(func, name, args, kwargs)
+        return _cast(name, args, kwargs)
     if type(first) is QuantizedWeight and name in _MOVES and not (name == "view" and _is_dtype(args, kwargs)):
         return _move(func, first, args[1:], kwargs)
     if name == "view":  # as another dtype: the bits
@@ -136,7 +136,11 @@ def _move(func: Any, weight: QuantizedWeight, rest: Any, kwargs: Any) -> Any:
         if weight.requires_grad and moved.requires_grad:  # `values` refuses it
             found.requires_grad_(True)
         return found
-    return type(moved)(moved_weight(weight, piece, partial(_piece, func, rest, kwargs, i)) for i, piece in enumerate(moved))
+
+    def piece(index: int) -> QuantizedWeight:
+        return moved_weight(weight, moved[index], lambda found: func(found, *rest, **kwargs)[index])
+
+    return type(moved)(piece(index) for index in range(len(moved)))
 
 
 def _communicate(func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -152,12 +156,7 @@ def _communicate(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _piece(func: Any, rest: Any, kwargs: Any, index: int, found: torch.Tensor) -> torch.Tensor:
-    piece: torch.Tensor = func(found, *rest, **kwargs)[index]
-    return piece
-
-
-def _cast(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+def _cast(name: str, args: Any, kwargs: Any) -> Any:
     """`.to`, `.type`, `.type_as`.
 
     Of a weight: values if the dtype changes, else moved codes. Of another tensor: a cast to the dtype of the weight's values.
@@ -211,7 +210,7 @@ def _set_data(weight: Any, new: torch.Tensor) -> None:
         weight._part = Part.all_of(weight.codes)
 
 
-def _copy(func: Any, into: Any, of: Any, *rest: Any, **kwargs: Any) -> Any:
+def _copy(into: Any, of: Any, *rest: Any, **kwargs: Any) -> Any:
     """``into.copy_(of)``: copies codes if both have the dtype of codes, else values; never values over codes."""
     if type(into) is not QuantizedWeight:
         into.copy_(of.codes if into.dtype == of.codes.dtype else values(of, into.dtype), *rest, **kwargs)

@@ -53,20 +53,20 @@ class QuantizedWeight(torch.Tensor):
         return cls.handle(func, args, kwargs or {})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if is_parameter(self):
+        if isinstance(self, torch.nn.Parameter):
             return torch._utils._rebuild_parameter, (self.codes, self.requires_grad, {})
         return self.codes.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
         if id(self) not in memo:
             copied = moved_weight(self, self.codes.clone(memory_format=torch.preserve_format), None)
-            memo[id(self)] = as_parameter(copied, self.requires_grad) if is_parameter(self) else copied
+            memo[id(self)] = as_parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
         found: QuantizedWeight = memo[id(self)]
         return found
 
     def __copy__(self) -> QuantizedWeight:
         found = _wrap(self.codes.detach(), self._part, self._source)
-        return as_parameter(found, self.requires_grad) if is_parameter(self) else found
+        return as_parameter(found, self.requires_grad) if isinstance(self, torch.nn.Parameter) else found
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.codes!r})"
@@ -95,10 +95,6 @@ _uncompiled: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
 def codes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The codes of a QuantizedWeight as a plain tensor in the same memory; other tensors are returned unchanged."""
     return tensor.codes if type(tensor) is QuantizedWeight else tensor
-
-
-def is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)
 
 
 def whole(codes: torch.Tensor) -> QuantizedWeight:
@@ -199,7 +195,7 @@ def is_cast_of(weight: torch.Tensor, given: torch.Tensor) -> bool:
 
 def _reduce_shared(weight: QuantizedWeight) -> Any:
     """Reducer for `torch.multiprocessing` (shared memory)."""
-    if is_parameter(weight):
+    if isinstance(weight, torch.nn.Parameter):
         return torch._utils._rebuild_parameter, (weight.codes, weight.requires_grad, {})
     return reduce_tensor(weight.codes)  # type: ignore[no-untyped-call]
 

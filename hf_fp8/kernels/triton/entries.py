@@ -9,6 +9,7 @@ from typing import Any
 
 from ...formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_WEIGHT_ONLY, Scheme
 from ..base import GroupedKernel, Kernel, Problem, why_sums_overflow
+from ..inputs import quantize
 from . import support
 from .granularity import why_not_scaled_mm, why_not_weight_only
 
@@ -27,7 +28,7 @@ def _late(module: str, function: str) -> Callable[..., Any]:
 SCALED_MM = Kernel(
     name="triton_scaled_mm", is_triton=True, probes=(FP8_DYNAMIC,), why_not_scheme=why_not_scaled_mm,
     why_not_device=lambda problem: why_sums_overflow(problem) or why_not_device(problem),
-    quantize=_late("scaled_mm", "quantize"), multiply=_late("scaled_mm", "multiply"),
+    quantize=quantize, multiply=_late("scaled_mm", "multiply"),
 )  # fmt: skip
 WEIGHT_ONLY = Kernel(
     name="triton_weight_only", is_triton=True, probes=(FP8_WEIGHT_ONLY,), why_not_scheme=why_not_weight_only,

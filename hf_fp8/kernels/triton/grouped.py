@@ -17,7 +17,7 @@ from ..base import ExpertWeights, Input, Routing
 from . import scaled_mm as triton_mm
 from . import weight_only as triton_weight_only
 from .granularity import columns
-from .scales import power_of, times_scales, widened
+from .scales import dot_dtype, power_of, times_scales, widened
 from .support import native_e4m3, on_device
 
 # Tiles are sized for this many times the average number of rows per expert: with 16 random rows on average, two in five
@@ -145,9 +145,7 @@ def multiply(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -
     # Each expert with rows may have a last tile that is not full, and so may the rows without an expert.
     grid_m = s // block_m + min(n_experts + 1, s) if is_sorted else s
     bits = not quantized and not native_e4m3(values.device)
-    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
-    kind = tl.float32 if quantized or values.device.type == "cpu" else kinds[values.dtype]
+    kind = tl.float32 if quantized else dot_dtype(values.dtype, values.device)
     part = n // w.parts
     scales = w.scale.reshape(n_experts, w.parts * of_w.grid(part, k)[0], -1)
     out = torch.empty((s, n), dtype=dtype, device=values.device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..base import Input, Weight
-from .scales import power_of, times_scales
+from .scales import dot_dtype, power_of, times_scales
 from .support import on_device
 
 # Not measured: 16 KB of sums per program, plus the tile of outliers (at most 64 columns).
@@ -48,16 +48,13 @@ def scale_sums(sums: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | N
     """
     m, n = sums.shape
     out = torch.empty((m, n), dtype=dtype, device=sums.device)
-    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
-    kind = tl.float32 if sums.device.type == "cpu" else kinds[dtype]
     count = 0 if beside is None else beside.shape[0]
     outliers = out if x.outliers is None else x.outliers
     with on_device(sums):
         _scale_sums[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
             sums, x.scale, w.scale, out if w.bias is None else w.bias,
             outliers, out if beside is None else beside, out, m, n, count, *outliers.stride(),
-            HAS_BIAS=w.bias is not None, BLOCK_R=max(LEAST, triton.next_power_of_2(count)) if count else 0, DTYPE=kind,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            HAS_BIAS=w.bias is not None, BLOCK_R=max(LEAST, triton.next_power_of_2(count)) if count else 0,
+            DTYPE=dot_dtype(dtype, sums.device), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     return out

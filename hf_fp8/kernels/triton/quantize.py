@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...formats import numerics
+from ...formats.code_types import INT8
 from ...formats.scheme import TensorScheme
 from .support import on_device
 
@@ -102,23 +103,14 @@ def _groups(
 
 
 def quantize(
-    x: torch.Tensor,
-    scheme: TensorScheme,
-    input_scale: torch.Tensor | None,
-    per_row: bool = False,
-    kept: torch.Tensor | None = None,
+    x: torch.Tensor, scheme: TensorScheme, input_scale: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of x (M, K), any strides, as `numerics.quantize_input` defines them, bit for bit.
-
-    Scales of groups are (M, ceil(K / size)) with the outer dimension contiguous, as block-wise matmuls
-    need them. per_row: one scale for a whole tensor is repeated for each row, (M, 1). kept, for
-    scales per row: (K,) float32, 0 for columns that are treated as zeros.
-    """
+    """As `inputs.quantize_input`, bit for bit the same as the reference."""
     m, k = x.shape
     granularity = scheme.granularity
     q = torch.empty((m, k), dtype=scheme.dtype, device=x.device)
     common = (scheme.code.largest, numerics.MIN_SCALE)
-    is_int8 = not scheme.code.is_float
+    is_int8 = scheme.dtype == INT8
     if granularity.is_row or granularity.is_tensor:
         static = input_scale
         if granularity.is_tensor and static is None:
@@ -132,7 +124,7 @@ def quantize(
                 IS_INT8=is_int8, IS_STATIC=static is not None, HAS_KEPT=kept is not None, ONE=one, BLOCK=block,
                 num_warps=min(max(block // 512, 1), 8),
             )  # fmt: skip
-        return q, (scales[:1] if granularity.is_tensor and not per_row else scales)
+        return q, scales
     size = granularity.cols
     n_groups = granularity.grid(m, k)[1]
     scales = torch.empty((n_groups, m), dtype=torch.float32, device=x.device).t()

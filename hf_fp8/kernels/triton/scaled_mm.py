@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 
 from ...formats.code_types import INT8
-from ...formats.scheme import Scheme
 from ..base import Input, Weight
-from ..inputs import quantize_input
 from .granularity import columns
 from .scales import times_scales
 from .support import on_device
@@ -79,12 +77,6 @@ def _scaled_mm(
 def tile(m: int) -> tuple[int, int, int, int, int, int]:
     """The entry of `TILES` for `m` rows."""
     return next(entry for entry in TILES if m <= entry[0])
-
-
-def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
-    """Codes of x, and scales (M, 1) or (M, groups)."""
-    assert scheme.input is not None
-    return Input(*quantize_input(x, scheme.input, input_scale, per_row=scheme.input.granularity.cols == -1))
 
 
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+_DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def dot_dtype(dtype: torch.dtype, device: torch.device) -> tl.dtype:
+    """The dtype of a dot product of inputs of `dtype` with codes: the same on GPUs."""
+    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
+    return tl.float32 if device.type == "cpu" else _DOT_DTYPES[dtype]
 
 
 @triton.jit

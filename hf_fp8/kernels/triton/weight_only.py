@@ -13,7 +13,7 @@ import triton.language as tl
 from ...formats.code_types import FP8
 from ..base import Input, Weight
 from .granularity import columns
-from .scales import power_of, widened
+from .scales import dot_dtype, power_of, widened
 from .support import native_e4m3, on_device, processors
 
 # Tiles by rows of input: (M up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). Not measured: sized so that a program
@@ -103,18 +103,15 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     target = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=values.device)
     bits = codes.dtype == FP8 and not native_e4m3(values.device)
     scales = w.scale.reshape(granularity.grid(n, k))
-    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    # float32 on a CPU: the interpreter multiplies the bits of bfloat16 as integers (Triton 3.9).
-    kind = tl.float32 if values.device.type == "cpu" else kinds[values.dtype]
     bias = out if w.bias is None else w.bias
     with on_device(values):
         _weight_only[(grid_n, grid_m, splits)](
             values, codes.view(torch.int8) if bits else codes, scales, bias, target,
             m, n, k, per_split,
             *values.stride(), codes.stride(0), *scales.stride(),
-            SCALE_N=max(granularity.rows, 0), SCALE_K=max(granularity.cols, 0), BITS=bits, DTYPE=kind,
-            HAS_BIAS=w.bias is not None, SPLIT=splits > 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_warps=warps, num_stages=stages,
+            SCALE_N=max(granularity.rows, 0), SCALE_K=max(granularity.cols, 0), BITS=bits,
+            DTYPE=dot_dtype(values.dtype, values.device), HAS_BIAS=w.bias is not None, SPLIT=splits > 1,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if splits > 1:
             _add_up[(triton.cdiv(m * n, 1024),)](
