@@ -176,7 +176,9 @@ def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bo
     if group.scheme is None:
         return False
     try:
-        stored(name, companions(name, key, checkpoint, strict=False), checkpoint, group).check()
+        weight = stored(name, companions(name, key, checkpoint, strict=False), checkpoint, group)
+        weight.check()
+        weight.check_shapes()
     except FP8Error:
         return False
     return True

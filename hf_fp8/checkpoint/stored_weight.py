@@ -135,7 +135,7 @@ class StoredWeight:
             }
 
     def check(self) -> None:
-        """Raise, naming the tensor, for scales that are missing, unused, or of a wrong dtype or shape.
+        """Raise, naming the tensor, for scales that are missing, unused, or of a wrong dtype.
 
         A static input scale may be missing, as it is not always needed (`wrong_input_scales`).
         """
@@ -152,6 +152,9 @@ class StoredWeight:
         for role in (WEIGHT_SCALE, INPUT_SCALE):
             if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
                 raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; supported are {', '.join(SCALE_DTYPES)}")
+
+    def check_shapes(self) -> None:
+        """Raise ScaleError, naming the tensor, for scales of a wrong shape."""
         allowed = self._accepted(WEIGHT_SCALE)
         if self.shapes[WEIGHT_SCALE] not in allowed:
             raise ScaleError(

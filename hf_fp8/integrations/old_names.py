@@ -1,4 +1,7 @@
-"""Names of earlier versions, for scripts and pickled models: they work, with a DeprecationWarning, until 1.0."""
+"""Names of earlier versions, for scripts and pickled layers: they work, with a DeprecationWarning, until 1.0.
+
+Pickles of whole transformers models hold more than layers (how they are saved), and are read by the version that wrote them.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ MODULES = {
     "convert": "nn.swap",
     "experts": "nn.experts",
     "fidelity": "evaluation",
+    "fidelity.run": "evaluation.running",
     "functional": "nn.functional",
     "grouped": "nn.grouped",
     "held": "nn.parameters",
@@ -72,37 +76,54 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package == "hf_fp8" and name in MODULES else None
+        return None if _new_name(fullname) is None else ModuleSpec(fullname, self)
 
     def create_module(self, spec: ModuleSpec) -> None:
         """A default, empty module: `exec_module` replaces it."""
 
     def exec_module(self, alias: ModuleType) -> None:
-        old = alias.__name__
-        new = f"hf_fp8.{MODULES[old.partition('.')[2]]}"
-        _warn(old, new)
-        sys.modules[old] = found = importlib.import_module(new)
-        for old_place, place in ATTRIBUTES.items():  # a pickle stores the name of a class together with its module
-            module, name = f"hf_fp8.{old_place}".rpartition(".")[::2]
-            if module == new:
-                setattr(found, name, _at(place))
+        _warn(alias.__name__, str(_new_name(alias.__name__)), above=2)  # frames of importlib are not counted
+        _find(alias.__name__)
+
+
+def _new_name(fullname: str) -> str | None:
+    """The present name of a module; None if `fullname` is not an old one."""
+    package, _, name = fullname.partition(".")
+    if package != "hf_fp8":
+        return None
+    first, dot, rest = name.partition(".")
+    new = MODULES.get(name) or (f"{MODULES[first]}{dot}{rest}" if first in MODULES else None)
+    return new and f"hf_fp8.{new}"
+
+
+def _find(old: str) -> ModuleType:
+    """The module that had the name `old`, under that name too."""
+    new = str(_new_name(old))
+    sys.modules[old] = found = importlib.import_module(new)
+    for old_place, place in ATTRIBUTES.items():  # a pickle stores the name of a class together with its module
+        module, name = f"hf_fp8.{old_place}".rpartition(".")[::2]
+        if module == new:
+            setattr(found, name, _at(place))
+    return found
 
 
 def install() -> None:
     """Make `import hf_fp8.<old name>` work."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # last: modules that exist under that name come first
+        # First: an old package has the path of the new one, where others would find its modules a second time.
+        sys.meta_path.insert(0, _Finder())
 
 
 def found(name: str) -> Any:
     """The object that was called hf_fp8.<name>. Raises AttributeError if there was none."""
     if name in MODULES:
-        return importlib.import_module(f"hf_fp8.{name}")
+        _warn(f"hf_fp8.{name}", f"hf_fp8.{MODULES[name]}", above=3)
+        return _find(f"hf_fp8.{name}")
     if name not in NAMES:
         raise AttributeError(f"module 'hf_fp8' has no attribute {name!r}")
     leaf = NAMES[name].rpartition(".")[2]
-    _warn(f"hf_fp8.{name}", f"hf_fp8.{leaf}" if name != leaf and leaf.startswith("Quantized") else f"hf_fp8.{NAMES[name]}")
+    new = leaf if name != leaf and leaf.startswith("Quantized") else NAMES[name]
+    _warn(f"hf_fp8.{name}", f"hf_fp8.{new}", above=3)
     return _at(NAMES[name])
 
 
@@ -112,5 +133,6 @@ def _at(place: str) -> Any:
     return getattr(importlib.import_module(module), leaf)
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is {new} now; the old name is removed in 1.0", DeprecationWarning, stacklevel=4)
+def _warn(old: str, new: str, above: int) -> None:
+    """Warn about the line that has the old name. above: how many calls lie between it and this one."""
+    warnings.warn(f"{old} is {new} now; the old name is removed in 1.0", DeprecationWarning, stacklevel=above + 1)

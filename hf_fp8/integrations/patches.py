@@ -73,6 +73,14 @@ def bind(instance: Any, name: str, function: Callable[..., Any]) -> None:
     vars(instance)[name] = partial(function, instance)
 
 
+def bind_once(instance: Any, name: str, function: Callable[..., Any]) -> None:
+    """`bind`, unless it was done before: others may have replaced the method since (hooks of accelerate)."""
+    bound = vars(instance).setdefault("_hf_fp8_bound", [])
+    if name not in bound:
+        bound.append(name)
+        bind(instance, name, function)
+
+
 def original(instance: Any, name: str) -> Any:
     """The class's method that `bind` replaced on `instance`; a partial, which torch.compile can trace."""
     return partial(getattr(type(instance), name), instance)

@@ -158,10 +158,11 @@ def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     found = getattr(config, "quantization_config", None)
     if isinstance(found, FP8Config) and found.spec.origin is not None:
         return found.spec.origin.to_json()  # the model was made int8
-    if found is not None or not config.name_or_path or current().has_float_state:
+    load = current()
+    if found is not None or load.name is None:
         return None
     try:
-        on_disk, _ = PreTrainedConfig.get_config_dict(config.name_or_path, local_files_only=True)
+        on_disk, _ = PreTrainedConfig.get_config_dict(load.name, local_files_only=True, **load.where)
     except OSError:  # not in the default cache: there is nothing to compare with
         return None
     return _written(part for part in (on_disk, on_disk.get("text_config")) if isinstance(part, dict))

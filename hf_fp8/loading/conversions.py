@@ -31,7 +31,7 @@ def build_conversions(layout: Layout, host: Sequence[WeightTransform]) -> list[W
     found += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]
     for transform in extra:
         # Loading experts that are stacked in the files does not use these; but saving writes one tensor per expert, biases too.
-        transform._was_used |= any(weight.part is not None and weight.part.expert is not None for weight in weights)
+        transform._was_used |= layout.splits_experts
     for transform in [*host, *extra]:
         if isinstance(transform, WeightConverter):
             transform = _merged_converter(transform, layout, weights, op, back)

@@ -93,7 +93,8 @@ class Layout:
     input_scales: name of a weight -> what is wrong with its static input scale. broken: errors of weights that should have been
     quantized, collected while loading. aliases: keys after transformers' renamings -> the names to use instead. prefix: that of
     the base model, which keys may have or lack. unmapped_experts: layout and end of the module path of experts whose names in
-    the files transformers does not map.
+    the files transformers does not map. splits_experts: whether stacks of a dense checkpoint are split into single experts, as
+    they are saved.
     """
 
     kept: dict[str, StoredWeight] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class Layout:
     aliases: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
     unmapped_experts: tuple[ExpertsLayout, str] | None = None
+    splits_experts: bool = False
     scales: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     file_dtypes: dict[str, torch.dtype] = field(default_factory=dict)

@@ -73,8 +73,12 @@ def match_checkpoint(
     owners = {key: keymap.owner(key, name, model) for key, name in weights_of(checkpoint).items()}
     scanned = scan(checkpoint, spec, owners, model.params.keys())
     layout = Layout(
-        scan=scanned, aliases=dict(keymap.aliases), prefix=model.prefix, unmapped_experts=keymap.unmapped_experts
-    )  # fmt: skip
+        scan=scanned,
+        aliases=dict(keymap.aliases),
+        prefix=model.prefix,
+        unmapped_experts=keymap.unmapped_experts,
+        splits_experts=any(part.expert is not None for part in (parts or {}).values()),
+    )
     for weight in [*scanned.weights, *scanned.host]:
         _place(weight, keymap, layout.aliases)
         weight.transposed = _is_transposed(model, weight, keymap)
@@ -84,8 +88,9 @@ def match_checkpoint(
     # The host runs weights of other formats in its own modules; those merged into one parameter are dequantized here.
     layout.weights = scanned.weights + [w for w in scanned.host if policy.dequantize or w.pattern is not None]
     for weight in scanned.weights:
+        weight.check()
         if weight.target or len(weight.shape) != 3:  # otherwise the orientation of a stack is unknown
-            weight.check()
+            weight.check_shapes()
     reads = policy.read_values and parts is None
     scales = check_scale_values(scanned.weights, checkpoint) if reads else {}
     filled, layout.missing = check_coverage(model, keymap, checkpoint, scanned)

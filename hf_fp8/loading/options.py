@@ -9,22 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+# Arguments of `from_pretrained` that say where the files of a checkpoint are.
+_WHERE = ("subfolder", "revision", "cache_dir", "token")
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """Arguments of a `from_pretrained` call.
 
-    folder: the local folder that is loaded, None for a name on the Hub. has_float_state: whether a `state_dict` without codes
-    was given. broken: errors for which transformers would raise only a general one. The rest as in `from_pretrained`.
+    name: the folder or the name on the Hub, None if the model is not loaded from a checkpoint of its own kind. where: arguments
+    that say where its files are (`revision`, ...). folder: the local folder that is loaded, None for a name on the Hub.
+    broken: errors for which transformers would raise only a general one. The rest as in `from_pretrained`.
     """
 
+    name: str | Path | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     variant: str | None = None
     use_safetensors: bool | None = None
     ignore_mismatched_sizes: bool = False
-    has_float_state: bool = False
     broken: list[str] = field(default_factory=list)
 
 
@@ -40,23 +43,20 @@ def current() -> LoadOptions:
 def loading(name: Any, options: Mapping[str, Any]) -> Iterator[None]:
     """Context manager: set the options while a model is loaded from `name` with the keyword arguments `options`."""
     folder = None
-    if isinstance(name, str | Path) and Path(name).is_dir() and options.get("gguf_file") is None:
+    if not isinstance(name, str | Path) or options.get("gguf_file") is not None:
+        name = None
+    elif Path(name).is_dir():
         folder = Path(name, options.get("subfolder") or "")
     found = LoadOptions(
+        name,
+        {key: options[key] for key in _WHERE if options.get(key) is not None},
         folder,
         options.get("variant"),
         options.get("use_safetensors"),
         bool(options.get("ignore_mismatched_sizes")),
-        _has_no_codes(options.get("state_dict")),
     )
     token = _CURRENT.set(found)
     try:
         yield
     finally:
         _CURRENT.reset(token)
-
-
-def _has_no_codes(state: Any) -> bool:
-    return isinstance(state, Mapping) and all(
-        isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.itemsize > 1 for tensor in state.values()
-    )

@@ -62,6 +62,23 @@ def test_the_warning_is_about_the_line_that_has_the_name() -> None:
     assert caught[0].filename == __file__
 
 
+def test_the_warning_of_a_module_is_about_the_line_that_imports_it() -> None:
+    for code in ("import hf_fp8.linear", "from hf_fp8.linear import FP8Linear", "import hf_fp8; hf_fp8.linear"):
+        sys.modules.pop("hf_fp8.linear", None)
+        vars(hf_fp8).pop("linear", None)
+        with pytest.warns(DeprecationWarning) as caught:
+            exec(compile(code, "a script", "exec"), {})
+        assert [warning.filename for warning in caught] == ["a script"], code
+
+
+def test_modules_of_an_old_package() -> None:
+    for old, new in (("fidelity.report", "evaluation.report"), ("fidelity.run", "evaluation.running")):
+        sys.modules.pop(f"hf_fp8.{old}", None)
+        with pytest.warns(DeprecationWarning, match=rf"hf_fp8\.{old} is hf_fp8\.{new} now"):
+            found = importlib.import_module(f"hf_fp8.{old}")
+        assert found is importlib.import_module(f"hf_fp8.{new}")
+
+
 def test_what_never_was_there() -> None:
     with pytest.raises(AttributeError, match="module 'hf_fp8' has no attribute 'nothing'"):
         hf_fp8.nothing  # noqa: B018

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,22 @@ def test_configs_of_other_methods_may_have_a_scheme() -> None:
     for method, ours in (("quark", False), ("auto-round", False), ("hf_fp8", True), (None, True)):
         given = {"scheme": "FP8_DYNAMIC", **({} if method is None else {"quant_method": method})}
         assert is_request(given) == is_for_us(given) == ours, method
+
+
+@pytest.mark.parametrize("inner", ["fp8", "dense"])
+def test_a_subfolder_is_judged_by_its_own_config(inner: str, fp8: Path, tmp_path: Path) -> None:
+    """Not by that of the folder around it, which is the other kind; with the config of a dequantized model, too."""
+    load(fp8).dequantize().save_pretrained(tmp_path / "dense")
+    root = tmp_path / "root"
+    shutil.copytree(tmp_path / "dense" if inner == "fp8" else fp8, root)
+    shutil.copytree(fp8 if inner == "fp8" else tmp_path / "dense", root / "inner")
+    plain = LlamaForCausalLM.from_pretrained(root, subfolder="inner", dtype=torch.float32)
+    assert error(logits(plain), logits(load(fp8))) < 1e-2
+    again = LlamaForCausalLM.from_pretrained(root, subfolder="inner", config=plain.config, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(plain))
+    if inner == "dense":
+        asked = FP8Config("FP8_DYNAMIC", backend="weight_only")
+        found = AutoModelForCausalLM.from_pretrained(root, subfolder="inner", quantization_config=asked)
+        assert sum(isinstance(module, QuantizedLinear) for module in found.modules()) == 14
+        with pytest.raises(hf_fp8.errors.ConfigError, match="no compressed-tensors"):
+            AutoModelForCausalLM.from_pretrained(root, subfolder="inner", quantization_config=KEEP)

@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from support.build import IDS, OFFLOAD, differing, error, load, logits, sqnr, stock_transformers, tensors, tiny_llama
-from support.moe import MOE, causal
+from support.moe import MOE, TRANSPOSED, causal
 from support.quantized_loads import config_of, kept
 from transformers import (
     AutoModelForCausalLM,
@@ -207,6 +207,36 @@ def test_experts_that_stay_dense(tmp_path: Path) -> None:
     assert experts and differing({n: plain[n] for n in experts}, {n: written[n] for n in written if "experts" in n}) == []
     again = type(source).from_pretrained(tmp_path / "saved", quantization_config=FP8Config(backend="scaled_mm"))
     assert torch.equal(causal(again), causal(model))
+
+
+LEFT_DENSE: dict[str, dict[str, Any]] = {
+    "experts=": {"experts": "dequantize"},
+    "ignore": {"ignore": ["lm_head", "re:.*router", "re:.*experts.*"]},
+    "one projection": {"ignore": ["lm_head", "re:.*router", "re:.*down_proj"]},
+}
+
+
+@pytest.mark.parametrize("way", ["load", "in place"])
+@pytest.mark.parametrize("options", LEFT_DENSE)
+def test_dense_experts_of_llama4_are_saved_one_by_one(options: str, way: str, tmp_path: Path) -> None:
+    """Stock splits them whenever it loads codes, and would leave others random."""
+    source = TRANSPOSED["llama4"]()
+    source.save_pretrained(tmp_path / "dense")
+    if way == "load":
+        config = FP8Config("FP8_DYNAMIC", backend="weight_only", **LEFT_DENSE[options])
+        model = type(source).from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.float32)
+    elif "experts" in LEFT_DENSE[options]:
+        pytest.skip("an option of loading")
+    else:
+        model = hf_fp8.quantize_model(source, "FP8_DYNAMIC", backend="weight_only", **LEFT_DENSE[options])
+    model.save_pretrained(tmp_path / "saved")
+    with stock_transformers():
+        stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert error(causal(stock), causal(model)) < 0.15  # it quantizes inputs
+    keep = FP8Config(backend="weight_only")
+    again = type(source).from_pretrained(tmp_path / "saved", quantization_config=keep, dtype=torch.float32)
+    assert error(causal(again), causal(model)) < 0.02
 
 
 def test_after_loading(dense: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from ...nn.base import QuantizedModule
 from ...nn.conv import QuantizedConv1x1
 from ...nn.experts import QuantizedExperts
 from ...nn.linear import QuantizedLinear
-from ..patches import bind, original
+from ..patches import bind, bind_once, original
 from .forward import activate_lora, dora_forward, move_adapter
-from .merge import merge, reported, unload_stack, unmerge, unmerge_adapter
+from .merge import merge, reported, unload_and_optionally_merge, unload_stack, unmerge, unmerge_adapter
 from .merge_policy import finalize_merge, reporting
 from .state import RECORD, Record, innermost, record_of
 
@@ -45,7 +45,7 @@ STARTS_FROM_CODES = ("corda", "lora_ga")
 _OF_TUNERS: dict[str, Callable[..., Any]] = {
     "merge_adapter": partial(reported, "merge_adapter"),
     "unmerge_adapter": unmerge_adapter,
-    "_unload_and_optionally_merge": partial(reported, "_unload_and_optionally_merge"),
+    "_unload_and_optionally_merge": unload_and_optionally_merge,
 }
 _OF_ADAPTERS: dict[str, Callable[..., Any]] = {"merge": merge, "unmerge": unmerge}
 _OF_STACKS: dict[str, Callable[..., Any]] = {
@@ -129,9 +129,9 @@ def _keep(record: Record, layer: Any) -> None:
         if not any(layer is known for known in record.layers):
             record.layers.append(layer)
         for name, method in (_OF_ADAPTERS | (_OF_STACKS if hasattr(layer, "parameter_name") else {})).items():
-            bind(layer, name, method)
+            bind_once(layer, name, method)
         for dora in getattr(layer, "lora_magnitude_vector", {}).values():
-            bind(dora, "forward", dora_forward)
+            bind_once(dora, "forward", dora_forward)
         layer = layer.base_layer
 
 

@@ -17,7 +17,7 @@ from ...nn.base import QuantizedModule
 from ...nn.linear import QuantizedLinear
 from ..patches import original
 from .merge_policy import finalize_merge, forget, reporting
-from .state import Record, innermost, record_of
+from .state import RECORD, Record, innermost, record_of
 
 logger = logging.getLogger(__name__)
 # Set while all adapters of a model are being unmerged: ids of those that already are.
@@ -77,6 +77,19 @@ def reported(method: str, tuner: Any, *args: Any, **kwargs: Any) -> Any:
     if news := {name: parts for name, parts in torn(_schemes(tuner.model)).items() if known.get(name) != parts}:
         logger.warning(f"hf_fp8: {describe(news)}")
     return found
+
+
+def unload_and_optionally_merge(tuner: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    """`_unload_and_optionally_merge` of a tuner.
+
+    Of adapters that wrap each other, PEFT's mixed model takes the inner ones out before it merges the outer: so all of a layer
+    are merged first, and rounded once.
+    """
+    records = [vars(module)[RECORD] for module in tuner.model.modules() if RECORD in vars(module)]
+    for layer in (layer for record in records if len(record.layers) > 1 for layer in record.layers):
+        if merge and not hasattr(layer, "parameter_name"):
+            layer.merge(**{name: kwargs[name] for name in ("safe_merge", "adapter_names") if name in kwargs})
+    return reported("_unload_and_optionally_merge", tuner, merge, *args, **kwargs)
 
 
 def _merged(record: Record) -> dict[int, list[str]]:

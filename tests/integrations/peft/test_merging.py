@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from support.adapted import adapted, held
 from support.build import IDS, STATIC_TENSOR, error, load, logits, stock_transformers, tensors, tiny_llama, write
 from torch import nn
@@ -280,6 +281,51 @@ def test_cast_while_merged(fp8: Path) -> None:
     model.unmerge_adapter()
     base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     assert isinstance(base, QuantizedLinear) and (base.weight * 1).dtype == torch.float32
+
+
+def test_a_bias_is_cast_with_the_layer_that_it_was_merged_into() -> None:
+    model = adapted(quantize_model(nn.Sequential(nn.Linear(32, 32), nn.ReLU()).bfloat16()), target_modules=["0"])
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    assert model.base_model.model[0].base_layer.bias.dtype == torch.float32
+
+
+def test_adapters_of_several_kinds_on_a_layer(fp8: Path) -> None:
+    """PEFT's mixed model, which takes inner adapters out while it merges: all are merged, and rounded once."""
+    model = get_peft_model(load(fp8), LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False), mixed=True)
+    model.add_adapter("b", LoHaConfig(target_modules=["q_proj"], r=4, init_weights=False))
+    model.set_adapter(["default", "b"])
+    before = logits(model)
+    model.merge_adapter()
+    merged = [module.dequantized_weight() for module in model.modules() if isinstance(module, QuantizedLinear)]
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+    plain = model.merge_and_unload()
+    assert error(logits(plain), before) < 0.1
+    found = [module.dequantized_weight() for module in plain.modules() if isinstance(module, QuantizedLinear)]
+    assert len(found) == len(merged) == 14
+    assert all(error(a, b) < 0.06 for a, b in zip(found, merged, strict=True))
+
+
+def test_hooks_stay_when_another_adapter_is_added(fp8: Path) -> None:
+    model = adapted(load(fp8), target_modules=["q_proj"], use_dora=True)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    calls: list[str] = []
+
+    class Counts(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append("forward")
+            return args, kwargs
+
+    add_hook_to_module(layer.lora_magnitude_vector["default"], Counts())
+    merge = layer.merge
+    layer.merge = lambda *args, **kwargs: (calls.append("merge"), merge(*args, **kwargs))
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"], use_dora=True))
+    logits(model)
+    assert calls == ["forward"]
+    model.merge_adapter()
+    assert set(calls[1:]) == {"merge"} and isinstance(layer.base_layer, QuantizedLinear)
 
 
 def test_merged_in_inference_mode_and_trained_on(fp8: Path) -> None:
