@@ -467,15 +467,17 @@ def test_whole_configs_of_models_that_became_something_else(fp8: Path, tmp_path:
     int8.save_pretrained(tmp_path / "int8")
     dense = load(fp8, FP8Config(dequantize=True))
     moved = fp8.rename(tmp_path / "moved")
-    for path, config in ((tmp_path / "int8", int8.config), (moved, dense.config)):
-        with pytest.raises(hf_fp8.FP8Error, match=r"int8 codes, which it does not describe|no `quantization_config`"):
-            LlamaForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+    found = LlamaForCausalLM.from_pretrained(moved, config=dense.config, dtype=torch.float32)  # judged by its own config.json
+    assert torch.equal(logits(found), logits(dense))
+    with pytest.raises(hf_fp8.FP8Error, match="int8 codes, which it does not describe"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "int8", config=int8.config, dtype=torch.float32)
 
 
 def test_the_config_of_a_model_made_dense_and_a_scheme(fp8: Path, tmp_path: Path) -> None:
     model = load(fp8, FP8Config())
     model.save_pretrained(tmp_path / "dense")
     for way in (FP8Config("FP8_DYNAMIC"), CompressedTensorsConfig(config_groups=PRESET)):
-        with pytest.raises(ConfigError, match="leave `config` out"):
-            LlamaForCausalLM.from_pretrained(tmp_path / "dense", config=model.config, quantization_config=way)
-        assert kept(LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=way))
+        with pytest.raises(ConfigError, match="leave `config` out"):  # it says nothing of FP8, but the folder's does
+            LlamaForCausalLM.from_pretrained(fp8, config=model.config, quantization_config=way)
+        for config in ({"config": model.config}, {}):
+            assert kept(LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=way, **config))
