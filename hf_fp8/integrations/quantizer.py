@@ -129,8 +129,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.layout is None:
             self._host_conversions = list(weight_conversions)
             checkpoint = Checkpoint(self._files)
-            if self.quantization_config.of_another_load and not checkpoint.has_fp8:
-                if any(tensor.dtype == "I8" for tensor in checkpoint.tensors.values()):
+            dtypes = {info.dtype for info in checkpoint.tensors.values()}
+            if self.quantization_config.of_another_load and "F8_E4M3" not in dtypes:
+                if "I8" in dtypes:
                     raise ConfigError(
                         "the `config` that was passed is of a model loaded from FP8, but the files hold int8 codes, which it "
                         "does not describe: leave `config` out"
