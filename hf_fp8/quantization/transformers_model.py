@@ -23,7 +23,7 @@ from ..loading.expert_ops import quantize_stack
 from ..loading.key_map import KeyMap, PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
-from ..nn.base import QuantizedModule
+from ..nn.base import holds_codes
 from ..nn.swap import swap_experts
 
 
@@ -64,7 +64,7 @@ def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None or any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if quantizer is not None or holds_codes(model):
         method = "" if quantizer is None else quantizer.quantization_config.quant_method
         raise UnsupportedError(
             f"{type(model).__name__} is quantized already ({getattr(method, 'value', method) or 'FP8 layers in it'}): quantize "
