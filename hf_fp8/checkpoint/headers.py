@@ -7,7 +7,8 @@ mapped the file, with less precise errors; and of two tensors with the same name
 from __future__ import annotations
 
 import reprlib
-from typing import Any, NamedTuple, TypeGuard
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,16 +27,24 @@ BITS = {
 }  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """A tensor of a file: dtype, shape, and the offsets of its bytes in the file."""
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor of a checkpoint, without its values.
+
+    dtype: safetensors' name of it ("F8_E4M3", "BF16", ...). begin, end: offsets of its bytes in a safetensors file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
+    file: str
+    begin: int = 0
+    end: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
 
 
-def read_header(file: str) -> tuple[dict[str, Entry], Stamp]:
+def read_header(file: str) -> tuple[dict[str, TensorInfo], Stamp]:
     """Return the tensors of a safetensors file by name, and the stamp of the file that was read.
 
     Raises CorruptFileError, naming the file, and the tensor if one is the cause, unless the header is well-formed and its
@@ -53,7 +62,7 @@ def read_header(file: str) -> tuple[dict[str, Entry], Stamp]:
         content = opened.read(length)
     found = _tensors(file, parse_object(content, f"{file}: its header", unique=True), 8 + length)
     _check_places(file, found, 8 + length, stamp[2])
-    if unknown := [name for name, entry in found.items() if entry.dtype not in BITS]:
+    if unknown := [name for name, info in found.items() if info.dtype not in BITS]:
         _ask_library(file, unknown[0], found[unknown[0]].dtype)
     return found, stamp
 
@@ -70,7 +79,7 @@ def _ask_library(file: str, name: str, dtype: str) -> None:
         ) from error
 
 
-def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, Entry]:
+def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, TensorInfo]:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _corrupt(file, "__metadata__ is not a map of strings to strings")
@@ -78,13 +87,13 @@ def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, Entry]:
     found = {}
     for name, entry in header.items():
         try:
-            found[name] = _entry(entry, base)
+            found[name] = _info(file, entry, base)
         except ValueError as error:
             raise _corrupt(file, f"{name} {error}") from error
     return found
 
 
-def _entry(entry: Any, base: int) -> Entry:
+def _info(file: str, entry: Any, base: int) -> TensorInfo:
     """Parse the entry of one tensor. Raises ValueError that says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {reprlib.repr(entry)}, not an object")
@@ -99,7 +108,7 @@ def _entry(entry: Any, base: int) -> Entry:
     bits = BITS.get(dtype)
     if bits is not None and _count(shape) * bits != 8 * (end - begin):
         raise ValueError(f"is {dtype} {reprlib.repr(shape)}, which does not match its {end - begin:,} bytes")
-    return Entry(dtype, tuple(shape), base + begin, base + end)
+    return TensorInfo(dtype, tuple(shape), file, base + begin, base + end)
 
 
 def _are_counts(found: Any) -> TypeGuard[list[int]]:
@@ -115,13 +124,13 @@ def _count(shape: list[int]) -> int:
     return count
 
 
-def _check_places(file: str, found: dict[str, Entry], start: int, size: int) -> None:
+def _check_places(file: str, found: dict[str, TensorInfo], start: int, size: int) -> None:
     """Raise unless the tensors fill the bytes from `start` to `size` without gaps or overlaps."""
     position = start
-    for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            raise _corrupt(file, f"{name} {'overlaps the tensor' if entry.begin < position else 'has a gap'} before it")
-        position = entry.end
+    for name, info in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise _corrupt(file, f"{name} {'overlaps the tensor' if info.begin < position else 'has a gap'} before it")
+        position = info.end
     if position != size:
         raise _corrupt(file, f"its header describes {position:,} bytes, but the file has {size:,}")
 

@@ -12,11 +12,14 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from ..errors import ConfigError
-from ..formats.scheme import INT8_DYNAMIC, SCHEMES, Scheme, scheme_named
+from ..formats.scheme import INT8_DYNAMIC, Scheme, scheme_named
 from .config_groups import Group, asked_groups, groups_of, match, parse, read_group, with_presets, write_group, written_config
 
 LINEARS = ["Linear"]  # the targets of a scheme without any
 METHOD = "compressed-tensors"
+METHODS = (METHOD, "sparseml")  # the second is the method's name in old files
+# Keys of config.json that hold a quantization config; writers used the second in 2024.
+CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def _one_scheme(given: Any) -> str | Scheme:
             pass  # scheme_named raises an error that lists the schemes
     found = scheme_named(given)
     if isinstance(given, str):
-        return next(name for name in SCHEMES if name == given.upper())
+        return given.upper()
     return found
 
 

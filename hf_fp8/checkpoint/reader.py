@@ -8,14 +8,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import CheckpointError, CorruptFileError, UnsupportedError
 from .files import Stamp, reading
-from .headers import Entry, read_header
+from .headers import TensorInfo as TensorInfo
+from .headers import read_header
 from .pickles import read_pickled
 
 # safetensors' dtype names; values of other dtypes are copied unchanged, but not read
@@ -45,18 +45,6 @@ INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8")
 SCALE_DTYPES = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor's header. dtype: safetensors' name of it ("F8_E4M3", "BF16", ...)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
-
-
 class Checkpoint:
     """The tensors in the files of a checkpoint.
 
@@ -68,21 +56,17 @@ class Checkpoint:
     def __init__(self, files: Sequence[str]) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, dict[str, torch.Tensor]] = {}
-        self._entries: dict[str, dict[str, Entry]] = {}
+        self._found: dict[str, dict[str, TensorInfo]] = {}
         self._stamps: dict[str, Stamp] = {}
         for file in dict.fromkeys(files):
-            found = self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file)
-            for name, info in found.items():
+            self._found[file] = self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file)
+            for name, info in self._found[file].items():
                 if self.tensors.setdefault(name, info) is not info:
                     self._check_same(name, self.tensors[name], info)
 
-    @property
-    def has_fp8(self) -> bool:
-        return any(info.dtype == "F8_E4M3" for info in self.tensors.values())
-
     def files_with(self, name: str) -> list[str]:
         """The files that contain a tensor: more than one only if all have the same values."""
-        return [f for f in self._stamps if name in self._entries.get(f, {}) or name in self._pickled.get(f, {})]
+        return [file for file, found in self._found.items() if name in found]
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The named tensors, copied to CPU memory; each file is opened once."""
@@ -91,7 +75,7 @@ class Checkpoint:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            with self._opened(file) as opened:
+            with reading(file, self._stamps[file]) as (opened, _):
                 found.update({name: self._tensor(opened, name) for name in wanted})
         return found
 
@@ -102,15 +86,23 @@ class Checkpoint:
         """
         return self.read([name])[name]
 
-    def pieces(self, name: str, size: int = 2**24) -> Iterator[torch.Tensor]:
-        """The bytes of a tensor, uint8, `size` at a time."""
-        return self._pieces(name, self.tensors[name].file, size)
+    def pieces(self, name: str, size: int = 2**24, file: str | None = None) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor, uint8, `size` at a time. file: the one to read if several have the tensor."""
+        file = file or self.tensors[name].file
+        with reading(file, self._stamps[file]) as (opened, _):
+            if file in self._pickled:
+                data = self._pickled[file][name].contiguous().reshape(-1).view(torch.uint8)
+                yield from (data[start : start + size] for start in range(0, len(data), size))
+                return
+            info = self._found[file][name]
+            opened.seek(info.begin)
+            for position in range(info.begin, info.end, size):
+                yield _bytes(opened, min(size, info.end - position), name)
 
     def _read_safetensors(self, file: str) -> dict[str, TensorInfo]:
         with _without_collecting():
-            self._entries[file], self._stamps[file] = read_header(file)
-            entries = sorted(self._entries[file].items())
-            return {name: TensorInfo(entry.dtype, entry.shape, file) for name, entry in entries}
+            found, self._stamps[file] = read_header(file)
+            return dict(sorted(found.items()))
 
     def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
         self._pickled[file], self._stamps[file] = read_pickled(file)
@@ -122,7 +114,7 @@ class Checkpoint:
     def _check_same(self, name: str, one: TensorInfo, other: TensorInfo) -> None:
         """Raise CheckpointError unless two files have the same tensor under a name: a loader may take either."""
         if (one.dtype, one.shape) == (other.dtype, other.shape):
-            pairs = zip(self._pieces(name, one.file), self._pieces(name, other.file), strict=True)
+            pairs = zip(self.pieces(name), self.pieces(name, file=other.file), strict=True)
             if all(torch.equal(a, b) for a, b in pairs):
                 return
         raise CheckpointError(
@@ -136,25 +128,8 @@ class Checkpoint:
             return self._pickled[info.file][name].clone()
         if info.dtype not in TORCH_DTYPES:
             raise UnsupportedError(f"{name} in {info.file} is {info}: hf_fp8 reads no values of that dtype")
-        entry = self._entries[info.file][name]
-        opened.seek(entry.begin)
-        return _bytes(opened, entry.end - entry.begin, name).view(TORCH_DTYPES[info.dtype]).view(info.shape)
-
-    def _pieces(self, name: str, file: str, size: int = 2**24) -> Iterator[torch.Tensor]:
-        with self._opened(file) as opened:
-            if file in self._pickled:
-                data = self._pickled[file][name].contiguous().reshape(-1).view(torch.uint8)
-                yield from (data[start : start + size] for start in range(0, len(data), size))
-                return
-            entry = self._entries[file][name]
-            opened.seek(entry.begin)
-            for position in range(entry.begin, entry.end, size):
-                yield _bytes(opened, min(size, entry.end - position), name)
-
-    @contextmanager
-    def _opened(self, file: str) -> Iterator[BinaryIO]:
-        with reading(file, self._stamps[file]) as (opened, _):
-            yield opened
+        opened.seek(info.begin)
+        return _bytes(opened, info.end - info.begin, name).view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
 def _bytes(file: Any, count: int, name: str) -> torch.Tensor:

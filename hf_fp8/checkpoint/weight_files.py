@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,12 +52,17 @@ def find_weight_files(
     invalid `explicit`; UnsupportedError for checkpoints of several processes.
     """
     folder = Path(folder)
-    if any(map(_DISTRIBUTED.match, _names(folder))):
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from error
+    if any(map(_DISTRIBUTED.match, names)):
         raise UnsupportedError(f"{folder} holds a distributed checkpoint (shard-*.safetensors), which hf_fp8 does not read")
     if explicit is not None:
         return _explicit(folder, explicit)
-    for single, index in _candidates(variant, use_safetensors):
-        one, several = folder / single, folder / index
+    kinds = ((_SAFETENSORS, use_safetensors is not False), (_PICKLED, not use_safetensors))
+    for single, index in (pair for pair, wanted in kinds if wanted):
+        one, several = folder / _with_variant(single, variant), folder / _with_variant(index, variant)
         if is_there(one):
             stamp = regular(one)
             if is_there(several):
@@ -68,23 +73,9 @@ def find_weight_files(
     return None
 
 
-def _candidates(variant: str | None, use_safetensors: bool | None) -> Iterator[tuple[str, str]]:
-    for pair, wanted in ((_SAFETENSORS, use_safetensors is not False), (_PICKLED, not use_safetensors)):
-        if wanted:
-            single, index = (_with_variant(name, variant) for name in pair)
-            yield single, index
-
-
 def _with_variant(name: str, variant: str | None) -> str:
     stem, _, end = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{end}"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from error
 
 
 def _explicit(folder: Path, name: object) -> WeightFiles:

@@ -74,10 +74,7 @@ class ShardWriter:
         """Write one tensor."""
         info = self.tensors[name]
         assert tensor.shape == info.shape and tensor.dtype == TORCH_DTYPES[info.dtype], (name, tensor.shape, tensor.dtype, info)
-        self._file.seek(self._base + self._starts[name])
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(flat.numpy()))  # type: ignore[arg-type]
-        self._missing.discard(name)
+        self.copy(name, [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)])
 
     def copy(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
         """Write one tensor from its bytes, in uint8 pieces."""

@@ -12,13 +12,12 @@ from typing import Any
 from transformers import CompressedTensorsConfig
 
 from ..checkpoint.config_groups import Group, all_of
-from ..checkpoint.quantization_spec import METHOD, QuantizationSpec, plain
+from ..checkpoint.quantization_spec import METHOD, METHODS, QuantizationSpec, plain
 from ..errors import ConfigError
 from ..formats.code_types import FP8
 from ..formats.scheme import Scheme
 from .options import DEFAULTS, LOADING, settled
 
-METHODS = (METHOD, "sparseml")  # the second is the method's name in old files
 OUR_METHOD = "hf_fp8"  # `quant_method` of an FP8Config that is written as a plain dict
 STOCK_OPTIONS = ("run_compressed", "use_optimized_inference")  # of CompressedTensorsConfig, in addition to `dequantize`
 

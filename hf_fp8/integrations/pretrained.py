@@ -16,7 +16,7 @@ from ..errors import MismatchError, UnsupportedError
 from ..loading.dtypes import dtype_of
 from ..loading.options import current, loading
 from ..loading.undeclared import refuse_undeclared
-from ..nn.base import QuantizedModule
+from ..nn.base import holds_codes
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import copy_hooks, replace_module
 from .locks import one_at_a_time, while_changing
@@ -84,7 +84,7 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
 
 def _refuse_unsavable(model: Any, options: dict[str, Any]) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None and any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if quantizer is None and holds_codes(model):
         raise UnsupportedError(
             f"{type(model).__name__} has quantized layers that its config does not describe (only a part of it was quantized, "
             "or it was loaded by load_quantized): their codes would be saved as values. Quantize the whole model, with targets "

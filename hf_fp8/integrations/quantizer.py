@@ -23,7 +23,7 @@ from ..loading import options as load_options
 from ..loading.apply import apply_layout
 from ..loading.conversions import KeyRenaming, RoutedConverter, build_conversions, for_saving
 from ..loading.dtypes import dtype_of
-from ..loading.extra_tensors import Unplaced, belong_to, by_pattern, keep_names
+from ..loading.extra_tensors import Unplaced, any_number, belong_to, by_pattern, keep_names
 from ..loading.facts import ModelFacts
 from ..loading.key_map import KeyMap
 from ..loading.layout import NOTES, Layout
@@ -38,7 +38,6 @@ from .load_log import report, report_planned
 from .placement import compute_device, policy_of
 from .saving import (
     FILE_DTYPES,
-    any_number,
     fit_config,
     is_dense_now,
     leave_experts,
@@ -129,8 +128,9 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.layout is None:
             self._host_conversions = list(weight_conversions)
             checkpoint = Checkpoint(self._files)
-            if self.quantization_config.of_another_load and not checkpoint.has_fp8:
-                if any(tensor.dtype == "I8" for tensor in checkpoint.tensors.values()):
+            dtypes = {info.dtype for info in checkpoint.tensors.values()}
+            if self.quantization_config.of_another_load and "F8_E4M3" not in dtypes:
+                if "I8" in dtypes:
                     raise ConfigError(
                         "the `config` that was passed is of a model loaded from FP8, but the files hold int8 codes, which it "
                         "does not describe: leave `config` out"
@@ -312,7 +312,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantizedLinear):
                 module.requantize_int8()
         # The files' names, too: other readers look up each of the experts that the model merges.
-        merged = {any_number(weight.name) for weight in layout.scan.weights if weight.pattern is not None}
+        merged = {f"re:{any_number(weight.name)}" for weight in layout.scan.weights if weight.pattern is not None}
         self.quantization_config.spec = self.quantization_config.spec.as_int8([*layout.dense_modules, *sorted(merged)])
         model._weight_conversions = self._conversions_of_dense_experts()
         layout.dense.clear()  # nothing is written back in FP8

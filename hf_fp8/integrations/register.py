@@ -11,17 +11,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ..checkpoint.config_groups import concerns_fp8
-from ..checkpoint.quantization_spec import METHOD, plain
+from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, METHODS, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
 from ..loading.options import current
 from . import ddp, patches, pretrained
-from .config import METHODS, OUR_METHOD, FP8Config
+from .config import OUR_METHOD, FP8Config
 from .peft import install as peft
 from .quantizer import FP8HfQuantizer
 from .requests import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
-
-_CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 def register() -> None:
@@ -69,14 +67,14 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
     if is_request(found := getattr(config, "quantization_config", None)):
         quantization_config = found if quantization_config is None else quantization_config
         config.quantization_config = None  # so that config.json is read
-    written, before = checkpoint_config(config), _earlier_config(config)
+    written, before = _written((config, config.get_text_config(decoder=True))), _earlier_config(config)
     if vars(config).get("quantization_config", ...) is None:
         # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
         written, before = written or before, None
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):
-            for key in _CONFIG_KEYS:
+            for key in CONFIG_KEYS:
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return host(config, None, *args, **kwargs)
@@ -117,7 +115,7 @@ def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
     """A new config for this load, which the plan completes. Raises ConfigError for checkpoints that are quantized already."""
     new = for_quantizing(asked)
     for part in (config, config.get_text_config(decoder=True)):
-        found = next((found for key in _CONFIG_KEYS if (found := getattr(part, key, None)) is not None), None)
+        found = next((found for key in CONFIG_KEYS if (found := getattr(part, key, None)) is not None), None)
         if found is not None:
             written = found if isinstance(found, dict) else found.to_dict()
             method = plain(written.get("quant_method", METHOD))
@@ -128,18 +126,10 @@ def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
     return new
 
 
-def checkpoint_config(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The compressed-tensors config of a model, as JSON; None if it has none, or one of another method.
-
-    Reads the keys that the host reads, and `compression_config`, the key that writers used in 2024.
-    """
-    return _written((config, config.get_text_config(decoder=True)))
-
-
 def _written(parts: Iterable[Any]) -> dict[str, Any] | None:
-    """The first quantization config in `parts` (configs, or their JSON), as JSON; None if it is of another method."""
+    """The first quantization config in `parts` (configs, or their JSON), as JSON; None if it is not of compressed-tensors."""
     for part in parts:
-        for key in _CONFIG_KEYS:
+        for key in CONFIG_KEYS:
             found = (part if isinstance(part, dict) else vars(part)).get(key)
             if found is None:
                 continue

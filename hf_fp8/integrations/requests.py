@@ -11,9 +11,9 @@ from transformers import CompressedTensorsConfig
 from transformers.utils import logging
 
 from ..checkpoint.config_groups import Group, concerns_fp8, with_presets
-from ..checkpoint.quantization_spec import QuantizationSpec, plain
+from ..checkpoint.quantization_spec import METHODS, QuantizationSpec, plain
 from ..errors import ConfigError, UnsupportedError
-from .config import METHODS, OUR_METHOD, FP8Config, dequantize_of
+from .config import OUR_METHOD, FP8Config, dequantize_of
 from .options import DEFAULTS, LOADING
 
 logger = logging.get_logger(__name__)

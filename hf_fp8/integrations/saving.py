@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -15,10 +14,11 @@ from transformers.utils import logging
 from ..checkpoint.config_groups import classes_of
 from ..errors import CalibrationError, UnsupportedError
 from ..formats.storage import WEIGHT
+from ..loading.extra_tensors import any_number
 from ..loading.layout import Layout
 from ..loading.ops import as_read, is_widened, packed_again
 from ..loading.serving import describe, torn
-from ..nn.base import QuantizedModule
+from ..nn.base import holds_codes
 from ..nn.conv import QuantizedConv1x1
 from ..nn.linear import QuantizedLinear
 from .config import FP8Config
@@ -76,7 +76,7 @@ def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
 
     Raises UnsupportedError if only some of them are: the files hold all experts of a model in one form.
     """
-    gone = [name for name in layout.experts if not _holds_codes(model.get_submodule(name))]
+    gone = [name for name in layout.experts if not holds_codes(model.get_submodule(name))]
     if not gone:
         return False
     if len(gone) < len(layout.experts) or layout.dense:
@@ -86,19 +86,15 @@ def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
         )
     targets = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
     weights = [weight for weight in layout.scan.weights if weight.target in targets]
-    config.spec = config.spec.ignoring([*gone, *sorted({any_number(weight.name) for weight in weights})])
+    config.spec = config.spec.ignoring([*gone, *sorted({f"re:{any_number(weight.name)}" for weight in weights})])
     layout.experts.clear()
     layout.scan.weights = [weight for weight in layout.scan.weights if weight.target not in targets]
     return True
 
 
-def _holds_codes(module: nn.Module) -> bool:
-    return any(isinstance(part, QuantizedModule) for part in module.modules())
-
-
 def is_dense_now(model: nn.Module, layout: Layout) -> bool:
     """Whether the model has no weight left that is written in FP8: all quantized layers have been replaced."""
-    return not layout.dense and not _holds_codes(model)
+    return not layout.dense and not holds_codes(model)
 
 
 def refuse_unwritable(model: nn.Module) -> None:
@@ -139,11 +135,6 @@ def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
             schemes[name] = None if group is None else group.name if scheme is None else scheme.describe()
     if found := torn(schemes):  # layers that serving engines run as one
         logger.warning(f"hf_fp8: {describe(found)}")
-
-
-def any_number(name: str) -> str:
-    """A config target that matches `name` with any layer and expert number."""
-    return "re:" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
 
 
 def restore_dtypes(

@@ -41,7 +41,7 @@ def _float_copies(model: nn.Module, paths: frozenset[str]) -> Iterator[None]:
     copies: dict[str, tuple[QuantizedModule, nn.Module, dict[str, torch.Tensor]]] = {}
     for path in paths:
         if (layer := _quantized(model, path)) is not None:
-            copy = layer.to_dense(layer.original_dtype or torch.bfloat16)
+            copy = layer.to_dense(layer.float_dtype)
             copies[path] = layer, copy, {name: tensor.detach().clone() for name, tensor in copy.named_parameters()}
             model.set_submodule(path, copy)
     try:

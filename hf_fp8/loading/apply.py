@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ..checkpoint.reader import TORCH_DTYPES
-from ..checkpoint.stored_weight import StoredWeight
 from ..formats.storage import INPUT_SCALE, WEIGHT_SCALE
+from ..nn.experts import QuantizedExperts
 from ..nn.swap import swap_experts, swap_linear, untie
 from .layout import ExpertsPlan, Layout
 
@@ -18,22 +18,20 @@ def apply_layout(model: PreTrainedModel, layout: Layout, *, backend: str, needs_
     nothing that runs here uses them, and they get no parameter.
     """
     for name, weight in layout.kept.items():
-        _swap_linear(model, name, weight, backend, without_input_scale=weight.name in layout.input_scales)
+        dtypes = {role: TORCH_DTYPES[dtype] for role, dtype in weight.dtypes.items()}
+        layer = swap_linear(
+            model, name, weight.scheme,
+            scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE), backend=backend,
+        )  # fmt: skip
+        if weight.name in layout.input_scales and INPUT_SCALE not in weight.keys:
+            layer.register_parameter(INPUT_SCALE, None)
         untie(model, weight.target)
     for plan in layout.experts.values():
-        _swap_experts(model, plan, backend, needs_input_scales)
+        swap_planned(model, plan, backend, needs_input_scales)
 
 
-def _swap_linear(model: PreTrainedModel, name: str, weight: StoredWeight, backend: str, without_input_scale: bool) -> None:
-    dtypes = {role: TORCH_DTYPES[dtype] for role, dtype in weight.dtypes.items()}
-    layer = swap_linear(
-        model, name, weight.scheme, scale_dtype=dtypes[WEIGHT_SCALE], input_scale_dtype=dtypes.get(INPUT_SCALE), backend=backend
-    )  # fmt: skip
-    if without_input_scale and INPUT_SCALE not in weight.keys:
-        layer.register_parameter(INPUT_SCALE, None)
-
-
-def _swap_experts(model: PreTrainedModel, plan: ExpertsPlan, backend: str, needs_input_scales: bool) -> None:
+def swap_planned(model: PreTrainedModel, plan: ExpertsPlan, backend: str, needs_input_scales: bool = True) -> QuantizedExperts:
+    """Replace the dense experts of `plan` by empty QuantizedExperts. The other arguments are those of `apply_layout`."""
     experts = swap_experts(
         model, plan.name, plan.first.projection, plan.second.projection,
         interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=backend,
@@ -41,3 +39,4 @@ def _swap_experts(model: PreTrainedModel, plan: ExpertsPlan, backend: str, needs
     for stack in plan.stacks:
         if stack.projection.scheme.has_static_input and INPUT_SCALE not in stack.roles and not needs_input_scales:
             experts.register_parameter(stack.projection.input_scale, None)
+    return experts

@@ -36,9 +36,8 @@ class StackExperts(SharedOp):
         stack = self.stacks[full_layer_name]
         if stack.is_stacked:
             return {stack.name_of(r): _from_stack(stack, r, only(input_dict.pop(pattern(0, r)))) for r in stack.roles}
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for role in stack.roles:
-            out: torch.Tensor | None = None
             for part, weights in enumerate(stack.sources):
                 tensors = input_dict.pop(pattern(part, role), [])
                 experts = [expert for expert, weight in enumerate(weights) if role in weight.keys]
@@ -46,14 +45,7 @@ class StackExperts(SharedOp):
                     raise RuntimeError(f"{full_layer_name}: {len(tensors)} of {len(experts)} tensors arrived for {role}")
                 for index, expert in enumerate(experts):
                     tensor, tensors[index] = tensors[index], None
-                    if out is None:
-                        out = torch.empty(_shape(stack, role), dtype=tensor.dtype, device=tensor.device)
-                        if role == INPUT_SCALE:
-                            out.fill_(torch.nan)  # stays NaN for experts whose scale is not in the files
-                    place = _place(stack, out, part, expert)
-                    place.copy_(tensor.reshape(place.shape))
-            assert out is not None
-            found[stack.name_of(role)] = out
+                    _put(found, stack, role, part, expert, tensor)
         return found
 
 
@@ -96,11 +88,7 @@ def quantize_stack(stack: Stack, read: Callable[[int, int], torch.Tensor], broke
             stored = stack.sources[part][expert]
             made = quantize_or_note(stored.name, read(part, expert), stored.scheme.weight, broken)
             for role, values in made.items():
-                name = stack.name_of(role)
-                if name not in found:
-                    found[name] = torch.empty(_shape(stack, role), dtype=values.dtype, device=values.device)
-                place = _place(stack, found[name], part, expert)
-                place.copy_(values.reshape(place.shape))
+                _put(found, stack, role, part, expert, values)
     if projection.scheme.has_static_input:
         like = found[stack.name_of(WEIGHT_SCALE)]
         unknown = torch.full((n_experts, parts), torch.nan, dtype=like.dtype, device=like.device)
@@ -141,6 +129,17 @@ class SplitExperts(SharedOp):
 
 def _shape(stack: Stack, role: str) -> tuple[int, ...]:
     return stack.projection.forms()[role].shape
+
+
+def _put(found: dict[str, torch.Tensor], stack: Stack, role: str, part: int, expert: int, values: torch.Tensor) -> None:
+    """Copy the values of one expert's part into the stack in `found`, which the first of them allocates."""
+    name = stack.name_of(role)
+    if name not in found:
+        found[name] = torch.empty(_shape(stack, role), dtype=values.dtype, device=values.device)
+        if role == INPUT_SCALE:
+            found[name].fill_(torch.nan)  # stays NaN for experts whose scale is not in the files
+    place = _place(stack, found[name], part, expert)
+    place.copy_(values.reshape(place.shape))
 
 
 def _place(stack: Stack, tensor: torch.Tensor, part: int, expert: int) -> torch.Tensor:

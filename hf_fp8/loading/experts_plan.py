@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight
 from ..errors import MismatchError, MissingTensorError
+from ..formats.scheme import Scheme
 from ..nn.experts import ExpertsLayout, Projection
 from .facts import ModelFacts
 from .key_map import KeyMap, PlainMerge
 from .layout import ExpertsPlan, Parameter, Stack
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """The reason why a module's experts cannot stay in FP8."""
 
 
-def plan_experts(name: str, model: ModelFacts, keymap: KeyMap, parameters: dict[str, Parameter]) -> ExpertsPlan | str:
-    """Return the plan for the experts module `name` of a model, or the reason why it must be dense.
+def plan_experts(
+    name: str,
+    model: ModelFacts,
+    keymap: KeyMap,
+    parameters: dict[str, Parameter],
+    because: Callable[[Scheme], str | None],
+) -> ExpertsPlan:
+    """Return the plan for the experts module `name` of a model. Raises Unfit if it must be dense.
 
-    parameters: its parameters by name, with the tensors that fill them.
+    parameters: its parameters by name, with the tensors that fill them. because: as `Policy.experts_because`.
     """
+    schemes = {weight.scheme for parameter in parameters.values() for weight in parameter.weights if weight.group.scheme}
+    if reason := next(filter(None, map(because, schemes)), None):
+        raise Unfit(reason)
     layout = model.experts(name)
     if layout is None:
         kind = model.modules[name].cls.__name__ if name in model.modules else "a module that the model lacks"
-        return f"{kind} does not have transformers' interface for experts, so its computation is not known here"
-    try:
-        first = _stack(f"{name}.{layout.first}", keymap, layout, parameters)
-        second = _stack(f"{name}.down_proj", keymap, layout, parameters)
-    except _Unfit as reason:
-        return str(reason)
+        raise Unfit(f"{kind} does not have transformers' interface for experts, so its computation is not known here")
+    first = _stack(f"{name}.{layout.first}", keymap, layout, parameters)
+    second = _stack(f"{name}.down_proj", keymap, layout, parameters)
+    if any(model.params[target].keeps_dtype for target in parameters):
+        raise Unfit("the model keeps this module in float32")
+    if reader := model.modules[name].read_by:
+        raise Unfit(f"{reader} reads its weights instead of calling it")
     dtypes = {}
     for stack in (first, second):
         for role in stack.roles[1:]:
@@ -96,7 +107,7 @@ def _stack(target: str, keymap: KeyMap, layout: ExpertsLayout, parameters: dict[
     leaf = target.rpartition(".")[2]
     parameter = parameters.get(target)
     if parameter is None or not parameter.sources:
-        raise _Unfit(f"the files hold no FP8 weights for {leaf}")
+        raise Unfit(f"the files hold no FP8 weights for {leaf}")
     patterns = list(parameter.sources)
     weights = parameter.weights
     _check_alike(leaf, weights, sum(map(len, parameter.sources.values())))
@@ -104,13 +115,13 @@ def _stack(target: str, keymap: KeyMap, layout: ExpertsLayout, parameters: dict[
     first = weights[0]
     if len(first.shape) == 3:
         if first.pattern is not None or first.shape != keymap.shapes[target]:
-            raise _Unfit(f"the stack of {leaf} in the files has another layout than the model's")
+            raise Unfit(f"the stack of {leaf} in the files has another layout than the model's")
         projection = Projection(leaf, sizes, first.scheme)
         return Stack(target, projection, ((first,),), transposed=layout.is_transposed)
     parts = 2 if leaf == layout.first and layout.has_gate else 1
     merge = keymap.converter(patterns[0])
     if merge is None or len(patterns) != parts or not _is_plain_merge(merge, layout):
-        raise _Unfit(f"transformers makes {leaf} in a way that is not a plain merge of experts")
+        raise Unfit(f"transformers makes {leaf} in a way that is not a plain merge of experts")
     order = sorted(patterns, key=merge.source_patterns.index)
     sources = tuple(tuple(w for w in parameter.sources[pattern] if isinstance(w, StoredWeight)) for pattern in order)
     return Stack(target, Projection(leaf, sizes, first.scheme, parts), sources)
@@ -119,15 +130,15 @@ def _stack(target: str, keymap: KeyMap, layout: ExpertsLayout, parameters: dict[
 def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None:
     """Raise unless there are `count` weights, all FP8 with the same scheme and the same scale dtypes."""
     if len(weights) < count:
-        raise _Unfit(f"some experts of {leaf} are dense in the files")
+        raise Unfit(f"some experts of {leaf} are dense in the files")
     if any(weight.group.scheme is None for weight in weights):
-        raise _Unfit("not an FP8 group")
+        raise Unfit("not an FP8 group")
     first, *rest = weights
     for weight in rest:
         if weight.scheme != first.scheme:
-            raise _Unfit(f"experts of {leaf} have two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
+            raise Unfit(f"experts of {leaf} have two schemes: {first.scheme.describe()} and {weight.scheme.describe()}")
         if any(weight.dtypes[role] != first.dtypes[role] for role in weight.dtypes.keys() & first.dtypes.keys()):
-            raise _Unfit(f"experts of {leaf} differ in the dtypes of their scales")
+            raise Unfit(f"experts of {leaf} differ in the dtypes of their scales")
 
 
 def _is_plain_merge(merge: WeightConverter, layout: ExpertsLayout) -> bool:

@@ -80,10 +80,14 @@ def some(keys: Iterable[str]) -> str:
     return ", ".join(list(folded)[:12]) + (", ..." if len(folded) > 12 else "")
 
 
+def any_number(name: str) -> str:
+    """A regular expression that matches `name` with any layer and expert number."""
+    return re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) + "$"
+
+
 def by_pattern(names: Sequence[str]) -> list[str]:
     """Regular expressions that match `names`: one for all names that differ only in numbers."""
-    folded = (re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)) for name in names)
-    return [f"^{pattern}$" for pattern in dict.fromkeys(folded)]
+    return list(dict.fromkeys(f"^{any_number(name)}" for name in names))
 
 
 def keep_names(model: Any, extra: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:

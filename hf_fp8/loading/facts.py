@@ -81,11 +81,6 @@ class ModelFacts:
             is_of_class=is_of_class(model),
         )
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter and buffer."""
-        return {name: parameter.shape for name, parameter in self.params.items()}
-
     def experts(self, name: str) -> ExpertsLayout | None:
         """The layout of the merged experts of module `name`; None if there is no such module, or it has none."""
         module = self.modules.get(name)

@@ -61,7 +61,7 @@ class KeyMap:
     @classmethod
     def of(cls, model: ModelFacts, conversions: Sequence[WeightTransform], keys: Iterable[str]) -> KeyMap:
         """The KeyMap of a checkpoint with these keys, which also maps llm-compressor's names of experts."""
-        keymap = cls(model.shapes, model.prefix, conversions)
+        keymap = cls({name: parameter.shape for name, parameter in model.params.items()}, model.prefix, conversions)
         for key in keys:
             keymap._map_expert(key, model)
         return keymap

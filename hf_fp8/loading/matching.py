@@ -30,7 +30,7 @@ from ..errors import MismatchError, MissingTensorError, ScaleError
 from ..formats.scheme import Scheme
 from ..formats.storage import INPUT_SCALE, WEIGHT
 from .coverage import check_coverage
-from .experts_plan import check_experts, plan_experts
+from .experts_plan import Unfit, check_experts, plan_experts
 from .extra_tensors import unplaced
 from .facts import ModelFacts
 from .key_map import KeyMap
@@ -136,16 +136,11 @@ def _keep_experts(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Pol
     for name in names:
         mine = {target: p for target, p in layout.dense.items() if target.rpartition(".")[0] == name}
         check_experts(model.experts(name), keymap.shapes, mine)
-        schemes = {weight.scheme for parameter in mine.values() for weight in parameter.weights if weight.group.scheme}
-        plan = next(filter(None, map(policy.experts_because, schemes)), None) or plan_experts(name, model, keymap, mine)
-        if not isinstance(plan, str) and any(model.params[target].keeps_dtype for target in mine):
-            plan = "the model keeps this module in float32"
-        if not isinstance(plan, str) and (reader := model.modules[name].read_by):
-            plan = f"{reader} reads its weights instead of calling it"
-        if isinstance(plan, str):
-            layout.reasons.update({target: plan for target in mine if target in layout.reasons})
+        try:
+            plan = layout.experts[name] = plan_experts(name, model, keymap, mine, policy.experts_because)
+        except Unfit as reason:
+            layout.reasons.update({target: str(reason) for target in mine if target in layout.reasons})
             continue
-        layout.experts[name] = plan
         for target in (stack.target for stack in plan.stacks):
             del layout.dense[target]
             layout.reasons.pop(target, None)

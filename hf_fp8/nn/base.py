@@ -37,6 +37,11 @@ def foreign_attributes(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in vars(module) if name not in OF_A_LAYER)
 
 
+def holds_codes(model: nn.Module) -> bool:
+    """Whether `model` is quantized, or has a quantized module in it."""
+    return any(isinstance(module, QuantizedModule) for module in model.modules())
+
+
 class QuantizedModule(nn.Module):
     """Base class of modules with codes and scales; `holds` maps the name of each codes parameter to those of its scales.
 
@@ -56,6 +61,11 @@ class QuantizedModule(nn.Module):
     unmeasured: tuple[str, ...] = ()
     # Dtype of the float weights that were quantized, or of the model that the layer was loaded into; None if not known.
     original_dtype: torch.dtype | None = None
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of float copies of the weights: `original_dtype`, or bfloat16 if that is not known."""
+        return self.original_dtype or torch.bfloat16
 
     # Names of attributes that user code set on the replaced float layer; `swap.copy_hooks` sets them here, too.
     foreign: tuple[str, ...] = ()

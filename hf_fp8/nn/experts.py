@@ -191,7 +191,7 @@ class QuantizedExperts(QuantizedModule):
     def decoder(self, name: str) -> Decoder:
         projection = self._projection(name)
         decode = partial(stacks.decode, self.family, self.layout, projection, stacks.is_interleaved(self, projection))
-        return Decoder(decode, getattr(self, projection.scale), self.original_dtype or torch.bfloat16, self.called(name))
+        return Decoder(decode, getattr(self, projection.scale), self.float_dtype, self.called(name))
 
     def forward(
         self,

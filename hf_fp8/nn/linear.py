@@ -110,7 +110,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def decoder(self, name: str) -> Decoder:
         decode = partial(numerics.dequantize_rows, granularity=self.scheme.weight.granularity)
-        return Decoder(decode, self.weight_scale, self.original_dtype or torch.bfloat16, self.called(name))
+        return Decoder(decode, self.weight_scale, self.float_dtype, self.called(name))
 
     @classmethod
     def like(cls, linear: nn.Module, scheme: Scheme, *, backend: str = "auto") -> QuantizedLinear:

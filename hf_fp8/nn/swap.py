@@ -10,7 +10,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from ..formats.scheme import Scheme
-from .base import QuantizedModule, foreign_attributes
+from .base import QuantizedModule, foreign_attributes, holds_codes
 from .experts import Projection, QuantizedExperts
 from .linear import QuantizedLinear, refuse_torn
 
@@ -200,7 +200,7 @@ def choose_fused_paths(model: nn.Module) -> None:
             if not isinstance(module, kind):
                 continue
             before = f"_hf_fp8_{name}"
-            if any(isinstance(part, QuantizedModule) for part in module.modules()):
+            if holds_codes(module):
                 vars(module).setdefault(before, getattr(module, name))
                 setattr(module, name, off)
             elif before in vars(module):

@@ -10,11 +10,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..checkpoint.config_groups import concerns_fp8
 from ..checkpoint.files import is_there, read_json
+from ..checkpoint.quantization_spec import METHOD, METHODS
 from ..errors import FP8Error
 from .source import Source
 
 HF_FP8, TRANSFORMERS = "hf-fp8", "transformers"
-_OURS = ("compressed-tensors", "sparseml")
 # File in which older versions of ModelOpt describe the quantization; newer ones write it into config.json.
 _MODELOPT = "hf_quant_config.json"
 # dtypes and suffixes that only quantized weights have, with any method.
@@ -46,10 +46,10 @@ def how_stored(source: Source) -> Stored | None:
     if written is None:
         return _unsaid(source)
     method = written.get("quant_method")
-    if method in (None, *_OURS) and concerns_fp8(written):
-        return Stored("compressed-tensors", HF_FP8)
+    if method in (None, *METHODS) and concerns_fp8(written):
+        return Stored(METHOD, HF_FP8)
     if method is None and "config_groups" in written:
-        method = "compressed-tensors"
+        method = METHOD
     for bits in ("4bit", "8bit"):  # as transformers distinguishes the two
         if written.get(f"load_in_{bits}"):
             method = f"bitsandbytes_{bits}"
@@ -57,7 +57,7 @@ def how_stored(source: Source) -> Stored | None:
         return Stored(f"something unknown (the quant_method of its config.json is {reprlib.repr(method)})", None)
     algorithm = f" ({written['quant_algo']})" if isinstance(written.get("quant_algo"), str) else ""
     known = method in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "hf_fp8"
-    return Stored(method + algorithm + (", with no FP8 group" if method in _OURS else ""), TRANSFORMERS if known else None)
+    return Stored(method + algorithm + (", with no FP8 group" if method in METHODS else ""), TRANSFORMERS if known else None)
 
 
 def _unsaid(source: Source) -> Stored | None:

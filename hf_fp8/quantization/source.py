@@ -19,13 +19,13 @@ from transformers.configuration_utils import get_configuration_file
 from transformers.modeling_utils import local_torch_dtype
 
 from ..checkpoint.files import Stamp, changed, is_there, read_json, regular
+from ..checkpoint.quantization_spec import CONFIG_KEYS
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.weight_files import WeightFiles, find_weight_files
 from ..checkpoint.writer import WEIGHT_FILES
 from ..errors import CheckpointError, ConfigError, FP8Error, MissingTensorError, UnsupportedError
 from ..integrations.locks import while_changing
 
-_QUANTIZED = ("quantization_config", "compression_config")
 # Files that describe the weights of the source, and so are not copied to the written checkpoint.
 _ABOUT_WEIGHTS = ("config.json", "hf_quant_config.json")
 
@@ -55,7 +55,7 @@ class Source:
     def quantization(self) -> dict[str, Any] | None:
         """The quantization config in `config.json`; None if there is none."""
         for part in (self.text, self.text.get("text_config")):
-            for key in _QUANTIZED:
+            for key in CONFIG_KEYS:
                 found = part.get(key) if isinstance(part, dict) else None
                 if found is not None and not isinstance(found, dict):
                     raise ConfigError(f"{self.folder / 'config.json'}: {key} is {reprlib.repr(found)}, not an object")
@@ -136,9 +136,9 @@ class Source:
 
     def write_config(self, folder: Path, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` with this quantization config and dtype, without `transformers_weights`, otherwise unchanged."""
-        text = {key: value for key, value in self.text.items() if key not in (*_QUANTIZED, "transformers_weights")}
+        text = {key: value for key, value in self.text.items() if key not in (*CONFIG_KEYS, "transformers_weights")}
         if isinstance(text.get("text_config"), dict):
-            text["text_config"] = {key: value for key, value in text["text_config"].items() if key not in _QUANTIZED}
+            text["text_config"] = {key: value for key, value in text["text_config"].items() if key not in CONFIG_KEYS}
         if quantization is not None:
             text["quantization_config"] = quantization
         if dtype is not None:

@@ -18,13 +18,13 @@ from ..checkpoint.stored_weight import TensorSlice
 from ..errors import ScaleError, UnsupportedError
 from ..integrations.config import FP8Config
 from ..integrations.quantizer import FP8HfQuantizer
+from ..loading.apply import swap_planned
 from ..loading.dtypes import DtypePlan, dtype_of
 from ..loading.expert_ops import quantize_stack
 from ..loading.key_map import KeyMap, PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
-from ..nn.base import QuantizedModule
-from ..nn.swap import swap_experts
+from ..nn.base import holds_codes
 
 
 def plan_in_place(model: PreTrainedModel, config: FP8Config, choose: Choose) -> FP8HfQuantizer:
@@ -64,7 +64,7 @@ def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None or any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if quantizer is not None or holds_codes(model):
         method = "" if quantizer is None else quantizer.quantization_config.quant_method
         raise UnsupportedError(
             f"{type(model).__name__} is quantized already ({getattr(method, 'value', method) or 'FP8 layers in it'}): quantize "
@@ -76,10 +76,7 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, device: Any) -> None:
     """Replace the dense experts of `plan` by QuantizedExperts; experts are quantized one at a time on `device`."""
     dense = model.get_submodule(plan.name)
-    new = swap_experts(
-        model, plan.name, plan.first.projection, plan.second.projection,
-        interleaved=plan.interleaved, scale_dtypes=plan.scale_dtypes, backend=backend,
-    )  # fmt: skip
+    new = swap_planned(model, plan, backend)
 
     def part_of(stack: Stack, values: torch.Tensor, part: int, expert: int) -> torch.Tensor:
         is_transposed, is_interleaved = new.layout.is_transposed, not new.layout.is_concatenated

@@ -15,7 +15,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
 from ...errors import UnsupportedError
-from ...nn.base import QuantizedModule
+from ...nn.base import QuantizedModule, holds_codes
 from ...nn.conv import QuantizedConv1x1
 from ...nn.experts import QuantizedExperts
 from ...nn.linear import QuantizedLinear
@@ -137,9 +137,8 @@ def _keep(record: Record, layer: Any) -> None:
 
 def _copy_to_read(base: QuantizedModule) -> nn.Module:
     """The float copy on which PEFT creates an adapter. Of experts PEFT reads only shapes, so they get no values."""
-    dtype = base.original_dtype or torch.bfloat16
     with align_module_device(base):
-        copied = base.outline(dtype) if isinstance(base, QuantizedExperts) else base.to_dense(dtype)
+        copied = base.outline(base.float_dtype) if isinstance(base, QuantizedExperts) else base.to_dense(base.float_dtype)
     return copied.requires_grad_(False)
 
 
@@ -208,6 +207,6 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
 
 def refuse_all(why: str, host: Any, self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """PEFT's `inject_adapter`, which refuses quantized layers. why: the reason."""
-    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if holds_codes(model):
         raise UnsupportedError(f"{why}. Its adapters could read codes as weights: load with FP8Config(dequantize=True)")
     return host(self, model, *args, **kwargs)

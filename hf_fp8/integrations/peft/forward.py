@@ -44,7 +44,7 @@ def move_adapter(layer: Any, *args: Any, **kwargs: Any) -> Any:
     base = holder.base_layer
     if not isinstance(base, QuantizedExperts):
         return move(*args, **kwargs)
-    holder.base_layer = base.outline(base.original_dtype or torch.bfloat16)
+    holder.base_layer = base.outline(base.float_dtype)
     try:
         return move(*args, **kwargs)
     finally:
@@ -68,6 +68,6 @@ def dora_forward(
     """
     if isinstance(base_layer, QuantizedLinear):
         base_result = base_layer(x) if base_result is None else base_result
-        base_layer = _FloatLayer(base_layer.restored_weight(base_layer.original_dtype or torch.bfloat16), base_layer.bias)
+        base_layer = _FloatLayer(base_layer.restored_weight(base_layer.float_dtype), base_layer.bias)
     found: torch.Tensor = original(dora, "forward")(x, base_layer=base_layer, base_result=base_result, **rest)
     return found

@@ -168,7 +168,7 @@ def finalize_merge(name: str, base: QuantizedModule, merged: nn.Module, *, neare
                 raise ScaleError(f"{name}: with the adapter merged, {error}") from None
         dense = new is None or (how.least_kept is not None and change.kept < how.least_kept)
         if dense:
-            new = merged.to(base.original_dtype or torch.bfloat16).requires_grad_(False)
+            new = merged.to(base.float_dtype).requires_grad_(False)
             if not all(bool(p.isfinite().all()) for p in new.parameters()):
                 raise ScaleError(f"{name}: with the adapter merged, the weight has values that are NaN or infinite")
             change = Change()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...formats.quantized_weight.tensor import QuantizedWeight, values
-from ...nn.base import QuantizedModule
+from ...nn.base import QuantizedModule, holds_codes
 from ...nn.linear import QuantizedLinear
 from ...nn.swap import swap_back
 
@@ -18,7 +18,7 @@ from ...nn.swap import swap_back
 def update_copy(host: Any, self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """`modules_to_save` trains a copy of a module: a float copy if the module is quantized."""
     module = self.original_module
-    if adapter_name in self.modules_to_save or not any(isinstance(part, QuantizedModule) for part in module.modules()):
+    if adapter_name in self.modules_to_save or not holds_codes(module):
         return host(self, adapter_name, *args, **kwargs)
     self.original_module = swap_back(copy.deepcopy(module))
     try:
@@ -40,7 +40,7 @@ def reduce_intruders(host: Any, peft_model: Any, *args: Any, **kwargs: Any) -> A
 
 
 def _float_copy(base: QuantizedLinear) -> nn.Module:
-    return base.to_dense(base.original_dtype or torch.bfloat16)
+    return base.to_dense(base.float_dtype)
 
 
 def with_float_heads(host: Any, *args: Any, **kwargs: Any) -> Any:
