@@ -18,7 +18,7 @@ from hf_fp8 import QuantizedExperts, kernels
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
-from hf_fp8.nn.experts import Projection
+from hf_fp8.nn.experts_layout import Projection
 
 from .common import results
 from .common.contenders import SCHEMES, Contender, Peak, peaks

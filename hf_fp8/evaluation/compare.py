@@ -13,7 +13,8 @@ from ..formats import numerics
 from ..kernels import torch_grouped as grouped_mm
 from ..nn.base import QuantizedModule
 from ..nn.expert_weights import rows_as_held, weights_of
-from ..nn.experts import Projection, QuantizedExperts
+from ..nn.experts import QuantizedExperts
+from ..nn.experts_layout import Projection
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import submodule
 from .outputs import Layer, Outputs, Pair, Sums, compare_outputs, outputs_against_originals

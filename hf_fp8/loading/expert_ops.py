@@ -10,7 +10,7 @@ import torch
 from ..checkpoint.stored_weight import companion
 from ..errors import UnsupportedError
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
-from ..nn.experts import suffix_of
+from ..nn.experts_layout import suffix_of
 from .layout import Stack
 from .ops import SharedOp, only, quantize_or_note
 

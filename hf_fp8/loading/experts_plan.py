@@ -10,7 +10,7 @@ from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight
 from ..errors import MismatchError, MissingTensorError
 from ..formats.scheme import Scheme
-from ..nn.experts import ExpertsLayout, Projection
+from ..nn.experts_layout import ExpertsLayout, Projection
 from .facts import ModelFacts
 from .key_map import KeyMap, PlainMerge
 from .layout import ExpertsPlan, Parameter, Stack

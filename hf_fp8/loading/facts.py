@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn.experts import ExpertsLayout
+from ..nn.experts_layout import ExpertsLayout
 from .dtypes import DtypePlan
 from .model_code import weights_read_by_kernels, weights_read_directly
 

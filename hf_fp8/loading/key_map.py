@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 
 from ..checkpoint.scan import Owner, names_of
 from ..formats.storage import WEIGHT
-from ..nn.experts import ExpertsLayout
+from ..nn.experts_layout import ExpertsLayout
 from .facts import ModelFacts
 
 EXPERT = re.compile(

@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.scan import Scan
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
-from ..nn.experts import ExpertsLayout, Projection, suffix_of
+from ..nn.experts_layout import ExpertsLayout, Projection, suffix_of
 
 # Attribute of the model in which the loader stores its decisions: module or parameter name -> (scheme, reason).
 NOTES = "_hf_fp8_notes"

@@ -24,7 +24,7 @@ from ..errors import ConfigError, MismatchError, by_reason, reasons_of
 from ..formats.scheme import Scheme
 from ..formats.storage import INPUT_SCALE, WEIGHT, TensorForm, format_of
 from ..formats.weights import scale_dtype_of
-from ..nn.experts import ExpertsLayout
+from ..nn.experts_layout import ExpertsLayout
 from .facts import ModelFacts
 from .key_map import KeyMap
 from .layout import Layout

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..formats.scheme import Scheme
 from .base import QuantizedModule, foreign_attributes, holds_codes
-from .experts import Projection, QuantizedExperts
+from .experts import QuantizedExperts
+from .experts_layout import Projection
 from .linear import QuantizedLinear, refuse_torn
 
 # Attributes in which nn.Module stores hooks and flags of hooks.

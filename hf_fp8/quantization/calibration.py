@@ -19,7 +19,8 @@ from ..formats.scheme import CODE_MAX, Scheme
 from ..formats.weights import least_scale
 from ..kernels import Routing
 from ..nn.base import QuantizedModule
-from ..nn.experts import Projection, QuantizedExperts
+from ..nn.experts import QuantizedExperts
+from ..nn.experts_layout import Projection
 from ..nn.linear import QuantizedLinear
 from .observers import DEFAULT, Observer, over_ranks, prototype_of
 

@@ -17,7 +17,7 @@ import hf_fp8
 from hf_fp8 import FP8Config, explain
 from hf_fp8.errors import UnsupportedError
 from hf_fp8.formats.scheme import TENSOR
-from hf_fp8.nn.experts import ExpertsLayout
+from hf_fp8.nn.experts_layout import ExpertsLayout
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hf_fp8.loading.key_map import KeyMap
 from hf_fp8.loading.layout import Layout
 from hf_fp8.loading.matching import Policy, match_checkpoint
 from hf_fp8.loading.quantization_plan import Plan, plan_quantization
-from hf_fp8.nn.experts import ExpertsLayout
+from hf_fp8.nn.experts_layout import ExpertsLayout
 
 PLAIN = ModuleFacts(nn.Linear, has_weight=True)
 FP8_ROWS = QuantizationSpec.asked("FP8_DYNAMIC", "Linear", None)

@@ -15,7 +15,7 @@ from transformers import (
 from hf_fp8 import FP8Config, QuantizedExperts
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import TENSOR, Granularity
-from hf_fp8.nn.experts import Projection
+from hf_fp8.nn.experts_layout import Projection
 
 KEEP = FP8Config(experts="fp8", backend="weight_only")
 SCHEMES: dict[str, dict[str, Any]] = {
