@@ -71,6 +71,8 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
     if vars(config).get("quantization_config", ...) is None:
         # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
         written, before = written or before, None
+    if written is None and before is not None and not concerns_fp8(before):
+        config.quantization_config = written = before  # codes that transformers runs, which it would take for values
     if written is not None and concerns_fp8(written):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):

@@ -25,6 +25,7 @@ def test_modules(old: str) -> None:
     assert found.__spec__.name == found.__name__ == f"hf_fp8.{old_names.MODULES[old]}"
 
 
+@pytest.mark.slow
 def test_scripts() -> None:
     scripts = [
         "from hf_fp8 import numerics; from hf_fp8.scheme import ROW; numerics.quantize, ROW.cols",

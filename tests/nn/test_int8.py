@@ -188,8 +188,11 @@ def test_its_config_passed_on_finds_the_fp8_checkpoint_again(fp8: Path, tmp_path
     for config in (model.config, model.dequantize().config):
         again = AutoModelForCausalLM.from_pretrained(fp8, config=copy.deepcopy(config), dtype=torch.float32)
         assert sqnr(logits(again), dense) > 100
-        with pytest.raises(ConfigError, match="leave `config` out"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "int8", config=copy.deepcopy(config))
+    with pytest.raises(ConfigError, match="leave `config` out"):  # it still says FP8
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8", config=load(fp8, copy.deepcopy(INT8_CONFIG)).config)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", config=copy.deepcopy(model.config), dtype=torch.float32)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(wanted))
     with pytest.raises(ConfigError, match="load them without a backend"):
         load(tmp_path / "int8", copy.deepcopy(INT8_CONFIG))
 

@@ -84,6 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_quantized_models_are_known_to_peft(folder: Path) -> None:
     said = run_fresh({way: f"{START}\n{code}" for way, code in WAYS.items()}, folder)
     assert said.keys() == WAYS.keys() and all("taught\n" in text for text in said.values()), said
@@ -157,5 +158,6 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 def test_what_unregistering_leaves() -> None:
     run_fresh(ENDS)
