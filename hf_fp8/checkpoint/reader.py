@@ -64,6 +64,14 @@ class Checkpoint:
                 if self.tensors.setdefault(name, info) is not info:
                     self._check_same(name, self.tensors[name], info)
 
+    @property
+    def files(self) -> list[str]:
+        return list(self._found)
+
+    def become(self, other: Checkpoint) -> None:
+        """Read what `other` reads, from now on."""
+        vars(self).update(vars(other))
+
     def files_with(self, name: str) -> list[str]:
         """The files that contain a tensor: more than one only if all have the same values."""
         return [file for file, found in self._found.items() if name in found]

@@ -122,9 +122,22 @@ def check_place(path: Path, replaces: str | None) -> None:
         raise ConfigError(f"{path} exists already: choose another path, or pass --overwrite (overwrite=True)")
     if not (path / replaces).exists():
         raise ConfigError(f"{path} exists already, but has no {replaces}, so it is not overwritten: choose another path")
+    if (path / ".git").exists():
+        raise ConfigError(f"{path} is not overwritten, since it is a git repository ({path / '.git'}). Choose another path")
+    if _is_of_something_else(path / replaces):
+        raise ConfigError(f"{path} is not overwritten, since its {replaces} is not that of a checkpoint. Choose another path")
     inside = (file for file in path.rglob("*") if file.parent != path and file.name.endswith(WEIGHT_FILES))
     if (found := next(inside, None)) is not None:
         raise ConfigError(f"{path} is not overwritten, since a subfolder has weights: {found}. Choose another path")
+
+
+def _is_of_something_else(file: Path) -> bool:
+    """Whether a JSON file has a table with none of the keys that a model's config, or `quantization.json`, has."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and not found.keys() & {"model_type", "architectures", "transformers_version", "modules"}
 
 
 def _mount_in(path: Path) -> Path | None:

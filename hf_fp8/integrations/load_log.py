@@ -30,9 +30,10 @@ def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str |
     the tensors that the model has no place for will be written back."""
     merged = any(weight.is_expert for weight in layout.scan.weights)
     if because is not None and layout.dense and because != "dequantize=True":
+        saved = "they are saved dense" if layout.scan.host else "the model is saved as a plain dense one"
         logger.warning(
             f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {dtype} "
-            f"while loading ({because}), and the model is saved as a plain dense one. "
+            f"while loading ({because}), and {saved}. "
             "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8; backend='int8' is the fast one on CPUs."
             + (f" {KEEP_EXPERTS}" if merged else "")
         )

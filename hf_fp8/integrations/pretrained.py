@@ -79,6 +79,8 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
         restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=dtype_of(self))
     saved = host(self, save_directory, *args, **kwargs)
     _drop_stale_index(Path(save_directory))
+    if isinstance(quantizer := getattr(self, "hf_quantizer", None), FP8HfQuantizer):
+        quantizer.saved_to(Path(save_directory))
     return saved
 
 

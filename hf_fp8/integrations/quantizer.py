@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.stored_weight import ZERO_POINTS, check_host_shapes
 from ..checkpoint.weight_files import find_weight_files
-from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
+from ..errors import ConfigError, FP8Error, MissingTensorError, ScaleError, UnsupportedError
 from ..formats.code_types import FP8
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
@@ -342,18 +343,31 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if leave_experts(model, self.quantization_config, self.layout):
                 model._weight_conversions = self._conversions_of_dense_experts()
             fit_config(model, self.quantization_config, self.layout, self.unplaced.keys.values())
-        if self._dense_because is None and not self.quantization_config.dequantize:
+        if self.host is not None or (self._dense_because is None and not self.quantization_config.dequantize):
             warn_of_readers(model, self.quantization_config)
         state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
         if self.layout is None:
             return state, {}
         if self.host is not None:
-            recompress(model, state)
+            recompress(model, state, self.layout)
             state.update({name: scale for name, scale in self._host_scales.items() if name in state})
         restore_dtypes(model, state, self.layout.file_dtypes, beyond=dtype_of(model) if self.planned is not None else None)
         extra = {**self.extra, **self.unplaced.read()}
         keep_names(model, extra, self._file_names(self.layout))
         return {**state, **extra}, {}
+
+    def saved_to(self, folder: Path) -> None:
+        """After saving: if the model's own files were overwritten, the next save reads what it needs from the new ones."""
+        if self.layout is None or not any(Path(file).parent.resolve() == folder.resolve() for file in self._files):
+            return
+        try:
+            new = Checkpoint([str(file) for file in sorted(folder.glob("model*.safetensors"))])
+        except (FP8Error, OSError) as error:
+            logger.warning(f"hf_fp8: what was saved to {folder} cannot be read again: {error}")
+            return
+        self._files = new.files
+        for checkpoint in filter(None, (self.unplaced.checkpoint, self.layout.source)):
+            checkpoint.become(new)
 
     def _file_names(self, layout: Layout) -> dict[str, str]:
         """Name under which a tensor is passed to the saver -> key in the files, for all but dense tensors."""

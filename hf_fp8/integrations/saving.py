@@ -12,15 +12,17 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from ..checkpoint.config_groups import classes_of
+from ..checkpoint.stored_weight import HOST_ROLES
 from ..errors import CalibrationError, UnsupportedError
 from ..formats.storage import WEIGHT
 from ..loading.extra_tensors import any_number
 from ..loading.layout import Layout
-from ..loading.ops import as_read, is_widened, packed_again
+from ..loading.ops import as_read, is_widened, packed_again, unchanged
 from ..loading.serving import describe, torn
 from ..nn.base import holds_codes
 from ..nn.conv import QuantizedConv1x1
 from ..nn.linear import QuantizedLinear
+from ..nn.swap import submodule
 from .config import FP8Config
 
 logger = logging.get_logger(__name__)
@@ -54,6 +56,8 @@ def _resized(model: nn.Module, layout: Layout) -> list[str]:
     found = []
     for name, parameter in list(layout.dense.items()):
         weight = parameter.weights[0] if parameter.weights else None
+        if submodule(model, name.rpartition(".")[0]) is None:
+            continue  # the layer was removed
         held = model.get_parameter(name)
         if weight is not None and weight.pattern is None and weight.shapes.get(WEIGHT, held.shape) != held.shape:
             del layout.dense[name]
@@ -76,10 +80,11 @@ def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
 
     Raises UnsupportedError if only some of them are: the files hold all experts of a model in one form.
     """
-    gone = [name for name in layout.experts if not holds_codes(model.get_submodule(name))]
+    there = {name: module for name in layout.experts if (module := submodule(model, name)) is not None}
+    gone = [name for name, module in there.items() if not holds_codes(module)]
     if not gone:
         return False
-    if len(gone) < len(layout.experts) or layout.dense:
+    if len(gone) < len(there) or layout.dense:
         raise UnsupportedError(
             f"{gone[0]} is dense now, and other experts are in FP8: they cannot be saved together. Merge adapters into all "
             "of them in the same way (hf_fp8.merging), or call model.dequantize() first to save a dense model"
@@ -120,12 +125,12 @@ def warn_of_readers(model: nn.Module, config: FP8Config) -> None:
     """Log a warning if transformers or serving engines cannot load the model that is about to be saved."""
     conversions = getattr(model, "_weight_conversions", None) or ()
     merged = any(isinstance(c, WeightConverter) and any("*" in source for source in c.source_patterns) for c in conversions)
-    if config.backend == "int8" and merged:
+    if merged and (config.backend == "int8" or any(hasattr(module, "quantization_scheme") for module in model.modules())):
         # Up to 5.24, transformers assumes that stacked experts are quantized as soon as any module is, whatever `ignore` says.
         logger.warning(
-            "hf_fp8: the Linears of this MoE model are saved in int8 and its experts dense. transformers (at least up to 5.24) "
-            "cannot load that, as it looks for int8 experts. To load it there, save it in FP8 (another backend), or dense "
-            "(FP8Config(dequantize=True))."
+            "hf_fp8: the Linears of this MoE model are saved quantized, and its experts dense. transformers (at least up to "
+            "5.24) cannot load that, as it looks for quantized experts. To load it there, save it in FP8 "
+            "(FP8Config(backend='weight_only')), or dense (FP8Config(dequantize=True))."
         )
     schemes = {}
     for name, module in model.named_modules():
@@ -162,12 +167,18 @@ def restore_dtypes(
             state.update(dict.fromkeys(sharing.get(id(held.get(name)), [name]), restored))
 
 
-def recompress(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def recompress(model: nn.Module, state: dict[str, torch.Tensor], layout: Layout) -> None:
     """Compress weights of the host's modules again in `state`: the host decompresses them at the first forward."""
+    stored = {weight.module: weight for weight in layout.scan.host if weight.target and weight.pattern is None}
     for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or getattr(module, "quantization_status", None) != QuantizationStatus.DECOMPRESSED:
             continue
         own = {key: state.pop(f"{name}.{key}") for key in dict(module.state_dict()) if f"{name}.{key}" in state}
-        packed = packed_again(f"{name}.weight", own, scheme, scheme.format, own[WEIGHT].dtype)
+        dense = own[WEIGHT]
+        held = unchanged(stored[name], dense, dense.dtype, layout.source) if name in stored else None
+        if held is None:
+            packed = packed_again(f"{name}.weight", own, scheme, scheme.format, dense.dtype)
+        else:
+            packed = {key: tensor for key, tensor in own.items() if key not in HOST_ROLES} | held
         state.update({f"{name}.{key}": value for key, value in packed.items()})

@@ -25,7 +25,7 @@ from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, pla
 def build_conversions(layout: Layout, host: Sequence[WeightTransform]) -> list[WeightTransform]:
     """Return the transforms that transformers' loader runs for `layout`. host: its own transforms, used in the matching."""
     weights, extra = layout.weights, converters(*layout.unmapped_experts) if layout.unmapped_experts is not None else []
-    op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales)
+    op, back = Dequantize(layout.dense), Requantize(layout.dense, layout.scales, layout.source)
     stacks = {stack.target: stack for plan in layout.experts.values() for stack in plan.stacks}
     found = [*_plain_converters(layout, op, back), *_scale_converters(layout)]
     found += [*_fresh_converters(layout), *_experts_converters(layout, stacks)]

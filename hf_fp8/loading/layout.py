@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.scan import Scan
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
@@ -90,6 +91,7 @@ class Layout:
     of tensors that belong to a module's weights or its KV cache but are not used. unplaced: the same for tensors that match no
     module of this model class. scales: name of a dense weight -> its scales in the files, for writing it back. missing:
     parameters without a tensor in the files. file_dtypes: parameter -> dtype of the dense tensors in the files that fill it.
+    source: the files, from which unchanged weights are written back; None if they are not read.
     input_scales: name of a weight -> what is wrong with its static input scale. broken: errors of weights that should have been
     quantized, collected while loading. aliases: keys after transformers' renamings -> the names to use instead. prefix: that of
     the base model, which keys may have or lack. unmapped_experts: layout and end of the module path of experts whose names in
@@ -114,6 +116,7 @@ class Layout:
     file_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     input_scales: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    source: Checkpoint | None = None
 
     @property
     def dense_modules(self) -> list[str]:

@@ -92,6 +92,7 @@ def match_checkpoint(
         if weight.target or len(weight.shape) != 3:  # otherwise the orientation of a stack is unknown
             weight.check_shapes()
     reads = policy.read_values and parts is None
+    layout.source = checkpoint if reads else None
     scales = check_scale_values(scanned.weights, checkpoint) if reads else {}
     filled, layout.missing = check_coverage(model, keymap, checkpoint, scanned)
     _sort_out(layout, model, keymap, policy, filled)

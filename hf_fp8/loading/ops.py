@@ -12,9 +12,10 @@ from compressed_tensors.compressors import BaseCompressor
 from transformers.core_model_loading import ConversionOps
 from transformers.utils import logging
 
-from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.quantization_spec import plain
+from ..checkpoint.reader import TORCH_DTYPES, Checkpoint
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight, companion
-from ..errors import ScaleError, UnsupportedError
+from ..errors import FP8Error, ScaleError, UnsupportedError
 from ..formats import numerics
 from ..formats.scheme import TensorScheme
 from ..formats.storage import WEIGHT, WEIGHT_SCALE, format_of
@@ -155,8 +156,13 @@ class Requantize(SharedOp):
     for each tensor (`StoredWeight.saved`), never built from patterns.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], scales: Mapping[str, dict[str, torch.Tensor]]) -> None:
-        self.parameters, self.scales = parameters, scales
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        scales: Mapping[str, dict[str, torch.Tensor]],
+        source: Checkpoint | None = None,
+    ) -> None:
+        self.parameters, self.scales, self.source = parameters, scales, source
         self.changed: list[str] = []
 
     @torch.no_grad()
@@ -188,6 +194,8 @@ class Requantize(SharedOp):
             )
 
     def _codes(self, dense: torch.Tensor, weight: StoredWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        if (held := unchanged(weight, dense, dtype, self.source)) is not None:
+            return {name: held[role] for role, name in weight.saved.items()}
         scales = self.scales[weight.name]
         if weight.group.scheme is None:
             packed = packed_again(weight.name, {WEIGHT: dense, **scales}, weight.group.parsed, weight.group.format, dtype)
@@ -285,6 +293,25 @@ def _unpacked(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: to
         raise
 
 
+def unchanged(
+    weight: StoredWeight, dense: torch.Tensor, dtype: torch.dtype, source: Checkpoint | None
+) -> dict[str, torch.Tensor] | None:
+    """The tensors of a weight in the files, by role, if `dense` is what they were dequantized to.
+
+    To compute them from `dense` is not always exact: several codes may be one number in 16 bits, and formats of four bits lose
+    the sign of a zero. None if the weight was changed, or the files were (or `source` is None). dtype: as in `weight_from`.
+    """
+    if source is None:
+        return None
+    try:
+        found = source.read(list(weight.keys.values()))
+    except (FP8Error, OSError, KeyError):
+        return None
+    held = {role: found[key] for role, key in weight.keys.items()}
+    back = weight_from(weight, {role: tensor.to(dense.device) for role, tensor in held.items()}, dtype)
+    return held if torch.equal(back.to(dense), dense) else None
+
+
 def packed_again(
     name: str, own: Mapping[str, torch.Tensor], scheme: Any, fmt: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -296,13 +323,18 @@ def packed_again(
     compressor = BaseCompressor.get_value_from_registry(fmt)
     # In float32: a quotient rounded to 16 bits may give a neighbour of the original code.
     wide = {role: tensor.float() if tensor.dtype in _HALVES else tensor for role, tensor in own.items()}
-    packed: dict[str, torch.Tensor] = compressor.compress(wide, scheme)
-    packed |= {role: tensor for role, tensor in own.items() if role in packed and role != WEIGHT}
-    back = compressor.decompress(dict(packed), scheme)[WEIGHT].to(dtype)
-    if not torch.equal(back.to(own[WEIGHT]), own[WEIGHT]):
+    same = False
+    try:
+        packed: dict[str, torch.Tensor] = compressor.compress(wide, scheme)
+        packed |= {role: t for role, t in own.items() if role in packed and role != WEIGHT and packed[role].dtype.itemsize > 1}
+        back = compressor.decompress(dict(packed), scheme)[WEIGHT].to(dtype)
+        same = torch.equal(back.to(own[WEIGHT]), own[WEIGHT])
+    except (RuntimeError, ValueError, KeyError) as error:  # compressors do not take all that they return
+        logger.debug(f"hf_fp8: {name}: {error}")
+    if not same:
         raise UnsupportedError(
-            f"{name} was changed since loading, and its {fmt} codes and scales cannot represent the change: saving would lose "
-            "it. Load with FP8Config(dequantize=True) to edit and save such a model."
+            f"{name} was changed since loading (or its files were), and its {plain(fmt)} codes and scales cannot represent the "
+            "change: saving would lose it. Load with FP8Config(dequantize=True) to edit and save such a model."
         )
     return packed
 

@@ -130,7 +130,7 @@ class QuantizedExperts(QuantizedModule):
         """
         self.refuse_parametrized()
         dtype = hidden_states.dtype
-        if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
+        if not hidden_states.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         if self.layout.is_prerouted:
             return self._prerouted(hidden_states).to(dtype)

@@ -230,7 +230,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if self.original is not None and not torch.compiler.is_compiling():
             self.refuse_stale()
         dtype, backend = input.dtype, self.backend
-        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+        if not input.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(input.device.type):
             input = input.to(dtype := torch.get_autocast_dtype(input.device.type))
         if self.observer is not None:
             self.observer(input)

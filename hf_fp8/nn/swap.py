@@ -137,20 +137,25 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
 @torch.inference_mode(False)  # the new parameters may be trained
 @torch.no_grad()
 def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default: torch.dtype | None = None) -> nn.Module:
-    """`dequantize_model` without updating transformers' state. default: the dtype if none is given and no original was kept."""
+    """`dequantize_model` without updating transformers' state.
+
+    default: the dtype of layers of which it is not known in which dtype they were, if none is given.
+    """
     layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     asked: torch.dtype | None = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if default is None:
         frozen = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
         dense = (p.dtype for p in model.parameters() if id(p) not in frozen and p.is_floating_point())
-        original_dtype = next((layer.original_dtype for layer in layers if layer.original_dtype), torch.bfloat16)
-        default = next(dense, original_dtype)
+        default = next(dense, torch.bfloat16)
 
     def dense_of(layer: QuantizedModule) -> nn.Module:
         original = getattr(layer, "original", None)
-        new = layer.to_dense(asked or (default if original is None else original.dtype))
+        own = layer.original_dtype if original is None else original.dtype
+        new = layer.to_dense(asked or own or default)
         if isinstance(layer, QuantizedLinear):
             layer.original = None  # `new` has a copy of it
+            if layer.bias is not None and (asked is None or layer.bias.dtype == asked):
+                new.bias = layer.bias  # it was never quantized, and others may share it
         copy_hooks(layer, new)
         return new
 

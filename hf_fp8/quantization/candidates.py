@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -153,14 +153,15 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         _plan(path, part, config, accepted, choice)
     by_default = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
     explicit = explicit_targets(config.spec.groups, [(name,) for name in found if name not in by_default])
-    for name, candidate in found.items():
-        if isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned):
+    for called in _names_of_modules(found):
+        module = found[called[0]].module
+        if isinstance(module, nn.Linear) and any(_within(name, path) for name in called for path in planned):
             continue
-        group = config.spec.group_of((name,), {"Linear", *classes_of(type(candidate.module))})
-        if name in by_default and not match((name,), (), explicit):
+        if any(name in by_default for name in called) and not match(called, (), explicit):
             continue
-        if (group := accepted(group, name, candidate.module)) and group.scheme is not None:
-            choice.layers[name] = group.scheme
+        group = config.spec.group_of(called, {"Linear", *classes_of(type(module))})
+        if any(accepted(group, name, module) for name in called) and group is not None and group.scheme is not None:
+            choice.layers.update(dict.fromkeys(called, group.scheme))
     if not is_fp8:
         for path, part in parts.items():
             inside = {name[len(path) + 1 if path else 0 :] for name in choice.layers if _within(name, path)}
@@ -171,6 +172,14 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     for entry in config.spec.unmatched_ignore(choice.names):
         logger.warning(f"hf_fp8: {entry!r} in `ignore` matches no Linear of {type(model).__name__}")
     return choice
+
+
+def _names_of_modules(found: Mapping[str, Candidate]) -> list[tuple[str, ...]]:
+    """The names of each module: one that has several is one layer, quantized under all of them or none."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, candidate in found.items():
+        names[id(candidate.module)] = (*names.get(id(candidate.module), ()), name)
+    return list(names.values())
 
 
 def _plan(

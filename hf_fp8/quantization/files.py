@@ -16,7 +16,7 @@ from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
 from ..checkpoint.writer import ShardWriter, check_place, nbytes, shard_names, whole_folder, write_index
-from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError
+from ..errors import CalibrationError, CheckpointError, ConfigError, MissingTensorError, ScaleError
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..integrations.config import FP8Config
 from ..loading.facts import ModelFacts
@@ -173,10 +173,7 @@ def dequantize_checkpoint(
         written.tensors.setdefault(home.key, TensorInfo(stored, shapes.get(home.key, shape), info.file))
 
     def values(key: str) -> torch.Tensor:
-        weight = weights.get(key)
-        if weight is None:
-            return checkpoint.load(key)
-        return weight_from(weight, {role: checkpoint.load(name) for role, name in weight.keys.items()}, of)
+        return checkpoint.load(key) if key not in weights else _dequantized(weights[key], checkpoint, of)
 
     def stacked(name: str) -> torch.Tensor:
         info = written.tensors[name]
@@ -202,6 +199,15 @@ def dequantize_checkpoint(
     copied = set(checkpoint.tensors) - dropped - set(weights) - set(homes)
     _write(source, destination, checkpoint, written, make, copied, None, overwrite, tick, of)
     return Written(len(weights), total_bytes(checkpoint), total_bytes(written))
+
+
+def _dequantized(weight: StoredWeight, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    found = weight_from(weight, {role: checkpoint.load(name) for role, name in weight.keys.items()}, dtype)
+    if dtype == torch.float16 and not bool(found.isfinite().all()):
+        raise ScaleError(
+            f"{weight.keys[weight.primary]} has values that are not finite in float16: choose --dtype bfloat16 or float32"
+        )
+    return found
 
 
 def check_destination(source: Source, destination: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.quantization_spec import QuantizationSpec
-from ..errors import ConfigError, ScaleError, by_reason, reasons_of
+from ..errors import ConfigError, ScaleError, UnsupportedError, by_reason, reasons_of
 from ..formats.scheme import Scheme
 from ..integrations.config import FP8Config
 from ..integrations.other_savers import guard_savers
@@ -118,11 +118,20 @@ def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: di
 def requantize_model(model: nn.Module) -> nn.Module:
     """Quantize the kept float weights (`originals="keep"` or "offload") again, in place.
 
-    Raises UnsupportedError, before anything is changed, for a layer whose original was not kept, and for layers that share a
-    weight but whose originals were changed to different values.
+    Raises, before anything is changed: UnsupportedError for a layer whose original was not kept or has another shape, and for
+    layers that share a weight but whose originals were changed to different values; ScaleError for NaN or infinity.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    named = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    layers = list(named.values())
     refuse_torn(layers)
+    for name, layer in named.items():
+        if layer.original is not None and layer.original.shape != (layer.out_features, layer.in_features):
+            raise UnsupportedError(
+                f"the original of {name or 'the layer'} has shape {[*layer.original.shape]}, and must have "
+                f"{[layer.out_features, layer.in_features]}"
+            )
+        if layer.original is not None and not layer.original.is_meta and not bool(layer.original.isfinite().all()):
+            raise ScaleError(f"the original of {name or 'the layer'} has values that are NaN or infinite")
     done: dict[int, QuantizedLinear] = {}
     keep: list[torch.Tensor] = []  # so that no id is reused
     # Layers without an original come first, and raise; of layers that share codes, the one with a changed original comes first.

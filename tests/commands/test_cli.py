@@ -312,3 +312,26 @@ def test_interrupted(tmp_path: Path, how: signal.Signals) -> None:
     run("quantize", dense, tmp_path / "fp8")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".fp8.part-")) == ["dense", "fp8"]
     run("verify", tmp_path / "fp8")
+
+
+def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dense = saved(tiny_llama(num_hidden_layers=1), tmp_path / "dense")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "config.json").write_text('{"name": "my web app"}')
+    checkout = saved(tiny_llama(num_hidden_layers=1), tmp_path / "checkout")
+    (checkout / ".git").mkdir()
+    for folder, words in ((tmp_path / "app", "not that of a checkpoint"), (checkout, "git repository")):
+        held = sorted(path.name for path in folder.iterdir())
+        run("quantize", dense, folder, "--overwrite", code=1)
+        assert words in " ".join(capsys.readouterr().err.split())
+        assert sorted(path.name for path in folder.iterdir()) == held
+
+
+def test_values_beyond_float16_are_not_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1e7)
+    run("quantize", saved(model, tmp_path / "dense"), tmp_path / "fp8")
+    run("dequantize", tmp_path / "fp8", tmp_path / "half", "--dtype", "float16", code=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "mlp.up_proj.weight has values that are not finite in float16" in said and not (tmp_path / "half").exists()
+    run("dequantize", tmp_path / "fp8", tmp_path / "whole", "--dtype", "bfloat16")

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.build import KEEP, OFFLOAD, State, differing, error, load, logits, tensors, tiny_llama, write
 from support.commands import run
-from support.moe import BASE, MOE, causal, dense_logits, is_linear, make
+from support.moe import BASE, MOE, causal, dense_logits, is_linear, make, qwen3_moe
+from support.other_floats import write_beside
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -545,3 +546,60 @@ def test_the_models_own_form_is_refused_where_it_would_be_misread(tmp_path: Path
     model = load(tmp_path / "fp8")
     with pytest.raises(hf_fp8.errors.UnsupportedError, match="save_original_format"):
         model.save_pretrained(tmp_path / "saved", save_original_format=False)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("backend", ["auto", "weight_only"])
+def test_linears_that_the_host_runs_are_the_files_after_a_forward(name: str, backend: str, tmp_path: Path) -> None:
+    """Not computed again from what the host dequantized: the sign of a zero, and scales in FP8, would be lost."""
+    model = tiny_llama()
+    written = write_beside(
+        model, tmp_path / "fp8", name, lambda n: "self_attn" in n and n.endswith("_proj.weight"),
+        lambda n: ".mlp." in n and n.endswith("_proj.weight"), ["re:.*mlp.*_proj"], targets=["re:.*self_attn.*_proj"],
+    )  # fmt: skip
+    loaded = load(tmp_path / "fp8", FP8Config(backend=backend), dtype=torch.bfloat16)
+    wanted = logits(loaded)
+    loaded.save_pretrained(tmp_path / "saved")
+    theirs = {key for key in written if ".mlp." in key}
+    assert not (set(written) if backend == "weight_only" else theirs) & set(differing(written, tensors(tmp_path / "saved")))
+    assert torch.equal(logits(load(tmp_path / "saved", FP8Config(backend=backend), dtype=torch.bfloat16)), wanted)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4 asymmetric", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_of_other_formats_are_the_files(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Dense in the model, and in 16 bits, where several codes may be one number."""
+    model = qwen3_moe()
+    for key, parameter in model.named_parameters():
+        if "experts" in key:
+            parameter.data.mul_(0.01)
+    written = write_beside(
+        model, tmp_path / "fp8", name, lambda n: is_linear(n) and ("experts" not in n or "down" in n),
+        lambda n: ".experts." in n and "down" not in n, ["re:.*experts.*(gate|up)_proj"],
+        targets=["re:.*self_attn.*_proj", "re:.*down_proj"], ignore=["lm_head", "re:.*mlp.gate$"],
+    )  # fmt: skip
+    loaded = load(tmp_path / "fp8", FP8Config(backend="weight_only"), dtype=dtype)
+    loaded.save_pretrained(tmp_path / "saved")
+    changed = differing(written, tensors(tmp_path / "saved"))
+    assert not [key for key in changed if "experts" in key or "_proj" in key]
+
+
+def test_saving_over_the_files_that_tensors_are_read_from(tmp_path: Path) -> None:
+    """Twice, and then elsewhere: layers that the class lacks are read again each time."""
+    extra = {"model.layers.2.mtp.weight": torch.ones(4, 4).bfloat16()}
+    written, _ = write(qwen3_moe(), tmp_path / "fp8", quantized=is_linear, edit=lambda state: {**state, **extra})
+    for backend in ("weight_only", "scaled_mm"):
+        model = load(tmp_path / "fp8", FP8Config(backend=backend), dtype=torch.bfloat16)
+        for folder in ("fp8", "fp8", "other"):
+            model.save_pretrained(tmp_path / folder)
+            assert differing(written, tensors(tmp_path / folder)) == [], folder
+
+
+def test_layers_that_were_removed(tmp_path: Path) -> None:
+    write(qwen3_moe(), tmp_path / "fp8", quantized=is_linear)
+    for experts in ("auto", "fp8"):
+        model = load(tmp_path / "fp8", FP8Config(backend="weight_only", experts=experts))
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+        model.save_pretrained(tmp_path / experts)
+        again = load(tmp_path / experts, FP8Config(backend="weight_only", experts=experts))
+        assert torch.equal(logits(again), logits(model))

@@ -324,3 +324,63 @@ def test_a_model_with_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="adapter"):
         quantize_model(peft, "FP8_WEIGHT_ONLY")
     assert not [m for m in peft.modules() if isinstance(m, QuantizedLinear)]
+
+
+# -- what comes back --
+
+
+@pytest.mark.parametrize("originals", ["discard", "keep"])
+def test_each_layer_is_dense_again_in_its_own_dtype(originals: str) -> None:
+    """Not in that of another layer; and its bias is the parameter that it was, whoever shares it."""
+
+    def build() -> nn.Module:
+        parts = nn.ModuleDict({"e": nn.Embedding(10, 16).half(), "a": nn.Linear(16, 16), "b": nn.Linear(16, 16).bfloat16()})
+        parts["norm"] = nn.LayerNorm(16)
+        parts["norm"].bias = parts["a"].bias
+        parts["a"].bias.data[0] = 1e5  # beyond float16
+        return parts
+
+    model = build()
+    bias = model["a"].bias
+    hf_fp8.quantize_model(model, "FP8_WEIGHT_ONLY", originals=originals)
+    hf_fp8.dequantize_model(model)
+    assert {name: model[name].weight.dtype for name in ("a", "b")} == {"a": torch.float32, "b": torch.bfloat16}
+    assert model["a"].bias is bias is model["norm"].bias and float(bias[0]) == 1e5
+    assert hf_fp8.dequantize_model(hf_fp8.quantize_model(build()), torch.bfloat16)["a"].bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [
+    {"filter_fn": lambda name, module: name == "enc"}, {"targets": ["enc"]}, {"ignore": ["dec"]}, {},
+], ids=["filter_fn", "targets", "ignore", "all"])  # fmt: skip
+def test_a_layer_with_two_names_is_one_layer(options: dict[str, Any]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enc = self.dec = nn.Linear(16, 16)
+            self.other = nn.Linear(16, 16)
+
+    model = hf_fp8.quantize_model(Twice(), **options)
+    assert model.enc is model.dec
+    assert isinstance(model.enc, QuantizedLinear) == ("ignore" not in options)
+
+
+def test_float64_inputs_under_autocast_stay_float64() -> None:
+    layer = hf_fp8.quantize_model(nn.Sequential(nn.Linear(16, 16)).double(), backend="weight_only")
+    dense = hf_fp8.dequantize_model(copy.deepcopy(layer))
+    x = torch.randn(3, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == dense(x).dtype == torch.float64
+        assert error(layer(x), dense(x)) < 1e-6
+
+
+def test_quantizing_originals_again_changes_all_or_nothing() -> None:
+    model = hf_fp8.quantize_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), originals="keep")
+    before = model[0].dequantized_weight()
+    for original, kind, words in (
+        (torch.full((16, 16), torch.nan), ScaleError, "original of 1 has values"),
+        (torch.zeros(8, 8), UnsupportedError, r"original of 1 has shape \[8, 8\]"),
+    ):
+        model[0].original, model[1].original = torch.ones(16, 16), original
+        with pytest.raises(kind, match=words):
+            hf_fp8.requantize_model(model)
+        assert torch.equal(model[0].dequantized_weight(), before)
