@@ -159,7 +159,10 @@ def _why_not_kept(weight: StoredWeight, layout: Layout) -> str | None:
 
 @dataclass
 class _Planner:
-    """State of `plan_quantization`. excluded: modules of the checkpoint that turned out to be unfit -> why."""
+    """State of `plan_quantization`.
+
+    excluded: modules of the checkpoint that turned out to be unfit -> why. unsplit: names of experts that stay in one stack.
+    """
 
     model: ModelFacts
     keymap: KeyMap
@@ -169,11 +172,12 @@ class _Planner:
     dense_experts: bool
     cast_to: torch.dtype | None
     excluded: dict[str, str] = field(default_factory=dict)
+    unsplit: list[tuple[str, ...]] = field(default_factory=list)
 
     def plan(self) -> Plan:
         plan = Plan(Checkpoint([]), self.spec)
         found = [matrix for key in self.checkpoint.tensors for matrix in self._take(key, plan)]
-        plan.names = [matrix.names for matrix in found]
+        plan.names = [matrix.names for matrix in found] + self.unsplit
         explicit = explicit_targets(self.spec.groups, [matrix.names for matrix in found if not matrix.dense_by_default])
         for matrix in found:
             self._decide(matrix, explicit, plan)
@@ -220,6 +224,8 @@ class _Planner:
         if not is_patched and (self.dense_experts or not self._any_chosen(taken, experts)):
             # Not split, since nothing of it is quantized; but transformers splits Llama-4's experts whenever it loads codes.
             plan.dense.append(key.rpartition(".")[0])
+            modules = dict.fromkeys((experts, *(name.rpartition(".")[0] for name, _ in taken)))
+            self.unsplit += [self.keymap.names_of(module, module, experts) for module in modules]
             return experts, whole
         return experts, taken
 

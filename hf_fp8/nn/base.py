@@ -308,6 +308,11 @@ class QuantizedModule(nn.Module):
         unexpected: Any,
         errors: list[str],
     ) -> None:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            raise UnsupportedError(
+                f"{prefix.removesuffix('.') or self.called()} cannot load a state dict while "
+                "torch.__future__.set_swap_module_params_on_conversion(True) is set: its codes would be swapped for values"
+            )
         for name, scales in self.holds.items():
             codes, held_as = state_dict.get(prefix + name), self.form_of(name)[0]
             if codes is not None and (own := self._parameters.get(name)) is not None and is_cast_of(own, codes):

@@ -278,3 +278,18 @@ def test_state_dicts_that_were_cast(scheme: str) -> None:
         model.load_state_dict({**state, "0.weight_scale": state["0.weight_scale"] * 2})
     assert torch.equal(model[0].weight.codes, before["0.weight"])
     assert torch.equal(model[0].weight_scale, before["0.weight_scale"])
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
+def test_parameters_that_torch_would_swap(scheme: str) -> None:
+    """It would put values in the place of the codes, and say that all was well."""
+    layer = linear(scheme)
+    state, wanted = layer.state_dict(), layer.dequantized_weight()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(UnsupportedError, match="set_swap_module_params_on_conversion"):
+            layer.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    layer.load_state_dict(state)
+    assert torch.equal(layer.dequantized_weight(), wanted)

@@ -301,6 +301,21 @@ def test_one_projection_of_experts(family: str, tmp_path: Path) -> None:
     assert sqnr(causal(model), causal(source)) > 9 and any(t.dtype == FP8 for t in written.values())
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4", "mixtral"])
+@pytest.mark.parametrize("entry", ["re:.*experts.*", "re:.*layers.0.*experts"], ids=str)
+def test_ignored_experts_are_matched(
+    family: str, entry: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, propagated: None
+) -> None:
+    """Also those that are in one stack, and stay so."""
+    FAMILIES[family]().save_pretrained(tmp_path / "dense")
+    with caplog.at_level("WARNING"):
+        quantized(
+            tmp_path / "dense", "FP8_WEIGHT_ONLY", type(FAMILIES[family]()), ignore=["lm_head", "re:.*(router|gate)$", entry]
+        )
+        hf_fp8.quantize_model(FAMILIES[family](), "FP8_WEIGHT_ONLY", ignore=["lm_head", "re:.*(router|gate)$", entry])
+    assert entry not in caplog.text
+
+
 def test_ways_to_say_the_same(dense: Path) -> None:
     wanted = logits(quantized(dense))
     group = json.loads(preset_name_to_scheme("FP8_DYNAMIC", ["Linear"]).model_dump_json())
