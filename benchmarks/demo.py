@@ -145,7 +145,7 @@ def main() -> None:
     console.print(table(rows))
     if not torch.accelerator.is_available():
         console.print(
-            "A CPU has no FP8 units: the default multiplies the weights out while loading. Keeping them in FP8 saves "
+            "A CPU has no FP8 units: the default dequantizes the weights while loading. Keeping them in FP8 saves "
             "memory and is slower here. On a GPU with FP8 units they are kept by default.",
             highlight=False,
         )
