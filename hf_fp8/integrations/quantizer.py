@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.stored_weight import ZERO_POINTS, check_host_shapes
 from ..checkpoint.weight_files import find_weight_files
-from ..errors import ConfigError, FP8Error, MissingTensorError, ScaleError, UnsupportedError
+from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
 from ..formats.code_types import FP8
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
@@ -45,6 +45,7 @@ from .saving import (
     modules_of_host,
     recompress,
     refuse_unwritable,
+    reopen,
     restore_dtypes,
     warn_of_readers,
 )
@@ -358,16 +359,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def saved_to(self, folder: Path) -> None:
         """After saving: if the model's own files were overwritten, the next save reads what it needs from the new ones."""
-        if self.layout is None or not any(Path(file).parent.resolve() == folder.resolve() for file in self._files):
-            return
-        try:
-            new = Checkpoint([str(file) for file in sorted(folder.glob("model*.safetensors"))])
-        except (FP8Error, OSError) as error:
-            logger.warning(f"hf_fp8: what was saved to {folder} cannot be read again: {error}")
-            return
-        self._files = new.files
-        for checkpoint in filter(None, (self.unplaced.checkpoint, self.layout.source)):
-            checkpoint.become(new)
+        if self.layout is not None and any(Path(file).parent.resolve() == folder.resolve() for file in self._files):
+            self._files = reopen(folder, (self.unplaced.checkpoint, self.layout.source)) or self._files
 
     def _file_names(self, layout: Layout) -> dict[str, str]:
         """Name under which a tensor is passed to the saver -> key in the files, for all but dense tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from compressed_tensors.quantization import QuantizationStatus
@@ -12,8 +13,9 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from ..checkpoint.config_groups import classes_of
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stored_weight import HOST_ROLES
-from ..errors import CalibrationError, UnsupportedError
+from ..errors import CalibrationError, FP8Error, UnsupportedError
 from ..formats.storage import WEIGHT
 from ..loading.extra_tensors import any_number
 from ..loading.layout import Layout
@@ -182,3 +184,16 @@ def recompress(model: nn.Module, state: dict[str, torch.Tensor], layout: Layout)
         else:
             packed = {key: tensor for key, tensor in own.items() if key not in HOST_ROLES} | held
         state.update({f"{name}.{key}": value for key, value in packed.items()})
+
+
+def reopen(folder: Path, checkpoints: Iterable[Checkpoint | None]) -> list[str]:
+    """Make `checkpoints` read the files that were just saved to `folder`; returns these, none if they cannot be read."""
+    try:
+        new = Checkpoint([str(file) for file in sorted(folder.glob("model*.safetensors"))])
+    except (FP8Error, OSError) as error:
+        logger.warning(f"hf_fp8: what was saved to {folder} cannot be read again: {error}")
+        return []
+    for checkpoint in checkpoints:
+        if checkpoint is not None:
+            checkpoint.become(new)
+    return new.files

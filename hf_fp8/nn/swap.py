@@ -154,8 +154,8 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
         new = layer.to_dense(asked or own or default)
         if isinstance(layer, QuantizedLinear):
             layer.original = None  # `new` has a copy of it
-            if layer.bias is not None and (asked is None or layer.bias.dtype == asked):
-                new.bias = layer.bias  # it was never quantized, and others may share it
+            if (bias := layer.bias) is not None and not bias.is_inference() and (asked is None or bias.dtype == asked):
+                new.bias = bias  # it was never quantized, and others may share it
         copy_hooks(layer, new)
         return new
 

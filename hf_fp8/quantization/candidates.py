@@ -153,10 +153,13 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         _plan(path, part, config, accepted, choice)
     by_default = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
     explicit = explicit_targets(config.spec.groups, [(name,) for name in found if name not in by_default])
-    for called in _names_of_modules(found):
-        module = found[called[0]].module
-        if isinstance(module, nn.Linear) and any(_within(name, path) for name in called for path in planned):
-            continue
+    rest = {
+        name: candidate
+        for name, candidate in found.items()
+        if not (isinstance(candidate.module, nn.Linear) and any(_within(name, path) for path in planned))
+    }
+    for called in _names_of_modules(rest):
+        module = rest[called[0]].module
         if any(name in by_default for name in called) and not match(called, (), explicit):
             continue
         group = config.spec.group_of(called, {"Linear", *classes_of(type(module))})

@@ -384,3 +384,10 @@ def test_quantizing_originals_again_changes_all_or_nothing() -> None:
         with pytest.raises(kind, match=words):
             hf_fp8.requantize_model(model)
         assert torch.equal(model[0].dequantized_weight(), before)
+
+
+def test_biases_that_were_created_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        model = hf_fp8.dequantize_model(hf_fp8.quantize_model(nn.Sequential(nn.Linear(16, 16))))
+    model(X).sum().backward()
+    assert model[0].bias.grad is not None and model[0].weight.grad is not None
