@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=FOLDERS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return checkpoint(request.param, tmp_path)
+
+
+@pytest.fixture
+def no_native() -> Iterator[None]:
+    """As on a machine without the library of CPU kernels: FP8 checkpoints are dequantized by default on its CPU."""
+    from hf_fp8.formats import native
+
+    with native.use(None):
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import CalibrationError
+from . import native
 from .code_types import CODE_TYPES, FP8
 from .cpu import multiply_out
 from .quantized_weight.tensor import codes_of
@@ -125,6 +126,8 @@ def dequantize(
     if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
         return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if dtype in native.DTYPES and native.why_not() is None:
+        return native.dequantize(q, scale, granularity, out)
     for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
         multiply_out(piece, expand_scale(part.float(), granularity, *piece.shape), out[start : start + len(piece)])
     return out

@@ -25,9 +25,11 @@ def report_planned(config: FP8Config, device: torch.device, dtype: torch.dtype) 
         )
 
 
-def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str | None, carried: bool) -> None:
+def report(
+    config: FP8Config, layout: Layout, dtype: torch.dtype, because: str | None, carried: bool, quantizes_inputs: bool
+) -> None:
     """Log how an FP8 checkpoint was loaded. because: why its Linears are dequantized, None if they are not. carried: whether
-    the tensors that the model has no place for will be written back."""
+    the tensors that the model has no place for will be written back. quantizes_inputs: as the placement says."""
     merged = any(weight.is_expert for weight in layout.scan.weights)
     if because is not None and layout.dense and because != "dequantize=True":
         saved = "they are saved dense" if layout.scan.host else "the model is saved as a plain dense one"
@@ -51,7 +53,7 @@ def report(config: FP8Config, layout: Layout, dtype: torch.dtype, because: str |
     if layout.input_scales:
         said = list(layout.input_scales.values())
         lacking = [weight.name for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights]
-        routed = config.backend in ("auto", "scaled_mm") and any(name in layout.input_scales for name in lacking)
+        routed = quantizes_inputs and any(name in layout.input_scales for name in lacking)
         logger.warning(
             f"hf_fp8: {len(said)} static input scales are not valid ({'; '.join(said[:8])}{'; ...' if len(said) > 8 else ''}). "
             + ("Tokens that are routed to those experts give NaN" if routed else "Nothing that runs here uses them")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..formats.scheme import Scheme
-from ..kernels import why_not_kept, why_not_kept_experts
+from ..kernels import has_fp8_matmul, why_not_kept, why_not_kept_experts
 from ..loading import options as load_options
 from ..loading.matching import Policy
 from .config import FP8Config
@@ -35,10 +35,15 @@ def policy_of(config: FP8Config, device: torch.device, dtype: torch.dtype, *, re
         dense_because=why_dense(config, device, dtype),
         experts_because=partial(why_dense_experts, config, device, dtype),
         dequantize=config.dequantize,
-        needs_input_scales=config.backend in ("auto", "scaled_mm"),
+        needs_input_scales=quantizes_inputs(config, device),
         other_sizes=load_options.current().ignore_mismatched_sizes,
         read_values=read_values,
     )
+
+
+def quantizes_inputs(config: FP8Config, device: torch.device) -> bool:
+    """Whether layers in FP8 quantize inputs there, as the checkpoint says: "auto" does where there are FP8 units."""
+    return config.backend == "scaled_mm" or (config.backend == "auto" and has_fp8_matmul(device) is None)
 
 
 def why_dense(config: FP8Config, device: torch.device, dtype: torch.dtype) -> str | None:

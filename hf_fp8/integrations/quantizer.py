@@ -36,7 +36,7 @@ from ..nn.linear import QuantizedLinear
 from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
 from .config import FP8Config
 from .load_log import report, report_planned
-from .placement import compute_device, policy_of
+from .placement import compute_device, policy_of, quantizes_inputs
 from .saving import (
     FILE_DTYPES,
     fit_config,
@@ -243,7 +243,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.planned is not None:
             report_planned(config, self.compute_device, self._dtype)
         else:
-            report(config, layout, self._dtype, self._dense_because, carried)
+            quantizes = quantizes_inputs(config, self.compute_device)
+            report(config, layout, self._dtype, self._dense_because, carried, quantizes)
 
     def _host_quantizer(self, model: PreTrainedModel, layout: Layout) -> CompressedTensorsHfQuantizer | None:
         """The host's quantizer for weights of other formats, after it has created their modules; None if there are none."""

@@ -6,7 +6,10 @@ gives wrong numbers without an error.
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
 from functools import cache
+from time import perf_counter
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -43,6 +46,32 @@ def probe(kernel: Kernel | GroupedKernel, scheme: Scheme, device: torch.device, 
     except Exception as error:  # Triton's compiler and torch's kernels raise many types
         first_line = str(error).strip().split("\n")[0]
         return f"torch {torch.__version__} cannot run it on {device.type} with {dtype} output ({first_line[:120]})"
+
+
+@cache
+def int_mm_is_slow() -> bool:
+    """Whether `torch._int_mm` is not faster than a float32 matmul on this CPU: by its instructions, else timed, once (5 ms).
+
+    It is a loop over single numbers on x86 CPUs without VNNI, and where oneDNN is held to older instructions
+    (ONEDNN_MAX_CPU_ISA): 30 times as slow on an AMD EPYC 7003. With VNNI it is two to four times as fast.
+    """
+    if platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_vnni_supported():
+        return True
+    with torch.device("cpu"), _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
+        x, w = torch.ones((32, 512)), torch.ones((256, 512))
+        x8, w8 = x.to(INT8), w.to(INT8)
+        # Other programs make calls slower: the fastest of more calls for what takes less time.
+        return _fastest(lambda: torch._int_mm(x8, w8.t()), 3) > 2 * _fastest(lambda: x @ w.t(), 30)
+
+
+def _fastest(call: Callable[[], object], calls: int) -> float:
+    """Seconds of the fastest of `calls` calls."""
+    times = []
+    for _ in range(calls):
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return min(times)
 
 
 def _linear(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:

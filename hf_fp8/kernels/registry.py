@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import torch_fp8, torch_grouped, torch_int8
+from . import native, torch_fp8, torch_grouped, torch_int8
 from .base import GroupedKernel, Kernel
 from .triton import entries as triton
 
@@ -11,19 +11,25 @@ QUANTIZED: tuple[Kernel, ...] = (
     torch_fp8.TENSORWISE,
     torch_fp8.ROWWISE,
     torch_fp8.BLOCKWISE,
+    native.INT8_OUTLIERS,
+    native.INT8_ROWWISE,
     torch_int8.OUTLIERS,
     torch_int8.ROWWISE,
     triton.SCALED_MM,
     torch_fp8.DEQUANTIZE,
 )
 # Kernels that do not quantize inputs.
-WEIGHT_ONLY: tuple[Kernel, ...] = (torch_int8.WEIGHT_ONLY, triton.WEIGHT_ONLY, torch_fp8.WEIGHT_ONLY)
+WEIGHT_ONLY: tuple[Kernel, ...] = (triton.WEIGHT_ONLY, native.WEIGHT_ONLY, torch_int8.WEIGHT_ONLY, torch_fp8.WEIGHT_ONLY)
 # The same for stacks of experts.
 GROUPED_QUANTIZED: tuple[GroupedKernel, ...] = (
     torch_grouped.SCALED_GROUPED_MM,
     triton.GROUPED_SCALED_MM,
     torch_grouped.DEQUANTIZE,
 )
-GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (triton.GROUPED_WEIGHT_ONLY, torch_grouped.WEIGHT_ONLY)
+GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (
+    triton.GROUPED_WEIGHT_ONLY,
+    native.GROUPED_WEIGHT_ONLY,
+    torch_grouped.WEIGHT_ONLY,
+)
 KERNELS = QUANTIZED + WEIGHT_ONLY
 GROUPED_KERNELS = GROUPED_QUANTIZED + GROUPED_WEIGHT_ONLY

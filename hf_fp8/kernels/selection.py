@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import KernelError
+from ..formats import native
 from ..formats.code_types import FP8
 from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from .base import BaseKernel, GroupedKernel, Kernel, Problem
@@ -19,7 +20,6 @@ from .probing import probe
 from .registry import GROUPED_KERNELS, GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, KERNELS, QUANTIZED, WEIGHT_ONLY
 from .thresholds import weight_only_limit
 from .torch_fp8 import ROWWISE, TENSORWISE
-from .triton import entries as triton
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 
@@ -119,6 +119,7 @@ def _honour(kernel: K, problem: Problem) -> Selection[K]:
     return Selection(kernel, "forced")
 
 
+@native.depends
 @lru_cache(maxsize=4096)
 def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Selection[Kernel]:
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
@@ -136,6 +137,7 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     return _by_rows(QUANTIZED, WEIGHT_ONLY, problem, backend, "M = {}")
 
 
+@native.depends
 @lru_cache(maxsize=4096)
 def _select_grouped(
     device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str
@@ -176,7 +178,7 @@ def _first(kernels: tuple[K, ...], problem: Problem) -> tuple[K, str]:
     for kernel in kernels:
         if kernel.why_not_scheme(problem.scheme) is not None:
             continue  # other schemes: not worth a reason
-        reason = _why_not_there(kernel, problem)
+        reason = _why_not_there(kernel, problem) or kernel.why_slow(problem)
         if reason is None:
             return kernel, "; ".join(reasons)
         reasons.append(f"{kernel.name}: {reason}")
@@ -196,20 +198,27 @@ def has_fp8_matmul(device: torch.device) -> str | None:
     return None if None in reasons else reasons[0]
 
 
+@native.depends
 @cache
 def why_not_kept(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if "auto" keeps FP8 weights on `device`: it has FP8 units, or a kernel that dequantizes weights as it reads them."""
     lacking = has_fp8_matmul(device)
     if lacking is None:
         return None
-    widening = _why_not_there(triton.WEIGHT_ONLY, Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
+    widening = _why_none(WEIGHT_ONLY, Problem(device, FP8_WEIGHT_ONLY, 128, 128, dtype))
     return None if widening is None else f"{lacking}; {widening}"
 
 
+@native.depends
 @cache
 def why_not_kept_experts(device: torch.device, dtype: torch.dtype, scheme: Scheme = FP8_WEIGHT_ONLY) -> str | None:
     """None if "auto" keeps experts in FP8 on `device`: it has a kernel that reads the codes of only the experts with rows."""
     if dtype not in _FLOATS:
         return f"no kernel for {dtype}"
-    reading = triton.GROUPED_WEIGHT_ONLY
-    return _why_not_there(reading, Problem(device, scheme, 128, 128, dtype)) or reading.why_not_scheme(scheme)
+    return _why_none(GROUPED_WEIGHT_ONLY, Problem(device, scheme, 128, 128, dtype))
+
+
+def _why_none(kernels: tuple[K, ...], problem: Problem) -> str | None:
+    """The reasons why none of `kernels` except the last, which dequantizes, runs `problem`; None if one does."""
+    kernel, reasons = _first(kernels, problem)
+    return reasons if kernel is kernels[-1] else None

@@ -12,8 +12,11 @@ from functools import cache
 
 import torch
 
+from ..formats import native
 from ..formats.code_types import INT8
 from ..formats.scheme import Scheme
+from .base import has_bfloat16_units
+from .probing import int_mm_is_slow
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,31 @@ _INT8_CUDA = Limit(32, "torch._int_mm needs more than 16 rows; 32 is not measure
 
 # Against `_int_mm`, cold weights of SmolLM2's shapes, Xeon with AMX, ms: M=1 13.2 / 15.5, 2 12.9 / 15.5, 3 14.6 / 21.0,
 # 4 19.0 / 19.9, 6 24.7 / 22.9.
-_INT8_CPU = Limit(4, "measured on a Xeon with AMX, used for every CPU")
+_INT8_CPU = Limit(4, "measured on a Xeon with AMX, used for every CPU whose int8 matmul is fast")
+# 2048x2048, AMD EPYC 7003 (AVX2), one and two threads, ms: float inputs M=4 0.87, 0.49; 8 1.39, 0.75; 16 2.37, 1.52. int8
+# inputs, which are still to be quantized: 0.96, 0.51; 1.48, 0.83; 1.73, 1.10.
+_INT8_NATIVE = Limit(8, "measured on an AMD EPYC with AVX2, used for every CPU without a fast int8 matmul")
+# Rows of input up to which the library of CPU kernels multiplies, instead of dequantizing for torch's matmul. Ratio to a dense
+# float32 matmul, 2048x2048, AMD EPYC 7003, AVX2, one and two threads: 16 rows 1.2, 1.5; 64 1.1, 1.3; 512 1.0, 1.0 to 1.1.
+_EVERY = 2**62
+_NOT_MEASURED = 64  # of processors with wider vectors or bfloat16 units, where torch has kernels made for them
+
+
+@native.depends
+@cache
+def native_limit(dtype: torch.dtype) -> int:
+    """Rows of input, in `dtype`, up to which the library of CPU kernels multiplies itself."""
+    is_measured = native.names()[1] in ("avx2", "avx2-f16c", "scalar")
+    return _EVERY if is_measured and not (dtype == torch.bfloat16 and has_bfloat16_units()) else _NOT_MEASURED
 
 
 @cache
 def weight_only_limit(device: torch.device, scheme: Scheme) -> Limit:
     """The limit for `device` and the dtype of the codes."""
     if scheme.weight.dtype == INT8:
-        return _INT8_CPU if device.type == "cpu" else _INT8_CUDA
+        if device.type == "cpu":
+            return _INT8_NATIVE if int_mm_is_slow() else _INT8_CPU
+        return _INT8_CUDA
     if device.type == "cuda" and torch.version.hip is None:
         return _FP8.get(("cuda", torch.cuda.get_device_capability(device)[0]), _FP8_UNKNOWN)
     return _FP8_UNKNOWN

@@ -14,6 +14,7 @@ from ..formats.cpu import SIZE, scratch
 from ..formats.scheme import INT8_DYNAMIC, ROW, Scheme
 from .base import Input, Kernel, Problem, Weight, add_bias, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
+from .probing import int_mm_is_slow
 from .triton import support as triton_support
 
 # The vector loop of the CPU kernel behind `_weight_int8pack_mm` reads 16 to 64 columns at a time without a
@@ -143,6 +144,13 @@ def why_not_device(problem: Problem) -> str | None:
     return None
 
 
+def why_slow(problem: Problem) -> str | None:
+    """The reason not to choose `multiply` on this device; None if there is none."""
+    if problem.device.type == "cpu" and int_mm_is_slow():
+        return "torch._int_mm is slower than a float32 matmul on this CPU (timed)"
+    return None
+
+
 def why_no_outliers(problem: Problem) -> str | None:
     """`why_not_device` for the kernel that splits off outlier columns."""
     if problem.k < COLUMNS_PER_OUTLIER:
@@ -162,11 +170,11 @@ def why_not_weight_only(problem: Problem) -> str | None:
 
 
 OUTLIERS = Kernel(
-    name="int8_mm_outliers", why_not_scheme=why_not_scheme, why_not_device=why_no_outliers, probes=(INT8_DYNAMIC,),
-    quantize=quantize_but_outliers, multiply=multiply, splits_outliers=True,
+    name="int8_mm_outliers", why_not_scheme=why_not_scheme, why_not_device=why_no_outliers, why_slow=why_slow,
+    probes=(INT8_DYNAMIC,), quantize=quantize_but_outliers, multiply=multiply, splits_outliers=True,
 )  # fmt: skip
 ROWWISE = Kernel(
-    name="int8_mm", why_not_scheme=why_not_scheme, why_not_device=why_not_device, probes=(INT8_DYNAMIC,),
+    name="int8_mm", why_not_scheme=why_not_scheme, why_not_device=why_not_device, why_slow=why_slow, probes=(INT8_DYNAMIC,),
     quantize=quantize, multiply=multiply,
 )  # fmt: skip
 WEIGHT_ONLY = Kernel(

@@ -13,7 +13,7 @@ import torch
 from ..formats import numerics
 from ..formats.code_types import FP8, INT8
 from ..formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
-from ..kernels import Input, Weight, kernel_for
+from ..kernels import Input, Weight, kernel_for, native
 from ..kernels import torch_fp8 as torch_mm
 from ..kernels.base import product_dtype
 from . import custom_op
@@ -36,6 +36,8 @@ def _run(
 
 def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """x @ dequantized weight, a block of columns at a time: the same sums, without a float copy of the whole weight."""
+    if (found := native.times_weight(x, weight, weight_scale, scheme.weight.granularity)) is not None:
+        return found
     elements = torch_mm.elements_at_once(weight.device)
     granularity, values = scheme.weight.granularity, x.to(product_dtype(x.dtype, x.device))
     if weight.numel() <= elements:

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme, scale_shape
 from ..formats.storage import stacked
-from ..kernels import ExpertWeights, Input, Problem, Routing, select_grouped
+from ..kernels import ExpertWeights, Input, Problem, Routing, native, select_grouped
 from ..kernels import torch_grouped as grouped_mm
 from . import custom_op
 from .functional import FLOATS, can_bypass_dispatcher, refuse_forward_mode
@@ -122,7 +122,10 @@ def _grad_x(
     w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
     routing = Routing(experts, rows, offsets, slots, share=share)
     routing = routing if routing.offsets is not None else grouped_mm.sort(routing, weight.shape[0])
-    found = grouped_mm.times_weights(grad if routing.slots is None else grad[routing.slots], w, routing)
+    grad = grad if routing.slots is None else grad[routing.slots]
+    found = native.times_weights(grad, w, routing)
+    if found is None:
+        found = grouped_mm.times_weights(grad, w, routing)
     of_rows = routing.row_numbers()
     if of_rows is None:
         return found.to(grad.dtype)

@@ -282,6 +282,7 @@ def test_attention_alone_is_the_hosts(tmp_path: Path) -> None:
 # -- heads of another size --
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm", "int8", "auto"])
 @pytest.mark.parametrize("size", [136, 96])
 def test_resized_embeddings_with_a_head_in_fp8(

@@ -293,6 +293,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
     logging.disable_propagation()
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("options", [
     {"run_compressed": False}, {"run_compressed": True}, {"run_compressed": None},
     {"run_compressed": False, "dequantize": True},
@@ -473,6 +474,7 @@ def test_whole_configs_of_models_that_became_something_else(fp8: Path, tmp_path:
         LlamaForCausalLM.from_pretrained(tmp_path / "int8", config=int8.config, dtype=torch.float32)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_the_config_of_a_model_made_dense_and_a_scheme(fp8: Path, tmp_path: Path) -> None:
     model = load(fp8, FP8Config())
     model.save_pretrained(tmp_path / "dense")

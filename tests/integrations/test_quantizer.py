@@ -42,6 +42,7 @@ WAYS: dict[str, tuple[Any, bool]] = {
 }
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_calling(way: str, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU dequantizes whatever it is told; a device with FP8 kernels does what it is told."""
@@ -86,6 +87,7 @@ def test_the_config_of_a_loaded_model_loads_again(fp8: Path) -> None:
     assert isinstance(AutoConfig.from_pretrained(fp8).quantization_config, dict)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_what_happened_is_said_once(fp8: Path, caplog: pytest.LogCaptureFixture) -> None:
     logging.enable_propagation()
     try:
@@ -99,6 +101,7 @@ def test_what_happened_is_said_once(fp8: Path, caplog: pytest.LogCaptureFixture)
         logging.disable_propagation()
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 def test_cache_scales_travel(backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = checkpoint("llama-static-kv", tmp_path)
@@ -247,6 +250,7 @@ def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != key}
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("backend", ["auto", "weight_only", "scaled_mm"])

@@ -11,7 +11,7 @@ from support.grouped import IDS, INTERPRETED, SCHEMES, TRITON, forced, grid
 
 from hf_fp8 import kernels
 from hf_fp8.errors import InputError, KernelError
-from hf_fp8.formats import numerics
+from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY
 from hf_fp8.kernels import ExpertWeights, Problem, Routing, select_grouped
@@ -111,6 +111,16 @@ def test_kernels_and_tiles_are_for_the_rows_that_experts_get() -> None:
     assert Routing(torch.zeros(0, dtype=torch.long)).rows_each(4) == 0
 
 
+def test_selection_with_the_library_of_cpu_kernels() -> None:
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    for scheme in (FP8_DYNAMIC, FP8_WEIGHT_ONLY):
+        choice = select_grouped(Problem(CPU, scheme, 256, 128, torch.bfloat16))
+        assert choice.kernel.name == "native_grouped_weight_only"
+    assert select_grouped(Problem(CPU, FP8_DYNAMIC, 256, 128, torch.bfloat16), "scaled_mm").kernel.name == "grouped_dequantize"
+
+
+@pytest.mark.usefixtures("no_native")
 def test_selection() -> None:
     problem = Problem(CPU, FP8_DYNAMIC, 256, 128, torch.bfloat16)
     assert select_grouped(problem).kernel.name == "grouped_weight_only"

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from support.kernels import BY_NAME, CPU, IN_BFLOAT16, SCHEMES, THRESHOLD, expected, operands, runs, sqnr
+from support.kernels import BY_NAME, CPU, IN_BFLOAT16, SCHEMES, THRESHOLD, expected, int_mm, operands, runs, sqnr
 
 from hf_fp8 import kernels
 from hf_fp8.errors import KernelError
+from hf_fp8.formats import native
 from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import Input, Kernel, Problem, Weight, probe, select
@@ -16,16 +18,19 @@ from hf_fp8.kernels.probing import exact_operands
 from hf_fp8.nn.functional import scaled_linear
 
 pytestmark = pytest.mark.hostless
+NATIVE = native.why_not() is None
 
 
 def on_cpu(name: str, k: int) -> set[str]:
     """The kernels that a CPU has for a scheme of `SCHEMES`, and K columns."""
     scaled = {"dynamic", "static", "channel x static", "channel x dynamic tensor", "tensor x token"}
-    found = {"dequantize", "weight_only"}
+    found = {"dequantize", "weight_only"} | ({"native_weight_only"} if NATIVE else set())
     found |= {"scaled_mm_rowwise"} if name in scaled else set()
     found |= {"scaled_mm_tensorwise"} if name == "static" else set()
     if name == "int8":
         found |= {"int8_mm"} | ({"int8_mm_outliers"} if k >= 24 else set()) | ({"int8_weight_only"} if k % 64 == 0 else set())
+        if NATIVE:
+            found |= {"native_int8"} | ({"native_int8_outliers"} if k >= 24 else set())
     return found
 
 
@@ -134,16 +139,36 @@ def test_selection_and_reasons() -> None:
 
     assert chosen(FP8_DYNAMIC)[0] == "scaled_mm_rowwise"
     assert chosen(FP8_STATIC)[0] == "scaled_mm_tensorwise"
-    assert chosen(FP8_DYNAMIC, "weight_only") == ("weight_only", "backend='weight_only'")
-    assert chosen(FP8_WEIGHT_ONLY)[0] == "weight_only"
+    for name in ("native_weight_only", "weight_only") if NATIVE else ("weight_only",):
+        with nullcontext() if name.startswith("native") else native.use(None):
+            assert chosen(FP8_DYNAMIC, "weight_only") == (name, "backend='weight_only'")
+            assert chosen(FP8_WEIGHT_ONLY)[0] == name
+            auto = chosen(FP8_DYNAMIC, "auto")
+            assert auto[0] == (name if name.startswith("native") else "scaled_mm_rowwise")
+            assert "CPUs have no FP8 units" in auto[1] or name == "weight_only"
     name, reason = chosen(FP8_BLOCK)
     assert name == "dequantize" and "scaled_mm_blockwise" in reason and "triton_scaled_mm" in reason
-    assert chosen(INT8_DYNAMIC)[0] == "int8_mm_outliers"
-    narrow = select(Problem(CPU, INT8_DYNAMIC, 64, 23, torch.bfloat16), "int8")
-    assert narrow.kernel.name == "int8_mm" and "K=23 is less than 24 columns" in narrow.reason
+    for is_slow, prefix in ((True, "native_int8"), (False, "int8_mm")) if NATIVE else ((False, "int8_mm"),):
+        with int_mm(is_slow):
+            assert chosen(INT8_DYNAMIC)[0] == f"{prefix}_outliers"
+            narrow = select(Problem(CPU, INT8_DYNAMIC, 64, 23, torch.bfloat16), "int8")
+            assert narrow.kernel.name == prefix and "K=23 is less than 24 columns" in narrow.reason
+    with int_mm(is_slow=True), native.use(None):
+        name, reason = chosen(INT8_DYNAMIC)
+        assert name == "dequantize" and "slower than a float32 matmul on this CPU" in reason
 
 
 def test_int8_takes_another_kernel_for_few_rows() -> None:
+    with int_mm(is_slow=False):
+        few_rows_where_torch_is_fast()
+    if NATIVE:
+        with int_mm(is_slow=True):
+            for n, k in ((576, 576), (576, 24), (576, 5), (4096, 4096)):
+                choice = select(Problem(CPU, INT8_DYNAMIC, n, k, torch.float32), "int8")
+                assert choice.small is not None and choice.small.name == "native_weight_only" and choice.limit == 8
+
+
+def few_rows_where_torch_is_fast() -> None:
     choice = select(Problem(CPU, INT8_DYNAMIC, 576, 576, torch.float32), "int8")
     assert choice.small is not None and choice.small.name == "int8_weight_only"
     assert [choice.at(m).name for m in (1, choice.limit, choice.limit + 1)] == ["int8_weight_only"] * 2 + ["int8_mm_outliers"]
@@ -155,14 +180,16 @@ def test_int8_takes_another_kernel_for_few_rows() -> None:
     assert select(Problem(CPU, INT8_DYNAMIC, 576, 576, torch.float32), "scaled_mm").small is None
 
 
-def test_int8_sums_never_overflow() -> None:
+@pytest.mark.parametrize("is_slow", [False, True] if NATIVE else [False])
+def test_int8_sums_never_overflow(is_slow: bool) -> None:
     k = kernels.LARGEST_K
-    for columns, name in ((k, "int8_mm_outliers"), (k + 1, "dequantize")):
-        choice = select(Problem(CPU, INT8_DYNAMIC, 2, columns, torch.float32), "int8")
-        assert choice.kernel.name == name and ("overflow" in choice.reason) == (columns > k)
-        codes = torch.full((2, columns), 127, dtype=torch.int8)
-        found = scaled_linear(torch.ones(20, columns), codes, torch.full((2, 1), 1 / 127), INT8_DYNAMIC, backend="int8")
-        assert torch.allclose(found, torch.full((20, 2), float(columns)), rtol=1e-5)
+    with int_mm(is_slow):
+        for columns, name in ((k, "native_int8_outliers" if is_slow else "int8_mm_outliers"), (k + 1, "dequantize")):
+            choice = select(Problem(CPU, INT8_DYNAMIC, 2, columns, torch.float32), "int8")
+            assert choice.kernel.name == name and ("overflow" in choice.reason) == (columns > k)
+            codes = torch.full((2, columns), 127, dtype=torch.int8)
+            found = scaled_linear(torch.ones(20, columns), codes, torch.full((2, 1), 1 / 127), INT8_DYNAMIC, backend="int8")
+            assert torch.allclose(found, torch.full((20, 2), float(columns)), rtol=1e-5)
 
 
 def test_int8_is_for_layers_that_are_int8() -> None:
@@ -200,7 +227,7 @@ def test_codes_reach_from_one_end_to_the_other(name: str) -> None:
     given = operands(scheme, 5, 48, 128, torch.float32)
     found = [BY_NAME[kernel] for kernel in runs(scheme, 48, 128, torch.float32)]
     quantize = [k.quantize for k in found if k.quantize is not None and k.name != "dequantize" and not k.splits_outliers]
-    assert len(quantize) == len(on_cpu(name, 128) & {"scaled_mm_rowwise", "scaled_mm_tensorwise", "int8_mm"})
+    assert len(quantize) == len(on_cpu(name, 128) & {"scaled_mm_rowwise", "scaled_mm_tensorwise", "int8_mm", "native_int8"})
     for function in quantize:
         codes = function(4 * given["x"], given["input_scale"], scheme).x
         assert scheme.input is not None and codes.dtype == scheme.input.dtype

@@ -10,6 +10,7 @@ import torch
 
 from hf_fp8 import FP8Config
 from hf_fp8.errors import KernelError
+from hf_fp8.formats import native
 from hf_fp8.formats.scheme import (
     FP8_BLOCK,
     FP8_DYNAMIC,
@@ -191,6 +192,21 @@ def test_experts(fake_gpu: Fake) -> None:
         select_grouped(problem, "int8")
 
 
+def test_what_is_kept_on_a_cpu_with_the_library_of_cpu_kernels() -> None:
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    cpu = torch.device("cpu")
+    for dtype in (BF16, torch.float16, torch.float32):
+        assert why_dense(FP8Config(), cpu, dtype) is None
+        assert why_dense_experts(FP8Config(), cpu, dtype, GROUPS) is None
+    assert "no torch.float64 inputs" in str(why_dense(FP8Config(), cpu, torch.float64))
+    assert "no kernel for torch.float64" in str(
+        why_dense_experts(FP8Config(backend="scaled_mm"), cpu, torch.float64, FP8_DYNAMIC)
+    )
+    assert "for Linears" in str(why_dense_experts(FP8Config(backend="int8"), cpu, BF16, FP8_DYNAMIC))
+
+
+@pytest.mark.usefixtures("no_native")
 def test_what_is_kept_in_fp8(fake_gpu: Fake) -> None:
     """Of a checkpoint, by options and device."""
     cpu = torch.device("cpu")

@@ -164,6 +164,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     check(model, path, written, dense, tmp_path, call)
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 def test_new_head(backend: str, tmp_path: Path) -> None:
     """It is dense, in the model and in what is saved."""

@@ -85,6 +85,7 @@ def test_dequantize_afterwards(fp8: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(stock), wanted)
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("folder_name", ["mixtral-dyn", "llama-static-kv"])
 def test_dequantize_afterwards_writes_native_names(folder_name: str, tmp_path: Path) -> None:
     path = checkpoint(folder_name, tmp_path)
@@ -105,6 +106,7 @@ def test_dequantizing_to_float32_does_not_round_through_bf16(tmp_path: Path) -> 
     assert torch.equal(model.get_parameter(name).double(), exact)
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("config", [FP8Config(), FP8Config(dequantize=True), KEEP], ids=["auto", "dequantize", "weight_only"])
 def test_mixed(config: FP8Config, tmp_path: Path) -> None:
     path = checkpoint("llama-mixed", tmp_path)
@@ -135,6 +137,7 @@ def test_dequantizing_an_offloaded_model_is_refused(fp8: Path, tmp_path: Path) -
     assert torch.equal(logits(model), wanted)
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("first", [None, FP8Config(dequantize=True), "afterwards"], ids=str)
 @pytest.mark.parametrize("second", [None, KEEP], ids=["auto", "weight_only"])
 def test_the_config_of_a_dequantized_model(first: Any, second: Any, fp8: Path, tmp_path: Path) -> None:
@@ -182,6 +185,7 @@ def test_one_layer_replaced(fp8: Path, tmp_path: Path) -> None:
     assert type(again.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 def test_a_config_inside_text_config(backend: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
@@ -240,6 +244,7 @@ def test_adapters_are_saved_twice(config: FP8Config, fp8: Path, tmp_path: Path) 
     assert f"base_model: {fp8}" in card and "python/object" not in card
 
 
+@pytest.mark.usefixtures("no_native")
 def test_explain(fp8: Path) -> None:
     kept, dense = hf_fp8.explain(load(fp8, FP8Config(backend="scaled_mm"))), hf_fp8.explain(load(fp8, FP8Config()))
     assert len(kept) == len(dense) == 14

@@ -46,6 +46,7 @@ def test_transposed_experts(family: str, form: str, tmp_path: Path) -> None:
     check(model, path, file, dense, tmp_path)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_edited_experts_are_quantized_anew_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(qwen3_moe(), tmp_path / "fp8", quantized=is_linear)
     options: dict[str, Any] = {"quantization_config": FP8Config(backend="weight_only"), "dtype": torch.float32}
@@ -69,6 +70,7 @@ def test_edited_experts_are_quantized_anew_and_named(tmp_path: Path, caplog: pyt
     assert error(causal(again), causal(Qwen3MoeForCausalLM.from_pretrained(tmp_path / "fp8", **options))) > 0.05
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
 def test_an_edited_expert_of_a_stack(family: str, tmp_path: Path) -> None:
     model, _, _ = write_transposed(family, "stacked", tmp_path)
@@ -86,6 +88,7 @@ def test_an_edited_expert_of_a_stack(family: str, tmp_path: Path) -> None:
     assert not torch.equal(scales[1], old[1])
 
 
+@pytest.mark.usefixtures("no_native")
 def test_an_edited_expert_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     write(qwen3_moe(), tmp_path / "fp8", quantized=is_linear)
     model = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "fp8", quantization_config=FP8Config(backend="weight_only"))
@@ -104,6 +107,7 @@ def test_experts_survive_a_cast_of_the_model(tmp_path: Path) -> None:
     assert not quantized & set(differing(written, tensors(tmp_path / "saved")))
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize(("backend", "bits", "dtype"), [
     ("auto", 4, torch.float32), ("weight_only", 4, torch.float32), ("dequantize", 4, torch.float32),
     ("weight_only", 4, torch.bfloat16), ("weight_only", 8, torch.bfloat16), ("weight_only", 8, torch.float16),

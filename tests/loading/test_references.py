@@ -57,6 +57,7 @@ def test_kept_in_fp8(folder: Path, backend: str) -> None:
         assert all(p.numel() < module.weight.numel() for n, p in module.named_parameters() if n != "weight")
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 @pytest.mark.parametrize("forward_first", [False, True])
@@ -80,6 +81,7 @@ def test_round_trip(folder: Path, tmp_path: Path, backend: str, forward_first: b
         assert torch.equal(logits(second, reference), before)
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize("backend", ["auto", "weight_only"])
 def test_stock_transformers_reads_what_we_save(folder: Path, tmp_path: Path, backend: str) -> None:

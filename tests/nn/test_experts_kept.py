@@ -31,6 +31,7 @@ def block(model: PreTrainedModel) -> Any:
     return model.model.layers[0].mlp
 
 
+@pytest.mark.usefixtures("no_native")
 def test_default_and_options(qwen: tuple[PreTrainedModel, Path]) -> None:
     """On a CPU "auto" multiplies experts out: reading FP8 there costs more than it saves (docs/performance.md)."""
     model, path = qwen
@@ -46,6 +47,7 @@ def test_default_and_options(qwen: tuple[PreTrainedModel, Path]) -> None:
             FP8Config(**options)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_bytes_are_those_of_the_file(qwen: tuple[PreTrainedModel, Path]) -> None:
     model, path = qwen
     kept = load(model, path, dtype=torch.bfloat16)
@@ -112,6 +114,7 @@ def test_dequantized_is_dense_whatever_was_put_on_the_module(
     assert error(causal(dense), before) > 0.01
 
 
+@pytest.mark.usefixtures("no_native")
 def test_explained_after_dequantizing_and_without_experts(
     qwen: tuple[PreTrainedModel, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from support.build import IDS, OFFLOAD, STATIC_TENSOR, load, logits, sqnr, stock_transformers, tensors, tiny_llama, write
+from support.kernels import int_mm
 from support.moe import mixtral, qwen3_moe
 from transformers import AutoModelForCausalLM
 
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear, kernels
 from hf_fp8.errors import ConfigError, UnsupportedError
-from hf_fp8.formats import numerics
+from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import INT8
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 from hf_fp8.formats.weights import requantize
@@ -46,9 +47,13 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
             assert torch.equal(module.weight_scale, scale)
             assert torch.equal(module.weight, numerics.quantize(exact, scale, ROW, INT8))
     assert sqnr(logits(model), logits(dense)) > 25
-    found = {row.name.rpartition(".")[2]: row.kernel for row in hf_fp8.explain(model)}
+    with int_mm(is_slow=False):
+        found = {row.name.rpartition(".")[2]: row.kernel for row in hf_fp8.explain(model)}
     assert found["q_proj"] == "int8_weight_only (M <= 4), int8_mm_outliers"
     assert found["down_proj"] == "int8_mm_outliers"  # K = 96
+    if native.why_not() is None:
+        with int_mm(is_slow=True):
+            assert {row.kernel for row in hf_fp8.explain(model)} == {"native_weight_only (M <= 8), native_int8_outliers"}
 
 
 def test_requantizing_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +203,13 @@ def test_its_config_passed_on_finds_the_fp8_checkpoint_again(fp8: Path, tmp_path
 
 
 @torch.no_grad()
-def test_another_default_device_changes_nothing() -> None:
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_another_default_device_changes_nothing(is_slow: bool) -> None:
+    with int_mm(is_slow):
+        under_another_default_device("native" if is_slow and native.why_not() is None else "torch" if not is_slow else "dense")
+
+
+def under_another_default_device(which: str) -> None:
     layers = [QuantizedLinear(64, n, INT8_DYNAMIC, backend="int8") for n in (40, 56)]
     for layer in layers:
         layer.weight.data = torch.randint(-127, 128, tuple(layer.weight.shape), dtype=INT8)
@@ -211,7 +222,14 @@ def test_another_default_device_changes_nothing() -> None:
     assert all(t.device.type == "cpu" for t in found)
     assert all(torch.equal(a, b) for a, b in zip(found, [layer(x) for layer in layers for x in (few, many)], strict=True))
     choice = kernels.select(kernels.Problem(torch.device("cpu"), INT8_DYNAMIC, 40, 64, torch.float32), "int8")
-    assert str(choice) == "int8_weight_only (M <= 4), int8_mm_outliers"
+    assert (
+        str(choice)
+        == {
+            "native": "native_weight_only (M <= 8), native_int8_outliers",
+            "torch": "int8_weight_only (M <= 4), int8_mm_outliers",
+            "dense": "int8_weight_only (M <= 8), dequantize",
+        }[which]
+    )
 
 
 def test_generation(fp8: Path) -> None:

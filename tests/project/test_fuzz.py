@@ -119,6 +119,7 @@ def test_a_scale_that_is_not_used(
     assert run_case(made).kind == WRONG
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("mode", ["default", "weight_only"])
 def test_a_loader_that_ignores_scales(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [case(name, mode) for name in ("llama-channel", "llama-block", "mixtral", "gpt-oss-stacked")]

@@ -58,6 +58,7 @@ def scales_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.clone() for name, p in model.named_parameters() if "input_scale" in name}
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_largest_of_all_batches(dtype: torch.dtype, mode: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,6 +239,7 @@ def test_models_with_nothing_to_calibrate(tmp_path: Path) -> None:
             Percentile(percent)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_nothing_is_kept_alive_and_copies_are_not_watched() -> None:
     model, x = Attention(), torch.randn(2, 32, requires_grad=True)
     with calibrate(model, "mse") as run:

@@ -95,6 +95,7 @@ def test_codes_and_scales_are_those_of_compressed_tensors(scheme: Any, dtype: to
     assert differing(written, dict(model.state_dict())) == []
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(("scheme", "dtype"), [
     *((scheme, torch.bfloat16) for scheme in (*NAMES, SMALL_BLOCK)), ("FP8_DYNAMIC", torch.float32), ("FP8", torch.float16)
@@ -207,6 +208,7 @@ def test_codes_of_experts_are_those_of_compressed_tensors(family: str, tmp_path:
     assert seen == (24 if family in TRANSPOSED else 0)
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize(("options", "quantized_count", "head"), [
     ({}, 14, False), ({"ignore": []}, 15, True), ({"targets": ["Linear", "lm_head"]}, 15, True),
     ({"ignore": "lm_head"}, 14, False),
@@ -273,6 +275,7 @@ def test_routers_that_a_target_names(tmp_path: Path) -> None:
         quantized(tmp_path / "dense", targets=["re:.*mlp.gate$"])  # no nn.Linear, and nothing else was asked for
 
 
+@pytest.mark.usefixtures("no_native")
 def test_several_groups(dense: Path, tmp_path: Path) -> None:
     scheme = {"FP8_DYNAMIC": ["re:.*self_attn.*"], SMALL_BLOCK: ["re:.*down_proj$"], "FP8_WEIGHT_ONLY": "Linear"}
     model = quantized(dense, scheme, ignore=["lm_head", "re:.*layers.1.mlp.up_proj"])
@@ -401,6 +404,7 @@ def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path, caplog: pytest.
     assert len(kept(quantized(tmp_path, ignore=["re:.*layers.0.mlp.up_proj", "lm_head"]))) == 13
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("family", [None, "mixtral", "gpt_oss"])
 def test_static_inputs_are_measured_first(family: str | None, tmp_path: Path) -> None:
     source = tiny_llama() if family is None else FAMILIES[family]()

@@ -114,6 +114,7 @@ def test_a_tied_head_that_was_named_is_told(tmp_path: Path) -> None:
     assert "lm_head" in model.hf_quantizer.planned.reasons
 
 
+@pytest.mark.usefixtures("no_native")
 def test_shards_and_pickles(dense: Path, tmp_path: Path) -> None:
     model = quantized(dense)
     source = AutoModelForCausalLM.from_pretrained(dense)
@@ -175,6 +176,7 @@ def test_disk_offload_of_experts(tmp_path: Path) -> None:
     assert error(causal(away), causal(model)) < 1e-6
 
 
+@pytest.mark.usefixtures("no_native")
 def test_key_mapping_and_prefixes(dense: Path, tmp_path: Path) -> None:
     """The base model from the files of the whole, and the whole from files of the base model."""
     from transformers import LlamaForCausalLM, LlamaModel
@@ -193,6 +195,7 @@ def test_key_mapping_and_prefixes(dense: Path, tmp_path: Path) -> None:
         assert torch.equal(other.model(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_experts_that_stay_dense(tmp_path: Path) -> None:
     source = MOE["mixtral"]()
     source.save_pretrained(tmp_path / "dense")
@@ -252,6 +255,7 @@ def test_after_loading(dense: Path, tmp_path: Path) -> None:
         hf_fp8.quantize_model(quantized(dense))
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("config", [
     {"scheme": "FP8_DYNAMIC", "backend": "weight_only"}, {"scheme": "FP8_DYNAMIC", "backend": "scaled_mm"},
     {"scheme": "FP8_DYNAMIC"},
@@ -278,6 +282,7 @@ def test_a_base_model_from_the_files_of_a_task(tmp_path: Path) -> None:
     assert len(kept(model)) == 13
 
 
+@pytest.mark.usefixtures("no_native")
 def test_an_encoder(tmp_path: Path) -> None:
     source = bert()
     source.save_pretrained(tmp_path / "dense")

@@ -336,6 +336,7 @@ def test_static_scale_of_new_layers_alone() -> None:
     assert waiting.first.needs_calibration and not waiting.second.needs_calibration
 
 
+@pytest.mark.usefixtures("no_native")
 def test_static_scale_not_given() -> None:
     model, x = net(FP32), torch.randn(40, 64)
     quantize_(model, Float8StaticActivationFloat8Weight())

@@ -57,6 +57,7 @@ LAYERS = [linear, pointwise]
 LACKING = [not_measured, missing]
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("make", LAYERS)
 @pytest.mark.parametrize("lack", LACKING)
 @pytest.mark.parametrize("scheme", STATIC, ids=str)
@@ -150,6 +151,7 @@ def test_no_rows_need_no_scale() -> None:
     assert layer(torch.zeros(0, 30)).shape == (0, 24)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_functions() -> None:
     x, codes, scale = torch.randn(3, 32), torch.zeros(8, 32).to(FP8), torch.ones(1)
     stack = (torch.zeros(2, 8, 32).to(FP8), torch.ones(2, 1), FP8_STATIC, Routing(torch.tensor([0, 1, 1])))
@@ -293,6 +295,7 @@ def test_experts_on_a_cpu_leave_inputs_alone(backend: str, tmp_path: Path) -> No
         assert module(torch.randn(24, 64)).isfinite().all()
 
 
+@pytest.mark.usefixtures("no_native")
 def test_static_groups_beside_int8_ones(tmp_path: Path) -> None:
     """Planned by another way than FP8 alone; the flag has to survive it."""
     model = quantize_model(tiny_llama(), {"INT8": ["re:.*mlp.*"], "FP8": ["re:.*self_attn.*"]})

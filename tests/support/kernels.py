@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from hf_fp8.formats import numerics
@@ -18,7 +21,7 @@ from hf_fp8.formats.scheme import (
     Scheme,
     TensorScheme,
 )
-from hf_fp8.kernels import KERNELS, Problem, why_not
+from hf_fp8.kernels import KERNELS, Problem, probing, selection, thresholds, why_not
 
 CPU = torch.device("cpu")
 SCHEMES = {
@@ -74,6 +77,25 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, granularity: Granularity
 
 def sqnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(20 * torch.log10(wanted.norm() / (found.double() - wanted).norm().clamp(min=1e-300)))
+
+
+@contextmanager
+def int_mm(is_slow: bool) -> Iterator[None]:
+    """As on a CPU where `torch._int_mm` is, or is not, slower than a float32 matmul."""
+    measured, has_vnni = probing._fastest, torch.cpu._is_vnni_supported
+    caches = probing.int_mm_is_slow, selection._select, thresholds.weight_only_limit
+    times = iter([3.0, 1.0] if is_slow else [1.0, 1.0])
+    try:
+        probing._fastest = lambda call, calls: next(times)
+        torch.cpu._is_vnni_supported = lambda: True
+        for cached in caches:
+            cached.cache_clear()
+        assert probing.int_mm_is_slow() == is_slow
+        yield
+    finally:
+        probing._fastest, torch.cpu._is_vnni_supported = measured, has_vnni
+        for cached in caches:
+            cached.cache_clear()
 
 
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:

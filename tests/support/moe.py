@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_fp8 import FP8Config
-from hf_fp8.formats import numerics
+from hf_fp8.formats import native, numerics
 from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -102,14 +102,21 @@ def dense_logits(model: PreTrainedModel, dense: State, path: Path, call: Call = 
 
 
 def check(model: PreTrainedModel, path: Path, written: State, dense: State, tmp_path: Path, call: Call = causal) -> None:
-    """Right logits on both routes; FP8 saved as it was read; dense saved so that stock transformers reads it."""
+    """Right logits on all routes; FP8 saved as it was read; dense saved so that stock transformers reads it."""
     wanted = dense_logits(model, dense, tmp_path / "dense", call)
     options: dict[str, Any] = {"dtype": torch.float32}
-    default = type(model).from_pretrained(path, **options)
-    assert error(call(default), wanted) <= 1e-5
-    default.save_pretrained(tmp_path / "default")
+    with native.use(None):
+        default = type(model).from_pretrained(path, **options)
+        assert error(call(default), wanted) <= 1e-5
+        default.save_pretrained(tmp_path / "default")
     with stock_transformers():
         assert error(call(type(model).from_pretrained(tmp_path / "default", **options)), wanted) <= 1e-5
+    if native.why_not() is None:
+        by_default = type(model).from_pretrained(path, **options)
+        assert error(call(by_default), wanted) <= 1e-5
+        type(model).from_pretrained(path, dtype=torch.bfloat16).save_pretrained(tmp_path / "by default")
+        rest = [n for n in differing(written, tensors(tmp_path / "by default")) if "e_score_correction_bias" not in n]
+        assert rest == [], rest
     kept = type(model).from_pretrained(path, quantization_config=FP8Config(backend="weight_only"), **options)
     assert error(call(kept), wanted) <= 1e-5
     in_bf16 = type(model).from_pretrained(path, quantization_config=FP8Config(backend="weight_only"), dtype=torch.bfloat16)

@@ -115,6 +115,7 @@ def test_a_second_adapter_on_experts(tmp_path: Path) -> None:
     assert torch.equal(logits(again), first)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_experts_that_were_dense_keep_what_was_merged(tmp_path: Path) -> None:
     """Under "auto" a CPU holds a mixture's experts dense and writes them back in FP8: by chance, too."""
     mixtral().save_pretrained(tmp_path / "base")

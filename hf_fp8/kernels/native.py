@@ -1,0 +1,126 @@
+"""Kernels of the library of CPU kernels (`formats.native`): weights are read as they are stored, one byte each.
+
+Inputs are not quantized; sums are float32, also for 16-bit inputs. int8 inputs times int8 weights are summed exactly in int32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import native
+from ..formats.code_types import FP8, INT8
+from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, Granularity, Scheme
+from . import torch_fp8, torch_grouped
+from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, why_sums_overflow
+from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
+from .probing import int_mm_is_slow
+from .thresholds import native_limit
+
+
+def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """x (M, K) times the weight; above `native_limit` rows the weight is dequantized in pieces for torch's matmul."""
+    if x.x.shape[0] > native_limit(dtype):
+        return torch_fp8.dequantize(x, w, dtype)
+    return native.multiply(x.x, w.codes, w.scale, w.scheme.weight.granularity, bias=w.bias)
+
+
+def multiply_grouped(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
+    """The same for stacks of experts; only experts that have rows are read."""
+    if routing.offsets is None:
+        routing = torch_grouped.sort(routing, w.codes.shape[0])
+    if routing.rows_each(w.codes.shape[0]) > native_limit(dtype):
+        return torch_grouped.dequantize(x, w, routing, dtype)
+    return native.multiply(
+        x.x, w.codes, w.scale, w.scheme.weight.granularity, parts=w.parts, dtype=dtype,
+        rows=routing.experts.shape[0], ends=routing.offsets, sources=routing.rows, targets=routing.slots, share=routing.share,
+    )  # fmt: skip
+
+
+def multiply_int8(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """int8 codes of x times those of the weight, with the outlier columns in float."""
+    assert x.scale is not None
+    added = None
+    if x.columns is not None and x.outliers is not None:
+        # Weights of the outlier columns: gathering rows of the transposed view is three times as fast as columns.
+        beside = w.codes.t().index_select(0, x.columns).float().mul_(w.scale.float().reshape(1, -1))
+        added = x.outliers @ beside
+    return native.multiply_int8(x.x, x.scale, w.codes, w.scale, dtype, bias=w.bias, added=added)
+
+
+def times_weight(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity) -> torch.Tensor | None:
+    """x (M, N) times a weight (N, K), not its transpose: (M, K) in the dtype of x; None if torch is to do it."""
+    if why_not_here(codes.device, x.dtype) is not None or x.shape[0] > native_limit(x.dtype):
+        return None
+    return native.multiply(x, codes, scale, granularity, transposed=True)
+
+
+def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> torch.Tensor | None:
+    """grad (S, N), sorted by expert, times the weights of the experts: (S, K) in float32; None if torch is to do it."""
+    if why_not_here(w.codes.device, grad.dtype) is not None or routing.rows_each(w.codes.shape[0]) > native_limit(grad.dtype):
+        return None
+    return native.multiply(
+        grad, w.codes, w.scale, w.scheme.weight.granularity, parts=w.parts, dtype=torch.float32, transposed=True,
+        rows=grad.shape[0], ends=routing.offsets,
+    )  # fmt: skip
+
+
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the library cannot be used on `device` for inputs of `dtype`; None if it can."""
+    if device.type != "cpu":
+        return f"it is for CPUs, not for {device.type}"
+    if dtype not in native.DTYPES:
+        return f"no {dtype} inputs"
+    return native.why_not()
+
+
+def why_not_scheme(scheme: Scheme) -> str | None:
+    """The reason why the weight-only kernels do not support `scheme`; None if they do."""
+    return None if scheme.weight.dtype in (FP8, INT8) else "it takes E4M3 or int8 weights"
+
+
+def why_not_device(problem: Problem) -> str | None:
+    """The reason why the kernels cannot run on this device; None if they can."""
+    return why_not_here(problem.device, problem.dtype)
+
+
+def why_not_int8(problem: Problem) -> str | None:
+    """`why_not_device` for `multiply_int8`."""
+    return why_not_device(problem) or why_sums_overflow(problem)
+
+
+def why_no_outliers(problem: Problem) -> str | None:
+    """`why_not_int8` for the kernel that splits off outlier columns."""
+    if problem.k < COLUMNS_PER_OUTLIER:
+        return f"K={problem.k} is less than {COLUMNS_PER_OUTLIER} columns"
+    return why_not_int8(problem)
+
+
+def why_slow(problem: Problem) -> str | None:
+    """The reason to prefer torch's kernels for int8; None if there is none."""
+    if problem.scheme == INT8_DYNAMIC and not int_mm_is_slow():
+        return "torch's int8 matmul is fast on this CPU"
+    return None
+
+
+def takes_int8(scheme: Scheme) -> str | None:
+    """The reason why `multiply_int8` does not support `scheme`; None if it does."""
+    return None if scheme == INT8_DYNAMIC else "it takes int8 weights with a scale per row, and inputs per token"
+
+
+_PROBES = (FP8_WEIGHT_ONLY, Scheme(FP8_BLOCK.weight))
+WEIGHT_ONLY = Kernel(
+    name="native_weight_only", why_not_scheme=why_not_scheme, why_not_device=why_not_device, why_slow=why_slow, probes=_PROBES,
+    multiply=multiply,
+)  # fmt: skip
+GROUPED_WEIGHT_ONLY = GroupedKernel(
+    name="native_grouped_weight_only", why_not_scheme=why_not_scheme, why_not_device=why_not_device, probes=_PROBES,
+    multiply=multiply_grouped,
+)  # fmt: skip
+INT8_OUTLIERS = Kernel(
+    name="native_int8_outliers", why_not_scheme=takes_int8, why_not_device=why_no_outliers, why_slow=why_slow,
+    probes=(INT8_DYNAMIC,), quantize=quantize_but_outliers, multiply=multiply_int8, splits_outliers=True,
+)  # fmt: skip
+INT8_ROWWISE = Kernel(
+    name="native_int8", why_not_scheme=takes_int8, why_not_device=why_not_int8, why_slow=why_slow, probes=(INT8_DYNAMIC,),
+    quantize=quantize, multiply=multiply_int8,
+)  # fmt: skip

@@ -1,0 +1,27 @@
+#if defined(__x86_64__)
+#include "cpu.h"
+#include "target.h"
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#include "avx512.h"
+#include "int8.h"
+#include "matmul.h"
+
+namespace hf_fp8 {
+namespace {
+
+// Products of pairs and their sum are one instruction (vpdpwssd).
+struct Avx512Vnni : Avx512 {
+    INLINE S add_products(P a, P b, S s) {
+        s = _mm512_dpwssd_epi32(s, a, b);
+        asm("" : "+v"(s));  // as in Avx512
+        return s;
+    }
+};
+
+}  // namespace
+
+extern const Kernels avx512_vnni = kernels_of<Avx512Vnni>("avx512-vnni", has_avx512_vnni);
+
+}  // namespace hf_fp8
+TARGET_END
+#endif

@@ -1,0 +1,173 @@
+// Types that all files share: the operands as the C interface passes them, and scalar conversions between dtypes.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(_WIN32)
+#define HF_FP8_EXPORT extern "C" __declspec(dllexport)
+#else
+#define HF_FP8_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define INLINE static ALWAYS_INLINE
+
+namespace hf_fp8 {
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Code : int64_t { E4M3 = 0, INT8 = 1 };
+
+// Weights (count, n, k), each matrix times its scales. Everything is 64 bits wide, so that any language can fill it in.
+struct Weights {
+    const uint8_t *codes;
+    const void *scales;
+    int64_t code;         // Code
+    int64_t scale_dtype;  // Dtype
+    int64_t count, n, k;
+    int64_t row_stride, stride;      // bytes from one row to the next, and from one matrix to the next
+    int64_t parts;                   // matrices one above the other in n rows, each with a grid of scales of its own
+    int64_t block_rows, block_cols;  // of one scale, at most n / parts and k
+
+    // Always inlined: of a function that several files hold the linker keeps one, perhaps that of an instruction set that is missing.
+    ALWAYS_INLINE int64_t grid_rows() const { return (n / parts + block_rows - 1) / block_rows; }
+    ALWAYS_INLINE int64_t grid_cols() const { return (k + block_cols - 1) / block_cols; }
+    ALWAYS_INLINE const uint8_t *row(int64_t matrix, int64_t r) const { return codes + matrix * stride + r * row_stride; }
+    // Index of the first scale of row r; the others follow it.
+    ALWAYS_INLINE int64_t scale_of(int64_t matrix, int64_t r) const {
+        int64_t each = n / parts, part = r / each;
+        return ((matrix * parts + part) * grid_rows() + (r - part * each) / block_rows) * grid_cols();
+    }
+};
+
+// Rows of inputs times the matrices that `ends` assigns to them, or all of them times the only matrix.
+struct Product {
+    Weights weights;
+    const void *x;  // (any, k), or (any, n) if `transposed`
+    int64_t x_dtype, x_stride;  // elements from one row to the next
+    int64_t rows;               // of the output
+    const int32_t *ends;        // (count,): rows of the output up to and including each matrix; null: one matrix for all
+    const int64_t *sources;     // (rows,): row of x for each row of the output, times `share`; null: 0, 1, 2, ...
+    const int64_t *targets;     // (rows,): where each row of the output is written; null: 0, 1, 2, ...
+    int64_t share;              // consecutive numbers in `sources` that mean one row of x
+    int64_t x_rows;
+    const void *bias;  // (n,) or null
+    int64_t bias_dtype;
+    void *out;  // (any, n), rows next to each other; (any, k) if `transposed`
+    int64_t out_dtype;
+    int64_t transposed;  // x times the weight instead of its transpose
+    int64_t threads;
+};
+
+INLINE float as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+INLINE uint32_t as_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+INLINE float from_bfloat16(uint16_t b) { return as_float((uint32_t)b << 16); }
+INLINE uint16_t to_bfloat16(float f) {
+    uint32_t u = as_bits(f);
+    if ((u & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;
+    return (uint16_t)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+// The next two and `e4m3` use no subnormal numbers, which the processor may have been told to take for zeros.
+INLINE float from_float16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+    float magnitude = rest < 0x400 ? (float)(int32_t)rest * 0x1p-24f : as_float((rest << 13) + (rest < 0x7C00 ? 0x38000000 : 0x70000000));
+    return as_float(as_bits(magnitude) | sign);
+}
+INLINE uint16_t to_float16(float f) {
+    uint32_t u = as_bits(f), sign = u >> 16 & 0x8000;
+    u &= 0x7FFFFFFF;
+    if (u > 0x7F800000) return (uint16_t)(sign | 0x7E00);
+    if (u >= 0x477FF000) return (uint16_t)(sign | 0x7C00);  // rounds to more than 65504
+    if (u < 0x38800000)                                     // subnormal: the sum with 0.5 rounds to multiples of 2^-24
+        return (uint16_t)(sign | (as_bits(as_float(u) + 0.5f) - 0x3F000000));
+    return (uint16_t)(sign | ((u - 0x38000000 + 0xFFF + (u >> 13 & 1)) >> 13));
+}
+INLINE float read_float(const void *p, int64_t dtype, int64_t i) {
+    if (dtype == FLOAT32) return ((const float *)p)[i];
+    uint16_t half = ((const uint16_t *)p)[i];
+    return dtype == BFLOAT16 ? from_bfloat16(half) : from_float16(half);
+}
+INLINE void write_float(void *p, int64_t dtype, int64_t i, float value) {
+    if (dtype == FLOAT32)
+        ((float *)p)[i] = value;
+    else
+        ((uint16_t *)p)[i] = dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+}
+INLINE float e4m3(uint8_t c) {
+    uint32_t rest = c & 0x7F;
+    float magnitude = rest < 8 ? (float)(int32_t)rest * 0x1p-9f : as_float(rest == 0x7F ? 0x7FC00000 : (rest << 20) + 0x3C000000);
+    return as_float(as_bits(magnitude) | (uint32_t)(c & 0x80) << 24);
+}
+INLINE void read_floats(const void *p, int64_t dtype, int64_t start, int64_t count, float *to) {
+    if (dtype == FLOAT32) {
+        memcpy(to, (const float *)p + start, count * sizeof(float));
+        return;
+    }
+    const uint16_t *from = (const uint16_t *)p + start;
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_float16(from[i]);
+}
+INLINE void write_floats(const float *from, int64_t count, void *p, int64_t dtype, int64_t start) {
+    if (dtype == FLOAT32) {
+        memcpy((float *)p + start, from, count * sizeof(float));
+        return;
+    }
+    uint16_t *to = (uint16_t *)p + start;
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = to_float16(from[i]);
+}
+INLINE float widen_one(int64_t code, uint8_t c) { return code == E4M3 ? e4m3(c) : (float)(int8_t)c; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <int64_t V>
+struct Number {
+    static constexpr int64_t value = V;
+};
+// f(Number<0>()), ..., f(Number<N - 1>())
+template <int N, class Function>
+INLINE void unroll(const Function &f) {
+    if constexpr (N > 0) {
+        unroll<N - 1>(f);
+        f(Number<N - 1>());
+    }
+}
+
+// What one instruction set offers.
+struct Kernels {
+    const char *name;
+    int (*supported)();
+    int (*multiply)(const Product *);
+    int (*dequantize)(const Weights *, void *out, int64_t out_dtype, int64_t threads);
+    int (*multiply_int8)(const struct Int8Product *);
+};
+
+// Codes of inputs (m, k) times codes of weights (n, k), both int8, exact in int32, times both scales.
+struct Int8Product {
+    const int8_t *x;
+    int64_t x_stride;
+    const float *x_scales;  // (m,)
+    const int8_t *codes;
+    int64_t row_stride;
+    const void *scales;  // (n,)
+    int64_t scale_dtype;
+    const void *bias;
+    int64_t bias_dtype;
+    const float *added;  // (m, n) that is added to the scaled product, or null
+    void *out;           // (m, n)
+    int64_t out_dtype;
+    int64_t m, n, k, threads;
+};
+
+}  // namespace hf_fp8

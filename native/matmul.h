@@ -1,0 +1,506 @@
+// Inputs times quantized weights, for any instruction set. `I` describes one: see scalar.h, which is the plainest.
+//
+// Few rows of input: `dots`. A few rows of weights at a time are widened in registers and multiplied by up to six rows of inputs, so
+// each code is read once. Sums are scaled in the end, or after each block of columns.
+// Many rows: `Panels`. Columns of the product, a panel at a time, are widened, scaled and stored with the reduction dimension outermost;
+// a tile of MR rows times one panel is then a sum of outer products that stays in registers.
+#pragma once
+#include "common.h"
+#include "parallel.h"
+
+namespace hf_fp8 {
+
+template <class I>
+struct Matmul {
+    typedef typename I::F F;
+    static constexpr int W = I::W, CHUNK = 4 * W, MR = I::MR, NV = I::NV, NR = W * NV;
+    static constexpr int MOST = 6;            // rows of inputs in one call of `dots`
+    static constexpr int64_t DEPTH = 512;     // of a panel; 64 bytes x 512 are 32 kB
+    static constexpr int64_t GROUP = 4;       // panels that use a block of inputs while it is in the cache
+    static constexpr int64_t MOST_COLUMNS = GROUP * NR;
+    static constexpr int64_t ROWS = 480;      // of inputs in one item of work
+    static constexpr int64_t ITEM = 1 << 15;  // codes in one item of work of `dots`
+    static constexpr int64_t SERIAL = 1 << 16;  // codes up to which one thread does all: starting others takes as long
+
+    // ---- inputs
+
+    // Inputs of `dots`, in float32 and in the order in which codes are widened, padded with zeros to whole chunks. Each row is
+    // multiplied by a power of two: it makes up for the factor of widened codes, and keeps products in the range of float32.
+    struct Inputs {
+        float *x;
+        double *factor;  // what the products of a row are to be multiplied by
+        int64_t stride;
+    };
+
+    static bool prepare(const Product &p, Inputs &in) {
+        const int64_t k = p.weights.k, shift = I::shift(p.weights.code);
+        in.stride = divide_up(k, CHUNK) * CHUNK;
+        size_t bytes = p.x_rows * (in.stride * sizeof(float) + sizeof(double));
+        char *at = (char *)memory(INPUTS, bytes);
+        if (!at) return false;
+        in.factor = (double *)at;
+        in.x = (float *)(in.factor + p.x_rows);
+        auto row = [&](int64_t r) {
+            float *to = in.x + r * in.stride;
+            int64_t start = r * p.x_stride;
+            uint32_t largest = 0;
+            for (int64_t i = 0; i < in.stride; i += CHUNK) {
+                float values[CHUNK];
+                int64_t count = least(CHUNK, k - i);
+                I::read(p.x, p.x_dtype, start + i, count, values);
+                for (int64_t j = count; j < CHUNK; j++) values[j] = 0.0f;
+                for (int64_t j = 0; j < CHUNK; j++) {
+                    uint32_t magnitude = as_bits(values[j]) & 0x7FFFFFFF;
+                    largest = magnitude < 0x7F800000 && magnitude > largest ? magnitude : largest;
+                }
+                I::order(p.weights.code, values, to + i);
+            }
+            // Up to 2^126 if codes are 2^120 times smaller, so that products are about 1 to 2^15; else up to 2^90. The exponent of a
+            // subnormal number is taken to be that of the smallest normal one.
+            const int64_t up = (shift > 100 ? 126 : 90) - ((int64_t)(largest >> 23) - 127);
+            in.factor[r] = two_to(shift - up);
+            // Two steps, as 2^up may be more than float32 holds.
+            float a = as_float((uint32_t)(127 + up / 2) << 23), b = as_float((uint32_t)(127 + up - up / 2) << 23);
+            for (int64_t i = 0; i < in.stride; i++) to[i] = to[i] * a * b;
+        };
+        if (p.x_rows * k < SERIAL)
+            for (int64_t r = 0; r < p.x_rows; r++) row(r);
+        else
+            for_each(p.x_rows, p.threads, row);
+        return true;
+    }
+
+    static double two_to(int64_t e) {
+        uint64_t bits = (uint64_t)(1023 + e) << 52;
+        double d;
+        memcpy(&d, &bits, 8);
+        return d;
+    }
+
+    // ---- few rows
+
+    template <int64_t C, int A, int R, int M>
+    INLINE void accumulate(const uint8_t *const *w, int64_t row_stride, const float *x, int64_t stride, int64_t from,
+                           int64_t to, F acc[A][R][M], typename I::Mark *marks) {
+        int64_t i = from;
+        for (; i + CHUNK <= to; i += CHUNK) {
+            typename I::Bytes c[R];
+            for (int r = 0; r < R; r++) {
+                c[r] = I::bytes(w[r] + i);
+                I::prefetch(w[r] + i + R * row_stride);  // the rows that come next
+                if (C == E4M3) I::mark(marks[r], c[r]);
+            }
+            step<C, A, R, M>(c, x + i, stride, acc);
+        }
+        if (i < to) {
+            uint8_t rest[R][CHUNK];
+            typename I::Bytes c[R];
+            for (int r = 0; r < R; r++) {
+                memset(rest[r], 0, CHUNK);
+                memcpy(rest[r], w[r] + i, to - i);
+                c[r] = I::bytes(rest[r]);
+                if (C == E4M3) I::mark(marks[r], c[r]);
+            }
+            step<C, A, R, M>(c, x + i, stride, acc);
+        }
+    }
+
+    template <int64_t C, int A, int R, int M>
+    INLINE void step(const typename I::Bytes *c, const float *x, int64_t stride, F acc[A][R][M]) {
+        unroll<4>([&](auto j) __attribute__((always_inline)) {
+            F d[R];
+            for (int r = 0; r < R; r++) d[r] = I::template widen<C, decltype(j)::value>(c[r]);
+            for (int m = 0; m < M; m++) {
+                F v = I::load(x + m * stride + decltype(j)::value * W);
+                for (int r = 0; r < R; r++) acc[decltype(j)::value % A][r][m] = I::fma(d[r], v, acc[decltype(j)::value % A][r][m]);
+            }
+        });
+    }
+
+    template <int A, int R, int M>
+    INLINE F sum_of(F acc[A][R][M], int r, int m) {
+        F found = acc[0][r][m];
+        for (int a = 1; a < A; a++) found = I::add(found, acc[a][r][m]);
+        return found;
+    }
+
+    // Sums of R rows of codes times M rows of x, with the scales of blocks of columns if there is more than one.
+    template <int64_t C, int R, int M>
+    static void dots(const uint8_t *const *w, const float *x, int64_t stride, const Weights &g, int64_t blocks, const int64_t *scale_of,
+                     double *out) {
+        typename I::Mark marks[R];
+        // Sums that do not wait for each other: about 8, as an addition takes 4 cycles, and two can start in each.
+        constexpr int A = R * M >= 8 ? 1 : R * M >= 4 ? 2 : 4;
+        F acc[A][R][M];
+        for (int r = 0; r < R; r++) {
+            marks[r] = I::unmarked();
+            for (int m = 0; m < M; m++)
+                for (int a = 0; a < A; a++) acc[a][r][m] = I::zero();
+        }
+        double power[R];
+        if (blocks == 1) {
+            accumulate<C, A, R, M>(w, g.row_stride, x, stride, 0, g.k, acc, marks);
+            for (int r = 0; r < R; r++) power[r] = read_float(g.scales, g.scale_dtype, scale_of[r]);
+        } else {
+            // The scales of a row are divided by a power of two that makes the largest about 1.
+            float down[R];
+            for (int r = 0; r < R; r++) {
+                uint32_t largest = 0;
+                for (int64_t b = 0; b < blocks; b++) {
+                    uint32_t magnitude = as_bits(read_float(g.scales, g.scale_dtype, scale_of[r] + b)) & 0x7FFFFFFF;
+                    if (magnitude > largest && magnitude < 0x7F800000) largest = magnitude;
+                }
+                int64_t exponent = (int64_t)(largest >> 23) - 127;
+                exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+                down[r] = as_float((uint32_t)(127 - exponent) << 23);
+                power[r] = two_to(exponent);
+            }
+            F total[R][M];
+            for (int r = 0; r < R; r++)
+                for (int m = 0; m < M; m++) total[r][m] = I::zero();
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t from = b * g.block_cols;
+                accumulate<C, A, R, M>(w, g.row_stride, x, stride, from, least(from + g.block_cols, g.k), acc, marks);
+                for (int r = 0; r < R; r++) {
+                    F s = I::set1(read_float(g.scales, g.scale_dtype, scale_of[r] + b) * down[r]);
+                    for (int m = 0; m < M; m++) {
+                        total[r][m] = I::fma(sum_of<A, R, M>(acc, r, m), s, total[r][m]);
+                        for (int a = 0; a < A; a++) acc[a][r][m] = I::zero();
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++)
+                for (int m = 0; m < M; m++) acc[0][r][m] = total[r][m];
+        }
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++)
+                out[r * M + m] = C == E4M3 && I::marked(marks[r]) ? (double)as_float(0x7FC00000) : (double)I::sum(sum_of<A, R, M>(acc, r, m)) * power[r];
+    }
+
+    struct Segment {
+        int64_t matrix, first, last;  // rows of the output
+    };
+
+    // Index of the first scale of each row, for rows that come one after the other: divisions would take as long as short rows.
+    struct ScaleRows {
+        const Weights &g;
+        int64_t matrix, blocks, index = 0, until = -1;
+        ScaleRows(const Weights &weights, int64_t m) : g(weights), matrix(m), blocks(weights.grid_cols()) {}
+        int64_t of(int64_t row) {
+            if (g.block_rows == 1) return (matrix * g.n + row) * blocks;
+            if (row >= until) {
+                const int64_t each = g.n / g.parts, in_part = row % each;
+                index = g.scale_of(matrix, row);
+                until = row + least(g.block_rows - in_part % g.block_rows, each - in_part);
+            }
+            return index;
+        }
+    };
+
+    template <int64_t C, int R, int M>
+    static void few_rows(const Product &p, const Inputs &in, int64_t matrix, int64_t first, int64_t n0, int64_t n1) {
+        const Weights &g = p.weights;
+        const int64_t x0 = source(p, first);
+        ScaleRows scale_rows(g, matrix);
+        int64_t to[M];
+        for (int m = 0; m < M; m++) to[m] = target(p, first + m) * g.n;
+        for (int64_t n = n0; n < n1; n += R) {
+            const uint8_t *w[R];
+            int64_t scale_of[R];
+            int count = (int)least(R, n1 - n);
+            for (int r = 0; r < R; r++) {
+                int64_t row = n + (r < count ? r : count - 1);
+                w[r] = g.row(matrix, row);
+                scale_of[r] = scale_rows.of(row);
+            }
+            double found[R * M];
+            dots<C, R, M>(w, in.x + x0 * in.stride, in.stride, g, scale_rows.blocks, scale_of, found);
+            for (int r = 0; r < count; r++) {
+                double bias = p.bias ? read_float(p.bias, p.bias_dtype, n + r) : 0.0;
+                for (int m = 0; m < M; m++)
+                    write_float(p.out, p.out_dtype, to[m] + n + r, (float)(found[r * M + m] * in.factor[x0 + m] + bias));
+            }
+        }
+    }
+
+    INLINE int64_t source(const Product &p, int64_t row) { return (p.sources ? p.sources[row] : row) / p.share; }
+    INLINE int64_t target(const Product &p, int64_t row) { return p.targets ? p.targets[row] : row; }
+
+    // Rows first to last of the output times rows n0 to n1 of a matrix.
+    template <int64_t C>
+    static void few(const Product &p, const Inputs &in, const Segment &s, int64_t n0, int64_t n1) {
+        for (int64_t first = s.first; first < s.last;) {
+            // As many as lie next to each other.
+            int64_t count = 1, x = source(p, first);
+            while (count < MOST && first + count < s.last && source(p, first + count) == x + count) count++;
+            // Rows of codes at a time, the fastest of 1 to 4 on a Zen 3 (2048 x 2048): more of them share each load of an input, until
+            // their sums do not fit into registers any more.
+            switch (count) {
+                case 1: few_rows<C, 1, 1>(p, in, s.matrix, first, n0, n1); break;
+                case 2: few_rows<C, 1, 2>(p, in, s.matrix, first, n0, n1); break;
+                case 3: few_rows<C, 3, 3>(p, in, s.matrix, first, n0, n1); break;
+                case 4: few_rows<C, 2, 4>(p, in, s.matrix, first, n0, n1); break;
+                case 5: few_rows<C, 2, 5>(p, in, s.matrix, first, n0, n1); break;
+                default: few_rows<C, 2, 6>(p, in, s.matrix, first, n0, n1);
+            }
+            first += count;
+        }
+    }
+
+    // ---- many rows
+
+    // Panel of columns j0 to j0 + NR of the product, reduction indices d0 to d0 + count: to[d][NR]. Codes of the weight are
+    // transposed in tiles of 16 x 16 bytes.
+    template <int64_t C>
+    static void pack(const Weights &g, int64_t matrix, int64_t j0, int64_t d0, int64_t count, float *to) {
+        for (int64_t half = 0; half < NR; half += 16) {
+            const uint8_t *w[16];
+            int64_t scale_of[16];
+            ScaleRows scale_rows(g, matrix);
+            for (int r = 0; r < 16; r++) {
+                int64_t row = least(j0 + half + r, g.n - 1);
+                w[r] = g.row(matrix, row);
+                scale_of[r] = scale_rows.of(row);
+            }
+            float scales[16];
+            int64_t block = -1, block_end = d0;
+            for (int64_t d = d0; d < d0 + count; d += 16) {
+                const int64_t here = least(16, d0 + count - d);
+                uint8_t tile[16][16];
+                bool has_nan = I::transpose(w, d, here, tile) && C == E4M3;
+                for (int64_t i = 0; i < here; i++) {
+                    if (d + i >= block_end) {
+                        block = (d + i) / g.block_cols;
+                        block_end = (block + 1) * g.block_cols;
+                        for (int r = 0; r < 16; r++) scales[r] = read_float(g.scales, g.scale_dtype, scale_of[r] + block);
+                    }
+                    float *row = to + (d - d0 + i) * NR + half;
+                    I::template widen_row<C>(tile[i], scales, row);
+                    if (has_nan)
+                        for (int r = 0; r < 16; r++)
+                            if ((tile[i][r] & 0x7F) == 0x7F) row[r] = as_float(0x7FC00000);
+                }
+            }
+        }
+    }
+
+    // The same for x times the weight, all panels at once: columns of the product are columns of the weight, and rows are summed over.
+    template <int64_t C>
+    static void pack_transposed(const Weights &g, int64_t matrix, int64_t j0, int64_t panels, int64_t d0, int64_t count, float *to) {
+        ScaleRows scale_rows(g, matrix);
+        int64_t block[MOST_COLUMNS], before = -1;
+        float scales[MOST_COLUMNS];
+        for (int64_t r = 0; r < panels * NR; r++) block[r] = least(j0 + r, g.k - 1) / g.block_cols;
+        const bool is_one = block[0] == block[panels * NR - 1];
+        const uint8_t *w = g.row(matrix, d0) + j0;
+        for (int64_t d = 0; d < count; d++, w += g.row_stride) {
+            I::prefetch(w + 8 * g.row_stride);
+            const int64_t first = scale_rows.of(d0 + d);
+            if (first != before) {
+                before = first;
+                float one = read_float(g.scales, g.scale_dtype, first + block[0]);
+                for (int64_t r = 0; r < panels * NR; r++) scales[r] = is_one ? one : read_float(g.scales, g.scale_dtype, first + block[r]);
+            }
+            for (int64_t half = 0; half < panels * NR; half += 16) {
+                const int64_t width = g.k - j0 - half;
+                float *row = to + half / NR * DEPTH * NR + d * NR + half % NR;
+                const uint8_t *codes = w + half;
+                uint8_t rest[16];
+                if (width < 16) {
+                    memset(rest, 0, 16);
+                    codes = width > 0 ? (const uint8_t *)memcpy(rest, codes, width) : rest;
+                }
+                I::template widen_row<C>(codes, scales + half, row);
+                if (C == E4M3 && I::any_nan(codes))
+                    for (int r = 0; r < 16; r++)
+                        if ((codes[r] & 0x7F) == 0x7F) row[r] = as_float(0x7FC00000);
+            }
+        }
+    }
+
+    template <int M>
+    INLINE void tile(const float *const *x, const float *panel, int64_t depth, float *sums, int64_t stride, bool first) {
+        F acc[M][NV];
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < NV; v++) acc[m][v] = first ? I::zero() : I::load(sums + m * stride + v * W);
+        for (int64_t d = 0; d < depth; d++) {
+            F w[NV];
+            for (int v = 0; v < NV; v++) w[v] = I::load(panel + d * NR + v * W);
+            for (int m = 0; m < M; m++) {
+                F value = I::set1(x[m][d]);
+                for (int v = 0; v < NV; v++) acc[m][v] = I::fma(value, w[v], acc[m][v]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < NV; v++) I::store(sums + m * stride + v * W, acc[m][v]);
+    }
+
+    static void tiles(int64_t rows, const float *const *x, const float *panel, int64_t depth, float *sums, int64_t stride, bool first) {
+        switch (rows) {
+            case 1: return tile<1>(x, panel, depth, sums, stride, first);
+            case 2: return tile<2>(x, panel, depth, sums, stride, first);
+            case 3: return tile<3>(x, panel, depth, sums, stride, first);
+            case 4: return tile<4>(x, panel, depth, sums, stride, first);
+            case 5: return tile<5>(x, panel, depth, sums, stride, first);
+            case 6: return tile<6>(x, panel, depth, sums, stride, first);
+            default: return tile<MR>(x, panel, depth, sums, stride, first);
+        }
+    }
+
+    // Rows of the output times `panels` panels from column j0 on.
+    template <int64_t C>
+    static bool many(const Product &p, const float *x, int64_t x_stride, const Segment &s, int64_t j0, int64_t panels) {
+        const Weights &g = p.weights;
+        const int64_t rows = s.last - s.first, depth = p.transposed ? g.n : g.k, width = p.transposed ? g.k : g.n;
+        const int64_t stride = panels * NR;
+        float *panel = (float *)memory(PANEL, panels * DEPTH * NR * sizeof(float));
+        float *sums = (float *)memory(SUMS, rows * stride * sizeof(float));
+        if (!panel || !sums) return false;
+        for (int64_t d0 = 0; d0 < depth; d0 += DEPTH) {
+            const int64_t count = least(DEPTH, depth - d0);
+            if (p.transposed)
+                pack_transposed<C>(g, s.matrix, j0, panels, d0, count, panel);
+            else
+                for (int64_t q = 0; q < panels; q++) pack<C>(g, s.matrix, j0 + q * NR, d0, count, panel + q * DEPTH * NR);
+            for (int64_t m = 0; m < rows;) {
+                // Whole tiles, then one of what is left; MR may be larger than the tiles that `tiles` has besides it.
+                const int64_t here = rows - m >= MR ? MR : least(6, rows - m);
+                const float *from[MR];
+                for (int64_t i = 0; i < here; i++) from[i] = x + source(p, s.first + m + i) * x_stride + d0;
+                for (int64_t q = 0; q < panels; q++)
+                    tiles(here, from, panel + q * DEPTH * NR, count, sums + m * stride + q * NR, stride, d0 == 0);
+                m += here;
+            }
+        }
+        const int64_t columns = least(stride, width - j0);
+        for (int64_t m = 0; m < rows; m++) {
+            float *from = sums + m * stride;
+            if (p.bias)
+                for (int64_t j = 0; j < columns; j++) from[j] += read_float(p.bias, p.bias_dtype, j0 + j);
+            I::write(from, columns, p.out, p.out_dtype, target(p, s.first + m) * width + j0);
+        }
+        return true;
+    }
+
+    // ---- all
+
+    static bool runs_few(const Product &p, int64_t rows) {
+        const Weights &g = p.weights;
+        return rows <= I::FEW && !p.transposed && (g.block_cols >= g.k || g.block_cols % CHUNK == 0);
+    }
+
+    struct Item {
+        Segment segment;
+        int64_t from, count;  // rows of the weight, or columns of the output and panels
+        bool is_few;
+    };
+
+    template <int64_t C>
+    static int run(const Product &p) {
+        const Weights &g = p.weights;
+        const int64_t depth = p.transposed ? g.n : g.k, width = p.transposed ? g.k : g.n;
+        const int64_t step = ITEM / (g.k + 1) / 12 * 12 + 12;
+        int64_t threads = p.threads, active = 0, items = 0;
+        bool few_used = false, many_used = false;
+        auto segments = [&](auto &&use) {
+            int64_t first = 0;
+            for (int64_t e = 0; e < (p.ends ? g.count : 1); e++) {
+                int64_t last = p.ends ? p.ends[e] : p.rows;
+                for (int64_t at = first; at < last; at += ROWS) use(Segment{e, at, least(at + ROWS, last)});
+                first = last;
+            }
+        };
+        segments([&](const Segment &s) {
+            bool is_few = runs_few(p, s.last - s.first);
+            active++;
+            (is_few ? few_used : many_used) = true;
+        });
+        if (!active) return 0;
+        const int64_t all = divide_up(width, NR);
+        const int64_t group = least(GROUP, divide_up(all * active, threads * 4));
+        segments([&](const Segment &s) { items += runs_few(p, s.last - s.first) ? divide_up(g.n, step) : divide_up(all, group); });
+        Item *list = (Item *)memory(ITEMS, items * sizeof(Item));
+        if (!list) return -1;
+        items = 0;
+        segments([&](const Segment &s) {
+            if (runs_few(p, s.last - s.first))
+                for (int64_t n = 0; n < g.n; n += step) list[items++] = Item{s, n, least(step, g.n - n), true};
+            else
+                for (int64_t q = 0; q < all; q += group) list[items++] = Item{s, q * NR, least(group, all - q), false};
+        });
+        Inputs in = {};
+        if (few_used && !prepare(p, in)) return -1;
+        const float *x = (const float *)p.x;
+        int64_t x_stride = p.x_stride;
+        if (many_used && p.x_dtype != FLOAT32) {
+            float *copy = (float *)memory(NATURAL, p.x_rows * depth * sizeof(float));
+            if (!copy) return -1;
+            for_each(p.x_rows, p.x_rows * depth < SERIAL ? 1 : threads, [&](int64_t r) {
+                I::read(p.x, p.x_dtype, r * p.x_stride, depth, copy + r * depth);
+            });
+            x = copy, x_stride = depth;
+        }
+        int failed = 0;
+        if (g.n * g.k * active <= SERIAL && !many_used) threads = 1;
+        for_each(items, threads, [&](int64_t i) {
+            typename I::Mode mode;
+            const Item &item = list[i];
+            if (item.is_few)
+                few<C>(p, in, item.segment, item.from, item.from + item.count);
+            else if (!many<C>(p, x, x_stride, item.segment, item.from, item.count))
+                __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        });
+        return failed ? -1 : 0;
+    }
+
+    static int multiply(const Product *p) {
+        typename I::Mode mode;
+        int found = p->weights.code == E4M3 ? run<E4M3>(*p) : run<INT8>(*p);
+        release_large();
+        return found;
+    }
+
+    // ---- dequantize
+
+    template <int64_t C>
+    static void dequantize_row(const Weights &g, int64_t blocks, int64_t scale_of, int64_t matrix, int64_t r, void *out, int64_t out_dtype) {
+        const uint8_t *w = g.row(matrix, r);
+        const int64_t start = (matrix * g.n + r) * g.k;
+        for (int64_t b = 0; b < blocks; b++) {
+            const float scale = read_float(g.scales, g.scale_dtype, scale_of + b);
+            float scales[16];
+            for (int i = 0; i < 16; i++) scales[i] = scale;
+            const int64_t end = least((b + 1) * g.block_cols, g.k);
+            for (int64_t i = b * g.block_cols; i < end; i += 16) {
+                const int64_t count = least(16, end - i);
+                uint8_t rest[16] = {0};
+                const uint8_t *from = w + i;
+                if (count < 16) from = (const uint8_t *)memcpy(rest, w + i, count);
+                float values[16];
+                I::template widen_row<C>(from, scales, values);
+                if (C == E4M3 && I::any_nan(from))
+                    for (int j = 0; j < 16; j++)
+                        if ((from[j] & 0x7F) == 0x7F) values[j] = as_float(0x7FC00000);
+                I::write(values, count, out, out_dtype, start + i);
+            }
+        }
+    }
+
+    static int dequantize(const Weights *g, void *out, int64_t out_dtype, int64_t threads) {
+        const int64_t step = ITEM / (g->k + 1) + 1, pieces = divide_up(g->n, step);
+        if (g->count * g->n * g->k <= SERIAL) threads = 1;
+        for_each(g->count * pieces, threads, [&](int64_t i) {
+            typename I::Mode mode;
+            const int64_t matrix = i / pieces, last = least((i % pieces + 1) * step, g->n);
+            ScaleRows scale_rows(*g, matrix);
+            for (int64_t r = i % pieces * step; r < last; r++)
+                if (g->code == E4M3)
+                    dequantize_row<E4M3>(*g, scale_rows.blocks, scale_rows.of(r), matrix, r, out, out_dtype);
+                else
+                    dequantize_row<INT8>(*g, scale_rows.blocks, scale_rows.of(r), matrix, r, out, out_dtype);
+        });
+        return 0;
+    }
+};
+
+}  // namespace hf_fp8
