@@ -181,42 +181,40 @@ def multiply(
     each output, and where it is written. Raises MemoryError if there is not enough for a copy of x.
     """
     n, k = codes.shape[-2:]
-    dtype = dtype or x.dtype
-    count = x.shape[0] if rows is None else rows
     width, depth = (k, n) if transposed else (n, k)
-    is_filled = ends is None or int(ends[-1]) == count
-    out = (torch.empty if is_filled else torch.zeros)((count, width), dtype=dtype, device="cpu")
-    if not out.numel():
+    out, used = _empty(x, dtype, width, x.shape[0] if rows is None else rows, ends)
+    if not used or not width:
         return out
     if not depth:
         return out.zero_() if bias is None else out.copy_(bias)
-    if x.stride(1) != 1 and x.shape[1] > 1:
+    if x.stride(1) != 1 and depth > 1:
         x = x.contiguous()
     if bias is not None and bias.dtype not in DTYPES:
         bias = bias.float()
     held, codes, scale = _weights(codes, scale, granularity, parts)
-    used = out.shape[0] if ends is None else int(ends[-1])
     arguments = _PRODUCT.pack(
         *held,
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        x.stride(0),
-        used,
-        0 if ends is None else ends.data_ptr(),
-        0 if sources is None else sources.data_ptr(),
-        0 if targets is None else targets.data_ptr(),
-        share,
-        x.shape[0],
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        out.data_ptr(),
-        DTYPES[dtype],
-        transposed,
-        torch.get_num_threads(),
-    )
+        x.data_ptr(), DTYPES[x.dtype], x.stride(0),
+        used, _at(ends), _at(sources), _at(targets), share, x.shape[0],
+        _at(bias), 0 if bias is None else DTYPES[bias.dtype],
+        out.data_ptr(), DTYPES[out.dtype], transposed, torch.get_num_threads(),
+    )  # fmt: skip
     if _library().hf_fp8_multiply(arguments):
         raise MemoryError(f"not enough memory to multiply an input of shape {tuple(x.shape)}")
     return out
+
+
+def _empty(
+    x: torch.Tensor, dtype: torch.dtype | None, width: int, rows: int, ends: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """(the output, the number of its rows that are computed); the others are zeros."""
+    used = rows if ends is None else int(ends[-1])
+    make = x.new_empty if used == rows else x.new_zeros
+    return make((rows, width), dtype=dtype or x.dtype), used
+
+
+def _at(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity, out: torch.Tensor) -> torch.Tensor:
@@ -282,23 +280,11 @@ def multiply_int8(
     if bias is not None and bias.dtype not in DTYPES:
         bias = bias.float()
     arguments = _INT8_PRODUCT.pack(
-        x.data_ptr(),
-        x.stride(0),
-        x_scale.data_ptr(),
-        codes.data_ptr(),
-        codes.stride(0),
-        scale.data_ptr(),
-        DTYPES[scale.dtype],
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        0 if added is None else added.data_ptr(),
-        out.data_ptr(),
-        DTYPES[dtype],
-        m,
-        n,
-        k,
-        torch.get_num_threads(),
-    )
+        x.data_ptr(), x.stride(0), x_scale.data_ptr(),
+        codes.data_ptr(), codes.stride(0), scale.data_ptr(), DTYPES[scale.dtype],
+        _at(bias), 0 if bias is None else DTYPES[bias.dtype], _at(added),
+        out.data_ptr(), DTYPES[dtype], m, n, k, torch.get_num_threads(),
+    )  # fmt: skip
     if out.numel() and _library().hf_fp8_multiply_int8(arguments):
         raise MemoryError(f"not enough memory to multiply an input of shape {tuple(x.shape)}")
     return out
