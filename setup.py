@@ -1,7 +1,7 @@
 """Builds the library of CPU kernels in native/ and puts it into the wheel; everything else is in pyproject.toml.
 
-The library has a plain C interface and is loaded with ctypes, so that one wheel for a platform (py3-none-<platform>) serves every
-version of Python and of torch. Without a C++ compiler hf-fp8 installs without it, and weights are dequantized on CPUs.
+The library has a plain C interface and is loaded with ctypes, so that one wheel for a platform (py3-none-<platform>) serves
+every version of Python and of torch. Without a C++ compiler hf-fp8 installs without it, and weights are dequantized on CPUs.
 """
 
 import os
@@ -13,9 +13,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-# -O3: kernels rely on their inner loops being unrolled. No exceptions: they would have to cross C. -fno-lto: code for one instruction
-# set must not end up in another's. -w: GCC 12 warns of its own headers for AVX-512 in 24 000 lines, among which errors are not seen.
-COMPILE = ["-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-fno-lto", "-g0", "-w"]
+# -O3: kernels rely on their inner loops being unrolled. No exceptions: they would have to cross C. No LTO, which some Pythons
+# are built with: each file is for other instructions. No trapping math: selections of floats become vectors. -w: GCC 12 warns
+# of its own AVX-512 headers, in 24 000 lines.
+COMPILE = [
+    "-std=c++17", "-O3", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-fno-lto", "-g0", "-w",
+]  # fmt: skip
 LIBRARY = Extension(
     "hf_fp8.formats._native",
     sources=sorted(str(path) for path in Path("native").glob("*.cpp")),
@@ -42,7 +45,8 @@ class BuildLibrary(build_ext):
 
         def compile_all(sources: list[str], **options: object) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(pool.map(lambda source: one_by_one([source], **options), sources), [])
+                found = pool.map(lambda source: one_by_one([source], **options), sources)
+                return [path for paths in found for path in paths]
 
         self.compiler.compile = compile_all
         try:
@@ -52,6 +56,11 @@ class BuildLibrary(build_ext):
             raise
         finally:
             self.compiler.compile = one_by_one
+
+    def copy_extensions_to_source(self) -> None:
+        """Beside native.py, where `pip install -e` looks for it; none at all rather than that of another time."""
+        Path(self.get_ext_fullpath(LIBRARY.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 class Wheel(bdist_wheel):

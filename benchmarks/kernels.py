@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_fp8 import QuantizedLinear, kernels
-from hf_fp8.formats import numerics
+from hf_fp8.formats import native, numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Problem
+from hf_fp8.kernels.probing import int_mm_is_slow
 
 from .common import results, shapes
 from .common.contenders import SCHEMES, Contender, Peak, peaks
@@ -48,18 +49,22 @@ def contenders(
     int8 = [quantized(scheme, weights[i % 2], "auto", device) for i in range(copies)]
     for layer in int8:
         layer.requantize_int8()
-    if device != "cpu" or slow:
+    native_runs = native.why_not() is None
+    if device != "cpu" or slow or native_runs:
         found.append(Contender("hf_fp8 auto", list(layers), n * k, True))  # type: ignore[arg-type]
     found.append(Contender("hf_fp8 int8", list(int8), n * k, True))  # type: ignore[arg-type]
     for given, held in ((scheme, layers), (INT8_DYNAMIC, int8)):
         problem = Problem(torch.device(device), given, n, k, dtype)
         for kernel in KERNELS:
             reference = kernel.name in ("dequantize", "weight_only")
-            if (reference or given is not INT8_DYNAMIC) and device == "cpu" and not slow:
+            is_native = kernel.name.startswith("native")
+            if (reference or (given is not INT8_DYNAMIC and not is_native)) and device == "cpu" and not slow:
                 continue
+            if kernel.name.startswith("int8_mm") and device == "cpu" and not slow and int_mm_is_slow():
+                continue  # ten times as slow as the others
             if kernels.why_not(kernel, problem) or (given is INT8_DYNAMIC and reference):
                 continue
-            prefix = "int8: " if given is INT8_DYNAMIC and not kernel.name.startswith("int8") else ""
+            prefix = "int8: " if given is INT8_DYNAMIC and "int8" not in kernel.name else ""
             eight_bit = kernel not in WEIGHT_ONLY
             found.append(Contender(prefix + kernel.name, list(held), n * k, eight_bit, kernel.name))  # type: ignore[arg-type]
     if scheme is FP8_DYNAMIC and (device != "cpu" or slow):

@@ -33,7 +33,7 @@ CONTENDERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "hf_fp8 weight_only": (True, {"backend": "weight_only"}),
     "hf_fp8 int8": (True, {"backend": "int8"}),
 }
-ON_CPU_NAMES = ("stock", "stock dequantize=True", "hf_fp8 dequantize=True", "hf_fp8 int8")
+ON_CPU_NAMES = ("stock", "stock dequantize=True", "hf_fp8 auto", "hf_fp8 dequantize=True", "hf_fp8 int8")
 ON_GPU_NAMES = ("stock", "stock dequantize=True", "stock optimized", "hf_fp8 auto", "hf_fp8 weight_only", "hf_fp8 int8")
 DECODED = 24
 

@@ -144,6 +144,16 @@ INLINE void unroll(const Function &f) {
     }
 }
 
+// x (rows, cols), and codes, or largest magnitudes, of it.
+struct Rounding {
+    const void *x;
+    int64_t x_dtype, x_stride, rows, cols;
+    const void *scales;  // one for each block, next to each other
+    int64_t scale_dtype, block_rows, block_cols, code;
+    void *out;
+    int64_t threads;
+};
+
 // What one instruction set offers.
 struct Kernels {
     const char *name;
@@ -151,6 +161,8 @@ struct Kernels {
     int (*multiply)(const Product *);
     int (*dequantize)(const Weights *, void *out, int64_t out_dtype, int64_t threads);
     int (*multiply_int8)(const struct Int8Product *);
+    int (*quantize)(const Rounding *);
+    int (*amax)(const Rounding *);
 };
 
 // Codes of inputs (m, k) times codes of weights (n, k), both int8, exact in int32, times both scales.

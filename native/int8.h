@@ -1,6 +1,7 @@
 // int8 inputs times int8 weights, summed exactly in int32. `I::Pairs` multiplies pairs of numbers widened to 16 bits.
 #pragma once
 #include "matmul.h"
+#include "quantize.h"
 
 namespace hf_fp8 {
 
@@ -117,7 +118,7 @@ struct Int8Matmul {
 
 template <class I>
 constexpr Kernels kernels_of(const char *name, int (*supported)()) {
-    return {name, supported, Matmul<I>::multiply, Matmul<I>::dequantize, Int8Matmul<I>::multiply};
+    return {name, supported, Matmul<I>::multiply, Matmul<I>::dequantize, Int8Matmul<I>::multiply, Quantize<I>::quantize, Quantize<I>::amax};
 }
 
 }  // namespace hf_fp8

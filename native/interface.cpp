@@ -33,7 +33,7 @@ static const Kernels *kernels() {
 using namespace hf_fp8;
 
 // Changes whenever arguments do.
-HF_FP8_EXPORT int64_t hf_fp8_version() { return 1; }
+HF_FP8_EXPORT int64_t hf_fp8_version() { return 2; }
 
 // The name of instruction set number `index` that this library was built with, in order of preference; null after the last.
 HF_FP8_EXPORT const char *hf_fp8_name(int64_t index) { return index < COUNT ? all[index]->name : nullptr; }
@@ -62,3 +62,9 @@ HF_FP8_EXPORT int64_t hf_fp8_multiply_int8(const Int8Product *product) { return 
 HF_FP8_EXPORT int64_t hf_fp8_dequantize(const Weights *weights, void *out, int64_t out_dtype, int64_t threads) {
     return kernels()->dequantize(weights, out, out_dtype, threads);
 }
+
+// Codes (rows, cols) of x, next to each other.
+HF_FP8_EXPORT int64_t hf_fp8_quantize(const Rounding *rounding) { return kernels()->quantize(rounding); }
+
+// The largest magnitude of each block, in float32; scales are not read.
+HF_FP8_EXPORT int64_t hf_fp8_amax(const Rounding *rounding) { return kernels()->amax(rounding); }

@@ -49,6 +49,8 @@ def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype 
 
 def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """The amax of each block of a non-empty x (rows, cols): `granularity.grid`, in the dtype of x."""
+    if granularity.rows != -1 and _in_library(x):  # a tensor is one block, which one thread would do
+        return native.amax(x, granularity).to(x.dtype)
     rows, cols = x.shape
     grid_rows, grid_cols = granularity.grid(rows, cols)
     magnitude = x.abs()
@@ -61,6 +63,11 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     pad = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
     tiles = torch.nn.functional.pad(magnitude, pad).view(grid_rows, block_rows, grid_cols, block_cols)
     return tiles.amax(dim=(1, 3))
+
+
+def _in_library(x: torch.Tensor) -> bool:
+    """Whether the library of CPU kernels takes x, with the same results."""
+    return x.is_cpu and x.dtype in native.DTYPES and native.why_not() is None and not torch.compiler.is_compiling()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +105,8 @@ def quantize(
     (`stochastic_round`).
     """
     code = CODE_TYPES[dtype]
+    if generator is None and _in_library(x) and dtype in native.CODES and scale.dtype != torch.float64:
+        return native.quantize(x, scale, granularity, dtype)
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
     clamped = scaled.clamp(-code.largest, code.largest)

@@ -71,6 +71,11 @@ def use(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str:
+    """The name of the kernel that `use` forces; empty if there is none."""
+    return _forced.get()
+
+
 def select(problem: Problem, backend: str = "auto") -> Selection[Kernel]:
     """The kernels for `problem`: the forced one, else the first of its list that supports it.
 

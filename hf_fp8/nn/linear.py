@@ -21,6 +21,7 @@ from .base import QuantizedModule, moved_as_it_is
 from .functional import scaled_linear
 from .originals import as_it_is, is_changed, kept, refuse_changed
 from .parameters import plain_scale
+from .prepared import PreparedCall
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,6 +58,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         observer: called with each input while the layer is being calibrated.
     """
 
+    _prepared: PreparedCall | None = None
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
     weight_scale: nn.Parameter
 
@@ -227,8 +229,23 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         (kernels that do not quantize inputs, `backend="weight_only"`, do not raise); StaleError if `original` was
         changed (compiled code checks at run time, but not offloaded originals, and not in a recorded CUDA graph).
         """
-        if self.original is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._computed(input)
+        if self.original is not None:
             self.refuse_stale()
+        if self._prepared is not None and self._is_plain() and self._prepared.takes(self, input):
+            return self._prepared(input)
+        out = self._computed(input)
+        if input.is_cpu and not torch.is_grad_enabled() and self._is_plain():
+            self._prepared = PreparedCall.of(self, input)
+        return out
+
+    def _is_plain(self) -> bool:
+        """Whether it does nothing but multiply."""
+        return self.observer is None and self.compute_dtype is None and "parametrizations" not in self._modules
+
+    def _computed(self, input: torch.Tensor) -> torch.Tensor:
+        """The output, by all steps."""
         dtype, backend = input.dtype, self.backend
         if not input.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(input.device.type):
             input = input.to(dtype := torch.get_autocast_dtype(input.device.type))
@@ -347,7 +364,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Version counters restart in a copy (pickle, deepcopy): `__setstate__` takes a new snapshot.
-        return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True}
+        # A prepared call has addresses of this process.
+        return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True, "_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

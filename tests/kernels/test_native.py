@@ -215,6 +215,35 @@ def test_int8_products_are_exact(instructions: str) -> None:
     assert bool((found == -128 * 127 * 100_000).all())
 
 
+ALL_BITS = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(256, 256)
+VALUES = {
+    "every bfloat16": ALL_BITS.view(torch.bfloat16),
+    "every float16": ALL_BITS.view(torch.float16),
+    "many sizes": torch.randn(300, 511) * torch.exp2(torch.arange(511) % 40 - 20.0),
+    "ties": (torch.arange(-4000, 4000) / 1024).view(80, 100),
+    "ends": torch.tensor([[torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, 447.9, 464.0, 464.1, 3e38]]),
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_rounding_is_that_of_torch_bit_for_bit(values: str, instructions: str) -> None:
+    x = VALUES[values]
+    for granularity in (Granularity(1, -1), Granularity(-1, -1), Granularity(1, 32), Granularity(128, 128), Granularity(3, 7)):
+        with native.use(None):
+            scale = numerics.compute_scale(x, granularity)
+        if granularity.rows != -1:
+            assert torch.equal(numerics.compute_scale(x, granularity).nan_to_num(nan=-1.0), scale.nan_to_num(nan=-1.0))
+        given = [scale, scale.bfloat16(), *(torch.full_like(scale, v) for v in (1.0, 0.0, torch.nan, -0.01, 3e38))]
+        for dtype in (FP8, INT8):
+            for each in given:
+                found = numerics.quantize(x, each, granularity, dtype)
+                with native.use(None):
+                    wanted = numerics.quantize(x, each, granularity, dtype)
+                assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)), (granularity, dtype)
+    assert torch.equal(native.quantize(x.t(), torch.ones(1), Granularity(-1, -1), FP8).view(torch.uint8),
+                       native.quantize(x, torch.ones(1), Granularity(-1, -1), FP8).view(torch.uint8).t())  # fmt: skip
+
+
 @pytest.mark.parametrize("share", [1, 3])
 @pytest.mark.parametrize("each", [1, 4, 40], ids="{} rows each".format)
 def test_experts(share: int, each: int, instructions: str) -> None:
