@@ -144,9 +144,11 @@ def main() -> None:
     console.print()
     console.print(table(rows))
     if not torch.accelerator.is_available():
+        because = hf_fp8.kernels.why_not_kept(DEVICE, torch.bfloat16)
         console.print(
-            "A CPU has no FP8 units: the default dequantizes the weights while loading. Keeping them in FP8 saves "
-            "memory and is slower here. On a GPU with FP8 units they are kept by default.",
+            "A CPU has no FP8 units: by default weights stay in FP8, and inputs are not quantized."
+            if because is None
+            else f"The default dequantizes the weights while loading ({because}). Keeping them in FP8 saves memory, and is slower.",
             highlight=False,
         )
     console.print(
