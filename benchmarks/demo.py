@@ -148,7 +148,8 @@ def main() -> None:
         console.print(
             "A CPU has no FP8 units: by default weights stay in FP8, and inputs are not quantized."
             if because is None
-            else f"The default dequantizes the weights while loading ({because}). Keeping them in FP8 saves memory, and is slower.",
+            else f"The default dequantizes the weights while loading ({because}). Keeping them in FP8 saves memory, "
+            "and is slower.",
             highlight=False,
         )
     console.print(
