@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from pathlib import Path
 from struct import Struct
 from typing import Any, TypeVar
 
 import torch
 
-from ..errors import KernelError
+from ..errors import InputError, KernelError
 from .code_types import FP8, INT8
 from .scheme import Granularity
 
@@ -193,6 +194,9 @@ def multiply(
         return out
     if not depth:
         return out.zero_() if bias is None else out.copy_(bias)
+    _require(bias, "numbers of a bias", width)
+    if x.shape[1] != depth or (ends is not None and ends.shape[0] != codes.shape[0]):
+        raise InputError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(codes.shape)}")
     if x.stride(1) != 1 and depth > 1:
         x = x.contiguous()
     if bias is not None and bias.dtype not in DTYPES:
@@ -223,6 +227,7 @@ class Prepared:
     ) -> None:
         """dtype: that of inputs and outputs. Raises ValueError for tensors that `multiply` would convert first."""
         fields, *used = _weights(codes, scale, granularity, 1)
+        _require(bias, "numbers of a bias", codes.shape[0])
         if used[0] is not codes or used[1].data_ptr() != scale.data_ptr() or (bias is not None and bias.dtype not in DTYPES):
             raise ValueError("not as the library reads it")
         self.codes, self.scale, self.bias, self.dtype, self.n = codes, scale, bias, dtype, codes.shape[0]
@@ -261,6 +266,12 @@ def _empty(
     return make((rows, width), dtype=dtype or x.dtype), used
 
 
+def _require(tensor: torch.Tensor | None, what: str, count: int) -> None:
+    """Raise InputError if `tensor` does not have `count` elements: the library would read memory that is not its own."""
+    if tensor is not None and tensor.numel() != count:
+        raise InputError(f"there are {tensor.numel()} {what}, where {count} are needed")
+
+
 def _at(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -296,6 +307,7 @@ def _round(
     x = x if x.stride(1) == 1 else x.contiguous()
     scale = scale if scale is None or scale.dtype in DTYPES else scale.float()
     scale = None if scale is None else scale.contiguous()
+    _require(scale, "scales", prod(granularity.grid(rows, cols)))
     block_rows, block_cols = (
         n if extent == -1 else extent for n, extent in ((rows, granularity.rows), (cols, granularity.cols))
     )
@@ -316,25 +328,15 @@ def _weights(
     if scale.dtype not in DTYPES:
         scale = scale.float()
     scale = scale.contiguous()
+    count, stride = (codes.shape[0], codes.stride(0)) if codes.ndim == 3 else (1, 0)
+    grid_rows, grid_cols = granularity.grid(n // parts, k)
+    _require(scale, "scales of the weight", count * parts * grid_rows * grid_cols)
     rows, cols = granularity.rows, granularity.cols
-    return (
-        (
-            codes.data_ptr(),
-            scale.data_ptr(),
-            CODES[codes.dtype],
-            DTYPES[scale.dtype],
-            codes.shape[0] if codes.ndim == 3 else 1,
-            n,
-            k,
-            codes.stride(-2),
-            codes.stride(0) if codes.ndim == 3 else 0,
-            parts,
-            max(n // parts, 1) if rows == -1 else rows,
-            max(k, 1) if cols == -1 else cols,
-        ),
-        codes,
-        scale,
-    )
+    fields = (
+        codes.data_ptr(), scale.data_ptr(), CODES[codes.dtype], DTYPES[scale.dtype], count, n, k, codes.stride(-2), stride,
+        parts, max(n // parts, 1) if rows == -1 else rows, max(k, 1) if cols == -1 else cols,
+    )  # fmt: skip
+    return fields, codes, scale
 
 
 def multiply_int8(
@@ -355,6 +357,11 @@ def multiply_int8(
     m, k = x.shape
     n = codes.shape[0]
     out = torch.empty((m, n), dtype=dtype, device="cpu")
+    for tensor, what, count in (
+        (codes, "codes", n * k), (scale, "scales of the weight", n), (x_scale, "scales of the input", m),
+        (bias, "numbers of a bias", n), (added, "numbers that are added", m * n),
+    ):  # fmt: skip
+        _require(tensor, what, count)
     x, codes = (t if t.stride(1) == 1 else t.contiguous() for t in (x, codes))
     scale, x_scale = scale if scale.dtype in DTYPES else scale.float(), x_scale.float().contiguous()
     scale = scale.contiguous()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from support.fresh import run_fresh
 
-from hf_fp8.errors import KernelError
+from hf_fp8.errors import InputError, KernelError
 from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import FP8, INT8
 from hf_fp8.formats.scheme import Granularity
@@ -275,6 +276,26 @@ def test_experts(share: int, each: int, instructions: str) -> None:
         back = native.multiply(grad, weight, scale, granularity, parts=2, transposed=True, rows=total, ends=ends)
         wanted = torch.stack([grad[i].double() @ dense[of[i]] if i < s else torch.zeros(k) for i in range(total)])
         assert error(back, wanted) < 1e-6 and not back[s:].any()
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    """Rather than memory read that is not theirs."""
+    weight, scale, x, granularity = codes(20, 64), torch.ones(20, 1), torch.ones(3, 64), Granularity(1, -1)
+    for bad in (
+        {"scale": torch.ones(19, 1)}, {"x": torch.ones(3, 63)}, {"bias": torch.ones(19)}, {"granularity": Granularity(1, 32)},
+        {"transposed": True}, {"parts": 2, "granularity": Granularity(-1, -1)},
+    ):  # fmt: skip
+        given: dict[str, Any] = {"x": x, "codes": weight, "scale": scale, "granularity": granularity} | bad
+        with pytest.raises(InputError, match=r"needed|does not fit"):
+            native.multiply(**given)
+    with pytest.raises(InputError, match="does not fit"):
+        native.multiply(x, weight.unsqueeze(0), scale, granularity, ends=torch.tensor([1, 3], dtype=torch.int32))
+    with pytest.raises(InputError, match="there are 2 scales of the input, where 3 are needed"):
+        native.multiply_int8(codes(3, 64, INT8), torch.ones(2, 1), codes(20, 64, INT8), scale, torch.float32)
+    with pytest.raises(InputError, match="scales"):
+        native.dequantize(weight, torch.ones(3), granularity, torch.empty(20, 64))
+    with pytest.raises(InputError, match="scales"):
+        native.quantize(x, torch.ones(2), granularity, FP8)
 
 
 def test_the_same_bits_whatever_the_threads() -> None:
