@@ -23,8 +23,13 @@ class PreparedCall:
 
     __slots__ = ("_limit", "_run", "_state")
 
-    def __init__(self, run: native.Prepared, limit: int) -> None:
-        self._run, self._limit, self._state = run, limit, (native.state, selection.forced())
+    def __init__(self, run: native.Prepared, limit: int, layer: Any) -> None:
+        self._run, self._limit, self._state = run, limit, self._depends(layer)
+
+    @staticmethod
+    def _depends(layer: Any) -> tuple[Any, ...]:
+        """What the choice of a kernel depends on, besides the operands."""
+        return native.state, selection.forced(), layer.backend, layer.scheme
 
     @classmethod
     def of(cls, layer: Any, x: torch.Tensor) -> PreparedCall | None:
@@ -37,7 +42,7 @@ class PreparedCall:
         if native_kernels.WEIGHT_ONLY not in (choice.kernel, choice.small):
             return None
         try:
-            return cls(native.Prepared(codes, scale, layer.scheme.weight.granularity, layer.bias, x.dtype), limit)
+            return cls(native.Prepared(codes, scale, layer.scheme.weight.granularity, layer.bias, x.dtype), limit, layer)
         except ValueError:
             return None
 
@@ -52,8 +57,10 @@ class PreparedCall:
             and x.shape[-1] == run.codes.shape[1]
             and can_bypass_dispatcher(x, run.codes)
             and not torch.is_autocast_enabled("cpu")
-            and (native.state, selection.forced()) == self._state
-            and run.is_valid(getattr(held["weight"], "codes", None), getattr(held["weight_scale"], "plain", None), held["bias"])
+            and self._depends(layer) == self._state
+            and run.is_valid(
+                getattr(held.get("weight"), "codes", None), getattr(held.get("weight_scale"), "plain", None), held.get("bias")
+            )
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""Prepared calls: used again only while nothing has changed that the call depends on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import hf_fp8
+from hf_fp8 import QuantizedLinear, kernels
+from hf_fp8.formats import native, numerics
+
+pytestmark = [
+    pytest.mark.hostless,
+    pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not())),
+]
+
+
+@pytest.fixture
+def layer() -> QuantizedLinear:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(64, 40))
+    hf_fp8.quantize_model(model, "FP8_DYNAMIC")
+    found: QuantizedLinear = model[1]
+    with torch.no_grad():
+        found(torch.randn(2, 64))
+    assert found._prepared is not None
+    return found
+
+
+def exact(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    weight = numerics.dequantize(layer.weight.codes, layer.weight_scale, layer.scheme.weight.granularity).double()
+    return x.double() @ weight.t() + layer.bias.double()
+
+
+def is_right(layer: QuantizedLinear, x: torch.Tensor) -> bool:
+    with torch.no_grad():
+        found = layer(x)
+    return found.dtype == x.dtype and float((found.double() - exact(layer, x)).norm() / exact(layer, x).norm()) < (
+        1e-5 if x.dtype == torch.float32 else 1e-2
+    )
+
+
+def test_any_shape_dtype_and_stride(layer: QuantizedLinear) -> None:
+    for x in (
+        torch.randn(64), torch.randn(1, 64), torch.randn(2, 3, 64), torch.randn(2, 1, 5, 64), torch.randn(3, 64).bfloat16(),
+        torch.randn(3, 64).half(), torch.randn(64, 7).t(), torch.randn(5, 128)[:, ::2], torch.randn(600, 64),
+    ):  # fmt: skip
+        assert is_right(layer, x) and layer(x).shape == (*x.shape[:-1], 40)
+    with torch.no_grad():
+        assert layer(torch.randn(0, 64)).shape == (0, 40) and layer(torch.randn(2, 0, 64)).shape == (2, 0, 40)
+        assert layer(torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64
+        with pytest.raises(hf_fp8.errors.InputError, match="columns"):
+            layer(torch.randn(2, 32))
+
+
+def other_codes(layer: QuantizedLinear) -> None:
+    layer.weight = nn.Parameter(layer.weight.codes.roll(1, 0), requires_grad=False)
+
+
+def other_memory(layer: QuantizedLinear) -> None:
+    layer.weight.data = layer.weight.codes.roll(3, 0)
+
+
+CHANGES: dict[str, Callable[[QuantizedLinear], object]] = {
+    "codes replaced": other_codes,
+    "codes in other memory": other_memory,
+    "codes in place": lambda layer: layer.weight.codes.view(torch.uint8).copy_(layer.weight.codes.roll(1, 0).view(torch.uint8)),
+    "scale in place": lambda layer: layer.weight_scale.data.mul_(2),
+    "scale replaced": lambda layer: setattr(layer, "weight_scale", nn.Parameter(layer.weight_scale * 3, requires_grad=False)),
+    "scale's data": lambda layer: setattr(layer.weight_scale, "data", layer.weight_scale.data * 3),
+    "bias in place": lambda layer: layer.bias.data.add_(1),
+    "bias replaced": lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.detach() + 1)),
+    "bias's data": lambda layer: setattr(layer.bias, "data", layer.bias.data + 2),
+    "to bfloat16": lambda layer: layer.to(torch.bfloat16),
+    "a state dict": lambda layer: layer.load_state_dict({**layer.state_dict(), "bias": torch.ones(40)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_seen(change: str, layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        before = layer(x)
+        CHANGES[change](layer)
+        assert is_right(layer, x)
+    assert change == "to bfloat16" or not torch.equal(layer(x), before)
+
+
+def test_modes_and_options_are_seen(layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        plain = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with kernels.use("weight_only"):
+            assert not torch.equal(layer(x), layer(x.clone()) + 1)
+        with pytest.raises(hf_fp8.errors.KernelError), kernels.use("int8_mm"):
+            layer(x)
+        with native.use(None):
+            assert torch.allclose(layer(x), plain, atol=0.1)
+        seen: list[torch.Tensor] = []
+        layer.observer = seen.append
+        layer(x)
+        layer.observer = None
+        assert len(seen) == 1
+    y = x.clone().requires_grad_()
+    layer(y).sum().backward()
+    assert y.grad is not None and layer.bias.grad is not None
+
+
+def test_a_backend_that_is_changed_after_a_call(layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        plain = layer(x)
+        layer.backend = "scaled_mm"  # rounds inputs
+        assert not torch.equal(layer(x), plain)
+        layer.backend = "auto"
+        assert torch.equal(layer(x), plain)
+
+
+def test_copies_have_their_own(layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 64)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)):
+        with torch.no_grad():
+            other.weight_scale.data.mul_(1)
+            assert torch.equal(other(x), layer(x))
+    twin = copy.deepcopy(layer)
+    assert twin._prepared is None
+    with torch.no_grad():
+        twin.bias.data.zero_()
+        assert is_right(twin, x) and is_right(layer, x)
