@@ -43,7 +43,8 @@ def multiply_int8(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     if x.columns is not None and x.outliers is not None:
         # Weights of the outlier columns: gathering rows of the transposed view is three times as fast as columns.
         beside = w.codes.t().index_select(0, x.columns).float().mul_(w.scale.float().reshape(1, -1))
-        added = x.outliers @ beside
+        # With `out`, as autocast would multiply in 16 bits.
+        added = torch.mm(x.outliers, beside, out=beside.new_empty((x.x.shape[0], w.codes.shape[0])))
     return native.multiply_int8(x.x, x.scale, w.codes, w.scale, dtype, bias=w.bias, added=added)
 
 

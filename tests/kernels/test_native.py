@@ -13,7 +13,9 @@ from support.fresh import run_fresh
 from hf_fp8.errors import InputError, KernelError
 from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import FP8, INT8
-from hf_fp8.formats.scheme import Granularity
+from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
+from hf_fp8.kernels import Weight
+from hf_fp8.kernels import native as kernels
 
 pytestmark = [
     pytest.mark.hostless,
@@ -245,6 +247,18 @@ def test_rounding_is_that_of_torch_bit_for_bit(values: str, instructions: str) -
                        native.quantize(x, torch.ones(1), Granularity(-1, -1), FP8).view(torch.uint8).t())  # fmt: skip
 
 
+def test_autocast_does_not_round_the_products() -> None:
+    """Columns that are split off are multiplied by torch, which autocast would have in 16 bits."""
+    x = torch.randn(20, 64)
+    x[:, 5] = 100.0
+    weight = Weight(codes(48, 64, INT8), torch.rand(48, 1) / 100, None, INT8_DYNAMIC)
+    given = kernels.INT8_OUTLIERS.quantize(x, None, INT8_DYNAMIC)
+    assert given.columns is not None and len(given.columns)
+    wanted = kernels.multiply_int8(given, weight, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.multiply_int8(given, weight, torch.float32), wanted)
+
+
 @pytest.mark.parametrize("share", [1, 3])
 @pytest.mark.parametrize("each", [1, 4, 40], ids="{} rows each".format)
 def test_experts(share: int, each: int, instructions: str) -> None:
@@ -332,7 +346,9 @@ import os, torch
 os.environ["HF_FP8_NATIVE"] = "{}"
 import hf_fp8
 from hf_fp8.formats import native
-from hf_fp8.formats.scheme import Granularity
+from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
+from hf_fp8.kernels import Weight
+from hf_fp8.kernels import native as kernels
 print(native.why_not())
 if native.why_not() is None:
     def threads(): return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0

@@ -22,7 +22,9 @@ from .tensor_faults import TENSORS
 KINDS: list[tuple[dict[Fault, float], float]] = [(CONFIG, 0.33), (TENSORS, 0.37), (MODEL, 0.1), (FILES, 0.2)]
 MODES: dict[str, dict[str, Any] | None] = {
     "default": None, "dequantize": {"dequantize": True}, "weight_only": {"backend": "weight_only"},
-    "scaled_mm": {"backend": "scaled_mm"}, "int8": {"backend": "int8"}, "experts": {"experts": "fp8"},
+    # The judge does not know how inputs of experts are rounded.
+    "scaled_mm": {"backend": "scaled_mm", "experts": "dequantize"},
+    "int8": {"backend": "int8"}, "experts": {"experts": "fp8"},
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
