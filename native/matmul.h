@@ -310,10 +310,7 @@ struct Matmul {
                     memset(rest, 0, 16);
                     codes = width > 0 ? (const uint8_t *)memcpy(rest, codes, width) : rest;
                 }
-                I::template widen_row<C>(codes, scales + half, row);
-                if (C == E4M3 && I::any_nan(codes))
-                    for (int r = 0; r < 16; r++)
-                        if ((codes[r] & 0x7F) == 0x7F) row[r] = as_float(0x7FC00000);
+                widen_16<C>(codes, scales + half, row);
             }
         }
     }
@@ -464,6 +461,7 @@ struct Matmul {
 
     template <int64_t C>
     static void dequantize_row(const Weights &g, int64_t blocks, int64_t scale_of, int64_t matrix, int64_t r, void *out, int64_t out_dtype) {
+        constexpr int64_t PIECE = 256;  // values at a time, in the first cache, if they are converted to 16 bits
         const uint8_t *w = g.row(matrix, r);
         const int64_t start = (matrix * g.n + r) * g.k;
         for (int64_t b = 0; b < blocks; b++) {
@@ -471,19 +469,28 @@ struct Matmul {
             float scales[16];
             for (int i = 0; i < 16; i++) scales[i] = scale;
             const int64_t end = least((b + 1) * g.block_cols, g.k);
-            for (int64_t i = b * g.block_cols; i < end; i += 16) {
-                const int64_t count = least(16, end - i);
-                uint8_t rest[16] = {0};
-                const uint8_t *from = w + i;
-                if (count < 16) from = (const uint8_t *)memcpy(rest, w + i, count);
-                float values[16];
-                I::template widen_row<C>(from, scales, values);
-                if (C == E4M3 && I::any_nan(from))
-                    for (int j = 0; j < 16; j++)
-                        if ((from[j] & 0x7F) == 0x7F) values[j] = as_float(0x7FC00000);
-                I::write(values, count, out, out_dtype, start + i);
+            for (int64_t piece = b * g.block_cols; piece < end; piece += PIECE) {
+                const int64_t size = least(PIECE, end - piece), whole = size / 16 * 16;
+                float held[PIECE], *values = out_dtype == FLOAT32 ? (float *)out + start + piece : held;
+                for (int64_t i = 0; i < whole; i += 16) widen_16<C>(w + piece + i, scales, values + i);
+                if (whole < size) {
+                    uint8_t rest[16] = {0};
+                    float last[16];
+                    memcpy(rest, w + piece + whole, size - whole);
+                    widen_16<C>(rest, scales, last);
+                    memcpy(values + whole, last, (size - whole) * sizeof(float));
+                }
+                if (values == held) I::write(held, size, out, out_dtype, start + piece);
             }
         }
+    }
+
+    template <int64_t C>
+    INLINE void widen_16(const uint8_t *codes, const float *scales, float *to) {
+        I::template widen_row<C>(codes, scales, to);
+        if (C == E4M3 && I::any_nan(codes))
+            for (int j = 0; j < 16; j++)
+                if ((codes[j] & 0x7F) == 0x7F) to[j] = as_float(0x7FC00000);
     }
 
     static int dequantize(const Weights *g, void *out, int64_t out_dtype, int64_t threads) {

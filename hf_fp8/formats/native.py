@@ -63,11 +63,49 @@ def _load() -> ctypes.CDLL | str:
         function.argtypes, function.restype = arguments, ctypes.c_int64
     library.hf_fp8_name.restype = ctypes.c_char_p
     _share_threads(library)
-    if wanted:
-        found = _names(library)
-        if wanted not in found or library.hf_fp8_use(found.index(wanted)) != 0:
-            return f"{VARIABLE}={wanted}: not among the instructions of this processor and of the library ({', '.join(found)})"
-    return library
+    found = _names(library)
+    if wanted and wanted not in found:
+        return f"{VARIABLE}={wanted}: not among the instructions of the library ({', '.join(found)})"
+    for index, name in enumerate(found):
+        if wanted in ("", name) and library.hf_fp8_use(index) == 0 and _is_right(library):
+            return library
+    return f"the library of CPU kernels does not run on this processor, or gives wrong numbers ({wanted or ', '.join(found)})"
+
+
+def _is_right(library: ctypes.CDLL) -> bool:
+    """Whether the instructions in use give exact results here: kernels are probed before they are chosen (`kernels.probing`),
+    but gradients, dequantizing and quantizing have no other check."""
+    n, k = 37, 97
+    # In the arithmetic of Python: torch's modes, or its default device, may be any.
+    codes = bytes((7 * i) % 127 | 128 * (i % 3 == 0) for i in range(n * k))
+    real = [_value(code) for code in codes]
+    x = [float(i % 5 - 2) for i in range(max(n, k))]
+    scale = 0.5
+    given, scales, values = ((ctypes.c_float * len(v))(*v) for v in (x, [scale], [r * scale for r in real]))
+    held = ctypes.create_string_buffer(codes, len(codes))
+    at = ctypes.addressof
+    weights = _WEIGHTS.pack(at(held), at(scales), 0, 0, 1, n, k, k, 0, 1, n, k)
+    for rows in (1, 30):
+        for transposed, width, depth in ((0, n, k), (1, k, n)):
+            out = (ctypes.c_float * (rows * width))()
+            library.hf_fp8_multiply(
+                weights + _PREPARED.pack(at(given), 0, 0, rows, 0, 0, 0, 1, rows, 0, 0, at(out), 0, transposed, 1)
+            )
+            step, by = (k, 1) if not transposed else (1, k)
+            wanted = [scale * sum(x[d] * real[j * step + d * by] for d in range(depth)) for j in range(width)]
+            if list(out) != wanted * rows:
+                return False
+    out, back = (ctypes.c_float * len(codes))(), ctypes.create_string_buffer(len(codes))
+    library.hf_fp8_dequantize(weights, at(out), 0, 1)
+    library.hf_fp8_quantize(_ROUNDING.pack(at(values), 0, k, n, k, at(scales), 0, n, k, 0, at(back), 1))
+    return list(out) == list(values) and back.raw == codes
+
+
+def _value(code: int) -> float:
+    """The number that an E4M3 code stands for (not NaN)."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+    return -magnitude if code & 128 else magnitude
 
 
 _SIGNATURES: dict[str, list[Any]] = {
@@ -86,15 +124,12 @@ _SIGNATURES: dict[str, list[Any]] = {
 def _share_threads(library: ctypes.CDLL) -> None:
     """Give the library the functions of the OpenMP runtime that torch itself uses; without them it works on one thread."""
     folder = Path(torch.__path__[0], "lib")
-    found: dict[str, int | None] = {}
     for file in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / file).exists():
             # Symbols are looked up in this library and those that it is linked to, in their order.
             torch_cpu = ctypes.CDLL(str(folder / file))
-            for name in ("GOMP_parallel", "__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num"):
-                function = getattr(torch_cpu, name, None)
-                found[name] = None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-    library.hf_fp8_use_openmp(*(found.get(name) for name in _OPENMP))
+            functions = (getattr(torch_cpu, name, None) for name in _OPENMP)
+            library.hf_fp8_use_openmp(*(None if f is None else ctypes.cast(f, ctypes.c_void_p).value for f in functions))
 
 
 _OPENMP = ("GOMP_parallel", "__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
@@ -189,14 +224,17 @@ def multiply(
     """
     n, k = codes.shape[-2:]
     width, depth = (k, n) if transposed else (n, k)
-    out, used = _empty(x, dtype, width, x.shape[0] if rows is None else rows, ends)
+    _on_cpu(x, bias)
+    rows = _checked_rows(x, codes, rows, ends, sources, targets, share)
+    out, used = _empty(x, dtype, width, rows, ends)
     if not used or not width:
         return out
     if not depth:
         return out.zero_() if bias is None else out.copy_(bias)
     _require(bias, "numbers of a bias", width)
-    if x.shape[1] != depth or (ends is not None and ends.shape[0] != codes.shape[0]):
+    if x.shape[1] != depth:
         raise InputError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(codes.shape)}")
+    x = x.resolve_neg()
     if x.stride(1) != 1 and depth > 1:
         x = x.contiguous()
     if bias is not None and bias.dtype not in DTYPES:
@@ -227,6 +265,7 @@ class Prepared:
     ) -> None:
         """dtype: that of inputs and outputs. Raises ValueError for tensors that `multiply` would convert first."""
         fields, *used = _weights(codes, scale, granularity, 1)
+        _on_cpu(bias)
         _require(bias, "numbers of a bias", codes.shape[0])
         if used[0] is not codes or used[1].data_ptr() != scale.data_ptr() or (bias is not None and bias.dtype not in DTYPES):
             raise ValueError("not as the library reads it")
@@ -245,7 +284,7 @@ class Prepared:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) in `dtype`, contiguous, at least one row -> (..., N)."""
+        """x (..., K) in `dtype` on the CPU, contiguous, at least one row -> (..., N)."""
         *rows, k = x.shape
         out = x.new_empty((*rows, self.n))
         m, code = x.numel() // k, DTYPES[self.dtype]
@@ -266,6 +305,44 @@ def _empty(
     return make((rows, width), dtype=dtype or x.dtype), used
 
 
+def _checked_rows(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    rows: int | None,
+    ends: torch.Tensor | None,
+    sources: torch.Tensor | None,
+    targets: torch.Tensor | None,
+    share: int,
+) -> int:
+    """The number of rows of the output. Raises InputError for a routing that names rows that do not exist."""
+    if ends is None:
+        return x.shape[0]
+    count = x.shape[0] if rows is None else rows
+    of = (("ends", ends, torch.int32, count + 1), ("sources", sources, torch.int64, x.shape[0] * share))
+    for what, given, dtype, limit in (*of, ("targets", targets, torch.int64, count)):
+        if given is None:
+            continue
+        length = codes.shape[0] if what == "ends" else count
+        if given.dtype != dtype or given.shape != (length,) or not given.is_cpu or not given.is_contiguous():
+            raise InputError(
+                f"{what} is {tuple(given.shape)} in {given.dtype}, where ({length},) in {dtype} on the CPU is needed"
+            )
+        if length and not 0 <= int(given.min()) <= int(given.max()) < limit:
+            raise InputError(f"{what} has numbers outside of 0 to {limit - 1}")
+    if sources is None and count > x.shape[0] * share:
+        raise InputError(f"{count} outputs of {x.shape[0]} inputs, {share} of each, do not fit")
+    return count
+
+
+def _on_cpu(*tensors: torch.Tensor | None) -> None:
+    """Raise InputError for tensors of another device, whose addresses mean nothing to the library."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cpu:
+            raise InputError(
+                f"expected all tensors on the CPU, as the input or the weight is, but found one on {tensor.device}"
+            )
+
+
 def _require(tensor: torch.Tensor | None, what: str, count: int) -> None:
     """Raise InputError if `tensor` does not have `count` elements: the library would read memory that is not its own."""
     if tensor is not None and tensor.numel() != count:
@@ -278,6 +355,7 @@ def _at(tensor: torch.Tensor | None) -> int:
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity, out: torch.Tensor) -> torch.Tensor:
     """Codes (N, K) in E4M3 or int8 times their scales in float32, rounded once to the dtype of `out` (N, K), contiguous."""
+    _on_cpu(out)
     if out.numel():
         held, codes, scale = _weights(codes, scale, granularity, 1)
         _library().hf_fp8_dequantize(_WEIGHTS.pack(*held), out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
@@ -302,8 +380,10 @@ def _round(
     function: str, x: torch.Tensor, scale: torch.Tensor | None, granularity: Granularity, code: int, out: torch.Tensor
 ) -> None:
     rows, cols = x.shape
+    _on_cpu(x, scale)
     if not x.numel():
         return
+    x = x.resolve_neg()
     x = x if x.stride(1) == 1 else x.contiguous()
     scale = scale if scale is None or scale.dtype in DTYPES else scale.float()
     scale = None if scale is None else scale.contiguous()
@@ -323,6 +403,7 @@ def _weights(
 ) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
     """The fields of `Weights`, and the tensors that they point to, which the caller has to keep until the call returns."""
     n, k = codes.shape[-2:]
+    _on_cpu(codes, scale)
     if codes.stride(-1) != 1 and k > 1:
         codes = codes.contiguous()
     if scale.dtype not in DTYPES:
@@ -361,7 +442,11 @@ def multiply_int8(
         (codes, "codes", n * k), (scale, "scales of the weight", n), (x_scale, "scales of the input", m),
         (bias, "numbers of a bias", n), (added, "numbers that are added", m * n),
     ):  # fmt: skip
+        _on_cpu(tensor)
         _require(tensor, what, count)
+    if not k:
+        return out.copy_(sum((t.float() for t in (added, bias) if t is not None), start=out.new_zeros((), dtype=torch.float32)))
+    _on_cpu(x)
     x, codes = (t if t.stride(1) == 1 else t.contiguous() for t in (x, codes))
     scale, x_scale = scale if scale.dtype in DTYPES else scale.float(), x_scale.float().contiguous()
     scale = scale.contiguous()

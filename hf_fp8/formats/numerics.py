@@ -32,6 +32,7 @@ OUTLYING, WORTHWHILE = 2.5, 5.0
 # 5632x2048 to float32 on two cores, ms: 35 at 2**16, 28 at 2**17, 27 at 2**18, 22 at 2**19, 23 at 2**20; torch's own
 # cast and product 65 to 75. To bfloat16 26, 22, 17, 16, 15; torch 52 to 89.
 CPU_CHUNK = 2**19
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # On other devices, where weights are dequantized in pieces to limit memory: 64 MB of float32.
 GPU_CHUNK = 2**24
 
@@ -49,7 +50,9 @@ def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype 
 
 def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """The amax of each block of a non-empty x (rows, cols): `granularity.grid`, in the dtype of x."""
-    if granularity.rows != -1 and _in_library(x):  # a tensor is one block, which one thread would do
+    if (
+        granularity.rows != -1 and x.dtype in native.DTYPES and _in_library(x)
+    ):  # a tensor is one block, which one thread would do
         return native.amax(x, granularity).to(x.dtype)
     rows, cols = x.shape
     grid_rows, grid_cols = granularity.grid(rows, cols)
@@ -65,9 +68,16 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     return tiles.amax(dim=(1, 3))
 
 
-def _in_library(x: torch.Tensor) -> bool:
-    """Whether the library of CPU kernels takes x, with the same results."""
-    return x.is_cpu and x.dtype in native.DTYPES and native.why_not() is None and not torch.compiler.is_compiling()
+def _in_library(*tensors: torch.Tensor) -> bool:
+    """Whether the library of CPU kernels takes them: plain tensors of a CPU, where nothing traces or differentiates."""
+    return (
+        all(type(t) in _PLAIN and t.is_cpu and t.dtype != torch.float64 for t in tensors)
+        and native.why_not() is None
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -105,7 +115,7 @@ def quantize(
     (`stochastic_round`).
     """
     code = CODE_TYPES[dtype]
-    if generator is None and _in_library(x) and dtype in native.CODES and scale.dtype != torch.float64:
+    if generator is None and x.dtype in native.DTYPES and dtype in native.CODES and _in_library(x, scale):
         return native.quantize(x, scale, granularity, dtype)
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
@@ -135,7 +145,7 @@ def dequantize(
     if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
         return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    if dtype in native.DTYPES and native.why_not() is None:
+    if dtype in native.DTYPES and _in_library(q, scale):
         return native.dequantize(q, scale, granularity, out)
     for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
         multiply_out(piece, expand_scale(part.float(), granularity, *piece.shape), out[start : start + len(piece)])

@@ -12,7 +12,7 @@ from ..loading.layout import Layout
 from .config import FP8Config
 
 logger = logging.get_logger(__name__)
-KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 on any device, in half the memory; on CPUs it is slower."
+KEEP_EXPERTS = "experts='fp8' keeps experts in FP8 on any device, in half the memory; it is slower where no kernel reads them."
 
 
 def report_planned(config: FP8Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ def report(
         logger.warning(
             f"hf_fp8: {sum(bool(w.target) for w in layout.scan.weights)} FP8 weights are dequantized to {dtype} "
             f"while loading ({because}), and {saved}. "
-            "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8; backend='int8' is the fast one on CPUs."
+            "FP8Config(backend='weight_only') or 'scaled_mm' keeps Linears in FP8 all the same, which is slower here."
             + (f" {KEEP_EXPERTS}" if merged else "")
         )
     elif because is None and layout.reasons:

@@ -51,15 +51,18 @@ _INT8_NATIVE = Limit(8, "measured on an AMD EPYC with AVX2, used for every CPU w
 # Rows of input up to which the library of CPU kernels multiplies, instead of dequantizing for torch's matmul. Ratio to a dense
 # float32 matmul, 2048x2048, AMD EPYC 7003, AVX2, one and two threads: 16 rows 1.2, 1.5; 64 1.1, 1.3; 512 1.0, 1.0 to 1.1.
 _EVERY = 2**62
-_NOT_MEASURED = 64  # of processors with wider vectors or bfloat16 units, where torch has kernels made for them
+# Of other processors, where torch may have better kernels; without vector instructions it has, for any number of rows.
+_NOT_MEASURED = 64
 
 
 @native.depends
 @cache
 def native_limit(dtype: torch.dtype) -> int:
     """Rows of input, in `dtype`, up to which the library of CPU kernels multiplies itself."""
-    is_measured = native.names()[1] in ("avx2", "avx2-f16c", "scalar")
-    return _EVERY if is_measured and not (dtype == torch.bfloat16 and has_bfloat16_units()) else _NOT_MEASURED
+    used = native.names()[1]
+    if used == "scalar":
+        return 0
+    return _EVERY if used == "avx2" and not (dtype == torch.bfloat16 and has_bfloat16_units()) else _NOT_MEASURED
 
 
 @cache

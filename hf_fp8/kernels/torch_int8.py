@@ -147,7 +147,7 @@ def why_not_device(problem: Problem) -> str | None:
 def why_slow(problem: Problem) -> str | None:
     """The reason not to choose `multiply` on this device; None if there is none."""
     if problem.device.type == "cpu" and int_mm_is_slow():
-        return "torch._int_mm is slower than a float32 matmul on this CPU (timed)"
+        return "torch._int_mm is slower than a float32 matmul on this CPU"
     return None
 
 

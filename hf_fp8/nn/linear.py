@@ -233,16 +233,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             return self._computed(input)
         if self.original is not None:
             self.refuse_stale()
-        if self._prepared is not None and self._is_plain() and self._prepared.takes(self, input):
+        if self._prepared is not None and self._prepared.takes(self, input):
             return self._prepared(input)
         out = self._computed(input)
-        if input.is_cpu and not torch.is_grad_enabled() and self._is_plain():
-            self._prepared = PreparedCall.of(self, input)
+        self._prepared = PreparedCall.of(self, input)
         return out
-
-    def _is_plain(self) -> bool:
-        """Whether it does nothing but multiply."""
-        return self.observer is None and self.compute_dtype is None and "parametrizations" not in self._modules
 
     def _computed(self, input: torch.Tensor) -> torch.Tensor:
         """The output, by all steps."""

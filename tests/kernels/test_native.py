@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.fresh import run_fresh
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_fp8.errors import InputError, KernelError
 from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import FP8, INT8
 from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
-from hf_fp8.kernels import Weight
+from hf_fp8.kernels import Weight, why_not_kept, why_not_kept_experts
 from hf_fp8.kernels import native as kernels
 
 pytestmark = [
@@ -302,8 +303,23 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         given: dict[str, Any] = {"x": x, "codes": weight, "scale": scale, "granularity": granularity} | bad
         with pytest.raises(InputError, match=r"needed|does not fit"):
             native.multiply(**given)
-    with pytest.raises(InputError, match="does not fit"):
-        native.multiply(x, weight.unsqueeze(0), scale, granularity, ends=torch.tensor([1, 3], dtype=torch.int32))
+    for other in (
+        {"x": x.to("meta")},
+        {"codes": weight.to("meta")},
+        {"scale": scale.to("meta")},
+        {"bias": torch.ones(20).to("meta")},
+    ):
+        with pytest.raises(InputError, match="on the CPU"):
+            native.multiply(**{"x": x, "codes": weight, "scale": scale, "granularity": granularity} | other)
+    ends = torch.tensor([3], dtype=torch.int32)
+    for wrong in (
+        {"ends": torch.tensor([1, 3], dtype=torch.int32)}, {"ends": ends.long()}, {"ends": ends + 1},
+        {"sources": torch.tensor([0, 1, 3])}, {"sources": torch.tensor([0, -1, 2])}, {"targets": torch.tensor([0, 1, 3])},
+        {"targets": torch.tensor([0, 1])}, {"sources": torch.tensor([0, 1, 2], dtype=torch.int32)}, {"rows": 4},
+    ):  # fmt: skip
+        routing: dict[str, Any] = {"ends": ends, "rows": 3} | wrong
+        with pytest.raises(InputError, match=r"is needed|outside of|do not fit"):
+            native.multiply(x, weight.unsqueeze(0), scale.unsqueeze(0), granularity, **routing)
     with pytest.raises(InputError, match="there are 2 scales of the input, where 3 are needed"):
         native.multiply_int8(codes(3, 64, INT8), torch.ones(2, 1), codes(20, 64, INT8), scale, torch.float32)
     with pytest.raises(InputError, match="scales"):
@@ -365,6 +381,40 @@ if native.why_not() is None:
     assert found["scalar"].split("\n")[:2] == ["None", "scalar 0"]
     assert found[""].split("\n")[:2] == ["None", f"{native.names()[1]} 0"]
     assert found["nonsense"].startswith("HF_FP8_NATIVE=nonsense: not among")
+
+
+def test_instructions_that_compute_wrongly_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and dequantizing have no probe of their own."""
+    library = native._library()
+    assert native._is_right(library)
+    for name in ("hf_fp8_multiply", "hf_fp8_dequantize", "hf_fp8_quantize"):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, name, lambda *_: 0)  # computes nothing
+            assert not native._is_right(library)
+    monkeypatch.setattr(native, "_is_right", lambda _: False)
+    with native.use(native.names()[1]):  # restores what loading leaves in use
+        assert "gives wrong numbers" in str(native._load.__wrapped__())
+
+
+def test_what_traces_or_differentiates_is_torchs() -> None:
+    granularity, x = Granularity(1, -1), torch.randn(4, 64)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert numerics.quantize(fake, numerics.compute_scale(fake, granularity), granularity).shape == (4, 64)
+    y = x.clone().requires_grad_()
+    numerics.compute_scale(y, granularity).sum().backward()
+    assert y.grad is not None and int((y.grad != 0).sum()) == 4
+    scales_of = torch.func.vmap(lambda row: numerics.compute_scale(row.unsqueeze(0), granularity))(x)
+    assert torch.equal(scales_of.reshape(4, 1), numerics.compute_scale(x, granularity))
+
+
+def test_without_vectors_nothing_is_kept_by_default() -> None:
+    """A tenth of dense speed: as without the library."""
+    with native.use("scalar"):
+        assert "no vector instructions" in str(why_not_kept(torch.device("cpu"), torch.float32))
+        assert "no vector instructions" in str(why_not_kept_experts(torch.device("cpu"), torch.float32))
+    if native.names()[1] != "scalar":
+        assert why_not_kept(torch.device("cpu"), torch.float32) is None
 
 
 def test_use_restores_what_was_used() -> None:

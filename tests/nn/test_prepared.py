@@ -97,8 +97,10 @@ def test_modes_and_options_are_seen(layer: QuantizedLinear) -> None:
         plain = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+        prepared = layer._prepared
+        assert prepared is not None and prepared.takes(layer, x)
         with kernels.use("weight_only"):
-            assert not torch.equal(layer(x), layer(x.clone()) + 1)
+            assert not prepared.takes(layer, x) and torch.allclose(layer(x), plain, atol=1e-5)
         with pytest.raises(hf_fp8.errors.KernelError), kernels.use("int8_mm"):
             layer(x)
         with native.use(None):
@@ -111,6 +113,23 @@ def test_modes_and_options_are_seen(layer: QuantizedLinear) -> None:
     y = x.clone().requires_grad_()
     layer(y).sum().backward()
     assert y.grad is not None and layer.bias.grad is not None
+
+
+def test_another_device_is_an_error(layer: QuantizedLinear) -> None:
+    """An address of another device would end the process."""
+    with torch.no_grad():
+        assert layer(torch.randn(3, 64, device="meta")).is_meta
+        layer(torch.randn(3, 64))
+        layer.bias = nn.Parameter(torch.ones(40, device="meta"))
+        with pytest.raises(hf_fp8.errors.InputError, match="on the CPU"):
+            layer(torch.randn(3, 64))
+
+
+def test_negative_views(layer: QuantizedLinear) -> None:
+    lazy = torch.randn(3, 64, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    for given in (lazy, torch._neg_view(torch.randn(3, 64))):
+        assert is_right(layer, given)
 
 
 def test_a_backend_that_is_changed_after_a_call(layer: QuantizedLinear) -> None:
