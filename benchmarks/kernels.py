@@ -1,7 +1,8 @@
 """Single linears, `scripts/bench kernels`: each kernel, hf_fp8 as users get it, and peers, against the dense linear.
 
 Each contender cycles over copies of its weight that together exceed the last cache, all contenders take turns
-round by round, and the median of the rounds counts. Quantizing the input is always part of the time.
+round by round, and the median of the rounds counts. Quantizing the input is always part of the time. "CPU ms" are of all
+threads together: with one thread they are the work, also on a busy machine; with more they count threads that wait for others.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, Scheme
 from hf_fp8.kernels import KERNELS, WEIGHT_ONLY, Problem
 from hf_fp8.kernels.probing import int_mm_is_slow
 
-from .common import results, shapes
+from .common import peers, results, shapes
 from .common.contenders import SCHEMES, Contender, Peak, peaks
 from .common.results import ON_GPU, Line, Results
-from .common.timing import first_line, time_of
+from .common.timing import cost_of, first_line
 
 # What is cycled through: more than the last-level cache of a GPU (50 MB of an H100), a good part of a server CPU's.
 COLD_BYTES = {"cuda": 400e6, "cpu": 300e6}
@@ -87,8 +88,7 @@ def _torchao(layers: list[QuantizedLinear], n: int, k: int, dtype: torch.dtype, 
     try:
         from torchao import quantization
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "torchao"
-        return [Contender("torchao", [], 0, error="not installed" if missing else first_line(error))]
+        return [Contender("torchao", [], 0, error=peers.why_not(error))]
     configs = {"torchao int8": quantization.Int8DynamicActivationInt8WeightConfig()}
     if device != "cpu":
         rows = quantization.PerRow()
@@ -112,7 +112,7 @@ def _torchao(layers: list[QuantizedLinear], n: int, k: int, dtype: torch.dtype, 
 
 @torch.no_grad()
 def measure(them: list[Contender], m: int, k: int, dtype: torch.dtype, device: str, rounds: int) -> None:
-    """Fill in `times` and `error`, by `rounds` rounds after one that does not count."""
+    """Fill in `times`, `cpu_times` and `error`, by `rounds` rounds after one that does not count."""
     x = torch.randn(m, k, device=device, dtype=dtype)
     longest = 0.02 if device == "cpu" else 0.005  # seconds a turn
     turn = 0
@@ -127,14 +127,15 @@ def measure(them: list[Contender], m: int, k: int, dtype: torch.dtype, device: s
                 with contender.chosen():
                     if number == 0:
                         calls[0](x)  # compiles, probes
-                    seconds = time_of(lambda turns=turns: [call(x) for call in turns], device) / repeat  # type: ignore[misc]
+                    cost = cost_of(lambda turns=turns: [call(x) for call in turns], device)  # type: ignore[misc]
             except Exception as error:  # a peer that does not take M = 1, say: reported, not hidden
                 contender.error = first_line(error)
                 continue
-            contender.times.append(seconds)
+            contender.times.append(cost.wall / repeat)
+            contender.cpu_times.append(cost.cpu / repeat)
             turn += repeat
     for contender in them:
-        contender.times = contender.times[1:]
+        contender.times, contender.cpu_times = contender.times[1:], contender.cpu_times[1:]
 
 
 def line(contender: Contender, dense: Contender, stock: Contender | None, size: tuple[int, int, int], peak: Peak) -> Line:
@@ -147,9 +148,10 @@ def line(contender: Contender, dense: Contender, stock: Contender | None, size: 
     best = peak.roofline(contender, 2 * m * n * k, contender.weight_bytes + (m * k + m * n) * itemsize)
     row = {
         "benchmark": "kernel", "m": m, "n": n, "k": k, "ms": contender.seconds * 1e3, "ratio_to_dense": to_dense,
-        "ratio_to_stock": to_stock, **best,
+        "ratio_to_stock": to_stock, **best, "note": f"CPU {contender.cpu_seconds * 1e3:.4g} ms",
     }  # fmt: skip
-    return Line(contender.name, [contender.seconds * 1e3, to_dense, to_stock, *best.values()], row)
+    cells = [contender.seconds * 1e3, contender.cpu_seconds * 1e3, to_dense, to_stock, *best.values()]
+    return Line(contender.name, cells, row)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -158,16 +160,25 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048] + ([8192] if ON_GPU else []))
     parser.add_argument("--scheme", choices=SCHEMES, default="channel")
     parser.add_argument("--slow", action="store_true", help="on a CPU, also what has no fast FP8 there")
+    results.add_threads(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """With the number of threads that torch has now."""
     dtype = getattr(torch, args.dtype)
     peak = peaks(args.device, dtype)
+    threads = torch.get_num_threads()
     results.console.print(
         f"{results.device_name(args.device)}: {peak.bandwidth / 1e9:.0f} GB/s, {peak.flops / 1e12:.2f} TFLOP/s {args.dtype}, "
-        f"{peak.flops_8bit / 1e12:.2f} with 8 bits ({peak.source})"
+        f"{peak.flops_8bit / 1e12:.2f} with 8 bits ({peak.source}, {threads} thread{'s' * (threads > 1)})"
     )
     log = Results(args.device, args.csv)
     for model in args.shapes:
@@ -180,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 lines = [line(contender, them[0], stock, (m, n, k), peak) for contender in them]
                 for each in lines:
                     each.row |= {"case": model, "scheme": args.scheme, "dtype": args.dtype}
-                columns = ("ms", "x dense", "x stock", "TFLOP/s", "GB/s", "% of roofline")
+                columns = ("ms", "CPU ms", "x dense", "x stock", "TFLOP/s", "GB/s", "% of roofline")
                 log.add(f"M={m} N={n} K={k}", columns, lines)
             del every, them
 

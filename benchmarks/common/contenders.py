@@ -33,11 +33,17 @@ class Contender:
     eight_bit: bool = False
     forced: str | None = None
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
     error: str = ""
 
     @property
     def seconds(self) -> float:
         return median(self.times)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all threads together."""
+        return median(self.cpu_times)
 
     def again(self) -> Contender:
         """The same one, not yet measured; an error in the measurement is forgotten."""

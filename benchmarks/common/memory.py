@@ -13,11 +13,12 @@ from typing import Any
 
 @dataclass
 class Watched:
-    """GB of anonymous memory before, and the most meanwhile; seconds."""
+    """GB of anonymous memory before, and the most meanwhile; seconds, and those of all threads together."""
 
     before: float
     peak: float
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def used(self) -> float:
@@ -31,9 +32,17 @@ def anonymous() -> float:
 
 
 def held_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers, each counted once."""
-    held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    """Bytes of all parameters and buffers, each counted once; of torchao's weights, of the tensors that they consist of."""
+    held = {t.data_ptr(): t for tensor in (*model.parameters(), *model.buffers()) for t in _parts(tensor)}
     return sum(t.numel() * t.element_size() for t in held.values())
+
+
+def _parts(tensor: Any) -> Iterator[Any]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 @contextmanager
@@ -48,10 +57,10 @@ def watched(every: float = 0.003) -> Iterator[Watched]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield found
     finally:
-        found.seconds = time.perf_counter() - start
+        found.seconds, found.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
         done.set()
         thread.join()

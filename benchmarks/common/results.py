@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,13 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--csv", type=Path, default=CSV, help="the file that rows are appended to (default: docs/benchmarks.csv)")
     return made
+
+
+def add_threads(made: argparse.ArgumentParser) -> None:
+    """--threads, for benchmarks that say CPU seconds, too."""
+    given = int(os.environ.get("BENCH_THREADS", torch.get_num_threads()))
+    about = f"of a CPU; everything is measured anew with each number (default: BENCH_THREADS, or all: {given})"
+    made.add_argument("--threads", nargs="+", type=int, default=[given], help=about)
 
 
 def device_name(device: str) -> str:

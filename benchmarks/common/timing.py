@@ -5,8 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+
+
+class Cost(NamedTuple):
+    """Of a call: seconds that passed, and seconds that the process's threads ran together.
+
+    Of one thread the latter is the work, whatever else the machine does. Of several it counts also those that wait for others.
+    """
+
+    wall: float
+    cpu: float
 
 
 def synchronize(device: str) -> None:
@@ -14,13 +25,18 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_of(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, until the device has done its work."""
+def cost_of(call: Callable[[], object], device: str) -> Cost:
+    """Of one call, until the device has done its work."""
     synchronize(device)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
     synchronize(device)
-    return time.perf_counter() - start
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def time_of(call: Callable[[], object], device: str) -> float:
+    """Seconds that pass."""
+    return cost_of(call, device).wall
 
 
 def median(values: Sequence[float]) -> float:
