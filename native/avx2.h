@@ -27,9 +27,17 @@ struct Avx2Base : X86 {
     INLINE void mark(Mark &m, Bytes b) { m = _mm256_max_epu8(m, _mm256_add_epi8(b, b)); }  // NaN codes give 0xFE, the largest
     INLINE bool marked(Mark m) { return _mm256_movemask_epi8(_mm256_cmpeq_epi8(m, _mm256_set1_epi8((char)0xFE))); }
 
+    template <int64_t C>
+    INLINE F widen_half(__m128i h) {
+        if (C == F16) return _mm256_cvtph_ps(h);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+    }
+    template <int64_t C, int64_t J>
+    INLINE F widen_half_of(Bytes b) { return widen_half<C>(J % 2 ? _mm256_extracti128_si256(b, 1) : _mm256_castsi256_si128(b)); }
     // The bits of an E4M3 code, moved to those of a float32, are the code divided by 2^120 (biases 7 and 127), subnormal codes too.
     template <int64_t C>
     INLINE F widen8(const uint8_t *codes) {
+        if (is_float(C)) return widen_half<C>(_mm_loadu_si128((const __m128i *)codes));
         __m256i c = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes));
         if (C == INT8) return _mm256_cvtepi32_ps(c);
         return _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(c, 20), _mm256_set1_epi32((int)0x87F00000)));
@@ -38,7 +46,7 @@ struct Avx2Base : X86 {
     INLINE void widen_row(const uint8_t *codes, const float *scales, float *to) {
         const __m256 up = _mm256_set1_ps(0x1p120f);
         for (int i = 0; i < 16; i += 8) {
-            __m256 f = widen8<C>(codes + i);
+            __m256 f = widen8<C>(codes + i * size_of(C));
             if (C == E4M3) f = _mm256_mul_ps(f, up);
             _mm256_storeu_ps(to + i, _mm256_mul_ps(f, _mm256_loadu_ps(scales + i)));
         }
@@ -74,11 +82,14 @@ struct Avx2Integer : Avx2Base {
     // Vector J holds bytes 4 i + J.
     template <int64_t C, int64_t J>
     INLINE F widen(Bytes b) {
-        __m256i c = J == 3 ? b : _mm256_slli_epi32(b, 24 - 8 * J);
-        if (C == INT8) return _mm256_cvtepi32_ps(_mm256_srai_epi32(c, 24));
-        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(c, 4), _mm256_set1_epi32((int)0x87F00000)));
+        if constexpr (is_float(C)) return widen_half_of<C, J>(b);
+        if (C == INT8) return _mm256_cvtepi32_ps(_mm256_srai_epi32(J == 3 ? b : _mm256_slli_epi32(b, 24 - 8 * J), 24));
+        // In steps that two or four vectors share.
+        __m256i c = _mm256_srai_epi16(J % 2 ? b : _mm256_slli_epi16(b, 8), 4);
+        return _mm256_castsi256_ps(_mm256_and_si256(J < 2 ? _mm256_slli_epi32(c, 16) : c, _mm256_set1_epi32((int)0x87F00000)));
     }
-    INLINE void order(int64_t, const float *from, float *to) {
+    INLINE void order(int64_t code, const float *from, float *to) {
+        if (is_float(code)) return (void)memcpy(to, from, 32 * sizeof(float));
         for (int j = 0; j < 4; j++)
             for (int i = 0; i < 8; i++) to[8 * j + i] = from[4 * i + j];
     }
@@ -89,6 +100,7 @@ struct Avx2Half : Avx2Base {
     static int64_t shift(int64_t code) { return code == E4M3 ? 8 : 0; }
     template <int64_t C, int64_t J>
     INLINE F widen(Bytes b) {
+        if constexpr (is_float(C)) return widen_half_of<C, J>(b);
         __m128i part = J < 2 ? _mm256_castsi256_si128(b) : _mm256_extracti128_si256(b, 1);
         if (J % 2) part = _mm_srli_si128(part, 8);
         if (C == INT8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part));
@@ -98,7 +110,7 @@ struct Avx2Half : Avx2Base {
     INLINE void order(int64_t, const float *from, float *to) { memcpy(to, from, 32 * sizeof(float)); }
     template <int64_t C>
     INLINE void widen_row(const uint8_t *codes, const float *scales, float *to) {
-        if (C == INT8) return Avx2Base::widen_row<C>(codes, scales, to);
+        if (C != E4M3) return Avx2Base::widen_row<C>(codes, scales, to);
         const __m256 up = _mm256_set1_ps(0x1p8f);
         for (int i = 0; i < 16; i += 8) {
             __m256 f = _mm256_mul_ps(half(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(codes + i)))), up);

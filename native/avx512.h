@@ -31,12 +31,22 @@ struct Avx512 : X86 {
         __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(c), 7);
         return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xBF80)));
     }
+    template <int64_t C>
+    INLINE F widen_half(__m256i h) {
+        if (C == F16) return _mm512_cvtph_ps(h);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    }
     template <int64_t C, int64_t J>
-    INLINE F widen(Bytes b) { return widen16<C>(_mm512_extracti32x4_epi32(b, J)); }
+    INLINE F widen(Bytes b) {
+        if constexpr (is_float(C)) return widen_half<C>(_mm512_extracti64x4_epi64(b, J % 2));
+        else return widen16<C>(_mm512_extracti32x4_epi32(b, J));
+    }
     INLINE void order(int64_t, const float *from, float *to) { memcpy(to, from, 64 * sizeof(float)); }
     template <int64_t C>
     INLINE void widen_row(const uint8_t *codes, const float *scales, float *to) {
-        F f = widen16<C>(_mm_loadu_si128((const __m128i *)codes));
+        F f;
+        if constexpr (is_float(C)) f = widen_half<C>(_mm256_loadu_si256((const __m256i *)codes));
+        else f = widen16<C>(_mm_loadu_si128((const __m128i *)codes));
         if (C == E4M3) f = _mm512_mul_ps(f, _mm512_set1_ps(0x1p8f));
         _mm512_storeu_ps(to, _mm512_mul_ps(f, _mm512_loadu_ps(scales)));
     }

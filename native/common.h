@@ -15,7 +15,9 @@
 namespace hf_fp8 {
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Code : int64_t { E4M3 = 0, INT8 = 1 };
+enum Code : int64_t { E4M3 = 0, INT8 = 1, BF16 = 2, F16 = 3 };
+constexpr bool is_float(int64_t code) { return code >= BF16; }  // numbers of 16 bits that were never quantized
+constexpr int64_t size_of(int64_t code) { return is_float(code) ? 2 : 1; }
 
 // Weights (count, n, k), each matrix times its scales. Everything is 64 bits wide, so that any language can fill it in.
 struct Weights {
@@ -127,7 +129,13 @@ INLINE void write_floats(const float *from, int64_t count, void *p, int64_t dtyp
     else
         for (int64_t i = 0; i < count; i++) to[i] = to_float16(from[i]);
 }
-INLINE float widen_one(int64_t code, uint8_t c) { return code == E4M3 ? e4m3(c) : (float)(int8_t)c; }
+INLINE float widen_one(int64_t code, const uint8_t *codes, int64_t i) {
+    if (code == E4M3) return e4m3(codes[i]);
+    if (code == INT8) return (float)(int8_t)codes[i];
+    uint16_t half;
+    memcpy(&half, codes + 2 * i, 2);
+    return code == BF16 ? from_bfloat16(half) : from_float16(half);
+}
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

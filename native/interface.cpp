@@ -33,7 +33,7 @@ static const Kernels *kernels() {
 using namespace hf_fp8;
 
 // Changes whenever arguments do.
-HF_FP8_EXPORT int64_t hf_fp8_version() { return 2; }
+HF_FP8_EXPORT int64_t hf_fp8_version() { return 3; }
 
 // The name of instruction set number `index` that this library was built with, in order of preference; null after the last.
 HF_FP8_EXPORT const char *hf_fp8_name(int64_t index) { return index < COUNT ? all[index]->name : nullptr; }

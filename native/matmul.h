@@ -1,4 +1,4 @@
-// Inputs times quantized weights, for any instruction set. `I` describes one: see scalar.h, which is the plainest.
+// Inputs times weights of 8 or 16 bits, for any instruction set. `I` describes one: see scalar.h, which is the plainest.
 //
 // Few rows of input: `dots`. A few rows of weights at a time are widened in registers and multiplied by up to six rows of inputs, so
 // each code is read once. Sums are scaled in the end, or after each block of columns.
@@ -19,7 +19,7 @@ struct Matmul {
     static constexpr int64_t GROUP = 4;       // panels that use a block of inputs while it is in the cache
     static constexpr int64_t MOST_COLUMNS = GROUP * NR;
     static constexpr int64_t ROWS = 480;      // of inputs in one item of work
-    static constexpr int64_t ITEM = 1 << 15;  // codes in one item of work of `dots`
+    static constexpr int64_t ITEM = 1 << 18;  // codes in one item of work of `dots`, if there are enough for all threads
     static constexpr int64_t SERIAL = 1 << 16;  // codes up to which one thread does all: starting others takes as long
 
     // ---- inputs
@@ -57,7 +57,8 @@ struct Matmul {
             }
             // Up to 2^126 if codes are 2^120 times smaller, so that products are about 1 to 2^15; else up to 2^90. The exponent of a
             // subnormal number is taken to be that of the smallest normal one.
-            const int64_t up = (shift > 100 ? 126 : 90) - ((int64_t)(largest >> 23) - 127);
+            // Numbers that were never quantized are multiplied as they are.
+            const int64_t up = is_float(p.weights.code) ? 0 : (shift > 100 ? 126 : 90) - ((int64_t)(largest >> 23) - 127);
             in.factor[r] = two_to(shift - up);
             // Two steps, as 2^up may be more than float32 holds.
             float a = as_float((uint32_t)(127 + up / 2) << 23), b = as_float((uint32_t)(127 + up - up / 2) << 23);
@@ -79,48 +80,58 @@ struct Matmul {
 
     // ---- few rows
 
+    // Rows of codes that are in registers at the same time. With few inputs all registers are for sums, and loads of inputs cost nothing.
+    static constexpr int together(int r, int m) { return m <= 2 ? 1 : r; }
+
     template <int64_t C, int A, int R, int M>
-    INLINE void accumulate(const uint8_t *const *w, int64_t row_stride, const float *x, int64_t stride, int64_t from,
-                           int64_t to, F acc[A][R][M], typename I::Mark *marks) {
+    INLINE void accumulate(const uint8_t *const *w, const float *x, int64_t stride, int64_t from, int64_t to, F (*acc)[A][M],
+                           typename I::Mark &mark) {
+        constexpr int S = size_of(C);
         int64_t i = from;
-        for (; i + CHUNK <= to; i += CHUNK) {
-            typename I::Bytes c[R];
-            for (int r = 0; r < R; r++) {
-                c[r] = I::bytes(w[r] + i);
-                I::prefetch(w[r] + i + R * row_stride);  // the rows that come next
-                if (C == E4M3) I::mark(marks[r], c[r]);
-            }
-            step<C, A, R, M>(c, x + i, stride, acc);
-        }
+        for (; i + CHUNK <= to; i += CHUNK) chunk<C, A, R, M>([&](int r) __attribute__((always_inline)) { return w[r] + i * S; }, x + i, stride, acc, mark);
         if (i < to) {
-            uint8_t rest[R][CHUNK];
-            typename I::Bytes c[R];
+            uint8_t rest[R][CHUNK * S];
             for (int r = 0; r < R; r++) {
-                memset(rest[r], 0, CHUNK);
-                memcpy(rest[r], w[r] + i, to - i);
-                c[r] = I::bytes(rest[r]);
-                if (C == E4M3) I::mark(marks[r], c[r]);
+                memset(rest[r], 0, CHUNK * S);
+                memcpy(rest[r], w[r] + i * S, (to - i) * S);
             }
-            step<C, A, R, M>(c, x + i, stride, acc);
+            chunk<C, A, R, M>([&](int r) __attribute__((always_inline)) { return rest[r]; }, x + i, stride, acc, mark);
         }
     }
 
-    template <int64_t C, int A, int R, int M>
-    INLINE void step(const typename I::Bytes *c, const float *x, int64_t stride, F acc[A][R][M]) {
-        unroll<4>([&](auto j) __attribute__((always_inline)) {
-            F d[R];
-            for (int r = 0; r < R; r++) d[r] = I::template widen<C, decltype(j)::value>(c[r]);
-            for (int m = 0; m < M; m++) {
-                F v = I::load(x + m * stride + decltype(j)::value * W);
-                for (int r = 0; r < R; r++) acc[decltype(j)::value % A][r][m] = I::fma(d[r], v, acc[decltype(j)::value % A][r][m]);
-            }
-        });
+    // One chunk of R rows of codes, at codes_of(row).
+    template <int64_t C, int A, int R, int M, class CodesOf>
+    INLINE void chunk(const CodesOf &codes_of, const float *x, int64_t stride, F (*acc)[A][M], typename I::Mark &mark) {
+        constexpr int S = size_of(C), T = together(R, M);
+        for (int first = 0; first < R; first += T) {
+            typename I::Bytes c[T][S];
+            for (int r = 0; r < T; r++)
+                for (int s = 0; s < S; s++) {
+                    c[r][s] = I::bytes(codes_of(first + r) + s * CHUNK);
+                    if (C == E4M3) I::mark(mark, c[r][s]);
+                }
+            unroll<4>([&](auto j) __attribute__((always_inline)) {
+                constexpr int J = decltype(j)::value;
+                F d[T];
+                for (int r = 0; r < T; r++) d[r] = I::template widen<C, J>(c[r][J * S / 4]);
+                for (int m = 0; m < M; m++) {
+                    F v = I::load(x + m * stride + J * W);
+                    for (int r = 0; r < T; r++) acc[first + r][J % A][m] = I::fma(d[r], v, acc[first + r][J % A][m]);
+                }
+            });
+        }
     }
 
-    template <int A, int R, int M>
-    INLINE F sum_of(F acc[A][R][M], int r, int m) {
-        F found = acc[0][r][m];
-        for (int a = 1; a < A; a++) found = I::add(found, acc[a][r][m]);
+    template <int A, int M>
+    INLINE F sum_of(const F (&acc)[A][M], int m) {
+        F found = acc[0][m];
+        for (int a = 1; a < A; a++) found = I::add(found, acc[a][m]);
+        return found;
+    }
+
+    static bool has_nan(const uint8_t *codes, int64_t k) {
+        bool found = false;
+        for (int64_t i = 0; i < k; i++) found |= (codes[i] & 0x7F) == 0x7F;
         return found;
     }
 
@@ -128,18 +139,16 @@ struct Matmul {
     template <int64_t C, int R, int M>
     static void dots(const uint8_t *const *w, const float *x, int64_t stride, const Weights &g, int64_t blocks, const int64_t *scale_of,
                      double *out) {
-        typename I::Mark marks[R];
+        typename I::Mark mark = I::unmarked();  // of all rows together
         // Sums that do not wait for each other: about 8, as an addition takes 4 cycles, and two can start in each.
         constexpr int A = R * M >= 8 ? 1 : R * M >= 4 ? 2 : 4;
-        F acc[A][R][M];
-        for (int r = 0; r < R; r++) {
-            marks[r] = I::unmarked();
+        F acc[R][A][M];
+        for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++)
-                for (int a = 0; a < A; a++) acc[a][r][m] = I::zero();
-        }
+                for (int a = 0; a < A; a++) acc[r][a][m] = I::zero();
         double power[R];
         if (blocks == 1) {
-            accumulate<C, A, R, M>(w, g.row_stride, x, stride, 0, g.k, acc, marks);
+            accumulate<C, A, R, M>(w, x, stride, 0, g.k, acc, mark);
             for (int r = 0; r < R; r++) power[r] = read_float(g.scales, g.scale_dtype, scale_of[r]);
         } else {
             // The scales of a row are divided by a power of two that makes the largest about 1.
@@ -160,21 +169,24 @@ struct Matmul {
                 for (int m = 0; m < M; m++) total[r][m] = I::zero();
             for (int64_t b = 0; b < blocks; b++) {
                 int64_t from = b * g.block_cols;
-                accumulate<C, A, R, M>(w, g.row_stride, x, stride, from, least(from + g.block_cols, g.k), acc, marks);
+                accumulate<C, A, R, M>(w, x, stride, from, least(from + g.block_cols, g.k), acc, mark);
                 for (int r = 0; r < R; r++) {
                     F s = I::set1(read_float(g.scales, g.scale_dtype, scale_of[r] + b) * down[r]);
                     for (int m = 0; m < M; m++) {
-                        total[r][m] = I::fma(sum_of<A, R, M>(acc, r, m), s, total[r][m]);
-                        for (int a = 0; a < A; a++) acc[a][r][m] = I::zero();
+                        total[r][m] = I::fma(sum_of<A, M>(acc[r], m), s, total[r][m]);
+                        for (int a = 0; a < A; a++) acc[r][a][m] = I::zero();
                     }
                 }
             }
             for (int r = 0; r < R; r++)
-                for (int m = 0; m < M; m++) acc[0][r][m] = total[r][m];
+                for (int m = 0; m < M; m++) acc[r][0][m] = total[r][m];
         }
-        for (int r = 0; r < R; r++)
+        const bool marked = C == E4M3 && I::marked(mark);
+        for (int r = 0; r < R; r++) {
+            const bool is_nan = marked && has_nan(w[r], g.k);
             for (int m = 0; m < M; m++)
-                out[r * M + m] = C == E4M3 && I::marked(marks[r]) ? (double)as_float(0x7FC00000) : (double)I::sum(sum_of<A, R, M>(acc, r, m)) * power[r];
+                out[r * M + m] = is_nan ? (double)as_float(0x7FC00000) : (double)I::sum(sum_of<A, M>(acc[r], m)) * power[r];
+        }
     }
 
     struct Segment {
@@ -183,10 +195,12 @@ struct Matmul {
 
     // Index of the first scale of each row, for rows that come one after the other: divisions would take as long as short rows.
     struct ScaleRows {
-        const Weights &g;
-        int64_t matrix, blocks, index = 0, until = -1;
-        ScaleRows(const Weights &weights, int64_t m) : g(weights), matrix(m), blocks(weights.grid_cols()) {}
+        const Weights *weights = nullptr;
+        int64_t matrix = 0, blocks = 0, index = 0, until = -1;
+        ScaleRows() = default;
+        ScaleRows(const Weights &w, int64_t m) : weights(&w), matrix(m), blocks(w.grid_cols()) {}
         int64_t of(int64_t row) {
+            const Weights &g = *weights;
             if (g.block_rows == 1) return (matrix * g.n + row) * blocks;
             if (row >= until) {
                 const int64_t each = g.n / g.parts, in_part = row % each;
@@ -197,28 +211,31 @@ struct Matmul {
         }
     };
 
+    // R rows at a time, each of another part of the rows: processors fetch several sequences ahead of the reads at the same time, each of
+    // them up to the end of a page. 2048 x 2048 on a Zen 3, one thread: 13 GB/s, and 10 if rows come one after the other.
     template <int64_t C, int R, int M>
     static void few_rows(const Product &p, const Inputs &in, int64_t matrix, int64_t first, int64_t n0, int64_t n1) {
         const Weights &g = p.weights;
-        const int64_t x0 = source(p, first);
-        ScaleRows scale_rows(g, matrix);
+        const int64_t x0 = source(p, first), part = divide_up(n1 - n0, R);
+        ScaleRows scale_rows[R];
+        for (ScaleRows &each : scale_rows) each = ScaleRows(g, matrix);
         int64_t to[M];
         for (int m = 0; m < M; m++) to[m] = target(p, first + m) * g.n;
-        for (int64_t n = n0; n < n1; n += R) {
+        for (int64_t i = n0; i < n0 + part; i++) {
             const uint8_t *w[R];
             int64_t scale_of[R];
-            int count = (int)least(R, n1 - n);
             for (int r = 0; r < R; r++) {
-                int64_t row = n + (r < count ? r : count - 1);
+                const int64_t row = least(i + r * part, n1 - 1);
                 w[r] = g.row(matrix, row);
-                scale_of[r] = scale_rows.of(row);
+                scale_of[r] = scale_rows[r].of(row);
             }
             double found[R * M];
-            dots<C, R, M>(w, in.x + x0 * in.stride, in.stride, g, scale_rows.blocks, scale_of, found);
-            for (int r = 0; r < count; r++) {
-                double bias = p.bias ? read_float(p.bias, p.bias_dtype, n + r) : 0.0;
+            dots<C, R, M>(w, in.x + x0 * in.stride, in.stride, g, scale_rows[0].blocks, scale_of, found);
+            for (int r = 0; r < R && i + r * part < n1; r++) {
+                const int64_t row = i + r * part;
+                double bias = p.bias ? read_float(p.bias, p.bias_dtype, row) : 0.0;
                 for (int m = 0; m < M; m++)
-                    write_float(p.out, p.out_dtype, to[m] + n + r, (float)(found[r * M + m] * in.factor[x0 + m] + bias));
+                    write_float(p.out, p.out_dtype, to[m] + row, (float)(found[r * M + m] * in.factor[x0 + m] + bias));
             }
         }
     }
@@ -233,15 +250,14 @@ struct Matmul {
             // As many as lie next to each other.
             int64_t count = 1, x = source(p, first);
             while (count < MOST && first + count < s.last && source(p, first + count) == x + count) count++;
-            // Rows of codes at a time, the fastest of 1 to 4 on a Zen 3 (2048 x 2048): more of them share each load of an input, until
-            // their sums do not fit into registers any more.
+            // Rows of codes at a time, the fastest of 1 to 4 on a Zen 3 (2048 x 2048): as many as there are registers for their sums.
             switch (count) {
-                case 1: few_rows<C, 1, 1>(p, in, s.matrix, first, n0, n1); break;
-                case 2: few_rows<C, 1, 2>(p, in, s.matrix, first, n0, n1); break;
-                case 3: few_rows<C, 3, 3>(p, in, s.matrix, first, n0, n1); break;
-                case 4: few_rows<C, 2, 4>(p, in, s.matrix, first, n0, n1); break;
-                case 5: few_rows<C, 2, 5>(p, in, s.matrix, first, n0, n1); break;
-                default: few_rows<C, 2, 6>(p, in, s.matrix, first, n0, n1);
+                case 1: few_rows<C, 4, 1>(p, in, s.matrix, first, n0, n1); break;
+                case 2: few_rows<C, 4, 2>(p, in, s.matrix, first, n0, n1); break;
+                case 3: few_rows<C, is_float(C) ? 1 : 3, 3>(p, in, s.matrix, first, n0, n1); break;
+                case 4: few_rows<C, is_float(C) ? 1 : 2, 4>(p, in, s.matrix, first, n0, n1); break;
+                case 5: few_rows<C, is_float(C) ? 1 : 2, 5>(p, in, s.matrix, first, n0, n1); break;
+                default: few_rows<C, is_float(C) ? 1 : 2, 6>(p, in, s.matrix, first, n0, n1);
             }
             first += count;
         }
@@ -249,8 +265,8 @@ struct Matmul {
 
     // ---- many rows
 
-    // Panel of columns j0 to j0 + NR of the product, reduction indices d0 to d0 + count: to[d][NR]. Codes of the weight are
-    // transposed in tiles of 16 x 16 bytes.
+    // Panel of columns j0 to j0 + NR of the product, reduction indices d0 to d0 + count: to[d][NR]. The weight is transposed in
+    // tiles of 16 x 16 bytes; both bytes of a 16-bit number are put together again afterwards.
     template <int64_t C>
     static void pack(const Weights &g, int64_t matrix, int64_t j0, int64_t d0, int64_t count, float *to) {
         for (int64_t half = 0; half < NR; half += 16) {
@@ -264,10 +280,11 @@ struct Matmul {
             }
             float scales[16];
             int64_t block = -1, block_end = d0;
-            for (int64_t d = d0; d < d0 + count; d += 16) {
-                const int64_t here = least(16, d0 + count - d);
+            constexpr int64_t S = size_of(C), STEP = 16 / S;
+            for (int64_t d = d0; d < d0 + count; d += STEP) {
+                const int64_t here = least(STEP, d0 + count - d);
                 uint8_t tile[16][16];
-                bool has_nan = I::transpose(w, d, here, tile) && C == E4M3;
+                bool has_nan = I::transpose(w, d * S, here * S, tile) && C == E4M3;
                 for (int64_t i = 0; i < here; i++) {
                     if (d + i >= block_end) {
                         block = (d + i) / g.block_cols;
@@ -275,7 +292,9 @@ struct Matmul {
                         for (int r = 0; r < 16; r++) scales[r] = read_float(g.scales, g.scale_dtype, scale_of[r] + block);
                     }
                     float *row = to + (d - d0 + i) * NR + half;
-                    I::template widen_row<C>(tile[i], scales, row);
+                    uint8_t pairs[32];
+                    if (S == 2) I::zip(tile[2 * i], tile[2 * i + 1], pairs);
+                    I::template widen_row<C>(S == 2 ? pairs : tile[i], scales, row);
                     if (has_nan)
                         for (int r = 0; r < 16; r++)
                             if ((tile[i][r] & 0x7F) == 0x7F) row[r] = as_float(0x7FC00000);
@@ -292,7 +311,8 @@ struct Matmul {
         float scales[MOST_COLUMNS];
         for (int64_t r = 0; r < panels * NR; r++) block[r] = least(j0 + r, g.k - 1) / g.block_cols;
         const bool is_one = block[0] == block[panels * NR - 1];
-        const uint8_t *w = g.row(matrix, d0) + j0;
+        constexpr int64_t S = size_of(C);
+        const uint8_t *w = g.row(matrix, d0) + j0 * S;
         for (int64_t d = 0; d < count; d++, w += g.row_stride) {
             I::prefetch(w + 8 * g.row_stride);
             const int64_t first = scale_rows.of(d0 + d);
@@ -304,11 +324,11 @@ struct Matmul {
             for (int64_t half = 0; half < panels * NR; half += 16) {
                 const int64_t width = g.k - j0 - half;
                 float *row = to + half / NR * DEPTH * NR + d * NR + half % NR;
-                const uint8_t *codes = w + half;
-                uint8_t rest[16];
+                const uint8_t *codes = w + half * S;
+                uint8_t rest[16 * S];
                 if (width < 16) {
-                    memset(rest, 0, 16);
-                    codes = width > 0 ? (const uint8_t *)memcpy(rest, codes, width) : rest;
+                    memset(rest, 0, sizeof rest);
+                    codes = width > 0 ? (const uint8_t *)memcpy(rest, codes, width * S) : rest;
                 }
                 widen_16<C>(codes, scales + half, row);
             }
@@ -396,7 +416,6 @@ struct Matmul {
     static int run(const Product &p) {
         const Weights &g = p.weights;
         const int64_t depth = p.transposed ? g.n : g.k, width = p.transposed ? g.k : g.n;
-        const int64_t step = ITEM / (g.k + 1) / 12 * 12 + 12;
         int64_t threads = p.threads, active = 0, items = 0;
         bool few_used = false, many_used = false;
         auto segments = [&](auto &&use) {
@@ -413,7 +432,8 @@ struct Matmul {
             (is_few ? few_used : many_used) = true;
         });
         if (!active) return 0;
-        const int64_t all = divide_up(width, NR);
+        const int64_t all = divide_up(width, NR), enough = divide_up(2 * threads, active), large = g.n * g.k / ITEM;
+        const int64_t step = divide_up(g.n, least(enough > large ? enough : large, divide_up(g.n, 12)));
         const int64_t group = least(GROUP, divide_up(all * active, threads * 4));
         segments([&](const Segment &s) { items += runs_few(p, s.last - s.first) ? divide_up(g.n, step) : divide_up(all, group); });
         Item *list = (Item *)memory(ITEMS, items * sizeof(Item));
@@ -450,9 +470,19 @@ struct Matmul {
         return failed ? -1 : 0;
     }
 
+    template <class Use>
+    INLINE int of_code(int64_t code, const Use &use) {
+        switch (code) {
+            case E4M3: return use(Number<E4M3>());
+            case INT8: return use(Number<INT8>());
+            case BF16: return use(Number<BF16>());
+            default: return use(Number<F16>());
+        }
+    }
+
     static int multiply(const Product *p) {
         typename I::Mode mode;
-        int found = p->weights.code == E4M3 ? run<E4M3>(*p) : run<INT8>(*p);
+        int found = of_code(p->weights.code, [&](auto code) { return run<decltype(code)::value>(*p); });
         release_large();
         return found;
     }
@@ -461,7 +491,7 @@ struct Matmul {
 
     template <int64_t C>
     static void dequantize_row(const Weights &g, int64_t blocks, int64_t scale_of, int64_t matrix, int64_t r, void *out, int64_t out_dtype) {
-        constexpr int64_t PIECE = 256;  // values at a time, in the first cache, if they are converted to 16 bits
+        constexpr int64_t S = size_of(C), PIECE = 256;  // values at a time, in the first cache, if they are converted to 16 bits
         const uint8_t *w = g.row(matrix, r);
         const int64_t start = (matrix * g.n + r) * g.k;
         for (int64_t b = 0; b < blocks; b++) {
@@ -472,11 +502,11 @@ struct Matmul {
             for (int64_t piece = b * g.block_cols; piece < end; piece += PIECE) {
                 const int64_t size = least(PIECE, end - piece), whole = size / 16 * 16;
                 float held[PIECE], *values = out_dtype == FLOAT32 ? (float *)out + start + piece : held;
-                for (int64_t i = 0; i < whole; i += 16) widen_16<C>(w + piece + i, scales, values + i);
+                for (int64_t i = 0; i < whole; i += 16) widen_16<C>(w + (piece + i) * S, scales, values + i);
                 if (whole < size) {
-                    uint8_t rest[16] = {0};
+                    uint8_t rest[16 * S] = {0};
                     float last[16];
-                    memcpy(rest, w + piece + whole, size - whole);
+                    memcpy(rest, w + (piece + whole) * S, (size - whole) * S);
                     widen_16<C>(rest, scales, last);
                     memcpy(values + whole, last, (size - whole) * sizeof(float));
                 }
@@ -494,17 +524,17 @@ struct Matmul {
     }
 
     static int dequantize(const Weights *g, void *out, int64_t out_dtype, int64_t threads) {
-        const int64_t step = ITEM / (g->k + 1) + 1, pieces = divide_up(g->n, step);
+        const int64_t step = SERIAL / (g->k + 1) + 1, pieces = divide_up(g->n, step);
         if (g->count * g->n * g->k <= SERIAL) threads = 1;
         for_each(g->count * pieces, threads, [&](int64_t i) {
             typename I::Mode mode;
             const int64_t matrix = i / pieces, last = least((i % pieces + 1) * step, g->n);
             ScaleRows scale_rows(*g, matrix);
-            for (int64_t r = i % pieces * step; r < last; r++)
-                if (g->code == E4M3)
-                    dequantize_row<E4M3>(*g, scale_rows.blocks, scale_rows.of(r), matrix, r, out, out_dtype);
-                else
-                    dequantize_row<INT8>(*g, scale_rows.blocks, scale_rows.of(r), matrix, r, out, out_dtype);
+            of_code(g->code, [&](auto code) {
+                for (int64_t r = i % pieces * step; r < last; r++)
+                    dequantize_row<decltype(code)::value>(*g, scale_rows.blocks, scale_rows.of(r), matrix, r, out, out_dtype);
+                return 0;
+            });
         });
         return 0;
     }

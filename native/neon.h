@@ -28,8 +28,17 @@ struct Neon : Scalar {
 
     // Codes become float16 numbers (the code divided by 2^8), which the processor widens exactly, subnormal ones too.
     static int64_t shift(int64_t code) { return code == E4M3 ? 8 : 0; }
+    template <int64_t C>
+    INLINE F widen_half(uint16x4_t h) {
+        if (C == F16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
+        return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
+    }
     template <int64_t C, int64_t J>
     INLINE F widen(Bytes b) {
+        if constexpr (is_float(C)) {
+            uint16x8_t h = vreinterpretq_u16_u8(b);
+            return widen_half<C>(J % 2 ? vget_high_u16(h) : vget_low_u16(h));
+        }
         int8x16_t c = vreinterpretq_s8_u8(b);
         int8x8_t half = J < 2 ? vget_low_s8(c) : vget_high_s8(c);
         if (C == INT8) {
@@ -41,15 +50,18 @@ struct Neon : Scalar {
     }
     template <int64_t C>
     INLINE void widen_row(const uint8_t *codes, const float *scales, float *to) {
-        Bytes b = vld1q_u8(codes);
+        Bytes b[2] = {vld1q_u8(codes), is_float(C) ? vld1q_u8(codes + 16) : vdupq_n_u8(0)};
         unroll<4>([&](auto j) __attribute__((always_inline)) {
             constexpr int64_t J = decltype(j)::value;
-            F f = widen<C, J>(b);
+            F f = widen<C, J>(b[is_float(C) ? J / 2 : 0]);
             if (C == E4M3) f = vmulq_n_f32(f, 0x1p8f);
             vst1q_f32(to + 4 * J, vmulq_f32(f, vld1q_f32(scales + 4 * J)));
         });
     }
     INLINE bool any_nan(const uint8_t *codes) { return vmaxvq_u8(vshlq_n_u8(vld1q_u8(codes), 1)) == 0xFE; }
+    INLINE void zip(const uint8_t *first, const uint8_t *second, uint8_t *to) {
+        vst2q_u8(to, (uint8x16x2_t){{vld1q_u8(first), vld1q_u8(second)}});
+    }
     INLINE bool transpose(const uint8_t *const *rows, int64_t d, int64_t count, uint8_t (*tile)[16]) {
         if (count < 16) return Scalar::transpose(rows, d, count, tile);
         uint8x16_t a[16], b[16], largest = vdupq_n_u8(0);

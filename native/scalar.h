@@ -14,7 +14,7 @@ struct Scalar {
     struct F {
         float v[W];
     };
-    struct Bytes {  // 4 * W codes
+    struct Bytes {  // 4 * W codes of one byte, or 2 * W of two
         uint8_t v[4 * W];
     };
     typedef bool Mark;  // whether NaN codes were seen
@@ -49,28 +49,28 @@ struct Scalar {
         for (uint8_t c : b.v) m |= (c & 0x7F) == 0x7F;
     }
     static bool marked(Mark m) { return m; }
-    // Vector J of four of the codes, divided by 2^shift; NaN codes give any number.
+    // Vector J of the four or two of the codes, divided by 2^shift; NaN codes of E4M3 give any number.
     template <int64_t C, int64_t J>
     static F widen(Bytes b) {
         F f;
-        for (int i = 0; i < W; i++) f.v[i] = widen_one(C, b.v[J * W + i]);
+        for (int i = 0; i < W; i++) f.v[i] = widen_one(C, b.v, (is_float(C) ? J % 2 : J) * W + i);
         return f;
     }
     static int64_t shift(int64_t) { return 0; }
     // One chunk of inputs in the order in which `widen` gives codes.
     static void order(int64_t, const float *from, float *to) { memcpy(to, from, 4 * W * sizeof(float)); }
 
-    // 16 codes times 16 scales, as `dequantize` defines it; NaN codes give any number.
+    // 16 codes times 16 scales, as `dequantize` defines it; NaN codes of E4M3 give any number.
     template <int64_t C>
     static void widen_row(const uint8_t *codes, const float *scales, float *to) {
-        for (int i = 0; i < 16; i++) to[i] = widen_one(C, codes[i]) * scales[i];
+        for (int i = 0; i < 16; i++) to[i] = widen_one(C, codes, i) * scales[i];
     }
     static bool any_nan(const uint8_t *codes) {
         bool found = false;
         for (int i = 0; i < 16; i++) found |= (codes[i] & 0x7F) == 0x7F;
         return found;
     }
-    // Columns d to d + count (at most 16) of 16 rows: tile[column][row]; whether there are NaN codes of E4M3 among them.
+    // Bytes d to d + count (at most 16) of 16 rows: tile[byte][row]; whether there are NaN codes of E4M3 among them.
     static bool transpose(const uint8_t *const *rows, int64_t d, int64_t count, uint8_t (*tile)[16]) {
         bool found = false;
         for (int r = 0; r < 16; r++)
@@ -80,6 +80,13 @@ struct Scalar {
                 found |= (c & 0x7F) == 0x7F;
             }
         return found;
+    }
+    // Pairs of bytes: number i of the first 16, then of the second.
+    static void zip(const uint8_t *first, const uint8_t *second, uint8_t *to) {
+        for (int i = 0; i < 16; i++) {
+            to[2 * i] = first[i];
+            to[2 * i + 1] = second[i];
+        }
     }
     // int8 times int8: sums of W int32 numbers, and W pairs of 16-bit numbers.
     struct S {

@@ -52,6 +52,11 @@ struct X86 : Scalar {
         }
         return _mm_movemask_epi8(_mm_cmpeq_epi8(largest, _mm_set1_epi8((char)0xFE)));
     }
+    INLINE void zip(const uint8_t *first, const uint8_t *second, uint8_t *to) {
+        __m128i a = _mm_loadu_si128((const __m128i *)first), b = _mm_loadu_si128((const __m128i *)second);
+        _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi8(a, b));
+        _mm_storeu_si128((__m128i *)(to + 16), _mm_unpackhi_epi8(a, b));
+    }
     INLINE void read(const void *p, int64_t dtype, int64_t start, int64_t count, float *to) {
         if (dtype != FLOAT16) return read_floats(p, dtype, start, count, to);
         const uint16_t *from = (const uint16_t *)p + start;

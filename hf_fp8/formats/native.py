@@ -20,15 +20,16 @@ import torch
 
 from ..errors import InputError, KernelError
 from .code_types import FP8, INT8
-from .scheme import Granularity
+from .scheme import TENSOR, Granularity
 
 VARIABLE = "HF_FP8_NATIVE"
 FILE = Path(__file__).with_name("_native.so")
 # `hf_fp8_version` of a library that takes these arguments.
-VERSION = 2
+VERSION = 3
 # As native/common.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES = {FP8: 0, INT8: 1}
+WEIGHTS = {**CODES, torch.bfloat16: 2, torch.float16: 3}
 # Fields of the structures Weights, Product, Int8Product and Rounding of native/common.h, all of 64 bits.
 _WEIGHTS = Struct("=12q")
 _PRODUCT = Struct("=27q")
@@ -201,7 +202,7 @@ def _library() -> ctypes.CDLL:
 def multiply(
     x: torch.Tensor,
     codes: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     granularity: Granularity,
     *,
     bias: torch.Tensor | None = None,
@@ -216,11 +217,12 @@ def multiply(
 ) -> torch.Tensor:
     """x (M, K) times the dequantized weight, transposed, (N, K): (M, N) in `dtype` (by default that of x), summed in float32.
 
-    All tensors on the CPU. x: float32, bfloat16 or float16, any strides. codes: (N, K) or a stack (E, N, K), E4M3 or
-    int8. scale: as `granularity` says, for each of `parts` matrices one above the other. bias: (N,). transposed: x (M, N)
-    times the weight itself, (M, K). A stack needs ends (E,), int32, contiguous: the number of outputs, of `rows` in total,
-    up to and including each expert; those after the last are 0. sources, targets (S,) int64: row of x (times `share`) of
-    each output, and where it is written. Raises MemoryError if there is not enough for a copy of x.
+    All tensors on the CPU. x: float32, bfloat16 or float16, any strides. codes: (N, K) or a stack (E, N, K), E4M3, int8, or
+    numbers in bfloat16 or float16. scale: as `granularity` says, for each of `parts` matrices one above the other; None for
+    numbers that were never quantized. bias: (N,). transposed: x (M, N) times the weight itself, (M, K). A stack needs
+    ends (E,), int32, contiguous: the number of outputs, of `rows` in total, up to and including each expert; those after
+    the last are 0. sources, targets (S,) int64: row of x (times `share`) of each output, and where it is written. Raises
+    MemoryError if there is not enough for a copy of x.
     """
     n, k = codes.shape[-2:]
     width, depth = (k, n) if transposed else (n, k)
@@ -399,10 +401,12 @@ def _round(
 
 
 def _weights(
-    codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity, parts: int
+    codes: torch.Tensor, scale: torch.Tensor | None, granularity: Granularity, parts: int
 ) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
     """The fields of `Weights`, and the tensors that they point to, which the caller has to keep until the call returns."""
     n, k = codes.shape[-2:]
+    if scale is None:
+        scale, granularity = _one(), TENSOR
     _on_cpu(codes, scale)
     if codes.stride(-1) != 1 and k > 1:
         codes = codes.contiguous()
@@ -410,14 +414,21 @@ def _weights(
         scale = scale.float()
     scale = scale.contiguous()
     count, stride = (codes.shape[0], codes.stride(0)) if codes.ndim == 3 else (1, 0)
+    size = codes.element_size()
     grid_rows, grid_cols = granularity.grid(n // parts, k)
     _require(scale, "scales of the weight", count * parts * grid_rows * grid_cols)
     rows, cols = granularity.rows, granularity.cols
     fields = (
-        codes.data_ptr(), scale.data_ptr(), CODES[codes.dtype], DTYPES[scale.dtype], count, n, k, codes.stride(-2), stride,
-        parts, max(n // parts, 1) if rows == -1 else rows, max(k, 1) if cols == -1 else cols,
+        codes.data_ptr(), scale.data_ptr(), WEIGHTS[codes.dtype], DTYPES[scale.dtype], count, n, k,
+        codes.stride(-2) * size, stride * size, parts,
+        max(n // parts, 1) if rows == -1 else rows, max(k, 1) if cols == -1 else cols,
     )  # fmt: skip
     return fields, codes, scale
+
+
+@cache
+def _one() -> torch.Tensor:
+    return torch.ones(1, device="cpu", dtype=torch.float32)
 
 
 def multiply_int8(

@@ -31,6 +31,7 @@ from ..loading.layout import NOTES, Layout
 from ..loading.matching import match_checkpoint
 from ..loading.ops import NoOp
 from ..loading.quantization_plan import Choose, Plan, plan_quantization
+from ..nn import dense
 from ..nn.base import QuantizedModule
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
@@ -297,6 +298,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._to_int8(model, self.layout)
         let_siblings_share(model)
         untie_what_differs(model)
+        if self._dense_because is None:
+            dense.adopt(model)
         if self._dense_because is None and self.layout is not None:
             model._weight_conversions = for_saving(model._weight_conversions)
         else:

@@ -5,13 +5,15 @@ Inputs are not quantized; sums are float32, also for 16-bit inputs. int8 inputs 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..formats import native
 from ..formats.code_types import FP8, INT8
-from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, Granularity, Scheme
+from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, Granularity, Scheme
 from . import torch_fp8, torch_grouped
-from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, why_sums_overflow
+from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, has_bfloat16_units, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
 from .probing import int_mm_is_slow
 from .thresholds import native_limit
@@ -65,6 +67,26 @@ def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> tor
     )  # fmt: skip
 
 
+def times_dense(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, transposed: bool = False
+) -> torch.Tensor:
+    """x times a weight (N, K) in bfloat16 or float16 that was never quantized: (M, N), or (M, K) if `transposed`."""
+    return native.multiply(x, weight.detach(), None, TENSOR, bias=bias, transposed=transposed)
+
+
+@native.depends
+@cache
+def why_not_dense(dtype: torch.dtype) -> str | None:
+    """The reason why torch multiplies weights of `dtype` that are not quantized, on the CPU; None if the library does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"torch's matmul in {dtype} is fast"
+    if has_bfloat16_units():
+        return "this CPU has units for bfloat16"
+    if (reason := native.why_not()) is not None:
+        return reason
+    return _NO_VECTORS if native.names()[1] == "scalar" else None
+
+
 def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the library cannot be used on `device` for inputs of `dtype`; None if it can."""
     if device.type != "cpu":
@@ -96,11 +118,14 @@ def why_no_outliers(problem: Problem) -> str | None:
     return why_not_int8(problem)
 
 
+_NO_VECTORS = "this CPU has no vector instructions that the library of CPU kernels has code for"
+
+
 def why_slow(problem: Problem) -> str | None:
     """The reason to prefer torch's kernels; None if there is none."""
     if native.names()[1] == "scalar":
         # 2048x2048 by 1, 4, 16, 64 rows, AMD EPYC 7003, two threads: 0.18, 0.40, 0.12, 0.07 x dense float32.
-        return "this CPU has no vector instructions that the library of CPU kernels has code for"
+        return _NO_VECTORS
     if problem.scheme == INT8_DYNAMIC and not int_mm_is_slow():
         return "torch's int8 matmul is fast on this CPU"
     return None

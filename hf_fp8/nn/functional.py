@@ -137,14 +137,20 @@ def can_bypass_dispatcher(x: torch.Tensor, weight: torch.Tensor, *others: torch.
     Calling the op through the dispatcher takes 15 us, more than some of the kernels, and a small model calls 200 of them
     for each token.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.is_meta or weight.is_meta:
-        return False
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or any(other is not None and other.requires_grad for other in others)
     ):
         return False
+    return is_plain_call(x, weight)
+
+
+def is_plain_call(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """True if no tracing, functorch or dispatch mode is active, and x is a plain tensor with memory."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and not (x.is_meta or weight.is_meta)
+        and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
         and torch._C._functorch.maybe_current_level() is None
         and torch._C._get_tracing_state() is None

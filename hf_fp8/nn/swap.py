@@ -11,6 +11,7 @@ from torch import nn
 
 from ..formats.scheme import Scheme
 from .base import QuantizedModule, foreign_attributes, holds_codes
+from .dense import release
 from .experts import QuantizedExperts
 from .experts_layout import Projection
 from .linear import QuantizedLinear, refuse_torn
@@ -177,6 +178,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
                     new.weight = weights.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type]
             model = replace_module(model, name, made[id(module)])
     choose_fused_paths(model)
+    release(model)
     return model
 
 

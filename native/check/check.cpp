@@ -56,18 +56,22 @@ static bool agrees(const Case &c, const Numbers &out, int64_t at, double wanted,
     const char *kinds[] = {"", ", some NaN", ", all subnormal or the lowest", ", huge inputs", ", tiny inputs"};
     printf("%s: %s, m=%d n=%d k=%d, %d matrices, %d parts, scales of %d x %d, ", c.instructions, c.function, (int)c.m, (int)c.n, (int)c.k,
            (int)c.matrices, (int)c.parts, (int)c.block_rows, (int)c.block_cols);
-    printf("%s%s%s: number %d, %s, is %.9g, not %.9g\n", c.code == E4M3 ? "E4M3" : "int8", kinds[c.kind],
+    const char *codes[] = {"E4M3", "int8", "bfloat16", "float16"};
+    printf("%s%s%s: number %d, %s, is %.9g, not %.9g\n", codes[c.code], kinds[c.kind],
            c.transposed ? ", transposed" : "", (int)at, FORMATS[out.dtype].name, found, wanted);
     return false;
 }
 
 // dequantize and multiply
 static bool check_weight(Case c) {
-    // Codes, rows and matrices apart from each other, up to the last code; scales; and their products.
+    // Codes, rows and matrices apart from each other, up to the last code; scales; and their products. Strides are of codes here.
     const int64_t row_stride = c.k + 3, stride = c.n * row_stride + 5, total = c.matrices * c.n * c.k, each = c.n / c.parts;
     const uint8_t bits = c.kind == SUBNORMAL_CODES || (c.kind == TINY_INPUTS && pick(2)) ? 0x87 : 0xFF;
-    std::vector<uint8_t> codes(c.matrices * stride - 8);
+    const Numbers halves(c.matrices * stride - 8, c.code == BF16 ? BFLOAT16 : FLOAT16, -26, 4);
+    std::vector<uint8_t> codes = halves.bytes;
+    if (!is_float(c.code)) codes.resize(c.matrices * stride - 8);
     for (uint8_t &code : codes) {
+        if (is_float(c.code)) break;
         code = (uint8_t)pick(256) & bits;
         if (c.code == E4M3 && (code & 0x7F) == 0x7F) code = 0x7E;
     }
@@ -84,10 +88,11 @@ static bool check_weight(Case c) {
         const int64_t matrix = i / c.k / c.n, row = i / c.k % c.n, column = i % c.k;
         const int64_t grid = (matrix * c.parts + row / each) * down * across;
         const int64_t block = row % each / c.block_rows * across + column / c.block_cols;
-        dense[i] = values[codes[matrix * stride + row * row_stride + column]] * scales[grid + block];
+        const int64_t at = matrix * stride + row * row_stride + column;
+        dense[i] = (is_float(c.code) ? halves[at] : values[codes[at]]) * scales[grid + block];
     }
     const Weights weights = {codes.data(), scales.bytes.data(), c.code, scales.dtype, c.matrices, c.n, c.k,
-                             row_stride, stride, c.parts, c.block_rows, c.block_cols};
+                             row_stride * size_of(c.code), stride * size_of(c.code), c.parts, c.block_rows, c.block_cols};
     choose_threads();
     if (pick(8) == 0) {
         c.function = "dequantize";
@@ -228,17 +233,20 @@ static bool check_all(const char *name) {
     for (int64_t transposed : {0, 1}) {
         for (const Scales &s : of_one)
             for (int64_t m : {1, 2, 3, 5, 7, 17, 30, 70})
-                for (int64_t code : {E4M3, INT8}) {
+                for (int64_t code : {E4M3, INT8, BF16, F16}) {
                     const Kind kind = code == E4M3 ? (Kind)pick(5) : ANY;
                     if (!check_weight({name, "", m, s.n, 555, s.parts, s.rows, s.cols, code, transposed, 1, kind})) return false;
                 }
         for (const Scales &s : of_five)
             for (int64_t m : {1, 4, 9, 40, 90})
-                if (!check_weight({name, "", m, s.n, 77, s.parts, s.rows, s.cols, E4M3, transposed, 5, (Kind)pick(2)})) return false;
+                for (int64_t code : {E4M3, F16})
+                    if (!check_weight({name, "", m, s.n, 77, s.parts, s.rows, s.cols, code, transposed, 5, code == E4M3 ? (Kind)pick(2) : ANY}))
+                        return false;
         for (int64_t n : {1, 15, 33})
             for (int64_t k : {1, 15, 16, 33, 65})
                 for (int64_t m : {1, 6, 31, 500})
-                    if (!check_weight({name, "", m, n, k, 1, 1, k, E4M3, transposed, 1, (Kind)pick(5)})) return false;
+                    for (int64_t code : {E4M3, BF16, F16})
+                        if (!check_weight({name, "", m, n, k, 1, 1, k, code, transposed, 1, code == E4M3 ? (Kind)pick(5) : ANY})) return false;
     }
     for (int64_t code : {E4M3, INT8})
         for (int64_t k : {1, 37, 600})

@@ -1,0 +1,168 @@
+"""Linears that stay in bfloat16 or float16, multiplied by the library of CPU kernels."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.build import IDS, error, load, logits, tensors
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hf_fp8
+from hf_fp8 import FP8Config
+from hf_fp8.formats import native
+from hf_fp8.kernels import native as kernels
+from hf_fp8.nn.dense import DenseLinear, adopt, release
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def no_units(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As on a CPU without units for 16-bit floats, whatever this one has."""
+    monkeypatch.setattr(kernels, "has_bfloat16_units", lambda: False)
+    kernels.why_not_dense.cache_clear()
+    yield
+    kernels.why_not_dense.cache_clear()
+
+
+def linear(n: int, k: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(n + k)
+    layer = nn.Linear(k, n, bias=bias, dtype=dtype).requires_grad_(False)
+    adopt(layer)
+    assert type(layer) is DenseLinear
+    return layer
+
+
+def exact(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 65), (130, 555), (64, 128), (16, 1030)])
+@pytest.mark.parametrize("name", native.names()[0] if native.why_not() is None else [])
+def test_products(name: str, n: int, k: int, dtype: torch.dtype) -> None:
+    """Sums are float32: the result is that of float64, rounded once."""
+    layer = linear(n, k, dtype, bias=n % 2 == 1)
+    for m in (0, 1, 2, 7, 17, 40):
+        x = torch.randn(m, k).to(dtype)
+        direct = kernels.native.multiply(x, layer.weight, None, kernels.TENSOR, bias=layer.bias, dtype=torch.float32)
+        assert error(direct, exact(layer, x)) < 1e-6 or not m
+        assert torch.equal(layer(x), direct.to(dtype)) or error(layer(x), exact(layer, x)) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_shapes_and_strides(dtype: torch.dtype) -> None:
+    layer = linear(24, 40, dtype)
+    x = torch.randn(3, 5, 80).to(dtype)[..., ::2]
+    assert layer(x).shape == (3, 5, 24) and error(layer(x), exact(layer, x)) < 4e-3
+    assert error(layer(x[0, 0]), exact(layer, x[0, 0])) < 4e-3
+    layer.weight = nn.Parameter(torch.randn(40, 24).to(dtype).t(), requires_grad=False)  # not contiguous
+    assert error(layer(x), exact(layer, x)) < 4e-3
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(x[..., :39])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_is_not_finite_is_visible(dtype: torch.dtype) -> None:
+    layer = linear(20, 64, dtype, bias=False)
+    with torch.no_grad():
+        layer.weight[3, 5] = torch.nan
+        layer.weight[4, 6] = torch.inf
+        layer.weight[5] = 0
+    for m in (1, 33):
+        out = layer(torch.ones(m, 64, dtype=dtype))
+        assert out[:, 3].isnan().all() and out[:, 4].isinf().all() and (out[:, 5] == 0).all()
+        assert out[:, 6:].isfinite().all()
+        assert layer(torch.full((m, 64), torch.nan, dtype=dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("m", [1, 33])
+def test_gradients(m: int, dtype: torch.dtype) -> None:
+    layer = linear(48, 72, dtype)
+    given = torch.randn(m, 48).to(dtype)
+    x = torch.randn(m, 72).to(dtype).requires_grad_()
+    (layer(x) * given).sum().backward()
+    assert error(x.grad, given.double() @ layer.weight.double()) < 4e-3
+    (first,) = torch.autograd.grad((layer(x).float() ** 2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.float().sum(), x)
+    wanted = 2 * torch.ones(m, 72).double() @ layer.weight.double().t() @ layer.weight.double()
+    assert error(second, wanted) < 2e-2
+
+
+def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = linear(32, 64, torch.bfloat16), torch.randn(9, 64, dtype=torch.bfloat16)
+    plain = copy.deepcopy(layer)
+    release(plain)
+    assert type(plain) is nn.Linear
+    wanted = plain(x)
+    calls = []
+    monkeypatch.setattr(kernels, "times_dense", lambda *args, **kwargs: calls.append(args) or torch.zeros(9, 32))
+    assert torch.equal(torch.vmap(layer)(x), wanted) or error(torch.vmap(layer)(x), wanted) < 4e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), wanted)
+    with native.use(None):
+        assert torch.equal(layer(x), wanted)
+    trained = copy.deepcopy(layer).requires_grad_()
+    assert torch.equal(trained(x), wanted)
+    trained(x).float().sum().backward()
+    assert trained.weight.grad is not None and trained.bias.grad is not None
+    assert layer.to("meta")(x.to("meta")).is_meta
+    wide = copy.deepcopy(plain).float()
+    adopt(wide)
+    assert type(wide) is nn.Linear and calls == []
+
+
+def test_compiled() -> None:
+    layer, x = linear(32, 64, torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert error(found, exact(layer, x)) < 4e-3
+
+
+def test_copies_and_pickles() -> None:
+    layer, x = linear(32, 64, torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert type(other) is DenseLinear and torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_loaded_models(dtype: torch.dtype, fp8: Path, tmp_path: Path) -> None:
+    """The lm_head of a model in 16 bits; files and the dequantized model are as without it."""
+    model = AutoModelForCausalLM.from_pretrained(fp8, dtype=dtype)
+    assert type(model.lm_head) is DenseLinear
+    with native.use(None):
+        wanted = logits(load(fp8, FP8Config(dequantize=True)))
+    assert error(logits(model), wanted) < 2e-2
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, IDS.shape[1] + 3)
+    model.save_pretrained(tmp_path)
+    names = [name for name, tensor in tensors(fp8).items() if "lm_head" in name]
+    assert all(torch.equal(tensors(tmp_path)[name], tensors(fp8)[name].to(dtype)) for name in names) and names
+    hf_fp8.dequantize_model(model)
+    assert type(model.lm_head) is nn.Linear
+    dense = AutoModelForCausalLM.from_pretrained(fp8, dtype=dtype, quantization_config=FP8Config(dequantize=True))
+    assert type(dense.lm_head) is nn.Linear
+    assert type(AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.float32).lm_head) is nn.Linear
+
+
+def test_adapters(fp8: Path) -> None:
+    """LoRA on an lm_head in bfloat16: the gradients of the dense model."""
+    peft = pytest.importorskip("peft")
+    found = []
+    for config in (FP8Config(), FP8Config(dequantize=True)):
+        model = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.bfloat16, quantization_config=config)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+        model(IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) >= 4
+    assert all(error(found[0][name], found[1][name]) < 5e-2 for name in found[0])
