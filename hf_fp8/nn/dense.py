@@ -19,7 +19,7 @@ from .functional import is_plain_call
 class DenseLinear(nn.Linear):
     """`nn.Linear` with the same parameters, that asks the library of CPU kernels for products of 16 bits on the CPU.
 
-    Everything else is left to `nn.Linear`: other devices and dtypes, autocast, compiled code, weights that are trained.
+    Everything else is left to `nn.Linear`: other devices and dtypes, autocast, compiled code.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ class DenseLinear(nn.Linear):
         if not _is_for_library(input, weight, bias):
             return super().forward(input)
         rows = input.reshape(-1, input.shape[-1])
-        if torch.is_grad_enabled() and input.requires_grad:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
             out: torch.Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
         else:
             out = native.times_dense(rows, weight, bias)
@@ -39,7 +39,7 @@ class DenseLinear(nn.Linear):
 
 
 def _is_for_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the library multiplies these: plain tensors on the CPU, with no gradient but that of x."""
+    """Whether the library multiplies these: plain tensors on the CPU."""
     return (
         is_plain_call(x, weight)
         and type(weight) in (nn.Parameter, torch.Tensor)
@@ -50,25 +50,30 @@ def _is_for_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         and 0 < x.numel() <= native_limit(x.dtype) * x.shape[-1]
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (bias.is_cpu and bias.dtype == x.dtype))
-        and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 class _Product(torch.autograd.Function):
-    """x (M, K) times the transpose of a weight (N, K) without gradient."""
+    """x (M, K) times the transpose of a weight (N, K); gradients are summed in float32, too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return native.times_dense(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (weight,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives
-            return grad @ weight, None, None
-        return native.times_dense(grad, weight, transposed=True), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if of_x and torch.is_grad_enabled():  # it will be differentiated again
+            grad_x = grad @ weight
+        elif of_x:
+            grad_x = native.times_dense(grad, weight, transposed=True)
+        if of_weight:
+            grad_weight = (grad.float().t() @ x.float()).to(weight.dtype)
+        return grad_x, grad_weight, grad.sum(0) if of_bias else None
 
 
 def adopt(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from ..loading.model_code import weights_read_directly
 from ..loading.quantization_plan import why_unfit
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, QuantizedConv1x1
+from ..nn.dense import DenseLinear
 from .transformers_model import plan_in_place, plan_int8, transformers_models
 
 Filter = Callable[[str, nn.Module], bool]
@@ -62,7 +63,7 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
 
 def _own_code(module: nn.Module) -> str | None:
     kind = type(module)
-    if kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if kind not in (nn.Linear, DenseLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__}, and may compute something else"
     if isinstance(module, Convolution) and (reason := QuantizedConv1x1.why_not(module)):
         return reason

@@ -97,6 +97,22 @@ def test_gradients(m: int, dtype: torch.dtype) -> None:
     assert error(second, wanted) < 2e-2
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_trained_weights(dtype: torch.dtype) -> None:
+    """Of a whole model that is fine-tuned, or just called with gradients enabled."""
+    layer = linear(48, 72, dtype)
+    layer.requires_grad_()
+    x, given = torch.randn(2, 9, 72).to(dtype), torch.randn(2, 9, 48).to(dtype)
+    (layer(x) * given).sum().backward()
+    rows, grads = x.double().flatten(0, 1), given.double().flatten(0, 1)
+    assert layer.weight.grad is not None and layer.bias.grad is not None
+    assert layer.weight.grad.dtype == layer.bias.grad.dtype == dtype
+    assert error(layer.weight.grad, grads.t() @ rows) < 4e-3 and error(layer.bias.grad, grads.sum(0)) < 4e-3
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    optimizer.step()
+    assert error(layer(x), exact(layer, x)) < 4e-3
+
+
 def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = linear(32, 64, torch.bfloat16), torch.randn(9, 64, dtype=torch.bfloat16)
     plain = copy.deepcopy(layer)
@@ -110,10 +126,6 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(layer(x), wanted)
     with native.use(None):
         assert torch.equal(layer(x), wanted)
-    trained = copy.deepcopy(layer).requires_grad_()
-    assert torch.equal(trained(x), wanted)
-    trained(x).float().sum().backward()
-    assert trained.weight.grad is not None and trained.bias.grad is not None
     assert layer.to("meta")(x.to("meta")).is_meta
     wide = copy.deepcopy(plain).float()
     adopt(wide)
@@ -166,3 +178,21 @@ def test_adapters(fp8: Path) -> None:
         found.append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and len(found[0]) >= 4
     assert all(error(found[0][name], found[1][name]) < 5e-2 for name in found[0])
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
+def test_they_can_be_quantized(scheme: str) -> None:
+    """As plain Linears are."""
+    layer, x = linear(32, 64, torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+    quantized = hf_fp8.quantize_model(copy.deepcopy(layer), scheme)
+    assert isinstance(quantized, hf_fp8.QuantizedLinear) and error(quantized(x), layer(x)) < 5e-2
+
+
+def test_new_tokens(fp8: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(fp8, dtype=torch.bfloat16)
+    before = model.config.vocab_size
+    model.resize_token_embeddings(before + 8)
+    assert logits(model).shape[-1] == before + 8
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert error(logits(again), logits(model)) < 1e-2
