@@ -6,7 +6,7 @@ of CPU kernels widens the weights to float32 while it multiplies, so sums are fl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -79,8 +79,19 @@ class _Product(torch.autograd.Function):
 def adopt(model: nn.Module) -> None:
     """Make DenseLinears of the `nn.Linear`s of `model` for which torch has no fast matmul on this CPU, in place."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.is_cpu and native.why_not_dense(module.weight.dtype) is None:
+        if _is_plain(module) and module.weight.is_cpu and native.why_not_dense(module.weight.dtype) is None:
             module.__class__ = DenseLinear
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it computes what its class says: other libraries give theirs other parameters, and a forward of their own."""
+    return (
+        type(module) is nn.Linear
+        and set(module._parameters) == {"weight", "bias"}
+        and module._parameters["weight"] is not None
+        and not module._buffers
+        and "forward" not in vars(module)
+    )
 
 
 def release(model: nn.Module) -> None:

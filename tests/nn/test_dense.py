@@ -196,3 +196,16 @@ def test_new_tokens(fp8: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert error(logits(again), logits(model)) < 1e-2
+
+
+def test_what_is_not_adopted() -> None:
+    """Layers of other libraries: packed weights instead of `weight`, a forward of their own, subclasses."""
+    packed, own, buffered = (nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(3))
+    del packed.weight
+    packed.weight_packed = nn.Parameter(torch.zeros(8, 1))
+    own.forward = lambda x: x  # type: ignore[method-assign]
+    buffered.register_buffer("weight_scale", torch.ones(1))
+    other = nn.LazyLinear(8, dtype=torch.bfloat16)
+    model = nn.ModuleList([packed, own, buffered, other, nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16)])
+    adopt(model)
+    assert [type(layer) is DenseLinear for layer in model] == [False] * 5 + [True]
