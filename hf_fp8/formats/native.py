@@ -239,8 +239,7 @@ def multiply(
     x = x.resolve_neg()
     if x.stride(1) != 1 and depth > 1:
         x = x.contiguous()
-    if bias is not None and bias.dtype not in DTYPES:
-        bias = bias.float()
+    bias = _as_read(bias)
     held, codes, scale = _weights(codes, scale, granularity, parts)
     arguments = _PRODUCT.pack(
         *held,
@@ -269,7 +268,7 @@ class Prepared:
         fields, *used = _weights(codes, scale, granularity, 1)
         _on_cpu(bias)
         _require(bias, "numbers of a bias", codes.shape[0])
-        if used[0] is not codes or used[1].data_ptr() != scale.data_ptr() or (bias is not None and bias.dtype not in DTYPES):
+        if used[0] is not codes or used[1].data_ptr() != scale.data_ptr() or _as_read(bias) is not bias:
             raise ValueError("not as the library reads it")
         self.codes, self.scale, self.bias, self.dtype, self.n = codes, scale, bias, dtype, codes.shape[0]
         self._addresses = codes.data_ptr(), scale.data_ptr(), _at(bias)
@@ -406,8 +405,11 @@ def _weights(
     """The fields of `Weights`, and the tensors that they point to, which the caller has to keep until the call returns."""
     n, k = codes.shape[-2:]
     if scale is None:
-        scale, granularity = _one(), TENSOR
+        scale, granularity = _ones(codes.shape[0] * parts if codes.ndim == 3 else parts), TENSOR
     _on_cpu(codes, scale)
+    if codes.numel() and not codes.untyped_storage().nbytes():
+        raise InputError(f"the memory of a weight of shape {tuple(codes.shape)} was freed")
+    codes = codes.resolve_neg()
     if codes.stride(-1) != 1 and k > 1:
         codes = codes.contiguous()
     if scale.dtype not in DTYPES:
@@ -427,8 +429,15 @@ def _weights(
 
 
 @cache
-def _one() -> torch.Tensor:
-    return torch.ones(1, device="cpu", dtype=torch.float32)
+def _ones(count: int) -> torch.Tensor:
+    return torch.ones(count, device="cpu", dtype=torch.float32)
+
+
+def _as_read(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as the library reads it: its numbers next to each other, in a dtype that it knows."""
+    if bias is None:
+        return None
+    return (bias if bias.dtype in DTYPES else bias.float()).resolve_neg().contiguous()
 
 
 def multiply_int8(
@@ -461,8 +470,7 @@ def multiply_int8(
     x, codes = (t if t.stride(1) == 1 else t.contiguous() for t in (x, codes))
     scale, x_scale = scale if scale.dtype in DTYPES else scale.float(), x_scale.float().contiguous()
     scale = scale.contiguous()
-    if bias is not None and bias.dtype not in DTYPES:
-        bias = bias.float()
+    bias = _as_read(bias)
     arguments = _INT8_PRODUCT.pack(
         x.data_ptr(), x.stride(0), x_scale.data_ptr(),
         codes.data_ptr(), codes.stride(0), scale.data_ptr(), DTYPES[scale.dtype],

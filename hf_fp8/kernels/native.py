@@ -5,6 +5,7 @@ Inputs are not quantized; sums are float32, also for 16-bit inputs. int8 inputs 
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 
 import torch
@@ -82,6 +83,8 @@ def why_not_dense(dtype: torch.dtype) -> str | None:
         return f"torch's matmul in {dtype} is fast"
     if has_bfloat16_units():
         return "this CPU has units for bfloat16"
+    if dtype == torch.float16 and platform.machine().lower() in ("aarch64", "arm64"):
+        return "torch's matmul in float16 uses ARM's units for it"
     if (reason := native.why_not()) is not None:
         return reason
     return _NO_VECTORS if native.names()[1] == "scalar" else None

@@ -1,7 +1,8 @@
 """Linears that are not quantized (`lm_head`, layers that a checkpoint ignores) on CPUs without units for 16-bit floats.
 
-torch multiplies bfloat16 and float16 there one number after the other as soon as an input has more than a few rows. The library
-of CPU kernels widens the weights to float32 while it multiplies, so sums are float32 and rounded once.
+torch's matmul of bfloat16 is slow there for any number of rows: 1024x1024 by 1, 4 and 16 rows, one thread of a busy AMD EPYC
+7003, 4 billion products a second each time; in the library of CPU kernels 6, 15 and 16. The library widens weights to float32
+as it multiplies, so sums are float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -19,39 +20,59 @@ from .functional import is_plain_call
 class DenseLinear(nn.Linear):
     """`nn.Linear` with the same parameters, that asks the library of CPU kernels for products of 16 bits on the CPU.
 
-    Everything else is left to `nn.Linear`: other devices and dtypes, autocast, compiled code.
+    Everything else is left to `nn.Linear`: other devices, dtypes and layouts, autocast, compiled code.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., K). Returns (..., N) in the dtype of the input."""
         weight, bias = self.weight, self.bias
         if not _is_for_library(input, weight, bias):
-            return super().forward(input)
+            # Not `super()`: others may hold this method when the class of the module is changed back.
+            return nn.Linear.forward(self, input)
         rows = input.reshape(-1, input.shape[-1])
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
             out: torch.Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
         else:
             out = native.times_dense(rows, weight, bias)
-        return out.view(*input.shape[:-1], weight.shape[0])
+        return out if input.ndim == 2 else out.view(*input.shape[:-1], weight.shape[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, products in float32 on CPUs"
 
 
 def _is_for_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the library multiplies these: plain tensors on the CPU."""
+    """Whether the library computes this forward."""
+    return (
+        _is_plain_product(x, weight)
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or (_is_plain_tensor(bias) and bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _is_plain_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x and the weight are plain tensors on the CPU, of a dtype and with a number of rows for the library."""
     return (
         is_plain_call(x, weight)
-        and type(weight) in (nn.Parameter, torch.Tensor)
-        and x.is_cpu
-        and weight.is_cpu
+        and _is_plain_tensor(x)
+        and _is_plain_tensor(weight)
         and x.dtype == weight.dtype
         and native.why_not_dense(x.dtype) is None
         and 0 < x.numel() <= native_limit(x.dtype) * x.shape[-1]
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or (bias.is_cpu and bias.dtype == x.dtype))
-        and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Whether its elements are in memory, where its strides say."""
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or not tensor.is_cpu or tensor.is_nested:
+        return False
+    if tensor.layout is not torch.strided:
+        return False
+    try:
+        return tensor.untyped_storage().nbytes() > 0  # FSDP frees the memory of parameters between uses
+    except NotImplementedError:  # one of the older vmap, which batched gradients use
+        return False
 
 
 class _Product(torch.autograd.Function):
@@ -59,7 +80,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return native.times_dense(x, weight, bias)
 
     @staticmethod
@@ -67,12 +89,12 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         grad_x = grad_weight = None
-        if of_x and torch.is_grad_enabled():  # it will be differentiated again
-            grad_x = grad @ weight
-        elif of_x:
+        if of_x and not torch.is_grad_enabled() and _is_plain_product(grad, weight):
             grad_x = native.times_dense(grad, weight, transposed=True)
+        elif of_x:  # it will be differentiated again, or is traced or batched
+            grad_x = grad @ weight
         if of_weight:
-            grad_weight = (grad.float().t() @ x.float()).to(weight.dtype)
+            grad_weight = (grad.float().t() @ x.float()).to(x.dtype)
         return grad_x, grad_weight, grad.sum(0) if of_bias else None
 
 

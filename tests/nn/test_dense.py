@@ -209,3 +209,65 @@ def test_what_is_not_adopted() -> None:
     model = nn.ModuleList([packed, own, buffered, other, nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16)])
     adopt(model)
     assert [type(layer) is DenseLinear for layer in model] == [False] * 5 + [True]
+
+
+def test_biases_and_weights_that_are_views() -> None:
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    for make in (
+        lambda b: torch.ones(1, dtype=b.dtype).expand(33),
+        lambda b: torch.arange(66, dtype=b.dtype)[::2],
+        lambda b: torch._neg_view(b),
+    ):
+        layer = linear(33, 64, torch.bfloat16)
+        layer.bias = nn.Parameter(make(layer.bias.detach()), requires_grad=False)
+        assert error(layer(x), exact(layer, x)) < 4e-3
+        quantized = hf_fp8.quantize_model(nn.Linear(64, 33, dtype=torch.bfloat16), "FP8_DYNAMIC", backend="weight_only")
+        plain = quantized.to_linear(torch.float64)
+        quantized.bias = layer.bias
+        for _ in range(2):  # the second call may be prepared
+            with torch.no_grad():
+                wanted = nn.functional.linear(x.double(), plain.weight, layer.bias.double())
+                assert error(quantized(x), wanted) < 4e-3
+    layer = linear(33, 64, torch.bfloat16)
+    layer.weight = nn.Parameter(torch._neg_view(layer.weight.detach()), requires_grad=False)
+    assert error(layer(x), exact(layer, x)) < 4e-3
+    with pytest.raises(RuntimeError):  # of torch: no crash
+        layer.weight.untyped_storage().resize_(0)
+        layer(x)
+
+
+def test_gradients_as_torch_computes_them() -> None:
+    """Batched, in compiled backward passes, and with weights that change where they are not needed."""
+    layer, x = linear(24, 40, torch.bfloat16), torch.randn(3, 40, dtype=torch.bfloat16).requires_grad_()
+    plain = copy.deepcopy(layer)
+    release(plain)
+    given = torch.randn(5, 3, 24, dtype=torch.bfloat16)
+    found, wanted = (torch.autograd.grad(each(x), x, given, is_grads_batched=True)[0] for each in (layer, plain))
+    assert error(found, wanted) < 1e-2
+    found, wanted = (torch.autograd.functional.jacobian(each, x.detach(), vectorize=True) for each in (layer, plain))
+    assert error(found, wanted) < 1e-2
+    with torch._dynamo.compiled_autograd._enable(lambda module: torch.compile(module, backend="eager")):
+        (found,) = torch.autograd.grad(layer(x).float().pow(2).sum(), x)
+    (wanted,) = torch.autograd.grad(plain(x).float().pow(2).sum(), x)
+    assert error(found, wanted) < 2e-2
+    layer.requires_grad_()
+    out = layer(x.detach())
+    with torch.no_grad():
+        layer.weight.add_(1)
+    out.sum().backward()
+    assert error(layer.weight.grad, x.detach().double().sum(0).expand(24, 40)) < 4e-3
+
+
+def test_outputs_and_forwards_outlive_it() -> None:
+    layer, x = linear(24, 40, torch.bfloat16), torch.randn(3, 40, dtype=torch.bfloat16)
+    layer(x).detach_()
+    assert layer(x)._base is None
+    held = layer.forward
+    wanted = layer(x)
+    release(layer)
+    assert error(held(x), wanted) < 1e-2
+    with torch.autocast("cpu"):
+        assert error(held(x), wanted) < 1e-2
+    nested = torch.nested.nested_tensor([torch.randn(2, 40, dtype=torch.bfloat16)])
+    adopt(layer)
+    assert layer(nested)[0].shape == (2, 24)
