@@ -80,7 +80,7 @@ def work(path: str, name: str, dtype: str, device: str, tokens: int, compiled: b
             raise SystemExit(peers.why_not(error)) from None
     model, loaded = load(path, name, peer.dtype if peer and peer.dtype else dtype, device)
     ids = torch.randint(0, model.config.vocab_size, (1, max(tokens, PROMPT)), device=device)
-    step = whole = model.forward
+    step, whole = model.forward, model  # stock dequantizes in a hook of the module, at its first call
     static = compiled or bool(peer and peer.compiled)
     if static:
         step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
