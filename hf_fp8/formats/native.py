@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from math import prod
 from pathlib import Path
-from struct import Struct
+from struct import Struct, pack
 from typing import Any, TypeVar
 
 import torch
@@ -75,7 +75,7 @@ def _load() -> ctypes.CDLL | str:
 
 def _is_right(library: ctypes.CDLL) -> bool:
     """Whether the instructions in use give exact results here: kernels are probed before they are chosen (`kernels.probing`),
-    but gradients, dequantizing and quantizing have no other check."""
+    but gradients, dequantizing, quantizing and 16-bit weights have no other check."""
     n, k = 37, 97
     # In the arithmetic of Python: torch's modes, or its default device, may be any.
     codes = bytes((7 * i) % 127 | 128 * (i % 3 == 0) for i in range(n * k))
@@ -83,19 +83,25 @@ def _is_right(library: ctypes.CDLL) -> bool:
     x = [float(i % 5 - 2) for i in range(max(n, k))]
     scale = 0.5
     given, scales, values = ((ctypes.c_float * len(v))(*v) for v in (x, [scale], [r * scale for r in real]))
-    held = ctypes.create_string_buffer(codes, len(codes))
-    at = ctypes.addressof
-    weights = _WEIGHTS.pack(at(held), at(scales), 0, 0, 1, n, k, k, 0, 1, n, k)
-    for rows in (1, 30):
-        for transposed, width, depth in ((0, n, k), (1, k, n)):
-            out = (ctypes.c_float * (rows * width))()
-            library.hf_fp8_multiply(
-                weights + _PREPARED.pack(at(given), 0, 0, rows, 0, 0, 0, 1, rows, 0, 0, at(out), 0, transposed, 1)
-            )
-            step, by = (k, 1) if not transposed else (1, k)
-            wanted = [scale * sum(x[d] * real[j * step + d * by] for d in range(depth)) for j in range(width)]
-            if list(out) != wanted * rows:
-                return False
+    at, floats = ctypes.addressof, [pack("<f", value) for value in real]
+    stored = {0: codes, 2: b"".join(value[2:] for value in floats), 3: pack(f"<{n * k}e", *real)}
+    held = {code: ctypes.create_string_buffer(number, len(number)) for code, number in stored.items()}
+    packed = {
+        code: _WEIGHTS.pack(at(buffer), at(scales), code, 0, 1, n, k, len(buffer) // n, 0, 1, n, k)
+        for code, buffer in held.items()
+    }
+    for transposed, width, depth in ((0, n, k), (1, k, n)):
+        step, by = (k, 1) if not transposed else (1, k)
+        wanted = [scale * sum(x[d] * real[j * step + d * by] for d in range(depth)) for j in range(width)]
+        for rows in (1, 2, 3, 4, 5, 6, 30):  # each of them is code of its own
+            for weights in packed.values():
+                out = (ctypes.c_float * (rows * width))()
+                library.hf_fp8_multiply(
+                    weights + _PREPARED.pack(at(given), 0, 0, rows, 0, 0, 0, 1, rows, 0, 0, at(out), 0, transposed, 1)
+                )
+                if list(out) != wanted * rows:
+                    return False
+    weights = packed[0]
     out, back = (ctypes.c_float * len(codes))(), ctypes.create_string_buffer(len(codes))
     library.hf_fp8_dequantize(weights, at(out), 0, 1)
     library.hf_fp8_quantize(_ROUNDING.pack(at(values), 0, k, n, k, at(scales), 0, n, k, 0, at(back), 1))
