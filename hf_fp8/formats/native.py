@@ -1,208 +1,41 @@
-"""The library of CPU kernels (native/): how it is found, loaded and called.
-
-It is plain C behind `ctypes`, without the binary interface of torch or Python, on the threads of torch's OpenMP runtime.
-HF_FP8_NATIVE=0 in the environment turns it off, HF_FP8_NATIVE=scalar (or another name that `names` lists) chooses what it uses.
-"""
+"""Calls of the library of CPU kernels (`native_library`) with tensors: products, weights to floats and back."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from math import prod
-from pathlib import Path
-from struct import Struct, pack
-from typing import Any, TypeVar
 
 import torch
 
-from ..errors import InputError, KernelError
+from ..errors import InputError
 from .code_types import FP8, INT8
+from .native_library import (
+    FILE,
+    INPUT_FIELDS,
+    INT8_PRODUCT_FIELDS,
+    PRODUCT_FIELDS,
+    ROUNDING_FIELDS,
+    VARIABLE,
+    WEIGHTS_FIELDS,
+    depends,
+    library,
+    names,
+    on_change,
+    state,
+    use,
+    why_not,
+)
 from .scheme import TENSOR, Granularity
 
-VARIABLE = "HF_FP8_NATIVE"
-FILE = Path(__file__).with_name("_native.so")
-# `hf_fp8_version` of a library that takes these arguments.
-VERSION = 3
+__all__ = [
+    "CODES", "DTYPES", "FILE", "VARIABLE", "Prepared", "amax", "depends", "dequantize", "multiply", "multiply_int8", "names",
+    "on_change", "quantize", "state", "use", "why_not",
+]  # fmt: skip
+
 # As native/common.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES = {FP8: 0, INT8: 1}
 WEIGHTS = {**CODES, torch.bfloat16: 2, torch.float16: 3}
-# Fields of the structures Weights, Product, Int8Product and Rounding of native/common.h, all of 64 bits.
-_WEIGHTS = Struct("=12q")
-_PRODUCT = Struct("=27q")
-_PREPARED = Struct("=15q")  # what follows Weights in Product
-_INT8_PRODUCT = Struct("=16q")
-_ROUNDING = Struct("=12q")
-F = TypeVar("F", bound=Callable[..., Any])
-_disabled = False
-state = 0  # changes with `use`
-_caches: list[Callable[[], None]] = []
-
-
-@cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted == "0":
-        return f"the library of CPU kernels is turned off ({VARIABLE}=0)"
-    if not FILE.exists():
-        return (
-            "hf-fp8 was installed without its library of CPU kernels (there was no wheel for this platform, and no C++ "
-            "compiler; with one, install hf-fp8 again)"
-        )
-    try:
-        library = ctypes.CDLL(str(FILE))
-        if library.hf_fp8_version() != VERSION:
-            return f"the library of CPU kernels ({FILE.name}) is of another version of hf-fp8: install hf-fp8 again"
-    except (OSError, AttributeError) as error:
-        return f"the library of CPU kernels cannot be loaded ({error})"
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int64
-    library.hf_fp8_name.restype = ctypes.c_char_p
-    _share_threads(library)
-    found = _names(library)
-    if wanted and wanted not in found:
-        return f"{VARIABLE}={wanted}: not among the instructions of the library ({', '.join(found)})"
-    for index, name in enumerate(found):
-        if wanted in ("", name) and library.hf_fp8_use(index) == 0 and _is_right(library):
-            return library
-    return f"the library of CPU kernels does not run on this processor, or gives wrong numbers ({wanted or ', '.join(found)})"
-
-
-def _is_right(library: ctypes.CDLL) -> bool:
-    """Whether the instructions in use give exact results here: kernels are probed before they are chosen (`kernels.probing`),
-    but gradients, dequantizing, quantizing and 16-bit weights have no other check."""
-    n, k = 37, 97
-    # In the arithmetic of Python: torch's modes, or its default device, may be any.
-    codes = bytes((7 * i) % 127 | 128 * (i % 3 == 0) for i in range(n * k))
-    real = [_value(code) for code in codes]
-    x = [float(i % 5 - 2) for i in range(max(n, k))]
-    scale = 0.5
-    given, scales, values = ((ctypes.c_float * len(v))(*v) for v in (x, [scale], [r * scale for r in real]))
-    at, floats = ctypes.addressof, [pack("<f", value) for value in real]
-    stored = {0: codes, 2: b"".join(value[2:] for value in floats), 3: pack(f"<{n * k}e", *real)}
-    held = {code: ctypes.create_string_buffer(number, len(number)) for code, number in stored.items()}
-    packed = {
-        code: _WEIGHTS.pack(at(buffer), at(scales), code, 0, 1, n, k, len(buffer) // n, 0, 1, n, k)
-        for code, buffer in held.items()
-    }
-    for transposed, width, depth in ((0, n, k), (1, k, n)):
-        step, by = (k, 1) if not transposed else (1, k)
-        wanted = [scale * sum(x[d] * real[j * step + d * by] for d in range(depth)) for j in range(width)]
-        for rows in (1, 2, 3, 4, 5, 6, 30):  # each of them is code of its own
-            for weights in packed.values():
-                out = (ctypes.c_float * (rows * width))()
-                library.hf_fp8_multiply(
-                    weights + _PREPARED.pack(at(given), 0, 0, rows, 0, 0, 0, 1, rows, 0, 0, at(out), 0, transposed, 1)
-                )
-                if list(out) != wanted * rows:
-                    return False
-    weights = packed[0]
-    out, back = (ctypes.c_float * len(codes))(), ctypes.create_string_buffer(len(codes))
-    library.hf_fp8_dequantize(weights, at(out), 0, 1)
-    library.hf_fp8_quantize(_ROUNDING.pack(at(values), 0, k, n, k, at(scales), 0, n, k, 0, at(back), 1))
-    return list(out) == list(values) and back.raw == codes
-
-
-def _value(code: int) -> float:
-    """The number that an E4M3 code stands for (not NaN)."""
-    exponent, mantissa = code >> 3 & 15, code & 7
-    magnitude = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
-    return -magnitude if code & 128 else magnitude
-
-
-_SIGNATURES: dict[str, list[Any]] = {
-    "hf_fp8_multiply": [ctypes.c_char_p],
-    "hf_fp8_multiply_int8": [ctypes.c_char_p],
-    "hf_fp8_dequantize": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
-    "hf_fp8_quantize": [ctypes.c_char_p],
-    "hf_fp8_amax": [ctypes.c_char_p],
-    "hf_fp8_name": [ctypes.c_int64],
-    "hf_fp8_used": [],
-    "hf_fp8_use": [ctypes.c_int64],
-    "hf_fp8_use_openmp": [ctypes.c_void_p] * 4,
-}
-
-
-def _share_threads(library: ctypes.CDLL) -> None:
-    """Give the library the functions of the OpenMP runtime that torch itself uses; without them it works on one thread."""
-    folder = Path(torch.__path__[0], "lib")
-    for file in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        if (folder / file).exists():
-            # Symbols are looked up in this library and those that it is linked to, in their order.
-            torch_cpu = ctypes.CDLL(str(folder / file))
-            functions = (getattr(torch_cpu, name, None) for name in _OPENMP)
-            library.hf_fp8_use_openmp(*(None if f is None else ctypes.cast(f, ctypes.c_void_p).value for f in functions))
-
-
-_OPENMP = ("GOMP_parallel", "__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
-
-
-def why_not() -> str | None:
-    """The reason why the library cannot be used; None if it can."""
-    if _disabled:
-        return "the library of CPU kernels is turned off"
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-def names() -> tuple[list[str], str]:
-    """(the instruction sets that the library was built with, in order of preference; the one in use)."""
-    library = _library()
-    found = _names(library)
-    return found, found[library.hf_fp8_used()]
-
-
-def _names(library: ctypes.CDLL) -> list[str]:
-    found: list[str] = []
-    while (name := library.hf_fp8_name(len(found))) is not None:
-        found.append(name.decode())
-    return found
-
-
-@contextmanager
-def use(name: str | None) -> Iterator[None]:
-    """Use another instruction set within the block, or not the library at all (None), for tests and benchmarks; in all threads.
-
-    Raises KernelError if there is no library, or the processor does not have these instructions.
-    """
-    global _disabled
-    before, used = _disabled, None if why_not() else names()[1]
-    _choose(name)
-    try:
-        yield
-    finally:
-        _choose(used)
-        _disabled = before
-
-
-def _choose(name: str | None) -> None:
-    global _disabled, state
-    _disabled = name is None
-    state += 1
-    if name is not None:
-        found, _ = names()
-        if name not in found or _library().hf_fp8_use(found.index(name)) != 0:
-            raise KernelError(f"{name}: not among the instructions of this processor and of the library ({', '.join(found)})")
-    for clear in _caches:
-        clear()
-
-
-def depends(cached: F) -> F:
-    """Decorator of a function with a cache, which `use` empties."""
-    _caches.append(cached.cache_clear)  # type: ignore[attr-defined]
-    return cached
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise KernelError(library)
-    return library
 
 
 def multiply(
@@ -247,14 +80,14 @@ def multiply(
         x = x.contiguous()
     bias = _as_read(bias)
     held, codes, scale = _weights(codes, scale, granularity, parts)
-    arguments = _PRODUCT.pack(
+    arguments = PRODUCT_FIELDS.pack(
         *held,
         x.data_ptr(), DTYPES[x.dtype], x.stride(0),
         used, _at(ends), _at(sources), _at(targets), share, x.shape[0],
         _at(bias), 0 if bias is None else DTYPES[bias.dtype],
         out.data_ptr(), DTYPES[out.dtype], transposed, torch.get_num_threads(),
     )  # fmt: skip
-    if _library().hf_fp8_multiply(arguments):
+    if library().hf_fp8_multiply(arguments):
         raise MemoryError(f"not enough memory to multiply an input of shape {tuple(x.shape)}")
     return out
 
@@ -262,10 +95,10 @@ def multiply(
 class Prepared:
     """`multiply` for one weight (N, K), with everything but the input prepared: a third of the time of a small call.
 
-    It holds references to codes, scale and bias, and the addresses of their memory: see `is_valid`.
+    It has the addresses of codes, scale and bias, not the tensors: the caller has to keep these, in the same memory.
     """
 
-    __slots__ = ("_addresses", "_after", "_before", "bias", "codes", "dtype", "n", "scale")
+    __slots__ = ("_addresses", "_after", "_before", "dtype", "k", "n")
 
     def __init__(
         self, codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity, bias: torch.Tensor | None, dtype: torch.dtype
@@ -276,29 +109,24 @@ class Prepared:
         _require(bias, "numbers of a bias", codes.shape[0])
         if used[0] is not codes or used[1].data_ptr() != scale.data_ptr() or _as_read(bias) is not bias:
             raise ValueError("not as the library reads it")
-        self.codes, self.scale, self.bias, self.dtype, self.n = codes, scale, bias, dtype, codes.shape[0]
+        self.dtype, (self.n, self.k) = dtype, codes.shape
         self._addresses = codes.data_ptr(), scale.data_ptr(), _at(bias)
-        self._before = _WEIGHTS.pack(*fields)
+        self._before = WEIGHTS_FIELDS.pack(*fields)
         self._after = self._addresses[2], 0 if bias is None else DTYPES[bias.dtype]
 
-    def is_valid(self, codes: Any, scale: Any, bias: Any) -> bool:
-        """Whether these are still the tensors that it was prepared for, in the same memory."""
-        return (
-            codes is self.codes
-            and scale is self.scale
-            and bias is self.bias
-            and (codes.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr()) == self._addresses
-        )
+    def reads(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether the tensors that it was prepared for are still in the same memory."""
+        return (codes.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr()) == self._addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) in `dtype` on the CPU, contiguous, at least one row -> (..., N)."""
         *rows, k = x.shape
         out = x.new_empty((*rows, self.n))
         m, code = x.numel() // k, DTYPES[self.dtype]
-        call = _PREPARED.pack(
+        call = INPUT_FIELDS.pack(
             x.data_ptr(), code, k, m, 0, 0, 0, 1, m, *self._after, out.data_ptr(), code, 0, torch.get_num_threads()
         )
-        if _library().hf_fp8_multiply(self._before + call):
+        if library().hf_fp8_multiply(self._before + call):
             raise MemoryError(f"not enough memory to multiply an input of shape {tuple(x.shape)}")
         return out
 
@@ -365,7 +193,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, granularity: Granularit
     _on_cpu(out)
     if out.numel():
         held, codes, scale = _weights(codes, scale, granularity, 1)
-        _library().hf_fp8_dequantize(_WEIGHTS.pack(*held), out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
+        library().hf_fp8_dequantize(WEIGHTS_FIELDS.pack(*held), out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
     return out
 
 
@@ -398,11 +226,11 @@ def _round(
     block_rows, block_cols = (
         n if extent == -1 else extent for n, extent in ((rows, granularity.rows), (cols, granularity.cols))
     )
-    arguments = _ROUNDING.pack(
+    arguments = ROUNDING_FIELDS.pack(
         x.data_ptr(), DTYPES[x.dtype], x.stride(0), rows, cols, _at(scale), 0 if scale is None else DTYPES[scale.dtype],
         block_rows, block_cols, code, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    getattr(_library(), function)(arguments)
+    getattr(library(), function)(arguments)
 
 
 def _weights(
@@ -477,12 +305,12 @@ def multiply_int8(
     scale, x_scale = scale if scale.dtype in DTYPES else scale.float(), x_scale.float().contiguous()
     scale = scale.contiguous()
     bias = _as_read(bias)
-    arguments = _INT8_PRODUCT.pack(
+    arguments = INT8_PRODUCT_FIELDS.pack(
         x.data_ptr(), x.stride(0), x_scale.data_ptr(),
         codes.data_ptr(), codes.stride(0), scale.data_ptr(), DTYPES[scale.dtype],
         _at(bias), 0 if bias is None else DTYPES[bias.dtype], _at(added),
         out.data_ptr(), DTYPES[dtype], m, n, k, torch.get_num_threads(),
     )  # fmt: skip
-    if out.numel() and _library().hf_fp8_multiply_int8(arguments):
+    if out.numel() and library().hf_fp8_multiply_int8(arguments):
         raise MemoryError(f"not enough memory to multiply an input of shape {tuple(x.shape)}")
     return out

@@ -14,30 +14,51 @@ from torch import nn
 
 from ..kernels import native
 from ..kernels.thresholds import native_limit
+from . import custom_op
+from .custom_op import is_traced_without_gradients
 from .functional import is_plain_call
 
 
 class DenseLinear(nn.Linear):
     """`nn.Linear` with the same parameters, that asks the library of CPU kernels for products of 16 bits on the CPU.
 
-    Everything else is left to `nn.Linear`: other devices, dtypes and layouts, autocast, compiled code.
+    Everything else is left to `nn.Linear`: other devices, dtypes and layouts, autocast, compiled code with gradients.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., K). Returns (..., N) in the dtype of the input."""
         weight, bias = self.weight, self.bias
+        if input.dtype in _TYPES and weight.is_cpu and is_traced_without_gradients() and not torch.is_autocast_enabled("cpu"):
+            compiled: torch.Tensor = _dense_linear(input, weight, bias)
+            return compiled
         if not _is_for_library(input, weight, bias):
             # Not `super()`: others may hold this method when the class of the module is changed back.
             return nn.Linear.forward(self, input)
-        rows = input.reshape(-1, input.shape[-1])
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-            out: torch.Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
-        else:
-            out = native.times_dense(rows, weight, bias)
-        return out if input.ndim == 2 else out.view(*input.shape[:-1], weight.shape[0])
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))):
+            return _product(input, weight, bias)
+        out: torch.Tensor = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+        return out.view(*input.shape[:-1], weight.shape[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, products in float32 on CPUs"
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = native.times_dense(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _product(x, weight, bias) if _is_for_library(x, weight, bias) else _fake(x, weight, bias)
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return nn.functional.linear(x, weight, bias).contiguous()
+
+
+# Compiled code calls it where it has no gradients. It is opaque: what multiplies is chosen when it runs.
+_dense_linear = custom_op.define("dense_linear", _run, fake=_fake)
+_TYPES = (torch.bfloat16, torch.float16)
 
 
 def _is_for_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

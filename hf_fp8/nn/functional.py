@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme
 from ..kernels import Input, Weight, kernel_for
+from ..kernels.prepared import prepared
 from . import custom_op
 from .backward import times_weight
 from .originals import refuse_changed
@@ -38,8 +39,23 @@ def _run(
 ) -> torch.Tensor:
     if original is not None:
         refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
+    return _run_inference(x, weight, weight_scale, input_scale, bias, scheme, backend)
+
+
+def _run_inference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    backend: str,
+) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
+    call = prepared(x, weight, weight_scale, bias, scheme, backend)
+    if call is not None and call.takes(x):
+        return call.run(x)
     kernel = kernel_for(x, weight, scheme, backend)
     return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)))
 
@@ -70,6 +86,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 _scaled_linear = custom_op.define("scaled_linear", _run, fake=_fake, backward=_backward, setup_context=_setup_context)
+_scaled_linear_inference = custom_op.define("scaled_linear_inference", _run_inference, fake=_fake)
 
 
 def scaled_linear(
@@ -115,6 +132,8 @@ def scaled_linear(
         kernel = kernel_for(rows, weight, scheme.text, backend)
         given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
         out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
+    elif kept[0] is None and custom_op.is_traced_without_gradients():
+        out = _scaled_linear_inference(rows, weight, weight_scale, input_scale, bias, scheme.text, backend)
     else:
         out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])

@@ -11,25 +11,24 @@ from typing import Any
 import torch
 
 from ..formats import native
-from ..kernels import native as native_kernels
 from ..kernels import selection
-from ..kernels.base import Problem
-from ..kernels.thresholds import native_limit
+from ..kernels.prepared import Call, prepared
 from .functional import can_bypass_dispatcher
 
 
 class PreparedCall:
-    """A call of the native weight-only kernel for one layer, inputs of one dtype and up to `limit` rows, without gradients."""
+    """A prepared product of one layer, without gradients."""
 
-    __slots__ = ("_limit", "_run", "_state")
+    __slots__ = ("_call", "_operands", "_state")
 
-    def __init__(self, run: native.Prepared, limit: int, layer: Any) -> None:
-        self._run, self._limit, self._state = run, limit, self._depends(layer)
+    def __init__(self, call: Call, codes: torch.Tensor, scale: torch.Tensor, layer: Any) -> None:
+        self._call, self._state = call, self._depends(layer)
+        self._operands = codes, scale, layer.bias
 
     @staticmethod
     def _depends(layer: Any) -> tuple[Any, ...]:
         """What the choice of a kernel depends on, besides the operands."""
-        return native.state, selection.forced(), layer.backend, layer.scheme
+        return native.state(), selection.forced(), layer.backend, layer.scheme
 
     @staticmethod
     def may_be_used(layer: Any) -> bool:
@@ -39,39 +38,28 @@ class PreparedCall:
     @classmethod
     def of(cls, layer: Any, x: torch.Tensor) -> PreparedCall | None:
         """For inputs like x (..., K) of `layer`; None if another kernel is chosen for them, or operands are to be converted."""
-        if not x.is_cpu or torch.is_grad_enabled() or not cls.may_be_used(layer):
+        if torch.is_grad_enabled() or not cls.may_be_used(layer):
             return None
         codes, scale = layer.held_codes("weight"), layer.held_scale("weight")
-        if x.dtype not in native.DTYPES or codes.device.type != "cpu" or not codes.numel():
-            return None
-        choice = selection.select(Problem(codes.device, layer.scheme, codes.shape[0], codes.shape[1], x.dtype), layer.backend)
-        limit = native_limit(x.dtype) if choice.kernel is native_kernels.WEIGHT_ONLY else choice.limit
-        if native_kernels.WEIGHT_ONLY not in (choice.kernel, choice.small):
-            return None
-        try:
-            return cls(native.Prepared(codes, scale, layer.scheme.weight.granularity, layer.bias, x.dtype), limit, layer)
-        except ValueError:
-            return None
+        call = prepared(x, codes, scale, layer.bias, layer.scheme.text, layer.backend)
+        return None if call is None else cls(call, codes, scale, layer)
 
     def takes(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether it computes what the layer would: for this input, and if nothing has changed since."""
-        run, held = self._run, layer._parameters
+        codes, scale, bias = self._operands
+        held = layer._parameters
         return (
             not torch.is_grad_enabled()
-            and x.is_cpu
-            and not x.is_neg()
-            and x.dtype == run.dtype
-            and x.is_contiguous()
-            and 0 < x.numel() <= self._limit * run.codes.shape[1]
-            and x.shape[-1] == run.codes.shape[1]
-            and can_bypass_dispatcher(x, run.codes)
+            and can_bypass_dispatcher(x, codes)
+            and self._call.takes(x)
             and not torch.is_autocast_enabled("cpu")
             and self.may_be_used(layer)
             and self._depends(layer) == self._state
-            and run.is_valid(
-                getattr(held.get("weight"), "codes", None), getattr(held.get("weight_scale"), "plain", None), held.get("bias")
-            )
+            and getattr(held.get("weight"), "codes", None) is codes
+            and getattr(held.get("weight_scale"), "plain", None) is scale
+            and held.get("bias") is bias
+            and self._call.run.reads(codes, scale, bias)
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._run(x)
+        return self._call.run(x)

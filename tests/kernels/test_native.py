@@ -12,7 +12,7 @@ from support.fresh import run_fresh
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_fp8.errors import InputError, KernelError
-from hf_fp8.formats import native, numerics
+from hf_fp8.formats import native, native_library, numerics
 from hf_fp8.formats.code_types import FP8, INT8
 from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
 from hf_fp8.kernels import Weight, why_not_kept, why_not_kept_experts
@@ -385,15 +385,15 @@ if native.why_not() is None:
 
 def test_instructions_that_compute_wrongly_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients and dequantizing have no probe of their own."""
-    library = native._library()
-    assert native._is_right(library)
+    library = native_library.library()
+    assert native_library._is_right(library)
     for name in ("hf_fp8_multiply", "hf_fp8_dequantize", "hf_fp8_quantize"):
         with monkeypatch.context() as patch:
             patch.setattr(library, name, lambda *_: 0)  # computes nothing
-            assert not native._is_right(library)
-    monkeypatch.setattr(native, "_is_right", lambda _: False)
+            assert not native_library._is_right(library)
+    monkeypatch.setattr(native_library, "_is_right", lambda _: False)
     with native.use(native.names()[1]):  # restores what loading leaves in use
-        assert "gives wrong numbers" in str(native._load.__wrapped__())
+        assert "gives wrong numbers" in str(native_library._load.__wrapped__())
 
 
 def test_what_traces_or_differentiates_is_torchs() -> None:

@@ -55,6 +55,35 @@ def test_a_model_in_one_graph(scheme: str, backend: str, tmp_path: Path) -> None
             assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
+def ops_of(module: torch.nn.Module, x: torch.Tensor) -> set[str]:
+    """Names of the ops of hf_fp8 in the graph of `module`."""
+    found: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(module, fullgraph=True, backend=compiler)(x)
+    return {name for name in found if name.startswith("hf_fp8.")}
+
+
+def test_the_op_without_gradients() -> None:
+    """Where nothing is differentiated: half of the time of a small call. Exported programs may be differentiated later."""
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 32), FP8_DYNAMIC)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert ops_of(layer, x) == {"hf_fp8.scaled_linear_inference.default"}
+        exported = torch.export.export(layer, (x,))
+        assert any(str(node.target) == "hf_fp8.scaled_linear.default" for node in exported.graph.nodes)
+        out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(out, layer(x))
+    torch.compiler.reset()
+    assert ops_of(layer, x) == {"hf_fp8.scaled_linear.default"}
+    x.requires_grad_()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert x.grad is not None and layer.bias.grad is not None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_compiles_once(backend: str, fp8: Path) -> None:

@@ -271,3 +271,24 @@ def test_outputs_and_forwards_outlive_it() -> None:
     nested = torch.nested.nested_tensor([torch.randn(2, 40, dtype=torch.bfloat16)])
     adopt(layer)
     assert layer(nested)[0].shape == (2, 24)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_compiled_without_gradients(dtype: torch.dtype) -> None:
+    """One op where nothing is differentiated, `nn.Linear` elsewhere; what multiplies is chosen when it runs."""
+    layer = linear(33, 64, dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for shape in ((1, 64), (64,), (2, 3, 64), (0, 64)):
+            x = torch.randn(shape).to(dtype)
+            assert torch.equal(compiled(x), layer(x)) and compiled(x).shape == (*shape[:-1], 33)
+            torch.compiler.reset()  # a graph for each number of dimensions
+        x = torch.randn(64, 5).t().to(dtype)
+        assert torch.equal(compiled(x), layer(x))
+        with native.use(None):
+            assert error(compiled(x), exact(layer, x)) < 1e-2
+        with torch.autocast("cpu", dtype):
+            assert error(compiled(x.float()), exact(layer, x)) < 1e-2
+    x = torch.randn(3, 64).to(dtype).requires_grad_()
+    compiled(x).sum().backward()
+    assert error(x.grad, layer.weight.sum(0).expand(3, 64)) < 1e-2

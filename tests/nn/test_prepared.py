@@ -13,6 +13,9 @@ from torch import nn
 import hf_fp8
 from hf_fp8 import QuantizedLinear, kernels
 from hf_fp8.formats import native, numerics
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC
+from hf_fp8.formats.weights import quantize_weight
+from hf_fp8.kernels import prepared
 
 pytestmark = [
     pytest.mark.hostless,
@@ -153,3 +156,74 @@ def test_copies_have_their_own(layer: QuantizedLinear) -> None:
     with torch.no_grad():
         twin.bias.data.zero_()
         assert is_right(twin, x) and is_right(layer, x)
+
+
+def op(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    """As compiled code without gradients calls it."""
+    out: torch.Tensor = torch.ops.hf_fp8.scaled_linear_inference(
+        x, layer.held_codes("weight"), layer.held_scale("weight"), None, layer.bias, layer.scheme.text, layer.backend
+    )
+    return out
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_compiled_code_sees_what_changes(change: str, layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        before = op(layer, x)
+        CHANGES[change](layer)
+        assert torch.equal(op(layer, x), layer(x))
+    assert change == "to bfloat16" or not torch.equal(op(layer, x), before)
+
+
+def test_compiled_code_sees_other_kernels(layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            plain = op(layer, x)
+            with kernels.use("dequantize"):
+                assert not torch.equal(op(layer, x), plain)  # inputs are rounded
+            with native.use(None):
+                assert torch.allclose(op(layer, x), plain, atol=0.1)
+            with pytest.raises(hf_fp8.errors.KernelError), kernels.use("int8_mm"):
+                op(layer, x)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17, 600])
+def test_compiled_code_takes_any_input(rows: int, layer: QuantizedLinear) -> None:
+    layer.backend = "weight_only"  # "auto" rounds inputs in float64, as no kernel takes them
+    with torch.no_grad():
+        for x in (
+            torch.randn(rows, 64), torch.randn(64, rows).t(), torch.randn(rows, 128)[:, ::2],
+            torch._neg_view(torch.randn(rows, 64)), torch.randn(rows, 64).bfloat16(), torch.randn(rows, 64).half(),
+            torch.randn(rows, 64).double(),
+        ):  # fmt: skip
+            found = op(layer, x)
+            assert found.shape == (rows, 40) and found.dtype == x.dtype
+            assert not rows or (is_right(layer, x) and torch.allclose(found, layer(x), rtol=1e-2, atol=1e-2))
+
+
+def test_memory_that_is_used_again() -> None:
+    """Calls are found by the memory of their operands: other layers may be there later, of other sizes and kinds."""
+    memory, scales = torch.zeros(64 * 64, dtype=torch.uint8), torch.zeros(4096)
+    torch.manual_seed(0)
+    for count in range(200):
+        n, k = (8 * int(i) for i in torch.randint(1, 9, (2,)))
+        scheme = (FP8_WEIGHT_ONLY, FP8_BLOCK, INT8_DYNAMIC)[count % 3]
+        codes, scale = quantize_weight(torch.randn(n, k), scheme.weight.granularity, scheme.weight.dtype)
+        there = memory[: n * k].view(codes.dtype).view(n, k)
+        there.copy_(codes)
+        if count % 2:
+            there = there.view(k, n).t()
+        grid = scales[: scale.numel()].view(scale.shape).copy_(scale)
+        x, weight = torch.randn(2, k), numerics.dequantize(there, grid, scheme.weight.granularity)
+        out = torch.ops.hf_fp8.scaled_linear_inference(x, there, grid, None, None, scheme.text, "weight_only")
+        assert torch.allclose(out, x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_calls_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch, layer: QuantizedLinear) -> None:
+    monkeypatch.setattr(prepared, "_MOST", 3)
+    codes, scale, bias = layer.held_codes("weight"), layer.held_scale("weight"), layer.bias
+    for n in range(1, 10):
+        call = prepared.prepared(torch.ones(1, 64), codes[:n], scale[:n], bias[:n], layer.scheme.text, "auto")
+        assert call is not None and call.run.n == n and len(prepared._calls) <= 3

@@ -13,7 +13,7 @@ from hf_fp8.integrations import old_names
 # What each name of `hf_fp8` is; of functions and classes how they are called; and where old names are.
 # Written by `python tests/project/test_public_api.py`.
 WRITTEN = Path(__file__).parents[1] / "data" / "public_api.txt"
-OPS = ("scaled_grouped_linear", "scaled_linear", "times_weight")
+OPS = ("dense_linear", "scaled_grouped_linear", "scaled_linear", "scaled_linear_inference", "times_weight")
 
 
 def described() -> list[str]:
