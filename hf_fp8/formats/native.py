@@ -178,6 +178,12 @@ def _on_cpu(*tensors: torch.Tensor | None) -> None:
             )
 
 
+def _require_memory(tensor: torch.Tensor, what: str) -> None:
+    """Raise InputError if the memory of `tensor` was freed, as FSDP does between uses."""
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise InputError(f"the memory of {what} of shape {tuple(tensor.shape)} was freed")
+
+
 def _require(tensor: torch.Tensor | None, what: str, count: int) -> None:
     """Raise InputError if `tensor` does not have `count` elements: the library would read memory that is not its own."""
     if tensor is not None and tensor.numel() != count:
@@ -241,8 +247,8 @@ def _weights(
     if scale is None:
         scale, granularity = _ones(codes.shape[0] * parts if codes.ndim == 3 else parts), TENSOR
     _on_cpu(codes, scale)
-    if codes.numel() and not codes.untyped_storage().nbytes():
-        raise InputError(f"the memory of a weight of shape {tuple(codes.shape)} was freed")
+    _require_memory(codes, "a weight")
+    _require_memory(scale, "the scales of a weight")
     codes = codes.resolve_neg()
     if codes.stride(-1) != 1 and k > 1:
         codes = codes.contiguous()
@@ -271,6 +277,7 @@ def _as_read(bias: torch.Tensor | None) -> torch.Tensor | None:
     """A bias as the library reads it: its numbers next to each other, in a dtype that it knows."""
     if bias is None:
         return None
+    _require_memory(bias, "a bias")
     return (bias if bias.dtype in DTYPES else bias.float()).resolve_neg().contiguous()
 
 
@@ -298,6 +305,8 @@ def multiply_int8(
     ):  # fmt: skip
         _on_cpu(tensor)
         _require(tensor, what, count)
+        if tensor is not None:
+            _require_memory(tensor, what)
     if not k:
         return out.copy_(sum((t.float() for t in (added, bias) if t is not None), start=out.new_zeros((), dtype=torch.float32)))
     _on_cpu(x)

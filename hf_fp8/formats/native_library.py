@@ -164,8 +164,8 @@ def use(name: str | None) -> Iterator[None]:
     """
     global _disabled
     before, used = _disabled, None if why_not() else names()[1]
-    _choose(name)
     try:
+        _choose(name)
         yield
     finally:
         _choose(used)

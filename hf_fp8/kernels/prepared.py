@@ -56,7 +56,7 @@ def prepared(
     if not (x.is_cpu and codes.is_cpu and scale.is_cpu and (bias is None or bias.is_cpu)):
         return None
     operands = (_memory(codes), _memory(scale), None if bias is None else _memory(bias))
-    key = (x.dtype, scheme, backend, selection.forced(), *operands)
+    key = (x.dtype, scheme, backend, selection.forced(), native.state(), *operands)
     try:
         return _calls[key]
     except KeyError:
@@ -73,7 +73,8 @@ def _memory(tensor: torch.Tensor) -> Memory:
 def _prepare(
     dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, backend: str
 ) -> Call | None:
-    if dtype not in native.DTYPES or not codes.numel():
+    # Fake tensors, and such whose memory was freed, have the address 0.
+    if dtype not in native.DTYPES or not all(t is None or t.data_ptr() for t in (codes, scale, bias)):
         return None
     choice = selection.select(Problem(codes.device, scheme, codes.shape[0], codes.shape[1], dtype), backend)
     if native_kernels.WEIGHT_ONLY not in (choice.kernel, choice.small):

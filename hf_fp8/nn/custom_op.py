@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def define(
@@ -35,5 +36,13 @@ def define(
 
 
 def is_traced_without_gradients() -> bool:
-    """Whether this call is being compiled, and nothing will be differentiated; exported programs may be, later."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+    """Whether this call is being compiled, and nothing is differentiated; exported programs may be, later.
+
+    Forward-mode gradients are computed without grad mode, too.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+    )

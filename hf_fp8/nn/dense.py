@@ -28,7 +28,7 @@ class DenseLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., K). Returns (..., N) in the dtype of the input."""
         weight, bias = self.weight, self.bias
-        if input.dtype in _TYPES and weight.is_cpu and is_traced_without_gradients() and not torch.is_autocast_enabled("cpu"):
+        if is_traced_without_gradients() and _is_for_op(input, weight, bias):
             compiled: torch.Tensor = _dense_linear(input, weight, bias)
             return compiled
         if not _is_for_library(input, weight, bias):
@@ -59,6 +59,16 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 # Compiled code calls it where it has no gradients. It is opaque: what multiplies is chosen when it runs.
 _dense_linear = custom_op.define("dense_linear", _run, fake=_fake)
 _TYPES = (torch.bfloat16, torch.float16)
+
+
+def _is_for_op(x: torch.Tensor, *held: torch.Tensor | None) -> bool:
+    """Whether compiled code calls the op: plain tensors on the CPU, in 16 bits; subclasses have ops of their own."""
+    return (
+        x.dtype in _TYPES
+        and not x.is_nested
+        and all(t is None or (type(t) in (nn.Parameter, torch.Tensor) and t.is_cpu) for t in (x, *held))
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _is_for_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

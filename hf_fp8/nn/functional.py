@@ -61,7 +61,7 @@ def _run_inference(
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -143,7 +143,9 @@ def refuse_forward_mode(x: torch.Tensor) -> None:
     """Raise InputError if x has a forward-mode tangent, which the op would drop."""
     if forward_ad._current_level < 0:
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+    # Tangents cannot be seen while compiling.
+    seen = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if seen or forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise InputError(
             "forward-mode gradients (torch.func.jvp, dual numbers) are not supported by quantized layers: use backward(), or "
             "load with FP8Config(dequantize=True)"
@@ -168,7 +170,7 @@ def is_plain_call(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
-        and not (x.is_meta or weight.is_meta)
+        and not (x.is_meta or weight.is_meta or x._is_zerotensor())
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
         and torch._C._functorch.maybe_current_level() is None

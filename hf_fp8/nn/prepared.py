@@ -13,7 +13,7 @@ import torch
 from ..formats import native
 from ..kernels import selection
 from ..kernels.prepared import Call, prepared
-from .functional import can_bypass_dispatcher
+from .functional import is_plain_call
 
 
 class PreparedCall:
@@ -38,7 +38,7 @@ class PreparedCall:
     @classmethod
     def of(cls, layer: Any, x: torch.Tensor) -> PreparedCall | None:
         """For inputs like x (..., K) of `layer`; None if another kernel is chosen for them, or operands are to be converted."""
-        if torch.is_grad_enabled() or not cls.may_be_used(layer):
+        if not x.is_cpu or torch.is_grad_enabled() or not cls.may_be_used(layer) or not is_plain_call(x, x):
             return None
         codes, scale = layer.held_codes("weight"), layer.held_scale("weight")
         call = prepared(x, codes, scale, layer.bias, layer.scheme.text, layer.backend)
@@ -50,7 +50,7 @@ class PreparedCall:
         held = layer._parameters
         return (
             not torch.is_grad_enabled()
-            and can_bypass_dispatcher(x, codes)
+            and is_plain_call(x, codes)
             and self._call.takes(x)
             and not torch.is_autocast_enabled("cpu")
             and self.may_be_used(layer)

@@ -27,6 +27,7 @@ from hf_fp8.kernels import (
     Problem,
     Selection,
     has_fp8_matmul,
+    prepared,
     select,
     select_grouped,
     selection,
@@ -50,6 +51,7 @@ Fake = Callable[..., None]
 def forget() -> None:
     for function in _CACHED:
         function.cache_clear()
+    prepared._calls.clear()
 
 
 @pytest.fixture

@@ -292,3 +292,54 @@ def test_compiled_without_gradients(dtype: torch.dtype) -> None:
     x = torch.randn(3, 64).to(dtype).requires_grad_()
     compiled(x).sum().backward()
     assert error(x.grad, layer.weight.sum(0).expand(3, 64)) < 1e-2
+
+
+class Tripled(torch.Tensor):
+    """A weight as other libraries have them: it says itself what `F.linear` is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]  # type: ignore[attr-defined]
+        out = func(*plain, **(kwargs or {}))
+        return 3 * out if func is nn.functional.linear else out
+
+
+def test_compiled_with_other_tensors() -> None:
+    """`nn.Linear`, as before: the op is for plain tensors."""
+    layer, x = linear(24, 40, torch.bfloat16), torch.randn(3, 40, dtype=torch.bfloat16)
+    nested = torch.nested.nested_tensor([torch.randn(2, 40), torch.randn(5, 40)], dtype=torch.bfloat16, layout=torch.jagged)
+    with torch.no_grad():
+        found = torch.compile(layer, backend="aot_eager")(nested).values()
+        assert error(found, exact(layer, nested.values())) < 1e-2
+        wanted = 3 * exact(layer, x)
+        layer._parameters["weight"] = layer.weight.detach().as_subclass(Tripled)  # type: ignore[assignment, arg-type]
+        torch.compiler.reset()
+        assert error(torch.compile(layer, backend="eager")(x), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_forward_mode_gradients_in_compiled_code(backend: str) -> None:
+    """They are computed without grad mode, too. A tangent that is lost would be a gradient of zero."""
+    layer, x, tangent = linear(24, 40, torch.bfloat16), *torch.randn(2, 3, 40).bfloat16()
+    wanted = tangent.double() @ layer.weight.double().t()
+    with torch.no_grad():
+        found = torch.compile(lambda x, t: torch.func.jvp(layer, (x,), (t,))[1], backend=backend)(x, tangent)
+        assert error(found, wanted) < 1e-2
+        torch.compiler.reset()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            out = torch.compile(layer, backend=backend)(dual)
+            assert error(torch.autograd.forward_ad.unpack_dual(out).tangent, wanted) < 1e-2
+            quantized = hf_fp8.quantize_model(nn.Linear(40, 24, dtype=torch.bfloat16), "FP8_DYNAMIC")
+            for call in (quantized, torch.compile(quantized, backend=backend)):
+                with pytest.raises(Exception, match="forward-mode gradients"):
+                    call(dual)
+
+
+def test_zeros_without_memory() -> None:
+    zeros = torch._efficientzerotensor((3, 40), dtype=torch.bfloat16)
+    quantized = hf_fp8.quantize_model(nn.Linear(40, 24, dtype=torch.bfloat16), "FP8_DYNAMIC").requires_grad_(False)
+    for layer in (linear(24, 40, torch.bfloat16), quantized):
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(layer(zeros), layer.bias.expand(3, 24))

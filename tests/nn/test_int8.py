@@ -22,7 +22,7 @@ from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import INT8
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 from hf_fp8.formats.weights import requantize
-from hf_fp8.kernels import selection
+from hf_fp8.kernels import prepared, selection
 
 INT8_CONFIG = FP8Config(backend="int8")
 WEIGHTS = {
@@ -215,6 +215,7 @@ def under_another_default_device(which: str) -> None:
         layer.weight.data = torch.randint(-127, 128, tuple(layer.weight.shape), dtype=INT8)
         layer.weight_scale.data.fill_(0.01)
     selection._select.cache_clear()
+    prepared._calls.clear()
     kernels.probe.cache_clear()
     few, many = torch.randn(3, 64), torch.randn(600, 64)
     with torch.device("meta"):

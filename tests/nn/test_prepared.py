@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hf_fp8
 from hf_fp8 import QuantizedLinear, kernels
@@ -227,3 +228,26 @@ def test_calls_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch, layer:
     for n in range(1, 10):
         call = prepared.prepared(torch.ones(1, 64), codes[:n], scale[:n], bias[:n], layer.scheme.text, "auto")
         assert call is not None and call.run.n == n and len(prepared._calls) <= 3
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+def test_freed_memory(name: str, layer: QuantizedLinear) -> None:
+    """As FSDP frees it between uses. Fake tensors have the same address, 0, and are not remembered."""
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        fake = QuantizedLinear(64, 40, layer.scheme, bias=True, bias_dtype=torch.float32)
+        for _ in range(2):
+            assert fake(torch.randn(3, 64)).shape == (3, 40)
+    held = {"weight": layer.held_codes("weight"), "weight_scale": layer.held_scale("weight"), "bias": layer.bias}
+    x = torch.randn(3, 64)
+    held[name].untyped_storage().resize_(0)
+    for call in (layer, lambda x: op(layer, x)):
+        with torch.no_grad(), pytest.raises(hf_fp8.errors.InputError, match="was freed"):
+            call(x)
+
+
+def test_a_wrong_name_leaves_the_library_off() -> None:
+    with native.use(None):
+        with pytest.raises(hf_fp8.errors.KernelError), native.use("sse9"):
+            pass
+        assert native.why_not() is not None
+    assert native.why_not() is None

@@ -21,7 +21,7 @@ from hf_fp8.formats.scheme import (
     Scheme,
     TensorScheme,
 )
-from hf_fp8.kernels import KERNELS, Problem, probing, selection, thresholds, why_not
+from hf_fp8.kernels import KERNELS, Problem, prepared, probing, selection, thresholds, why_not
 
 CPU = torch.device("cpu")
 SCHEMES = {
@@ -84,18 +84,19 @@ def int_mm(is_slow: bool) -> Iterator[None]:
     """As on a CPU where `torch._int_mm` is, or is not, slower than a float32 matmul."""
     measured, has_vnni = probing._fastest, torch.cpu._is_vnni_supported
     caches = probing.int_mm_is_slow, selection._select, thresholds.weight_only_limit
+    clears = [*(cached.cache_clear for cached in caches), prepared._calls.clear]
     times = iter([3.0, 1.0] if is_slow else [1.0, 1.0])
     try:
         probing._fastest = lambda call, calls: next(times)
         torch.cpu._is_vnni_supported = lambda: True
-        for cached in caches:
-            cached.cache_clear()
+        for clear in clears:
+            clear()
         assert probing.int_mm_is_slow() == is_slow
         yield
     finally:
         probing._fastest, torch.cpu._is_vnni_supported = measured, has_vnni
-        for cached in caches:
-            cached.cache_clear()
+        for clear in clears:
+            clear()
 
 
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:
