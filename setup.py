@@ -19,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 COMPILE = [
     "-std=c++17", "-O3", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-fno-lto", "-g0", "-w",
 ]  # fmt: skip
+# Plain C++ multiplies at a tenth of dense speed however it is compiled, and took a third of the time: 47 s, with -O1 13.
+ALSO = {"scalar.cpp": ["-O1"]}
 LIBRARY = Extension(
     "hf_fp8.formats._native",
     sources=sorted(str(path) for path in Path("native").glob("*.cpp")),
@@ -40,13 +42,15 @@ class BuildLibrary(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile all files at once: one after the other takes a minute."""
+        """Compile all files at once: one after the other takes two minutes."""
         one_by_one = self.compiler.compile
 
-        def compile_all(sources: list[str], **options: object) -> list[str]:
+        def compile_all(sources: list[str], *, extra_postargs: list[str], **options: object) -> list[str]:
+            def compile_one(source: str) -> list[str]:
+                return one_by_one([source], extra_postargs=[*extra_postargs, *ALSO.get(Path(source).name, [])], **options)
+
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = pool.map(lambda source: one_by_one([source], **options), sources)
-                return [path for paths in found for path in paths]
+                return [path for paths in pool.map(compile_one, sources) for path in paths]
 
         self.compiler.compile = compile_all
         try:

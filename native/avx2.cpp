@@ -9,7 +9,6 @@ TARGET_BEGIN("avx2,fma,f16c")
 namespace hf_fp8 {
 
 extern const Kernels avx2_integer = kernels_of<Avx2Integer>("avx2", is_amd_with_avx2);
-extern const Kernels avx2_half = kernels_of<Avx2Half>("avx2-f16c", has_avx2);
 
 }  // namespace hf_fp8
 TARGET_END

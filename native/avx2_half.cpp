@@ -1,0 +1,15 @@
+#if defined(__x86_64__)
+#include "cpu.h"
+#include "target.h"
+TARGET_BEGIN("avx2,fma,f16c")
+#include "avx2.h"
+#include "int8.h"
+#include "matmul.h"
+
+namespace hf_fp8 {
+
+extern const Kernels avx2_half = kernels_of<Avx2Half>("avx2-f16c", has_avx2);
+
+}  // namespace hf_fp8
+TARGET_END
+#endif
