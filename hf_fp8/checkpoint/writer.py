@@ -112,6 +112,13 @@ def check_place(path: Path, replaces: str | None) -> None:
     if mounted := _mount_in(path):
         raise ConfigError(f"{mounted} is a mount point, which cannot be replaced by a new folder: choose a folder inside it")
     _check_parent(path)
+    try:
+        _check_what_is_there(path, replaces)
+    except FileNotFoundError as error:  # moved aside after it was found
+        raise _written_meanwhile(path) from error
+
+
+def _check_what_is_there(path: Path, replaces: str | None) -> None:
     if path.is_symlink():
         raise ConfigError(f"{path} is a circular link")
     if path.exists() and not path.is_dir():
@@ -208,10 +215,12 @@ def _move_in(part: Path, path: Path, old: Path | None) -> None:
     except OSError as error:
         vanished = isinstance(error, FileNotFoundError) and part.exists()
         if vanished or error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ConfigError(
-                f"{path} was written by another thread or process at the same time, and stays as it is"
-            ) from error
+            raise _written_meanwhile(path) from error
         raise
+
+
+def _written_meanwhile(path: Path) -> ConfigError:
+    return ConfigError(f"{path} was written by another thread or process at the same time, and stays as it is")
 
 
 def _new_beside(path: Path) -> Path:

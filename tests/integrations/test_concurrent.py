@@ -427,6 +427,24 @@ def test_overlapping_quality_leaves_compiled_models_compiled() -> None:
         torch.compiler.set_stance(stance)
 
 
+def test_a_folder_that_another_thread_moves_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether it is there and the look into it."""
+    model, path = quantize_model(nn.Sequential(nn.Linear(32, 32)), FP8_DYNAMIC), tmp_path / "saved"
+    save_quantized(model, path)
+    iterdir = Path.iterdir
+
+    def gone(folder: Path) -> Iterator[Path]:
+        if folder == path:
+            path.rename(tmp_path / "aside")
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", gone)
+    with pytest.raises(ConfigError, match="at the same time"):
+        save_quantized(model, path)
+    monkeypatch.undo()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["aside"]
+
+
 def test_two_threads_write_one_folder(tmp_path: Path) -> None:
     """One does it; the others say so, in our own words; what is there is whole."""
     model = quantize_model(nn.Sequential(nn.Linear(32, 32)), FP8_DYNAMIC)

@@ -158,8 +158,7 @@ def test_dequantize_model_keeps_shared_modules_shared() -> None:
 @pytest.mark.parametrize("backend", ["weight_only", "scaled_mm"])
 def test_forward_mode_gradients_are_not_those_of_rounding(backend: str) -> None:
     """The op has none, and says so, instead of giving zeros or differentiating through the quantizer."""
-    linear = QuantizedLinear(64, 32, FP8_DYNAMIC, backend=backend)
-    linear.weight.data, linear.weight_scale.data = torch.ones(32, 64).to(FP8), torch.ones(32, 1)
+    linear = QuantizedLinear.from_linear(nn.Linear(64, 32, bias=False), FP8_DYNAMIC, backend=backend)
     x, tangent = torch.randn(3, 64), torch.randn(3, 64)
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(InputError, match="forward-mode"):
@@ -171,8 +170,8 @@ def test_forward_mode_gradients_are_not_those_of_rounding(backend: str) -> None:
 
 @torch.no_grad()
 def test_a_scale_changed_behind_torchs_back_is_seen() -> None:
-    linear = QuantizedLinear(64, 32, FP8_DYNAMIC, backend="scaled_mm", scale_dtype=torch.bfloat16)
-    linear.weight.data, linear.weight_scale.data = torch.ones(32, 64).to(FP8), torch.ones(32, 1).bfloat16()
+    linear = QuantizedLinear.from_linear(nn.Linear(64, 32, bias=False, dtype=torch.bfloat16), FP8_DYNAMIC, backend="scaled_mm")
+    assert linear.weight_scale.dtype == torch.bfloat16
     x = torch.randn(3, 64)
     before = linear(x)
     linear.weight_scale.data.mul_(2)
