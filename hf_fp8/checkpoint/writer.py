@@ -119,6 +119,7 @@ def check_place(path: Path, replaces: str | None) -> None:
 
 
 def _check_what_is_there(path: Path, replaces: str | None) -> None:
+    """What `check_place` says of `path` itself. Raises FileNotFoundError if it vanishes meanwhile."""
     if path.is_symlink():
         raise ConfigError(f"{path} is a circular link")
     if path.exists() and not path.is_dir():

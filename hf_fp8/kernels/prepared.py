@@ -51,7 +51,7 @@ def prepared(
 ) -> Call | None:
     """For inputs like x (..., K); None if another kernel is selected for them, or operands would be converted first.
 
-    Takes 6 us on an AMD EPYC 7003, where selecting a kernel and describing its operands takes 25.
+    Takes 4 us on an AMD EPYC 7003, where selecting a kernel and describing its operands takes 22.
     """
     if not (x.is_cpu and codes.is_cpu and scale.is_cpu and (bias is None or bias.is_cpu)):
         return None
