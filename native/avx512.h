@@ -6,7 +6,7 @@ namespace hf_fp8 {
 namespace {
 
 struct Avx512 : X86 {
-    static constexpr int W = 16, MR = 12, NV = 2, FEW = 24;
+    static constexpr int W = 16, MR = 12, NV = 2, FEW = 24, AHEAD = 1024;
     typedef __m512 F;
     typedef __m512i Bytes;
     typedef __m512i Mark;

@@ -4,7 +4,6 @@
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #include "avx512.h"
 #include "int8.h"
-#include "matmul.h"
 
 namespace hf_fp8 {
 namespace {
@@ -20,7 +19,8 @@ struct Avx512Vnni : Avx512 {
 
 }  // namespace
 
-extern const Kernels avx512_vnni = kernels_of<Avx512Vnni>("avx512-vnni", has_avx512_vnni);
+extern const Kernels avx512;
+extern const Kernels avx512_vnni = {"avx512-vnni", has_avx512_vnni, &avx512, nullptr, nullptr, Int8Matmul<Avx512Vnni>::multiply};
 
 }  // namespace hf_fp8
 TARGET_END

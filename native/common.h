@@ -14,6 +14,9 @@
 
 namespace hf_fp8 {
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Code : int64_t { E4M3 = 0, INT8 = 1, BF16 = 2, F16 = 3 };
 constexpr bool is_float(int64_t code) { return code >= BF16; }  // numbers of 16 bits that were never quantized
@@ -58,6 +61,9 @@ struct Product {
     int64_t out_dtype;
     int64_t transposed;  // x times the weight instead of its transpose
     int64_t threads;
+
+    ALWAYS_INLINE int64_t source(int64_t row) const { return (sources ? sources[row] : row) / share; }
+    ALWAYS_INLINE int64_t target(int64_t row) const { return targets ? targets[row] : row; }
 };
 
 INLINE float as_float(uint32_t bits) {
@@ -136,8 +142,6 @@ INLINE float widen_one(int64_t code, const uint8_t *codes, int64_t i) {
     memcpy(&half, codes + 2 * i, 2);
     return code == BF16 ? from_bfloat16(half) : from_float16(half);
 }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int64_t V>
 struct Number {
@@ -152,6 +156,49 @@ INLINE void unroll(const Function &f) {
     }
 }
 
+INLINE double two_to(int64_t e) {
+    uint64_t bits = (uint64_t)(1023 + e) << 52;
+    double d;
+    memcpy(&d, &bits, 8);
+    return d;
+}
+
+// Index of the first scale of each row, for rows that come one after the other: divisions would take as long as short rows.
+struct ScaleRows {
+    const Weights *weights = nullptr;
+    int64_t matrix = 0, blocks = 0, index = 0, until = -1;
+    ALWAYS_INLINE ScaleRows() {}
+    ALWAYS_INLINE ScaleRows(const Weights &w, int64_t m) : weights(&w), matrix(m), blocks(w.grid_cols()) {}
+    ALWAYS_INLINE int64_t of(int64_t row) {
+        const Weights &g = *weights;
+        if (g.block_rows == 1) return (matrix * g.n + row) * blocks;
+        if (row >= until) {
+            const int64_t each = g.n / g.parts, in_part = row % each;
+            index = g.scale_of(matrix, row);
+            until = row + least(g.block_rows - in_part % g.block_rows, each - in_part);
+        }
+        return index;
+    }
+};
+
+// The scales of a row, from number `index` on, times `down`, a power of two, are at most about 1, and times `up` themselves again.
+struct ScaleRange {
+    float down = 1.0f;
+    double up = 1.0;
+    ALWAYS_INLINE ScaleRange() {}
+    ALWAYS_INLINE ScaleRange(const Weights &g, int64_t index, int64_t blocks) {
+        uint32_t largest = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+            uint32_t magnitude = as_bits(read_float(g.scales, g.scale_dtype, index + b)) & 0x7FFFFFFF;
+            if (magnitude > largest && magnitude < 0x7F800000) largest = magnitude;
+        }
+        int64_t exponent = (int64_t)(largest >> 23) - 127;
+        exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+        down = as_float((uint32_t)(127 - exponent) << 23);
+        up = two_to(exponent);
+    }
+};
+
 // x (rows, cols), and codes, or largest magnitudes, of it.
 struct Rounding {
     const void *x;
@@ -162,10 +209,11 @@ struct Rounding {
     int64_t threads;
 };
 
-// What one instruction set offers.
+// What one instruction set offers. Functions that it lacks, null, are those of `rest`.
 struct Kernels {
     const char *name;
     int (*supported)();
+    const Kernels *rest;
     int (*multiply)(const Product *);
     int (*dequantize)(const Weights *, void *out, int64_t out_dtype, int64_t threads);
     int (*multiply_int8)(const struct Int8Product *);

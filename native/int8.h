@@ -9,7 +9,10 @@ template <class I>
 struct Int8Matmul {
     typedef typename I::S S;
     static constexpr int W = I::W, MR = I::MR, NV = I::NV, NR = W * NV;
-    static constexpr int64_t DEPTH = 1024, GROUP = 4, ROWS = 480, SERIAL = 1 << 16;
+    static constexpr int64_t DEPTH = 512, GROUP = 4, ROWS = 480, SERIAL = 1 << 16;
+    static constexpr int64_t EIGHT = 8;    // numbers of one row of inputs that lie next to each other
+    static constexpr int64_t PACKED = 48;  // rows of inputs that are copied in one item of work
+    static_assert(PACKED % MR == 0 && ROWS % PACKED == 0, "whole tiles");
 
     // Pairs of 16-bit numbers (d, d + 1) of NR rows of the weight, next to each other; zeros after the last column.
     static void pack(const Int8Product &p, int64_t j0, int64_t d0, int64_t count, int16_t *to) {
@@ -26,24 +29,28 @@ struct Int8Matmul {
         }
     }
 
+    // x: pairs of M rows, four of each at a time.
     template <int M>
-    INLINE void tile(const int16_t *const *x, const int16_t *panel, int64_t pairs, int32_t *sums, int64_t stride, bool first) {
+    INLINE void tile(const int16_t *x, const int16_t *panel, int64_t pairs, int32_t *sums, int64_t stride, bool first) {
         S acc[M][NV];
         for (int m = 0; m < M; m++)
             for (int v = 0; v < NV; v++) acc[m][v] = first ? I::zero_sums() : I::load_sums(sums + m * stride + v * W);
-        for (int64_t d = 0; d < pairs; d++) {
+        auto add = [&](int64_t j) __attribute__((always_inline)) {
             typename I::P w[NV];
-            for (int v = 0; v < NV; v++) w[v] = I::load_pairs(panel + d * 2 * NR + v * 2 * W);
+            for (int v = 0; v < NV; v++) w[v] = I::load_pairs(panel + j * 2 * NR + v * 2 * W);
             for (int m = 0; m < M; m++) {
-                typename I::P value = I::set_pair(x[m] + 2 * d);
+                typename I::P value = I::set_pair(x + m * EIGHT + 2 * j);
                 for (int v = 0; v < NV; v++) acc[m][v] = I::add_products(value, w[v], acc[m][v]);
             }
-        }
+        };
+        for (int64_t d = EIGHT / 2; d <= pairs; d += EIGHT / 2, x += M * EIGHT, panel += EIGHT * NR)
+            unroll<EIGHT / 2>([&](auto j) __attribute__((always_inline)) { add(decltype(j)::value); });
+        for (int64_t j = 0; j < pairs % (EIGHT / 2); j++) add(j);
         for (int m = 0; m < M; m++)
             for (int v = 0; v < NV; v++) I::store_sums(sums + m * stride + v * W, acc[m][v]);
     }
 
-    static void tiles(int64_t rows, const int16_t *const *x, const int16_t *panel, int64_t pairs, int32_t *sums, int64_t stride, bool first) {
+    static void tiles(int64_t rows, const int16_t *x, const int16_t *panel, int64_t pairs, int32_t *sums, int64_t stride, bool first) {
         switch (rows) {
             case 1: return tile<1>(x, panel, pairs, sums, stride, first);
             case 2: return tile<2>(x, panel, pairs, sums, stride, first);
@@ -52,6 +59,21 @@ struct Int8Matmul {
             case 5: return tile<5>(x, panel, pairs, sums, stride, first);
             case 6: return tile<6>(x, panel, pairs, sums, stride, first);
             default: return tile<MR>(x, panel, pairs, sums, stride, first);
+        }
+    }
+    static int64_t rows_of_tile(int64_t left) { return left >= MR ? MR : least(6, left); }
+
+    // Inputs of tiles, in 16 bits, as Matmul has them.
+    static void pack_inputs(const Int8Product &p, int64_t from, int64_t to, int64_t stride, int16_t *packed) {
+        for (int64_t m = from, here; m < to; m += here) {
+            const int64_t block = m / ROWS * ROWS;
+            here = rows_of_tile(least(block + ROWS, p.m) - m);
+            for (int64_t r = 0; r < here; r++) {
+                int16_t *at = packed + m * stride + r * EIGHT;
+                const int8_t *x = p.x + (m + r) * p.x_stride;
+                for (int64_t d = 0; d < stride; d += EIGHT, at += here * EIGHT)
+                    for (int64_t i = 0; i < EIGHT; i++) at[i] = d + EIGHT <= p.k || d + i < p.k ? x[d + i] : 0;
+            }
         }
     }
 
@@ -64,9 +86,8 @@ struct Int8Matmul {
             const int64_t count = least(DEPTH, p.k - d0);
             for (int64_t q = 0; q < panels; q++) pack(p, j0 + q * NR, d0, count, panel + q * DEPTH * NR);
             for (int64_t m = 0; m < rows;) {
-                const int64_t here = rows - m >= MR ? MR : least(6, rows - m);
-                const int16_t *from[MR];
-                for (int64_t i = 0; i < here; i++) from[i] = x + (first + m + i) * x_stride + d0;
+                const int64_t here = rows_of_tile(rows - m);
+                const int16_t *from = x + (first + m) * x_stride + d0 * here;
                 for (int64_t q = 0; q < panels; q++)
                     tiles(here, from, panel + q * DEPTH * NR, (count + 1) / 2, sums + m * stride + q * NR, stride, d0 == 0);
                 m += here;
@@ -93,16 +114,13 @@ struct Int8Matmul {
 
     static int multiply(const Int8Product *given) {
         const Int8Product &p = *given;
-        const int64_t x_stride = (p.k + 15) / 16 * 16, all = divide_up(p.n, NR), blocks = divide_up(p.m, ROWS);
+        const int64_t x_stride = divide_up(p.k, EIGHT) * EIGHT, all = divide_up(p.n, NR), blocks = divide_up(p.m, ROWS);
         const int64_t threads = p.n * p.k <= SERIAL && p.m < 8 ? 1 : p.threads;
         const int64_t group = least(GROUP, divide_up(all * blocks, threads * 4)), across = divide_up(all, group);
         int16_t *x = (int16_t *)memory(NATURAL, p.m * x_stride * sizeof(int16_t));
         if (!x) return -1;
-        for_each(p.m, p.m * p.k < SERIAL ? 1 : threads, [&](int64_t r) {
-            int16_t *to = x + r * x_stride;
-            const int8_t *from = p.x + r * p.x_stride;
-            for (int64_t i = 0; i < p.k; i++) to[i] = from[i];
-            for (int64_t i = p.k; i < x_stride; i++) to[i] = 0;
+        for_each(divide_up(p.m, PACKED), p.m * p.k < SERIAL ? 1 : threads, [&](int64_t i) {
+            pack_inputs(p, i * PACKED, least((i + 1) * PACKED, p.m), x_stride, x);
         });
         int failed = 0;
         for_each(across * blocks, threads, [&](int64_t i) {
@@ -118,7 +136,7 @@ struct Int8Matmul {
 
 template <class I>
 constexpr Kernels kernels_of(const char *name, int (*supported)()) {
-    return {name, supported, Matmul<I>::multiply, Matmul<I>::dequantize, Int8Matmul<I>::multiply, Quantize<I>::quantize, Quantize<I>::amax};
+    return {name, supported, nullptr, Matmul<I>::multiply, Matmul<I>::dequantize, Int8Matmul<I>::multiply, Quantize<I>::quantize, Quantize<I>::amax};
 }
 
 }  // namespace hf_fp8

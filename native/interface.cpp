@@ -1,10 +1,11 @@
 // The functions that the library exports. They call those of the best instruction set that the processor has.
 #include "common.h"
+#include "target.h"
 
 namespace hf_fp8 {
 
 #if defined(__x86_64__)
-extern const Kernels avx512_vnni, avx512, avx2_integer, avx2_half;
+extern const Kernels amx, avx512_vbmi, avx512_vnni, avx512, avx2_integer, avx2_half;
 #elif defined(__aarch64__)
 extern const Kernels neon;
 #endif
@@ -13,7 +14,10 @@ extern const Kernels scalar;
 // In order of preference.
 static const Kernels *const all[] = {
 #if defined(__x86_64__)
-    &avx512_vnni, &avx512, &avx2_integer, &avx2_half,
+#if HF_FP8_HAS_AMX
+    &amx,
+#endif
+    &avx512_vbmi, &avx512_vnni, &avx512, &avx2_integer, &avx2_half,
 #elif defined(__aarch64__)
     &neon,
 #endif
@@ -26,6 +30,13 @@ static const Kernels *kernels() {
     for (int i = 0; !chosen && i < COUNT; i++)
         if (all[i]->supported()) chosen = all[i];
     return chosen;
+}
+
+template <class Function>
+static Function find(Function Kernels::*function) {
+    const Kernels *found = kernels();
+    while (!(found->*function)) found = found->rest;
+    return found->*function;
 }
 
 }  // namespace hf_fp8
@@ -54,17 +65,17 @@ HF_FP8_EXPORT int64_t hf_fp8_use(int64_t index) {
 
 // The following return 0, or -1 if there is not enough memory.
 
-HF_FP8_EXPORT int64_t hf_fp8_multiply(const Product *product) { return kernels()->multiply(product); }
+HF_FP8_EXPORT int64_t hf_fp8_multiply(const Product *product) { return find(&Kernels::multiply)(product); }
 
-HF_FP8_EXPORT int64_t hf_fp8_multiply_int8(const Int8Product *product) { return kernels()->multiply_int8(product); }
+HF_FP8_EXPORT int64_t hf_fp8_multiply_int8(const Int8Product *product) { return find(&Kernels::multiply_int8)(product); }
 
 // out: (count, n, k)
 HF_FP8_EXPORT int64_t hf_fp8_dequantize(const Weights *weights, void *out, int64_t out_dtype, int64_t threads) {
-    return kernels()->dequantize(weights, out, out_dtype, threads);
+    return find(&Kernels::dequantize)(weights, out, out_dtype, threads);
 }
 
 // Codes (rows, cols) of x, next to each other.
-HF_FP8_EXPORT int64_t hf_fp8_quantize(const Rounding *rounding) { return kernels()->quantize(rounding); }
+HF_FP8_EXPORT int64_t hf_fp8_quantize(const Rounding *rounding) { return find(&Kernels::quantize)(rounding); }
 
 // The largest magnitude of each block, in float32; scales are not read.
-HF_FP8_EXPORT int64_t hf_fp8_amax(const Rounding *rounding) { return kernels()->amax(rounding); }
+HF_FP8_EXPORT int64_t hf_fp8_amax(const Rounding *rounding) { return find(&Kernels::amax)(rounding); }

@@ -19,6 +19,10 @@ struct Matmul {
     static constexpr int64_t GROUP = 4;       // panels that use a block of inputs while it is in the cache
     static constexpr int64_t MOST_COLUMNS = GROUP * NR;
     static constexpr int64_t ROWS = 480;      // of inputs in one item of work
+    static constexpr int64_t FOUR = 4;        // numbers of one row of inputs that lie next to each other
+    static constexpr int64_t PIECE = 256;     // numbers that are copied at a time
+    static constexpr int64_t PACKED = 48;     // rows of inputs that are copied in one item of work
+    static_assert(PACKED % MR == 0, "whole tiles");
     static constexpr int64_t ITEM = 1 << 18;  // codes in one item of work of `dots`, if there are enough for all threads
     static constexpr int64_t SERIAL = 1 << 16;  // codes up to which one thread does all: starting others takes as long
 
@@ -71,13 +75,6 @@ struct Matmul {
         return true;
     }
 
-    static double two_to(int64_t e) {
-        uint64_t bits = (uint64_t)(1023 + e) << 52;
-        double d;
-        memcpy(&d, &bits, 8);
-        return d;
-    }
-
     // ---- few rows
 
     // Rows of codes that are in registers at the same time. With few inputs all registers are for sums, and loads of inputs cost nothing.
@@ -108,6 +105,7 @@ struct Matmul {
             for (int r = 0; r < T; r++)
                 for (int s = 0; s < S; s++) {
                     c[r][s] = I::bytes(codes_of(first + r) + s * CHUNK);
+                    if (I::AHEAD) I::prefetch(codes_of(first + r) + s * CHUNK + I::AHEAD);
                     if (C == E4M3) I::mark(mark, c[r][s]);
                 }
             unroll<4>([&](auto j) __attribute__((always_inline)) {
@@ -151,18 +149,10 @@ struct Matmul {
             accumulate<C, A, R, M>(w, x, stride, 0, g.k, acc, mark);
             for (int r = 0; r < R; r++) power[r] = read_float(g.scales, g.scale_dtype, scale_of[r]);
         } else {
-            // The scales of a row are divided by a power of two that makes the largest about 1.
-            float down[R];
+            ScaleRange range[R];
             for (int r = 0; r < R; r++) {
-                uint32_t largest = 0;
-                for (int64_t b = 0; b < blocks; b++) {
-                    uint32_t magnitude = as_bits(read_float(g.scales, g.scale_dtype, scale_of[r] + b)) & 0x7FFFFFFF;
-                    if (magnitude > largest && magnitude < 0x7F800000) largest = magnitude;
-                }
-                int64_t exponent = (int64_t)(largest >> 23) - 127;
-                exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-                down[r] = as_float((uint32_t)(127 - exponent) << 23);
-                power[r] = two_to(exponent);
+                range[r] = ScaleRange(g, scale_of[r], blocks);
+                power[r] = range[r].up;
             }
             F total[R][M];
             for (int r = 0; r < R; r++)
@@ -171,7 +161,7 @@ struct Matmul {
                 int64_t from = b * g.block_cols;
                 accumulate<C, A, R, M>(w, x, stride, from, least(from + g.block_cols, g.k), acc, mark);
                 for (int r = 0; r < R; r++) {
-                    F s = I::set1(read_float(g.scales, g.scale_dtype, scale_of[r] + b) * down[r]);
+                    F s = I::set1(read_float(g.scales, g.scale_dtype, scale_of[r] + b) * range[r].down);
                     for (int m = 0; m < M; m++) {
                         total[r][m] = I::fma(sum_of<A, M>(acc[r], m), s, total[r][m]);
                         for (int a = 0; a < A; a++) acc[r][a][m] = I::zero();
@@ -193,34 +183,16 @@ struct Matmul {
         int64_t matrix, first, last;  // rows of the output
     };
 
-    // Index of the first scale of each row, for rows that come one after the other: divisions would take as long as short rows.
-    struct ScaleRows {
-        const Weights *weights = nullptr;
-        int64_t matrix = 0, blocks = 0, index = 0, until = -1;
-        ScaleRows() = default;
-        ScaleRows(const Weights &w, int64_t m) : weights(&w), matrix(m), blocks(w.grid_cols()) {}
-        int64_t of(int64_t row) {
-            const Weights &g = *weights;
-            if (g.block_rows == 1) return (matrix * g.n + row) * blocks;
-            if (row >= until) {
-                const int64_t each = g.n / g.parts, in_part = row % each;
-                index = g.scale_of(matrix, row);
-                until = row + least(g.block_rows - in_part % g.block_rows, each - in_part);
-            }
-            return index;
-        }
-    };
-
     // R rows at a time, each of another part of the rows: processors fetch several sequences ahead of the reads at the same time, each of
     // them up to the end of a page. 2048 x 2048 on a Zen 3, one thread: 13 GB/s, and 10 if rows come one after the other.
     template <int64_t C, int R, int M>
     static void few_rows(const Product &p, const Inputs &in, int64_t matrix, int64_t first, int64_t n0, int64_t n1) {
         const Weights &g = p.weights;
-        const int64_t x0 = source(p, first), part = divide_up(n1 - n0, R);
+        const int64_t x0 = p.source(first), part = divide_up(n1 - n0, R);
         ScaleRows scale_rows[R];
         for (ScaleRows &each : scale_rows) each = ScaleRows(g, matrix);
         int64_t to[M];
-        for (int m = 0; m < M; m++) to[m] = target(p, first + m) * g.n;
+        for (int m = 0; m < M; m++) to[m] = p.target(first + m) * g.n;
         for (int64_t i = n0; i < n0 + part; i++) {
             const uint8_t *w[R];
             int64_t scale_of[R];
@@ -240,16 +212,13 @@ struct Matmul {
         }
     }
 
-    INLINE int64_t source(const Product &p, int64_t row) { return (p.sources ? p.sources[row] : row) / p.share; }
-    INLINE int64_t target(const Product &p, int64_t row) { return p.targets ? p.targets[row] : row; }
-
     // Rows first to last of the output times rows n0 to n1 of a matrix.
     template <int64_t C>
     static void few(const Product &p, const Inputs &in, const Segment &s, int64_t n0, int64_t n1) {
         for (int64_t first = s.first; first < s.last;) {
             // As many as lie next to each other.
-            int64_t count = 1, x = source(p, first);
-            while (count < MOST && first + count < s.last && source(p, first + count) == x + count) count++;
+            int64_t count = 1, x = p.source(first);
+            while (count < MOST && first + count < s.last && p.source(first + count) == x + count) count++;
             // Rows of codes at a time, the fastest of 1 to 4 on a Zen 3 (2048 x 2048): as many as there are registers for their sums.
             switch (count) {
                 case 1: few_rows<C, 4, 1>(p, in, s.matrix, first, n0, n1); break;
@@ -335,24 +304,28 @@ struct Matmul {
         }
     }
 
+    // x: of M rows, four numbers of each at a time.
     template <int M>
-    INLINE void tile(const float *const *x, const float *panel, int64_t depth, float *sums, int64_t stride, bool first) {
+    INLINE void tile(const float *x, const float *panel, int64_t depth, float *sums, int64_t stride, bool first) {
         F acc[M][NV];
         for (int m = 0; m < M; m++)
             for (int v = 0; v < NV; v++) acc[m][v] = first ? I::zero() : I::load(sums + m * stride + v * W);
-        for (int64_t d = 0; d < depth; d++) {
+        auto add = [&](int64_t j) __attribute__((always_inline)) {
             F w[NV];
-            for (int v = 0; v < NV; v++) w[v] = I::load(panel + d * NR + v * W);
+            for (int v = 0; v < NV; v++) w[v] = I::load(panel + j * NR + v * W);
             for (int m = 0; m < M; m++) {
-                F value = I::set1(x[m][d]);
+                F value = I::set1(x[m * FOUR + j]);
                 for (int v = 0; v < NV; v++) acc[m][v] = I::fma(value, w[v], acc[m][v]);
             }
-        }
+        };
+        for (int64_t d = FOUR; d <= depth; d += FOUR, x += M * FOUR, panel += FOUR * NR)
+            unroll<FOUR>([&](auto j) __attribute__((always_inline)) { add(decltype(j)::value); });
+        for (int64_t j = 0; j < depth % FOUR; j++) add(j);
         for (int m = 0; m < M; m++)
             for (int v = 0; v < NV; v++) I::store(sums + m * stride + v * W, acc[m][v]);
     }
 
-    static void tiles(int64_t rows, const float *const *x, const float *panel, int64_t depth, float *sums, int64_t stride, bool first) {
+    static void tiles(int64_t rows, const float *x, const float *panel, int64_t depth, float *sums, int64_t stride, bool first) {
         switch (rows) {
             case 1: return tile<1>(x, panel, depth, sums, stride, first);
             case 2: return tile<2>(x, panel, depth, sums, stride, first);
@@ -363,13 +336,32 @@ struct Matmul {
             default: return tile<MR>(x, panel, depth, sums, stride, first);
         }
     }
+    // Rows of the tile that starts `left` rows before the last: whole ones, then what `tiles` has besides.
+    static int64_t rows_of_tile(int64_t left) { return left >= MR ? MR : least(6, left); }
+
+    // Inputs of tiles, in float32. Rows far from each other would share a few lines of the cache if k is a power of two.
+    static void pack_inputs(const Product &p, const Segment &s, int64_t from, int64_t to, int64_t depth, float *packed) {
+        const int64_t stride = divide_up(depth, FOUR) * FOUR;
+        for (int64_t m = from, here; m < to; m += here) {
+            here = rows_of_tile(s.last - m);
+            for (int64_t r = 0; r < here; r++) {
+                float *at = packed + m * stride + r * FOUR;
+                for (int64_t d = 0; d < depth; d += PIECE) {
+                    float values[PIECE + FOUR];
+                    const int64_t count = least(PIECE, depth - d);
+                    I::read(p.x, p.x_dtype, p.source(m + r) * p.x_stride + d, count, values);
+                    for (int64_t i = 0; i < count; i += FOUR, at += here * FOUR) memcpy(at, values + i, FOUR * sizeof(float));
+                }
+            }
+        }
+    }
 
     // Rows of the output times `panels` panels from column j0 on.
     template <int64_t C>
-    static bool many(const Product &p, const float *x, int64_t x_stride, const Segment &s, int64_t j0, int64_t panels) {
+    static bool many(const Product &p, const float *x, const Segment &s, int64_t j0, int64_t panels) {
         const Weights &g = p.weights;
         const int64_t rows = s.last - s.first, depth = p.transposed ? g.n : g.k, width = p.transposed ? g.k : g.n;
-        const int64_t stride = panels * NR;
+        const int64_t stride = panels * NR, x_stride = divide_up(depth, FOUR) * FOUR;
         float *panel = (float *)memory(PANEL, panels * DEPTH * NR * sizeof(float));
         float *sums = (float *)memory(SUMS, rows * stride * sizeof(float));
         if (!panel || !sums) return false;
@@ -380,10 +372,8 @@ struct Matmul {
             else
                 for (int64_t q = 0; q < panels; q++) pack<C>(g, s.matrix, j0 + q * NR, d0, count, panel + q * DEPTH * NR);
             for (int64_t m = 0; m < rows;) {
-                // Whole tiles, then one of what is left; MR may be larger than the tiles that `tiles` has besides it.
-                const int64_t here = rows - m >= MR ? MR : least(6, rows - m);
-                const float *from[MR];
-                for (int64_t i = 0; i < here; i++) from[i] = x + source(p, s.first + m + i) * x_stride + d0;
+                const int64_t here = rows_of_tile(rows - m);
+                const float *from = x + (s.first + m) * x_stride + d0 * here;
                 for (int64_t q = 0; q < panels; q++)
                     tiles(here, from, panel + q * DEPTH * NR, count, sums + m * stride + q * NR, stride, d0 == 0);
                 m += here;
@@ -394,7 +384,7 @@ struct Matmul {
             float *from = sums + m * stride;
             if (p.bias)
                 for (int64_t j = 0; j < columns; j++) from[j] += read_float(p.bias, p.bias_dtype, j0 + j);
-            I::write(from, columns, p.out, p.out_dtype, target(p, s.first + m) * width + j0);
+            I::write(from, columns, p.out, p.out_dtype, p.target(s.first + m) * width + j0);
         }
         return true;
     }
@@ -408,7 +398,7 @@ struct Matmul {
 
     struct Item {
         Segment segment;
-        int64_t from, count;  // rows of the weight, or columns of the output and panels
+        int64_t from, count;  // rows of the weight; columns of the output and panels; or rows of inputs
         bool is_few;
     };
 
@@ -416,7 +406,7 @@ struct Matmul {
     static int run(const Product &p) {
         const Weights &g = p.weights;
         const int64_t depth = p.transposed ? g.n : g.k, width = p.transposed ? g.k : g.n;
-        int64_t threads = p.threads, active = 0, items = 0;
+        int64_t threads = p.threads, active = 0, items = 0, rows = 0, chunks = 0;
         bool few_used = false, many_used = false;
         auto segments = [&](auto &&use) {
             int64_t first = 0;
@@ -429,6 +419,8 @@ struct Matmul {
         segments([&](const Segment &s) {
             bool is_few = runs_few(p, s.last - s.first);
             active++;
+            rows = s.last;
+            if (!is_few) chunks += divide_up(s.last - s.first, PACKED);
             (is_few ? few_used : many_used) = true;
         });
         if (!active) return 0;
@@ -436,26 +428,27 @@ struct Matmul {
         const int64_t step = divide_up(g.n, least(enough > large ? enough : large, divide_up(g.n, 12)));
         const int64_t group = least(GROUP, divide_up(all * active, threads * 4));
         segments([&](const Segment &s) { items += runs_few(p, s.last - s.first) ? divide_up(g.n, step) : divide_up(all, group); });
-        Item *list = (Item *)memory(ITEMS, items * sizeof(Item));
+        Item *list = (Item *)memory(ITEMS, (items + chunks) * sizeof(Item)), *packed = list + items;
         if (!list) return -1;
-        items = 0;
+        items = chunks = 0;
         segments([&](const Segment &s) {
             if (runs_few(p, s.last - s.first))
                 for (int64_t n = 0; n < g.n; n += step) list[items++] = Item{s, n, least(step, g.n - n), true};
-            else
+            else {
                 for (int64_t q = 0; q < all; q += group) list[items++] = Item{s, q * NR, least(group, all - q), false};
+                for (int64_t m = s.first; m < s.last; m += PACKED) packed[chunks++] = Item{s, m, least(PACKED, s.last - m), false};
+            }
         });
         Inputs in = {};
         if (few_used && !prepare(p, in)) return -1;
-        const float *x = (const float *)p.x;
-        int64_t x_stride = p.x_stride;
-        if (many_used && p.x_dtype != FLOAT32) {
-            float *copy = (float *)memory(NATURAL, p.x_rows * depth * sizeof(float));
-            if (!copy) return -1;
-            for_each(p.x_rows, p.x_rows * depth < SERIAL ? 1 : threads, [&](int64_t r) {
-                I::read(p.x, p.x_dtype, r * p.x_stride, depth, copy + r * depth);
+        float *x = nullptr;
+        if (many_used) {
+            x = (float *)memory(NATURAL, rows * divide_up(depth, FOUR) * FOUR * sizeof(float));
+            if (!x) return -1;
+            for_each(chunks, chunks * PACKED * depth < SERIAL ? 1 : threads, [&](int64_t i) {
+                typename I::Mode mode;
+                pack_inputs(p, packed[i].segment, packed[i].from, packed[i].from + packed[i].count, depth, x);
             });
-            x = copy, x_stride = depth;
         }
         int failed = 0;
         if (g.n * g.k * active <= SERIAL && !many_used) threads = 1;
@@ -464,7 +457,7 @@ struct Matmul {
             const Item &item = list[i];
             if (item.is_few)
                 few<C>(p, in, item.segment, item.from, item.from + item.count);
-            else if (!many<C>(p, x, x_stride, item.segment, item.from, item.count))
+            else if (!many<C>(p, x, item.segment, item.from, item.count))
                 __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         });
         return failed ? -1 : 0;

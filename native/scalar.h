@@ -10,6 +10,7 @@ struct Scalar {
     static constexpr int MR = 4;   // rows of inputs in a tile
     static constexpr int NV = 4;   // F in a row of a panel; W * NV is a multiple of 16
     static constexpr int FEW = 8;  // rows of inputs up to which `dots` is used
+    static constexpr int AHEAD = 0;  // bytes that codes are fetched ahead
 
     struct F {
         float v[W];

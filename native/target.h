@@ -18,3 +18,8 @@
 #define TARGET_BEGIN(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
 #define TARGET_END PRAGMA(GCC pop_options)
 #endif
+
+// Whether the compiler knows the instructions of AMX.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HF_FP8_HAS_AMX 1
+#endif

@@ -126,12 +126,13 @@ _NO_VECTORS = "this CPU has no vector instructions that the library of CPU kerne
 
 def why_slow(problem: Problem) -> str | None:
     """The reason to prefer torch's kernels; None if there is none."""
-    if native.names()[1] == "scalar":
-        # 2048x2048 by 1, 4, 16, 64 rows, AMD EPYC 7003, two threads: 0.18, 0.40, 0.12, 0.07 x dense float32.
-        return _NO_VECTORS
-    if problem.scheme == INT8_DYNAMIC and not int_mm_is_slow():
-        return "torch's int8 matmul is fast on this CPU"
-    return None
+    # 2048x2048 by 1, 4, 16, 64 rows, AMD EPYC 7003, two threads: 0.18, 0.40, 0.12, 0.07 x dense float32.
+    return _NO_VECTORS if native.names()[1] == "scalar" else None
+
+
+def why_slow_int8(problem: Problem) -> str | None:
+    """`why_slow` for `multiply_int8`."""
+    return why_slow(problem) or (None if int_mm_is_slow() else "torch's int8 matmul is fast on this CPU")
 
 
 def takes_int8(scheme: Scheme) -> str | None:
@@ -149,10 +150,10 @@ GROUPED_WEIGHT_ONLY = GroupedKernel(
     probes=_PROBES, multiply=multiply_grouped,
 )  # fmt: skip
 INT8_OUTLIERS = Kernel(
-    name="native_int8_outliers", why_not_scheme=takes_int8, why_not_device=why_no_outliers, why_slow=why_slow,
+    name="native_int8_outliers", why_not_scheme=takes_int8, why_not_device=why_no_outliers, why_slow=why_slow_int8,
     probes=(INT8_DYNAMIC,), quantize=quantize_but_outliers, multiply=multiply_int8, splits_outliers=True,
 )  # fmt: skip
 INT8_ROWWISE = Kernel(
-    name="native_int8", why_not_scheme=takes_int8, why_not_device=why_not_int8, why_slow=why_slow, probes=(INT8_DYNAMIC,),
+    name="native_int8", why_not_scheme=takes_int8, why_not_device=why_not_int8, why_slow=why_slow_int8, probes=(INT8_DYNAMIC,),
     quantize=quantize, multiply=multiply_int8,
 )  # fmt: skip

@@ -112,7 +112,7 @@ def weight_only(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _packed(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    return torch._weight_int8pack_mm(x.contiguous().to(torch.bfloat16), codes, _ones(codes.shape[0]))
+    return torch._weight_int8pack_mm(x.contiguous().to(torch.bfloat16), codes.contiguous(), _ones(codes.shape[0]))
 
 
 @cache

@@ -151,7 +151,7 @@ def test_selection_and_reasons() -> None:
     for is_slow, prefix in ((True, "native_int8"), (False, "int8_mm")) if NATIVE else ((False, "int8_mm"),):
         with int_mm(is_slow):
             assert chosen(INT8_DYNAMIC)[0] == f"{prefix}_outliers"
-            narrow = select(Problem(CPU, INT8_DYNAMIC, 64, 23, torch.bfloat16), "int8")
+            narrow = select(Problem(CPU, INT8_DYNAMIC, 64, 23, torch.float32), "int8")
             assert narrow.kernel.name == prefix and "K=23 is less than 24 columns" in narrow.reason
     with int_mm(is_slow=True), native.use(None):
         name, reason = chosen(INT8_DYNAMIC)
@@ -159,9 +159,12 @@ def test_selection_and_reasons() -> None:
 
 
 def test_int8_takes_another_kernel_for_few_rows() -> None:
-    with int_mm(is_slow=False):
+    with int_mm(is_slow=False), native.use(None):
         few_rows_where_torch_is_fast()
     if NATIVE:
+        with int_mm(is_slow=False):
+            choice = select(Problem(CPU, INT8_DYNAMIC, 576, 576, torch.float32), "int8")
+            assert str(choice) == f"native_weight_only (M <= {choice.limit}), int8_mm_outliers" and "measured" in choice.reason
         with int_mm(is_slow=True):
             for n, k in ((576, 576), (576, 24), (576, 5), (4096, 4096)):
                 choice = select(Problem(CPU, INT8_DYNAMIC, n, k, torch.float32), "int8")

@@ -23,6 +23,7 @@ from hf_fp8.formats.code_types import INT8
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 from hf_fp8.formats.weights import requantize
 from hf_fp8.kernels import prepared, selection
+from hf_fp8.kernels.thresholds import weight_only_limit
 
 INT8_CONFIG = FP8Config(backend="int8")
 WEIGHTS = {
@@ -47,11 +48,14 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
             assert torch.equal(module.weight_scale, scale)
             assert torch.equal(module.weight, numerics.quantize(exact, scale, ROW, INT8))
     assert sqnr(logits(model), logits(dense)) > 25
-    with int_mm(is_slow=False):
+    with int_mm(is_slow=False), native.use(None):
         found = {row.name.rpartition(".")[2]: row.kernel for row in hf_fp8.explain(model)}
-    assert found["q_proj"] == "int8_weight_only (M <= 4), int8_mm_outliers"
+    assert found["q_proj"] == "int8_weight_only (M <= 8), int8_mm_outliers"
     assert found["down_proj"] == "int8_mm_outliers"  # K = 96
     if native.why_not() is None:
+        with int_mm(is_slow=False):
+            limit = weight_only_limit(torch.device("cpu"), INT8_DYNAMIC, torch.float32).m
+            assert {row.kernel for row in hf_fp8.explain(model)} == {f"native_weight_only (M <= {limit}), int8_mm_outliers"}
         with int_mm(is_slow=True):
             assert {row.kernel for row in hf_fp8.explain(model)} == {"native_weight_only (M <= 8), native_int8_outliers"}
 
@@ -205,11 +209,12 @@ def test_its_config_passed_on_finds_the_fp8_checkpoint_again(fp8: Path, tmp_path
 @torch.no_grad()
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_another_default_device_changes_nothing(is_slow: bool) -> None:
+    kernel = "int8_mm_outliers" if not is_slow else "native_int8_outliers" if native.why_not() is None else "dequantize"
     with int_mm(is_slow):
-        under_another_default_device("native" if is_slow and native.why_not() is None else "torch" if not is_slow else "dense")
+        under_another_default_device(kernel)
 
 
-def under_another_default_device(which: str) -> None:
+def under_another_default_device(kernel: str) -> None:
     layers = [QuantizedLinear(64, n, INT8_DYNAMIC, backend="int8") for n in (40, 56)]
     for layer in layers:
         layer.weight.data = torch.randint(-127, 128, tuple(layer.weight.shape), dtype=INT8)
@@ -223,14 +228,8 @@ def under_another_default_device(which: str) -> None:
     assert all(t.device.type == "cpu" for t in found)
     assert all(torch.equal(a, b) for a, b in zip(found, [layer(x) for layer in layers for x in (few, many)], strict=True))
     choice = kernels.select(kernels.Problem(torch.device("cpu"), INT8_DYNAMIC, 40, 64, torch.float32), "int8")
-    assert (
-        str(choice)
-        == {
-            "native": "native_weight_only (M <= 8), native_int8_outliers",
-            "torch": "int8_weight_only (M <= 4), int8_mm_outliers",
-            "dense": "int8_weight_only (M <= 8), dequantize",
-        }[which]
-    )
+    few = "native_weight_only" if native.why_not() is None else "int8_weight_only"
+    assert str(choice) == f"{few} (M <= {choice.limit}), {kernel}"
 
 
 def test_generation(fp8: Path) -> None:
