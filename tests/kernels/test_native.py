@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_fp8.errors import InputError, KernelError
 from hf_fp8.formats import native, native_library, numerics
 from hf_fp8.formats.code_types import FP8, INT8
-from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
+from hf_fp8.formats.scheme import INT8_DYNAMIC, ROW, Granularity
 from hf_fp8.kernels import Weight, why_not_kept, why_not_kept_experts
 from hf_fp8.kernels import native as kernels
 
@@ -328,6 +328,17 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         native.quantize(x, torch.ones(2), granularity, FP8)
 
 
+def test_between_products_of_torch(instructions: str) -> None:
+    """Tiles (AMX) are state of the processor that torch's own products in bfloat16 configure, too."""
+    torch.manual_seed(0)
+    x, other = torch.randn(100, 96).bfloat16(), torch.randn(96, 80).bfloat16()
+    codes, scale = torch.randn(80, 96).to(FP8), torch.rand(80, 1)
+    wanted, torchs = native.multiply(x, codes, scale, ROW), x @ other
+    for _ in range(3):
+        assert torch.equal(x @ other, torchs)
+        assert torch.equal(native.multiply(x, codes, scale, ROW), wanted)
+
+
 def test_the_same_bits_whatever_the_threads() -> None:
     """Sums do not depend on how work is divided; several threads may call at once."""
     granularity, before = Granularity(1, -1), torch.get_num_threads()
@@ -362,7 +373,7 @@ import os, torch
 os.environ["HF_FP8_NATIVE"] = "{}"
 import hf_fp8
 from hf_fp8.formats import native
-from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
+from hf_fp8.formats.scheme import INT8_DYNAMIC, ROW, Granularity
 from hf_fp8.kernels import Weight
 from hf_fp8.kernels import native as kernels
 print(native.why_not())
