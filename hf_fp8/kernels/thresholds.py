@@ -50,6 +50,9 @@ _INT8_CUDA = Limit(32, "torch._int_mm needs more than 16 rows; 32 is not measure
 # 2048x2048, two threads, ms, `_int_mm` with columns set aside, without them / the library with float inputs. Xeon with AMX:
 # 1 row 0.9, 0.7 / 0.2, 4 rows 0.9, 0.7 / 0.4, 16 rows 1.4, 1.0 / 0.5, 64 rows 1.9, 1.6 / 1.7, 512 rows 8.5, 7.5 / 9.9 (5.5 if
 # inputs have 16 bits). The library with its AVX-512 alone: 4 rows 0.5, 16 rows 1.2, 64 rows 4.1.
+# torch's own weight-only kernel, which is there without the library, cold weights of SmolLM2's shapes: 4 rows 19.9 / 19.0, 6 rows
+# 22.9 / 24.7.
+_INT8_TORCH = Limit(4, "measured on a Xeon with AMX, used for every CPU whose int8 matmul is fast")
 _INT8_TILES = Limit(64, "measured on a Xeon with AMX")
 _INT8_CPU = Limit(8, "measured on the AVX-512 of a Xeon, used for every CPU without AMX whose int8 matmul is fast")
 # 2048x2048, AMD EPYC 7003 (AVX2), one and two threads, ms: float inputs M=4 0.87, 0.49; 8 1.39, 0.75; 16 2.37, 1.52. int8
@@ -91,6 +94,8 @@ def weight_only_limit(device: torch.device, scheme: Scheme, dtype: torch.dtype) 
 def _int8_limit_on_cpu(dtype: torch.dtype) -> Limit:
     if int_mm_is_slow():
         return _INT8_NATIVE
-    if native.why_not() is None and native.names()[1] == "amx":
+    if native.why_not() is not None:
+        return _INT8_TORCH
+    if native.names()[1] == "amx":
         return _INT8_TILES if dtype == torch.float32 else Limit(_EVERY, "AMX multiplies inputs of 16 bits as fast as int8")
     return _INT8_CPU

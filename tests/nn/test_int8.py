@@ -50,7 +50,7 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
     assert sqnr(logits(model), logits(dense)) > 25
     with int_mm(is_slow=False), native.use(None):
         found = {row.name.rpartition(".")[2]: row.kernel for row in hf_fp8.explain(model)}
-    assert found["q_proj"] == "int8_weight_only (M <= 8), int8_mm_outliers"
+    assert found["q_proj"] == "int8_weight_only (M <= 4), int8_mm_outliers"
     assert found["down_proj"] == "int8_mm_outliers"  # K = 96
     if native.why_not() is None:
         with int_mm(is_slow=False):
