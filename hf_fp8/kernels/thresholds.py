@@ -50,8 +50,8 @@ _INT8_CUDA = Limit(32, "torch._int_mm needs more than 16 rows; 32 is not measure
 # 2048x2048, two threads, ms, `_int_mm` with columns set aside, without them / the library with float inputs. Xeon with AMX:
 # 1 row 0.9, 0.7 / 0.2, 4 rows 0.9, 0.7 / 0.4, 16 rows 1.4, 1.0 / 0.5, 64 rows 1.9, 1.6 / 1.7, 512 rows 8.5, 7.5 / 9.9 (5.5 if
 # inputs have 16 bits). The library with its AVX-512 alone: 4 rows 0.5, 16 rows 1.2, 64 rows 4.1.
-# torch's own weight-only kernel, which is there without the library, cold weights of SmolLM2's shapes: 4 rows 19.9 / 19.0, 6 rows
-# 22.9 / 24.7.
+# torch's own weight-only kernel, which is there without the library, cold weights of SmolLM2's shapes: 4 rows 19.9 / 19.0,
+# 6 rows 22.9 / 24.7.
 _INT8_TORCH = Limit(4, "measured on a Xeon with AMX, used for every CPU whose int8 matmul is fast")
 _INT8_TILES = Limit(64, "measured on a Xeon with AMX")
 _INT8_CPU = Limit(8, "measured on the AVX-512 of a Xeon, used for every CPU without AMX whose int8 matmul is fast")
