@@ -309,7 +309,7 @@ struct AmxMatmul {
         bool transposed = false, is_one = true;  // whether all sums of a column have one scale
         int64_t matrix = 0, index[2 * SIDE];
         float down[2 * SIDE];
-        double up[2 * SIDE], bias[2 * SIDE];
+        alignas(64) float up[2 * SIDE], bias[2 * SIDE];
         Scales() = default;
         Scales(const Product &p, const Inputs &in, int64_t m, int64_t j0) : weights(&p.weights), transposed(p.transposed), matrix(m) {
             const Weights &g = p.weights;
@@ -323,8 +323,8 @@ struct AmxMatmul {
                 index[j] = transposed ? column / g.block_cols : rows.of(column);
                 const ScaleRange range = is_one ? ScaleRange() : transposed ? all : ScaleRange(g, index[j], blocks);
                 down[j] = range.down;
-                up[j] = !is_one ? range.up : in.scales ? 1.0 : read_float(g.scales, g.scale_dtype, transposed ? g.scale_of(m, 0) : index[j]);
-                bias[j] = p.bias ? read_float(p.bias, p.bias_dtype, column) : 0.0;
+                up[j] = !is_one ? (float)range.up : in.scales ? 1.0f : read_float(g.scales, g.scale_dtype, transposed ? g.scale_of(m, 0) : index[j]);
+                bias[j] = p.bias ? read_float(p.bias, p.bias_dtype, column) : 0.0f;
             }
         }
         // Where the scales of products from number `from` of the reduction on end.
@@ -347,9 +347,17 @@ struct AmxMatmul {
         }
         // One row of the output, 32 columns from j0 on.
         ALWAYS_INLINE void write(const Product &p, const Inputs &in, int64_t row, float *values, int64_t j0) const {
-            const double factor = in.factor[row];
             const int64_t width = transposed ? weights->k : weights->n;
-            for (int64_t j = 0; j < 2 * SIDE; j++) values[j] = (float)((double)values[j] * up[j] * factor + bias[j]);
+            // Products with powers of two are exact unless inputs are huge or tiny; with those, all is done in double.
+            const double factor = in.factor[row], second = factor * 0x1p45;
+            if (second >= 0x1p-105 && second <= 0x1p35) {
+                const __m512 a = _mm512_set1_ps(0x1p-45f), b = _mm512_set1_ps((float)second);
+                for (int64_t j = 0; j < 2 * SIDE; j += SIDE) {
+                    const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(values + j), a), b);
+                    _mm512_store_ps(values + j, _mm512_fmadd_ps(v, _mm512_load_ps(up + j), _mm512_load_ps(bias + j)));
+                }
+            } else
+                for (int64_t j = 0; j < 2 * SIDE; j++) values[j] = (float)((double)values[j] * up[j] * factor + bias[j]);
             Avx512::write(values, least(2 * SIDE, width - j0), p.out, p.out_dtype, p.target(row) * width + j0);
         }
     };
