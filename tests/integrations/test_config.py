@@ -460,6 +460,7 @@ def test_configs_of_models_that_became_something_else(fp8: Path, tmp_path: Path)
     assert "lm_head" in kept(LlamaForCausalLM.from_pretrained(path, quantization_config=model.config.quantization_config))
 
 
+@pytest.mark.usefixtures("no_native")  # which adds up in another order than torch
 def test_whole_configs_of_models_that_became_something_else(fp8: Path, tmp_path: Path) -> None:
     """Passed on with the same checkpoint they load what it is; with another, the files decide, or it is an error."""
     int8 = load(fp8, FP8Config(backend="int8"))

@@ -95,7 +95,7 @@ def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def test_as_on_the_dequantized_model(kind: str, fp8: Path) -> None:
     ours, dense = made(fp8, kind, FP8Config(backend="weight_only")), made(fp8, kind, None)
     (found, grads), (wanted, expected) = run(ours), run(dense)
-    assert torch.equal(found, wanted)
+    assert error(found, wanted) < 1e-6
     assert grads.keys() == expected.keys() and grads
     largest = max(float(grad.norm()) for grad in expected.values())
     for name, grad in expected.items():
