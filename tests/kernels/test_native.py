@@ -373,7 +373,7 @@ import os, torch
 os.environ["HF_FP8_NATIVE"] = "{}"
 import hf_fp8
 from hf_fp8.formats import native
-from hf_fp8.formats.scheme import INT8_DYNAMIC, ROW, Granularity
+from hf_fp8.formats.scheme import INT8_DYNAMIC, Granularity
 from hf_fp8.kernels import Weight
 from hf_fp8.kernels import native as kernels
 print(native.why_not())
