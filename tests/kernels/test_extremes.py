@@ -113,6 +113,16 @@ def test_experts(name: str, dtype: torch.dtype) -> None:
     assert min(seen.values()) > 100, seen
 
 
+def spared(x: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that torch's matmul of a dense weight leaves finite.
+
+    oneDNN with AMX reads on into the next row where K is not a multiple of 32: 17x70 by 33x70 in bfloat16 (torch 2.13).
+    """
+    finite = nn.functional.linear(x, dense.to(dtype)).isfinite().all(1)
+    assert int((~finite[2:]).sum()) == 0
+    return finite
+
+
 OF_ROWS = [name for name, scheme in SCHEMES.items() if scheme.input is None or not scheme.input.granularity.is_tensor]
 
 
@@ -133,7 +143,9 @@ def test_a_row_spoils_no_other(name: str, dtype: torch.dtype) -> None:
                     with forced(kernel):
                         found = scaled_linear(given, codes, scale, scheme)
                     others = torch.arange(m) != 1
-                    assert check(found[others], x[others], dense, kernel, scheme) == n * (m - 1)
+                    if kernel in ("dequantize", "weight_only"):  # torch's matmul
+                        others &= spared(given, dense, dtype)
+                    assert check(found[others], x[others], dense, kernel, scheme) == n * others.sum()
                     if odd in (torch.nan, torch.inf, -torch.inf):
                         assert not found[1].isfinite().any(), (kernel, odd)
                     else:
