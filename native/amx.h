@@ -16,6 +16,7 @@ struct AmxMatmul {
     static constexpr int64_t AHEAD = 256;                      // bytes that rows of codes are fetched ahead
     static constexpr int64_t GROUP = 8;                        // pairs of tiles of weights in one item of work, at most
     static constexpr int64_t ROWS = 256;                       // of inputs in one item of work: with their weights and sums less than half of 2 MB
+    static constexpr int64_t ALONE = 128;                      // rows of inputs with which a thread works for itself, at least
     static constexpr int64_t SERIAL = 1 << 16;                 // as in Matmul
 
     // ---- state of the processor
@@ -137,9 +138,15 @@ struct AmxMatmul {
         const float *scales = in.scales ? in.scales + matrix * k : nullptr;
         const double factor = in.scales ? in.up[matrix] : 1.0;
         float up[SIDE], more[SIDE];
+        bool as_is[SIDE];
         int64_t start[SIDE];
         for (int64_t r = 0; r < width; r++) {
             start[r] = p.source(first + r) * p.x_stride;
+            as_is[r] = P == 1 && !scales && is_moderate(p, start[r], k);
+            if (as_is[r]) {
+                in.factor[first + r] = factor;
+                continue;
+            }
             __m512i largest = _mm512_setzero_si512();
             for (int64_t i = 0; i < k; i += SIDE) {
                 __m512i magnitude = _mm512_castps_si512(_mm512_abs_ps(read(p, scales, start[r], i, k)));
@@ -157,6 +164,10 @@ struct AmxMatmul {
             __m512i columns[P * SIDE];
             for (int64_t i = 0; width < SIDE && i < P * SIDE; i++) columns[i] = _mm512_setzero_si512();
             for (int64_t r = 0; r < width; r++) {
+                if (P == 1 && as_is[r]) {
+                    columns[r] = read_bfloat16(p, start[r], d, k);
+                    continue;
+                }
                 __m512i parts[P];
                 __m512 a = _mm512_set1_ps(up[r]), b = _mm512_set1_ps(more[r]);
                 split<P>(_mm512_mul_ps(_mm512_mul_ps(read(p, scales, start[r], d, k), a), b),
@@ -176,6 +187,24 @@ struct AmxMatmul {
                 to += STEP * count;
             }
         }
+    }
+    // 32 bfloat16 inputs of a row from number `i` of k on, and zeros.
+    INLINE __m512i read_bfloat16(const Product &p, int64_t start, int64_t i, int64_t k) {
+        const __mmask32 some = k - i >= STEP ? 0xFFFFFFFF : k > i ? ((__mmask32)1 << (k - i)) - 1 : 0;
+        return _mm512_maskz_loadu_epi16(some, (const uint16_t *)p.x + start + i);
+    }
+
+    // Whether the finite bfloat16 inputs of a row are 0 or from 2^-100 to 2^91: neither products nor sums leave float32's range.
+    INLINE bool is_moderate(const Product &p, int64_t start, int64_t k) {
+        if (p.x_dtype != BFLOAT16) return false;
+        const __m512i low = _mm512_set1_epi16(27 << 7), high = _mm512_set1_epi16(218 << 7), infinite = _mm512_set1_epi16(0x7F80);
+        __mmask32 odd = 0;
+        for (int64_t i = 0; i < k; i += STEP) {
+            const __m512i magnitude = _mm512_and_si512(read_bfloat16(p, start, i, k), _mm512_set1_epi16(0x7FFF));
+            odd |= _mm512_mask_cmplt_epu16_mask(_mm512_test_epi16_mask(magnitude, magnitude), magnitude, low);
+            odd |= _mm512_mask_cmplt_epu16_mask(_mm512_cmplt_epu16_mask(magnitude, infinite), high, magnitude);
+        }
+        return !odd;
     }
     INLINE int64_t tiles_of(int64_t columns) { return divide_up(columns, SIDE); }
 
@@ -357,19 +386,39 @@ struct AmxMatmul {
             }
         }
         // One row of the output, 32 columns from j0 on.
-        ALWAYS_INLINE void write(const Product &p, const Inputs &in, int64_t row, float *values, int64_t j0) const {
-            const int64_t width = transposed ? weights->k : weights->n;
+        ALWAYS_INLINE void write(const Product &p, const Inputs &in, int64_t row, __m512 first, __m512 second, int64_t j0) const {
+            const int64_t width = transposed ? weights->k : weights->n, at = p.target(row) * width + j0;
+            __m512 v[2] = {first, second};
             // Products with powers of two are exact unless inputs are huge or tiny; with those, all is done in double.
-            const double factor = in.factor[row], second = factor * 0x1p45;
-            if (second >= 0x1p-105 && second <= 0x1p35) {
-                const __m512 a = _mm512_set1_ps(0x1p-45f), b = _mm512_set1_ps((float)second);
-                for (int64_t j = 0; j < 2 * SIDE; j += SIDE) {
-                    const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(values + j), a), b);
-                    _mm512_store_ps(values + j, _mm512_fmadd_ps(v, _mm512_load_ps(up + j), _mm512_load_ps(bias + j)));
+            const double factor = in.factor[row], rest = factor * 0x1p45;
+            const bool is_one = factor == 1.0, in_range = is_one || (rest >= 0x1p-105 && rest <= 0x1p35);
+            const __m512 a = _mm512_set1_ps(is_one ? 1.0f : 0x1p-45f), b = _mm512_set1_ps(is_one ? 1.0f : (float)rest);
+            for (int64_t i = 0; i < 2; i++) {
+                if (in_range) {
+                    const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(v[i], a), b);
+                    v[i] = _mm512_fmadd_ps(scaled, _mm512_load_ps(up + i * SIDE), _mm512_load_ps(bias + i * SIDE));
+                    continue;
                 }
-            } else
-                for (int64_t j = 0; j < 2 * SIDE; j++) values[j] = (float)((double)values[j] * up[j] * factor + bias[j]);
-            Avx512::write(values, least(2 * SIDE, width - j0), p.out, p.out_dtype, p.target(row) * width + j0);
+                alignas(64) float values[SIDE];
+                _mm512_store_ps(values, v[i]);
+                for (int64_t j = 0, c = i * SIDE; j < SIDE; j++, c++) values[j] = (float)((double)values[j] * up[c] * factor + bias[c]);
+                v[i] = _mm512_load_ps(values);
+            }
+            if (p.out_dtype == BFLOAT16 && width - j0 >= 2 * SIDE) return _mm512_storeu_si512((uint16_t *)p.out + at, to_bfloat16(v[0], v[1]));
+            alignas(64) float values[2 * SIDE];
+            for (int64_t i = 0; i < 2; i++) _mm512_store_ps(values + i * SIDE, v[i]);
+            Avx512::write(values, least(2 * SIDE, width - j0), p.out, p.out_dtype, at);
+        }
+        // As the function for one number.
+        INLINE __m512i to_bfloat16(__m512 first, __m512 second) {
+            __m512i bits[2] = {_mm512_castps_si512(first), _mm512_castps_si512(second)};
+            for (__m512i &b : bits) {
+                const __mmask16 is_nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(b), _mm512_castsi512_ps(b), _CMP_UNORD_Q);
+                const __m512i last = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+                b = _mm512_add_epi32(b, _mm512_add_epi32(last, _mm512_set1_epi32(0x7FFF)));
+                b = _mm512_mask_mov_epi32(b, is_nan, _mm512_set1_epi32(0x7FC00000));
+            }
+            return _mm512_permutex2var_epi16(bits[0], upper_halves(), bits[1]);
         }
     };
 
@@ -477,7 +526,8 @@ struct AmxMatmul {
                         _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), _mm512_castsi512_ps(v[c - t * SIDE])));
                     }
                 }
-            for (int64_t m = 0; m < rows; m++) scales.write(p, in, s.first + m, values[m], n0);
+            for (int64_t m = 0; m < rows; m++)
+                scales.write(p, in, s.first + m, _mm512_load_ps(values[m]), _mm512_load_ps(values[m] + SIDE), n0);
         }
     }
 
@@ -511,7 +561,8 @@ struct AmxMatmul {
         const Weights &g = p.weights;
         const int64_t rows = s.last - s.first, tiles = tiles_of(rows), across = 2 * pairs, reduction = X ? g.n : g.k;
         // So that weights for all of the item, or those for two tiles with the inputs, stay in the caches.
-        const int64_t depth = rows <= 128 ? 512 : 256;
+        const int64_t most = rows <= 128 ? 512 : P == 1 ? 384 : 256;
+        const int64_t depth = divide_up(reduction, divide_up(reduction, most) * 2 * STEP) * 2 * STEP;  // parts of about the same size
         uint16_t *panel = (uint16_t *)memory(PANEL, across * depth * SIDE * sizeof(uint16_t));
         float *sums = (float *)memory(SUMS, tiles * across * SIDE * SIDE * sizeof(float));
         if (!panel || !sums) return false;
@@ -542,16 +593,14 @@ struct AmxMatmul {
         }
         for (int64_t m = 0; m < tiles; m++)
             for (int64_t q = 0; q < pairs; q++) {
-                alignas(64) float values[SIDE][2 * SIDE];
+                __m512i v[2][SIDE];
                 for (int i = 0; i < 2; i++) {
-                    __m512i v[SIDE];
                     const float *from = sums + (m * across + 2 * q + i) * SIDE * SIDE;
-                    for (int64_t r = 0; r < SIDE; r++) v[r] = _mm512_load_si512(from + r * SIDE);
-                    if (!X) transpose(v);
-                    for (int64_t r = 0; r < SIDE; r++) _mm512_store_si512(values[r] + i * SIDE, v[r]);
+                    for (int64_t r = 0; r < SIDE; r++) v[i][r] = _mm512_load_si512(from + r * SIDE);
+                    if (!X) transpose(v[i]);
                 }
                 for (int64_t r = 0; r < least(SIDE, rows - m * SIDE); r++)
-                    scales[q].write(p, in, s.first + m * SIDE + r, values[r], j0 + q * 2 * SIDE);
+                    scales[q].write(p, in, s.first + m * SIDE + r, _mm512_castsi512_ps(v[0][r]), _mm512_castsi512_ps(v[1][r]), j0 + q * 2 * SIDE);
             }
         return true;
     }
@@ -561,22 +610,15 @@ struct AmxMatmul {
     template <int64_t C, int P, bool X>
     static int run(const Product &p) {
         const Weights &g = p.weights;
-        const int64_t reduction = X ? g.n : g.k, width = X ? g.k : g.n;
-        struct Item {
-            Segment segment;
-            int64_t from, pairs;
-        };
-        struct Packed {
-            int64_t matrix, first, width, at;
-            bool joined;
-        };
-        int64_t active = 0, rows = 0, packs = 0, columns = 0;
-        auto segments = [&](auto &&use) {
+        const int64_t reduction = X ? g.n : g.k;
+        int64_t active = 0, rows = 0, columns = 0, packs = 0;
+        const int64_t each = rows_each(p);
+        const auto segments = [&](auto &&use) {
             int64_t first = 0, at = 0;
             for (int64_t e = 0; e < (p.ends ? g.count : 1); e++) {
                 const int64_t last = p.ends ? p.ends[e] : p.rows;
                 for (int64_t next; first < last; first = next) {
-                    next = least(first + ROWS, last);
+                    next = least(first + each, last);
                     use(Segment{e, first, next, at});
                     at += columns_of<P>(p, next - first);
                 }
@@ -589,15 +631,11 @@ struct AmxMatmul {
             packs += tiles_of(s.last - s.first);
         });
         if (!active) return 0;
-        const int64_t all = divide_up(width, 2 * SIDE), pairs = least(GROUP, divide_up(all * active, p.threads * 4));
-        const int64_t items = active * divide_up(all, pairs);
-        Item *list = (Item *)memory(ITEMS, items * sizeof(Item) + packs * sizeof(Packed));
         Inputs in;
         in.depth = divide_up(reduction, STEP) * STEP;
         const int64_t scaled = X && scales_inputs(g) ? g.count : 0;
-        in.x = (uint16_t *)memory(INPUTS, columns * in.depth * sizeof(uint16_t) + (rows + scaled) * sizeof(double) + scaled * g.n * sizeof(float));
-        if (!list || !in.x) return -1;
-        in.factor = (double *)(in.x + columns * in.depth);
+        in.factor = (double *)memory(NATURAL, (rows + scaled) * sizeof(double) + scaled * g.n * sizeof(float));
+        if (!in.factor) return -1;
         in.up = in.factor + rows;
         in.scales = scaled ? (float *)(in.up + scaled) : nullptr;
         for_each(scaled, scaled * g.n < SERIAL ? 1 : p.threads, [&](int64_t matrix) {
@@ -606,6 +644,53 @@ struct AmxMatmul {
             in.up[matrix] = range.up;
             for (int64_t r = 0; r < g.n; r++) in.scales[matrix * g.n + r] = read_float(g.scales, g.scale_dtype, of.of(r)) * range.down;
         });
+        return !p.ends && p.rows >= ALONE * p.threads ? apart<C, P, X>(p, in, each) : together<C, P, X>(p, in, segments, active, columns, packs);
+    }
+
+    // Rows of a segment, at most. Those of one weight are shared out evenly.
+    static int64_t rows_each(const Product &p) {
+        if (p.ends || p.rows < ALONE * p.threads) return ROWS;
+        return divide_up(p.rows, p.threads * divide_up(p.rows, p.threads * ROWS) * SIDE) * SIDE;
+    }
+
+    // Each thread packs its rows and multiplies them with all of the weight: what another one packed is in the cache of another core.
+    // 512 rows, bfloat16, two threads of a Xeon, ms, this way / the other: 192 x 576 0.11 / 0.21, 576 x 576 0.29 / 0.39.
+    template <int64_t C, int P, bool X>
+    static int apart(const Product &p, const Inputs &in, int64_t each) {
+        const int64_t all = divide_up(X ? p.weights.k : p.weights.n, 2 * SIDE);
+        int failed = 0;
+        for_each(divide_up(p.rows, each), p.threads, [&](int64_t i) {
+            typename Avx512::Mode mode;
+            const Segment s = {0, i * each, least((i + 1) * each, p.rows), 0};
+            Inputs own = in;
+            own.x = (uint16_t *)memory(INPUTS, columns_of<P>(p, s.last - s.first) * in.depth * sizeof(uint16_t));
+            bool done = own.x;
+            for (int64_t row = s.first; done && row < s.last; row += SIDE)
+                pack_inputs<P>(p, own, 0, row, least(SIDE, s.last - row), false, own.x + (row - s.first) * P * in.depth);
+            for (int64_t q = 0; done && q < all; q += GROUP) done = many<C, P, X>(p, own, s, q * 2 * SIDE, least(GROUP, all - q));
+            if (!done) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+            release_large(INPUTS);
+        });
+        return failed ? -1 : 0;
+    }
+
+    // Few rows, or those of several weights: all are packed, then each thread takes some columns of the output.
+    template <int64_t C, int P, bool X, class Segments>
+    static int together(const Product &p, Inputs in, const Segments &segments, int64_t active, int64_t columns, int64_t packs) {
+        struct Item {
+            Segment segment;
+            int64_t from, pairs;
+        };
+        struct Packed {
+            int64_t matrix, first, width, at;
+            bool joined;
+        };
+        const Weights &g = p.weights;
+        const int64_t all = divide_up(X ? g.k : g.n, 2 * SIDE), pairs = least(GROUP, divide_up(all * active, p.threads * 4));
+        const int64_t items = active * divide_up(all, pairs);
+        Item *list = (Item *)memory(ITEMS, items * sizeof(Item) + packs * sizeof(Packed));
+        in.x = (uint16_t *)memory(INPUTS, columns * in.depth * sizeof(uint16_t));
+        if (!list || !in.x) return -1;
         Packed *packed = (Packed *)(list + items);
         int64_t listed = 0, packs_listed = 0;
         segments([&](const Segment &s) {
@@ -614,7 +699,7 @@ struct AmxMatmul {
             for (int64_t row = s.first; row < s.last; row += SIDE)
                 packed[packs_listed++] = Packed{s.matrix, row, least(SIDE, s.last - row), s.at + (row - s.first) * P, joined};
         });
-        for_each(packs, rows * reduction < SERIAL ? 1 : p.threads, [&](int64_t i) {
+        for_each(packs, p.rows * in.depth < SERIAL ? 1 : p.threads, [&](int64_t i) {
             typename Avx512::Mode mode;
             const Packed &each = packed[i];
             pack_inputs<P>(p, in, each.matrix, each.first, each.width, each.joined, in.x + each.at * in.depth);

@@ -209,6 +209,32 @@ struct Rounding {
     int64_t threads;
 };
 
+// int8 codes of rows of inputs x (rows, cols), each with a scale of its own, and columns of x that are not quantized.
+struct Tokens {
+    const void *x;
+    int64_t x_dtype, x_stride, rows, cols;
+    const float *kept;  // (cols,): 0 for columns that are quantized as if they were zeros, else 1; null for all ones
+    const int64_t *columns;
+    int64_t count;  // of `columns`
+    int8_t *codes;    // (rows, cols)
+    float *scales;    // (rows,): the largest magnitude of what is kept / 127; `smallest` if that is 0
+    float *outliers;  // (rows, count): the columns
+    double smallest;
+    int64_t threads;
+};
+
+// Columns of an int8 weight (n, any), times its scales (n,), next to each other: out (n, count).
+struct Columns {
+    const int8_t *codes;
+    int64_t row_stride;
+    const void *scales;
+    int64_t scale_dtype, n;
+    const int64_t *columns;
+    int64_t count;
+    float *out;
+    int64_t threads;
+};
+
 // What one instruction set offers. Functions that it lacks, null, are those of `rest`.
 struct Kernels {
     const char *name;
@@ -219,6 +245,8 @@ struct Kernels {
     int (*multiply_int8)(const struct Int8Product *);
     int (*quantize)(const Rounding *);
     int (*amax)(const Rounding *);
+    int (*quantize_tokens)(const Tokens *);
+    int (*columns)(const Columns *);
 };
 
 // Codes of inputs (m, k) times codes of weights (n, k), both int8, exact in int32, times both scales.

@@ -44,7 +44,7 @@ static Function find(Function Kernels::*function) {
 using namespace hf_fp8;
 
 // Changes whenever arguments do.
-HF_FP8_EXPORT int64_t hf_fp8_version() { return 3; }
+HF_FP8_EXPORT int64_t hf_fp8_version() { return 4; }
 
 // The name of instruction set number `index` that this library was built with, in order of preference; null after the last.
 HF_FP8_EXPORT const char *hf_fp8_name(int64_t index) { return index < COUNT ? all[index]->name : nullptr; }
@@ -79,3 +79,9 @@ HF_FP8_EXPORT int64_t hf_fp8_quantize(const Rounding *rounding) { return find(&K
 
 // The largest magnitude of each block, in float32; scales are not read.
 HF_FP8_EXPORT int64_t hf_fp8_amax(const Rounding *rounding) { return find(&Kernels::amax)(rounding); }
+
+// int8 codes of rows of inputs, and the columns that are left as they are.
+HF_FP8_EXPORT int64_t hf_fp8_quantize_tokens(const Tokens *tokens) { return find(&Kernels::quantize_tokens)(tokens); }
+
+// Dequantized columns of an int8 weight.
+HF_FP8_EXPORT int64_t hf_fp8_columns(const Columns *columns) { return find(&Kernels::columns)(columns); }

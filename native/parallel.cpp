@@ -57,12 +57,15 @@ void *memory(Slot slot, size_t bytes) {
     return here.at;
 }
 
+void release_large(Slot slot) {
+    Kept &here = kept[slot];
+    if (here.bytes <= LARGE) return;
+    free(here.at);
+    here.at = nullptr, here.bytes = 0;
+}
+
 void release_large() {
-    for (Kept &here : kept)
-        if (here.bytes > LARGE) {
-            free(here.at);
-            here.at = nullptr, here.bytes = 0;
-        }
+    for (int slot = 0; slot < SLOTS; slot++) release_large((Slot)slot);
 }
 
 }  // namespace hf_fp8

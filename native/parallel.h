@@ -25,7 +25,8 @@ void for_each(int64_t count, int64_t threads, const Work &work) {
 // Memory of this thread that is reused between calls; null if there is none. Each slot is one use.
 enum Slot { INPUTS, NATURAL, PANEL, SUMS, ITEMS, SLOTS };
 void *memory(Slot slot, size_t bytes);
-// Frees what this thread keeps of large inputs.
+// Frees what this thread keeps for large inputs: one use of it, or all.
+void release_large(Slot slot);
 void release_large();
 
 }  // namespace hf_fp8

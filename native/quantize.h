@@ -1,4 +1,5 @@
-// Values to codes, and the largest magnitude of blocks: what `quantize` and `amax_of` of numerics.py compute, bit for bit.
+// Values to codes, the largest magnitude of blocks, and int8 inputs: what `quantize`, `amax_of` and `quantize_input` of numerics.py
+// compute, bit for bit.
 // Plain loops, which compilers turn into vectors of the instruction set that they are compiled for.
 #pragma once
 #include "common.h"
@@ -77,6 +78,63 @@ struct Quantize {
                     }
                     out[b] = largest;
                 }
+        });
+        return 0;
+    }
+
+    // Some numbers of a row, in float32; zeros (or NaN) where they are not kept.
+    INLINE void read_kept(const Tokens &p, int64_t row, int64_t c, int64_t count, float *x) {
+        I::read(p.x, p.x_dtype, row * p.x_stride + c, count, x);
+        if (p.kept)
+            for (int64_t j = 0; j < count; j++) x[j] *= p.kept[c + j];
+    }
+
+    // A row is read twice, the second time from a cache.
+    static int tokens(const Tokens *given) {
+        const Tokens &p = *given;
+        const int64_t step = ITEM / (p.cols + 1) + 1;
+        for_each(divide_up(p.rows, step), p.rows * p.cols <= SERIAL ? 1 : p.threads, [&](int64_t i) {
+            typename I::Mode mode;
+            float x[PIECE];
+            for (int64_t r = i * step; r < least((i + 1) * step, p.rows); r++) {
+                uint32_t largest = 0;
+                for (int64_t c = 0; c < p.cols; c += PIECE) {
+                    const int64_t count = least(PIECE, p.cols - c);
+                    read_kept(p, r, c, count, x);
+                    for (int64_t j = 0; j < count; j++) {
+                        const uint32_t magnitude = as_bits(x[j]) & 0x7FFFFFFF;
+                        largest = magnitude > largest ? magnitude : largest;
+                    }
+                }
+                const float quotient = as_float(largest) / 127.0f, scale = quotient == 0.0f ? (float)p.smallest : quotient;
+                p.scales[r] = scale;
+                for (int64_t c = 0; c < p.cols; c += PIECE) {
+                    const int64_t count = least(PIECE, p.cols - c);
+                    read_kept(p, r, c, count, x);
+                    uint8_t *to = (uint8_t *)p.codes + r * p.cols + c;
+                    for (int64_t j = 0; j < count; j++) to[j] = to_int8(x[j] / scale);
+                }
+                for (int64_t j = 0; j < p.count; j++)
+                    p.outliers[r * p.count + j] = read_float(p.x, p.x_dtype, r * p.x_stride + p.columns[j]);
+            }
+        });
+        return 0;
+    }
+
+    // Row by row, as memory is read in lines: 64 columns of a 2048 x 2048 weight 0.28 ms, column by column 1.65 (Xeon, two threads).
+    static int columns(const Columns *given) {
+        const Columns &p = *given;
+        const int64_t step = 256, ahead = 8;  // rows
+        for_each(divide_up(p.n, step), p.n * p.count <= SERIAL / 4 ? 1 : p.threads, [&](int64_t i) {
+            typename I::Mode mode;
+            for (int64_t r = i * step; r < least((i + 1) * step, p.n); r++) {
+                const float scale = read_float(p.scales, p.scale_dtype, r);
+                const int8_t *from = p.codes + r * p.row_stride, *next = from + least(ahead, p.n - 1 - r) * p.row_stride;
+                for (int64_t j = 0; j < p.count; j++) {
+                    I::prefetch((const uint8_t *)next + p.columns[j]);
+                    p.out[r * p.count + j] = from[p.columns[j]] * scale;
+                }
+            }
         });
         return 0;
     }

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_int8_limit() -> Iterator[Callable[..., Any]]:
+    """int8 quantizes inputs of the tests' small layers from as few rows as those of large ones. Yields what is replaced."""
+    from hf_fp8.kernels import thresholds
+
+    real = thresholds.Int8Cost.limit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds.Int8Cost, "limit", lambda cost, n, k: thresholds.Limit(cost.least, cost.why))
+        yield real
 
 
 @pytest.fixture(params=FOLDERS)

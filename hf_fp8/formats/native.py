@@ -10,11 +10,13 @@ import torch
 from ..errors import InputError
 from .code_types import FP8, INT8
 from .native_library import (
+    COLUMNS_FIELDS,
     FILE,
     INPUT_FIELDS,
     INT8_PRODUCT_FIELDS,
     PRODUCT_FIELDS,
     ROUNDING_FIELDS,
+    TOKENS_FIELDS,
     VARIABLE,
     WEIGHTS_FIELDS,
     depends,
@@ -28,8 +30,8 @@ from .native_library import (
 from .scheme import TENSOR, Granularity
 
 __all__ = [
-    "CODES", "DTYPES", "FILE", "VARIABLE", "Prepared", "amax", "depends", "dequantize", "multiply", "multiply_int8", "names",
-    "on_change", "quantize", "state", "use", "why_not",
+    "CODES", "DTYPES", "FILE", "VARIABLE", "Prepared", "amax", "columns_of", "depends", "dequantize", "multiply",
+    "multiply_int8", "names", "on_change", "quantize", "quantize_tokens", "state", "use", "why_not",
 ]  # fmt: skip
 
 # As native/common.h numbers them.
@@ -237,6 +239,50 @@ def _round(
         block_rows, block_cols, code, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     getattr(library(), function)(arguments)
+
+
+def quantize_tokens(
+    x: torch.Tensor, smallest: float, kept: torch.Tensor | None = None, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int8 codes (M, K) of x (M, K) in float32, bfloat16 or float16, scales (M, 1) and `columns` of x (M, R), both in float32.
+
+    As `numerics.quantize_input` with a scale per row, in one pass. smallest: the scale of rows of zeros. kept: (K,) float32,
+    0 for columns that are quantized as if they were zeros, else 1. columns: (R,) int64, each at least 0 and less than K.
+    """
+    (m, k), count = x.shape, 0 if columns is None else len(columns)
+    _on_cpu(x, kept, columns)
+    _require(kept, "columns that are kept or not", k)
+    codes = torch.empty((m, k), dtype=INT8, device="cpu")
+    scales = torch.empty((m, 1), dtype=torch.float32, device="cpu")
+    outliers = torch.empty((m, count), dtype=torch.float32, device="cpu")
+    x = x.resolve_neg()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    kept, columns = (None if t is None else t.contiguous() for t in (kept, columns))
+    library().hf_fp8_quantize_tokens(TOKENS_FIELDS.pack(
+        x.data_ptr(), DTYPES[x.dtype], x.stride(0), m, k, _at(kept), _at(columns), count,
+        codes.data_ptr(), scales.data_ptr(), outliers.data_ptr(), smallest, torch.get_num_threads(),
+    ))  # fmt: skip
+    return codes, scales, outliers
+
+
+def columns_of(codes: torch.Tensor, scale: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Columns of an int8 weight (N, K), dequantized with its scales, N elements: (N, R) in float32.
+
+    columns: (R,) int64, each at least 0 and less than K.
+    """
+    n = codes.shape[0]
+    _on_cpu(codes, scale, columns)
+    _require(scale, "scales of the weight", n)
+    _require_memory(codes, "a weight")
+    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
+    columns = columns.contiguous()
+    out = torch.empty((n, len(columns)), dtype=torch.float32, device="cpu")
+    library().hf_fp8_columns(COLUMNS_FIELDS.pack(
+        codes.data_ptr(), codes.stride(0), scale.data_ptr(), DTYPES[scale.dtype], n, columns.data_ptr(), len(columns),
+        out.data_ptr(), torch.get_num_threads(),
+    ))  # fmt: skip
+    return out
 
 
 def _weights(

@@ -22,13 +22,15 @@ from ..errors import KernelError
 VARIABLE = "HF_FP8_NATIVE"
 FILE = Path(__file__).with_name("_native.so")
 # `hf_fp8_version` of a library that takes these arguments.
-VERSION = 3
-# Fields of the structures Weights, Product, Int8Product and Rounding of native/common.h, all of 64 bits.
+VERSION = 4
+# Fields of the structures of native/common.h, all of 64 bits.
 WEIGHTS_FIELDS = Struct("=12q")
 PRODUCT_FIELDS = Struct("=27q")
 INPUT_FIELDS = Struct("=15q")  # what follows Weights in Product
 INT8_PRODUCT_FIELDS = Struct("=16q")
 ROUNDING_FIELDS = Struct("=12q")
+TOKENS_FIELDS = Struct("=11qdq")
+COLUMNS_FIELDS = Struct("=9q")
 F = TypeVar("F", bound=Callable[..., Any])
 _disabled = False
 _state = 0
@@ -114,6 +116,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "hf_fp8_dequantize": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
     "hf_fp8_quantize": [ctypes.c_char_p],
     "hf_fp8_amax": [ctypes.c_char_p],
+    "hf_fp8_quantize_tokens": [ctypes.c_char_p],
+    "hf_fp8_columns": [ctypes.c_char_p],
     "hf_fp8_name": [ctypes.c_int64],
     "hf_fp8_used": [],
     "hf_fp8_use": [ctypes.c_int64],

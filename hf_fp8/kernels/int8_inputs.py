@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import numerics
+from ..formats import native, numerics
 from ..formats.code_types import INT8
 from ..formats.cpu import scratch
 from ..formats.scheme import Scheme
@@ -38,9 +38,11 @@ def quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, 
     kept: (K,) float32, 0 for columns that are treated as zeros, else 1.
     """
     assert scheme.input is not None
-    if x.device.type == "cpu" and x.dtype.itemsize <= 4 and triton_support.why_not(x.device) is not None:
-        return _on_cpu(x, kept)
-    return Input(*quantize_input(x, scheme.input, None, kept))
+    if x.device.type != "cpu" or x.dtype.itemsize > 4 or triton_support.why_not(x.device) is None:
+        return Input(*quantize_input(x, scheme.input, None, kept))
+    if native.why_not() is None:
+        return Input(*native.quantize_tokens(x, numerics.MIN_SCALE, kept)[:2])
+    return _in_torch(x, kept)
 
 
 def quantize_but_outliers(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
@@ -54,13 +56,16 @@ def quantize_but_outliers(x: torch.Tensor, input_scale: torch.Tensor | None, sch
     if not len(columns):
         return quantize(x, None, scheme)
     kept = torch.ones(k, dtype=torch.float32, device=x.device).index_fill_(0, columns, 0.0)
+    if x.dtype in native.DTYPES and x.device.type == "cpu" and native.why_not() is None:
+        codes, scale, outliers = native.quantize_tokens(x, numerics.MIN_SCALE, kept, columns)
+        return Input(codes, scale, columns, outliers)
     # This order of operations is three times as fast for 16-bit floats: 0.03 ms instead of 0.1 for 512 rows.
     outliers = x.t().index_select(0, columns).t().float()
     return quantize(x, None, scheme, kept)._replace(columns=columns, outliers=outliers)
 
 
-def _on_cpu(x: torch.Tensor, kept: torch.Tensor | None) -> Input:
-    """Quantize in fewer passes than the reference code, on pieces that stay in the cache."""
+def _in_torch(x: torch.Tensor, kept: torch.Tensor | None) -> Input:
+    """Quantize on a CPU without the library, in fewer passes than the reference code, on pieces that stay in the cache."""
     m, k = x.shape
     if m * k <= SMALL:
         values = x.float() if kept is None else x * kept

@@ -13,7 +13,7 @@ import torch
 from ..formats import native
 from ..formats.code_types import FP8, INT8
 from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, Granularity, Scheme
-from . import torch_fp8, torch_grouped
+from . import torch_fp8, torch_grouped, torch_int8
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, has_bfloat16_units, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
 from .probing import int_mm_is_slow
@@ -43,11 +43,9 @@ def multiply_int8(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """int8 codes of x times those of the weight, with the outlier columns in float."""
     assert x.scale is not None
     added = None
-    if x.columns is not None and x.outliers is not None:
-        # Weights of the outlier columns: gathering rows of the transposed view is three times as fast as columns.
-        beside = w.codes.t().index_select(0, x.columns).float().mul_(w.scale.float().reshape(1, -1))
+    if (columns := torch_int8.beside(x, w)) is not None and x.outliers is not None:
         # With `out`, as autocast would multiply in 16 bits.
-        added = torch.mm(x.outliers, beside, out=beside.new_empty((x.x.shape[0], w.codes.shape[0])))
+        added = torch.mm(x.outliers, columns, out=columns.new_empty((x.x.shape[0], w.codes.shape[0])))
     return native.multiply_int8(x.x, x.scale, w.codes, w.scale, dtype, bias=w.bias, added=added)
 
 

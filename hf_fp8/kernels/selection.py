@@ -173,7 +173,7 @@ def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Prob
     reason, few = declined or found, _first(weight_only, problem)[0]
     if backend == "scaled_mm" or few is weight_only[-1]:
         return Selection(kernel, reason)
-    limit = weight_only_limit(problem.device, problem.scheme, problem.dtype)
+    limit = weight_only_limit(problem)
     if limit.is_every:
         return Selection(few, f"inputs are not quantized: {limit.why}")
     return Selection(kernel, f"{reason}; weight-only up to {unit.format(limit.m)} ({limit.why})", few, limit.m)

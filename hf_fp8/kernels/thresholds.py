@@ -14,8 +14,7 @@ import torch
 
 from ..formats import native
 from ..formats.code_types import INT8
-from ..formats.scheme import Scheme
-from .base import has_bfloat16_units
+from .base import Problem, has_bfloat16_units
 from .probing import int_mm_is_slow
 
 
@@ -47,17 +46,46 @@ _FP8_UNKNOWN = Limit(32, "a cautious default for an unknown device, not measured
 # on an A100, torchao's table).
 _INT8_CUDA = Limit(32, "torch._int_mm needs more than 16 rows; 32 is not measured")
 
-# 2048x2048, two threads, ms, `_int_mm` with columns set aside, without them / the library with float inputs. Xeon with AMX:
-# 1 row 0.9, 0.7 / 0.2, 4 rows 0.9, 0.7 / 0.4, 16 rows 1.4, 1.0 / 0.5, 64 rows 1.9, 1.6 / 1.7, 512 rows 8.5, 7.5 / 9.9 (5.5 if
-# inputs have 16 bits). The library with its AVX-512 alone: 4 rows 0.5, 16 rows 1.2, 64 rows 4.1.
-# torch's own weight-only kernel, which is there without the library, cold weights of SmolLM2's shapes: 4 rows 19.9 / 19.0,
-# 6 rows 22.9 / 24.7.
+# torch's own weight-only int8 kernel, which is there without the library, cold weights of SmolLM2's shapes, int8 / weight-only:
+# 4 rows 19.9 / 19.0 ms, 6 rows 22.9 / 24.7.
 _INT8_TORCH = Limit(4, "measured on a Xeon with AMX, used for every CPU whose int8 matmul is fast")
-_INT8_TILES = Limit(64, "measured on a Xeon with AMX")
-_INT8_CPU = Limit(8, "measured on the AVX-512 of a Xeon, used for every CPU without AMX whose int8 matmul is fast")
-# 2048x2048, AMD EPYC 7003 (AVX2), one and two threads, ms: float inputs M=4 0.87, 0.49; 8 1.39, 0.75; 16 2.37, 1.52. int8
-# inputs, which are still to be quantized: 0.96, 0.51; 1.48, 0.83; 1.73, 1.10.
-_INT8_NATIVE = Limit(8, "measured on an AMD EPYC with AVX2, used for every CPU without a fast int8 matmul")
+
+
+@dataclass(frozen=True)
+class Int8Cost:
+    """What quantizing inputs costs on a CPU, as where it begins to pay: when M x N x K is more than `products`.
+
+    Choosing outlier columns and starting a dozen torch calls takes 0.1 to 0.2 ms whatever the size of the layer, and passing
+    over inputs is shared by N outputs, so that a small layer needs more rows than a large one. least: rows up to which it never
+    pays. small: elements of a weight up to which it does not for any number of rows.
+    """
+
+    products: int
+    least: int
+    why: str
+    small: int = 0
+
+    def limit(self, n: int, k: int) -> Limit:
+        """The limit for a weight (N, K)."""
+        if n * k <= self.small:
+            return Limit(_EVERY, f"int8 inputs do not pay for a layer of {n}x{k}, {self.why}")
+        return Limit(max(self.least, self.products // (n * k) // 8 * 8), self.why)
+
+
+# Two threads, float32 inputs with one outlier column in 27, cold weights, ms, int8 / the library with float inputs.
+# Xeon with AMX: 2048x2048 by 16 rows 1.43 / 1.10, 64 rows 2.15 / 2.31; 1024x1024 by 64 .83 / .60, 512 2.70 / 3.13; 576x576 by
+# 64 .42 / .22, 512 1.02 / .97; 576x1536 by 64 .70 / .38, 512 2.20 / 2.75.
+_TILES = Int8Cost(250_000_000, 16, "measured on a Xeon with AMX")
+# Its AVX-512 alone: 2048x2048 by 16 rows 1.67 / 1.64, 64 rows 2.68 / 4.45; 1024x1024 by 16 .56 / .36, 64 .76 / .91; 576x576 by
+# 64 .40 / .34, 512 1.14 / 1.88; 192x576 by 512 .93 / 1.04.
+_VNNI = Int8Cost(50_000_000, 8, "measured on the AVX-512 of a Xeon, used for every CPU without AMX whose int8 matmul is fast")
+# Its AVX2 alone: 2048x2048 by 16 rows 1.60 / 1.47, 64 rows 4.18 / 4.76; 1024x1024 by 64 1.28 / 1.26, 512 7.4 / 8.4; 576x576 by
+# 512 2.92 / 2.86; 1536x576 by 512 7.31 / 7.18; 192x576 by 512 1.60 / 1.06; 256x2048 by 512 7.98 / 7.52.
+_AVX2 = Int8Cost(150_000_000, 8, "measured on the AVX2 of a Xeon, used for every CPU without fast int8 but AMD's", 2**19)
+# AMD EPYC 7003, when quantizing took up to twice as long as now: 2048x2048 by 8 rows .83 and the quantizing / .75, 16 rows 1.10
+# and the quantizing / 1.52. A prefill of 512 tokens, x dense float32: SmolLM2 (576x576 to 1536x576) .96 to .99 / 1.10, 1.1B
+# (2048x2048 to 5632x2048) 1.36 / 1.06.
+_AVX2_AMD = Int8Cost(34_000_000, 8, "measured on an AMD EPYC with AVX2", 2**21)
 # Rows of input up to which the library of CPU kernels multiplies, instead of dequantizing for torch's matmul: all. Ratio to a
 # dense matmul of that dtype, 2048x2048 by 16, 64, 512 rows, two threads. Float32: AMD EPYC 7003, AVX2 1.7, 1.7, 1.2; Xeon with
 # AMX 3.2, 1.7 to 2.1, 2.2, its AVX-512 alone 1.4, 1.0, 1.05. bfloat16: Xeon with AMX 1.7, 1.4, 1.3; its AVX-512, torch held to
@@ -82,20 +110,26 @@ def native_limit(dtype: torch.dtype) -> int:
 
 @native.depends
 @cache
-def weight_only_limit(device: torch.device, scheme: Scheme, dtype: torch.dtype) -> Limit:
-    """The limit for `device`, the dtype of the codes and that of inputs."""
-    if scheme.weight.dtype == INT8:
-        return _int8_limit_on_cpu(dtype) if device.type == "cpu" else _INT8_CUDA
+def weight_only_limit(problem: Problem) -> Limit:
+    """The limit for a device, the dtype of the codes and that of inputs; with int8 on CPUs also for the size of the weight."""
+    device = problem.device
+    if problem.scheme.weight.dtype == INT8:
+        return _int8_limit_on_cpu(problem) if device.type == "cpu" else _INT8_CUDA
     if device.type == "cuda" and torch.version.hip is None:
         return _FP8.get(("cuda", torch.cuda.get_device_capability(device)[0]), _FP8_UNKNOWN)
     return _FP8_UNKNOWN
 
 
-def _int8_limit_on_cpu(dtype: torch.dtype) -> Limit:
-    if int_mm_is_slow():
-        return _INT8_NATIVE
+def _int8_limit_on_cpu(problem: Problem) -> Limit:
     if native.why_not() is not None:
         return _INT8_TORCH
-    if native.names()[1] == "amx":
-        return _INT8_TILES if dtype == torch.float32 else Limit(_EVERY, "AMX multiplies inputs of 16 bits as fast as int8")
-    return _INT8_CPU
+    used = native.names()[1]
+    if int_mm_is_slow():
+        cost = _AVX2_AMD if used == "avx2" else _AVX2
+    elif used != "amx":
+        cost = _VNNI
+    elif problem.dtype == torch.float32:
+        cost = _TILES
+    else:
+        return Limit(_EVERY, "AMX multiplies inputs of 16 bits as fast as int8")
+    return cost.limit(problem.n, problem.k)

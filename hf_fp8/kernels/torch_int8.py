@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from ..formats import native
 from ..formats.code_types import INT8
 from ..formats.cpu import SIZE, scratch
 from ..formats.scheme import INT8_DYNAMIC, ROW, Scheme
@@ -35,41 +36,53 @@ LEAST_ROWS = 32
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Codes (M, K) times codes (N, K) in int32, then outliers, both scales and the bias in float32; rounded once to `dtype`."""
     assert x.scale is not None
-    # (R, N): weights of the outlier columns. Gathering rows of the transposed view is three times as fast as columns.
-    beside = None if x.columns is None else w.codes.t().index_select(0, x.columns).float()
-    if x.x.device.type == "cpu" and triton_support.why_not(x.x.device) is not None:
-        return _weight_first(x, w, beside, dtype) if x.x.shape[0] <= _weight_first_up_to() else _on_cpu(x, w, beside, dtype)
-    m = x.x.shape[0]
+    m, has_triton = x.x.shape[0], triton_support.why_not(x.x.device) is None
+    if x.x.device.type == "cpu" and not has_triton:
+        return _weight_first(x, w, dtype) if m <= _weight_first_up_to() else _on_cpu(x, w, dtype)
     padded = x.x if m >= LEAST_ROWS else torch.nn.functional.pad(x.x, (0, 0, 0, LEAST_ROWS - m))
     sums = torch._int_mm(padded, w.codes.t())[:m]
-    if triton_support.why_not(x.x.device) is None:
+    if has_triton:
         from .triton.int8_epilogue import scale_sums
 
-        return scale_sums(sums, x, w, beside, dtype)
-    return _scaled(sums.float(), x, w, beside).to(dtype)
+        return scale_sums(sums, x, w, None if x.columns is None else _columns(w.codes, x.columns), dtype)
+    return _scaled(sums.float(), x, w, beside(x, w)).to(dtype)
 
 
-def _scaled(total: torch.Tensor, x: Input, w: Weight, beside: torch.Tensor | None) -> torch.Tensor:
-    """Apply scales, outliers and bias to `total` (M, N), float32 sums, in place."""
+def _columns(codes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(R, N): columns of a weight. Gathering rows of the transposed view is three times as fast as columns."""
+    return codes.t().index_select(0, columns).float()
+
+
+def beside(x: Input, w: Weight) -> torch.Tensor | None:
+    """(R, N), any strides: dequantized weights of the outlier columns; None if there are none."""
+    if x.columns is None:
+        return None
+    if w.codes.is_cpu and native.why_not() is None:
+        return native.columns_of(w.codes, w.scale, x.columns).t()
+    return _columns(w.codes, x.columns).mul_(w.scale.float().reshape(1, -1))
+
+
+def _scaled(total: torch.Tensor, x: Input, w: Weight, columns: torch.Tensor | None) -> torch.Tensor:
+    """Apply scales, outliers (times `columns`) and bias to `total` (M, N), float32 sums, in place."""
     assert x.scale is not None
     w_scale = w.scale.float().reshape(1, -1)
     if w_scale.device.type != "cpu" or float(w_scale.amax()) < LARGE:
         total.mul_(w_scale).mul_(x.scale)  # in this order: a large x_scale alone could overflow
     else:
         total.mul_(torch.minimum(w_scale, x.scale)).mul_(torch.maximum(w_scale, x.scale))
-    if beside is not None:
+    if columns is not None:
         assert x.outliers is not None
-        total.addmm_(x.outliers, beside * w_scale)
+        total.addmm_(x.outliers, columns)
     return add_bias(total, w.bias)
 
 
-def _weight_first(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _weight_first(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     total = torch._int_mm(w.codes, x.x.t()).float().t()
-    return _scaled(total, x, w, beside).to(dtype).contiguous()
+    return _scaled(total, x, w, beside(x, w)).to(dtype).contiguous()
 
 
-def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    m, n = x.x.shape[0], w.codes.shape[0]
+def _on_cpu(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    m, n, columns = x.x.shape[0], w.codes.shape[0], beside(x, w)
     out = torch.empty((m, n), dtype=dtype, device=x.x.device)
     in_place = dtype == torch.float32
     step = m if in_place else max(1, SIZE // (n * torch.int32.itemsize))
@@ -78,7 +91,7 @@ def _on_cpu(x: Input, w: Weight, beside: torch.Tensor | None, dtype: torch.dtype
         sums = out.view(torch.int32) if in_place else scratch("sums", (part.x.shape[0], n), torch.int32)
         torch._int_mm(part.x, w.codes.t(), out=sums)
         # Cast int32 to float32 in place: the first access to new memory costs more than the cast.
-        total = _scaled(sums.view(torch.float32).copy_(sums), part, w, beside)
+        total = _scaled(sums.view(torch.float32).copy_(sums), part, w, columns)
         if not in_place:
             out[start : start + step] = total
     return out

@@ -16,6 +16,8 @@ int64_t hf_fp8_multiply_int8(const Int8Product *);
 int64_t hf_fp8_dequantize(const Weights *, void *, int64_t, int64_t);
 int64_t hf_fp8_quantize(const Rounding *);
 int64_t hf_fp8_amax(const Rounding *);
+int64_t hf_fp8_quantize_tokens(const Tokens *);
+int64_t hf_fp8_columns(const Columns *);
 void hf_fp8_use_openmp(void *, void *, void *, void *);
 }
 
@@ -195,6 +197,53 @@ static bool check_quantize(Case c) {
     return true;
 }
 
+// int8 inputs, some of whose columns are set aside, and those columns of an int8 weight
+static bool check_tokens(Case c) {
+    const int64_t x_stride = c.k + 3, count = pick(least(c.k, 5));
+    const int64_t low = c.kind == TINY_INPUTS ? -149 : c.kind == HUGE_INPUTS ? 110 : -9;
+    Numbers x(c.m * x_stride - 3, pick(3), low, low + 14);
+    if (c.kind == WITH_NAN)
+        for (int64_t i = pick(c.k), size = FORMATS[x.dtype].bytes; i < c.m * x_stride - 3; i += 1 + pick(3 * c.k)) memset(&x.bytes[i * size], 0xFF, size);
+    if (pick(3) == 0) memset(x.bytes.data(), 0, c.k * FORMATS[x.dtype].bytes);
+    std::vector<int64_t> columns(count);
+    std::vector<float> kept(c.k, 1.0f);
+    for (int64_t &column : columns) column = pick(c.k), kept[column] = 0.0f;
+    std::vector<int8_t> codes(c.m * c.k);
+    Numbers scales(c.m, FLOAT32), outliers(c.m * count, FLOAT32);
+    choose_threads();
+    const float smallest = 0x1p-126f;
+    const Tokens tokens = {x.bytes.data(), x.dtype, x_stride, c.m, c.k, count || pick(2) ? kept.data() : nullptr, columns.data(), count,
+                           codes.data(), (float *)scales.bytes.data(), (float *)outliers.bytes.data(), smallest, 3};
+    hf_fp8_quantize_tokens(&tokens);
+    c.function = "quantize_tokens";
+    for (int64_t r = 0; r < c.m; r++) {
+        double largest = 0;
+        const auto value = [&](int64_t j) { return x[r * x_stride + j] * kept[j]; };
+        for (int64_t j = 0; j < c.k; j++) largest = isnan(value(j)) || isnan(largest) ? NAN : fmax(largest, fabs(value(j)));
+        const double scale = largest == 0 || rounded(largest / 127, FLOAT32) == 0 ? smallest : rounded(largest / 127, FLOAT32);
+        if (!agrees(c, scales, r, scale, 0)) return false;
+        for (int64_t j = 0; j < c.k; j++) {
+            const double v = rounded(value(j) / scale, FLOAT32), wanted = isnan(v) ? 0 : nearbyint(fmax(-127, fmin(127, v)));
+            checked++;
+            if (codes[r * c.k + j] == wanted) continue;
+            return printf("%s: quantize_tokens, %.9g / %.9g: %d, not %g\n", c.instructions, value(j), scale, codes[r * c.k + j], wanted), false;
+        }
+        for (int64_t j = 0; j < count; j++)
+            if (!agrees(c, outliers, r * count + j, x[r * x_stride + columns[j]], 0)) return false;
+    }
+    const int64_t row_stride = c.k + pick(2);
+    std::vector<int8_t> weight(c.n * row_stride);
+    for (int8_t &code : weight) code = (int8_t)pick(256);
+    const Numbers of_rows(c.n, pick(3), -12, 3);
+    Numbers out(c.n * count, FLOAT32);
+    const Columns given = {weight.data(), row_stride, of_rows.bytes.data(), of_rows.dtype, c.n, columns.data(), count, (float *)out.bytes.data(), 3};
+    hf_fp8_columns(&given);
+    c.function = "columns";
+    for (int64_t i = 0; i < c.n * count; i++)
+        if (!agrees(c, out, i, rounded(weight[i / count * row_stride + columns[i % count]] * of_rows[i / count], FLOAT32), 0)) return false;
+    return true;
+}
+
 static bool check_int8(const Case &c) {
     const int64_t x_stride = c.k + 1, row_stride = c.k + 2;
     std::vector<int8_t> x(c.m * x_stride - 1), codes(c.n * row_stride - 2);
@@ -242,6 +291,10 @@ static bool check_all(const char *name) {
                 for (int64_t code : {E4M3, F16})
                     if (!check_weight({name, "", m, s.n, 77, s.parts, s.rows, s.cols, code, transposed, 5, code == E4M3 ? (Kind)pick(2) : ANY}))
                         return false;
+        for (const Scales &s : {Scales{270, 1, 1, 450}, Scales{270, 1, 1, 64}, Scales{270, 2, 13, 37}}) {  // several parts in every direction
+            const int64_t code = s.cols == 64 ? INT8 : E4M3;
+            if (!check_weight({name, "", 400, s.n, 450, s.parts, s.rows, s.cols, code, transposed, 1, code == E4M3 ? (Kind)pick(5) : ANY})) return false;
+        }
         for (int64_t n : {1, 15, 33})
             for (int64_t k : {1, 15, 16, 33, 65})
                 for (int64_t m : {1, 6, 31, 500})
@@ -256,6 +309,10 @@ static bool check_all(const char *name) {
                         const Case c = {name, "amax", 1, 131, k, 1, rows, least(cols, k), code, 0, 1, kind};
                         if (!check_quantize(c)) return false;
                     }
+    for (int64_t m : {1, 3, 130})
+        for (int64_t k : {1, 37, 256, 1037})
+            for (Kind kind : {ANY, WITH_NAN, HUGE_INPUTS, TINY_INPUTS})
+                if (!check_tokens({name, "", m, pick(2) ? 7 : 600, k, 1, 1, k, INT8, 0, 1, kind})) return false;
     for (int64_t m : {1, 2, 3, 5, 7, 17, 30, 70, 500})
         for (int64_t n : {1, 16, 77})
             for (int64_t k : {1, 16, 63, 1037})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.kernels import int_mm
 
 from hf_fp8 import FP8Config
 from hf_fp8.errors import KernelError
@@ -206,6 +207,36 @@ def test_what_is_kept_on_a_cpu_with_the_library_of_cpu_kernels() -> None:
         why_dense_experts(FP8Config(backend="scaled_mm"), cpu, torch.float64, FP8_DYNAMIC)
     )
     assert "for Linears" in str(why_dense_experts(FP8Config(backend="int8"), cpu, BF16, FP8_DYNAMIC))
+
+
+@pytest.mark.parametrize(
+    ("used", "is_slow", "sizes"),
+    [
+        ("amx", False, {(2048, 2048): 56, (576, 576): 752, (8192, 8192): 16}),
+        ("avx512-vnni", False, {(2048, 2048): 8, (576, 576): 144, (8192, 8192): 8}),
+        ("avx512", True, {(2048, 2048): 32, (1536, 576): 168, (576, 576): 2**62, (8192, 8192): 8}),
+        ("avx2-f16c", True, {(2048, 2048): 32, (1536, 576): 168, (576, 576): 2**62, (8192, 8192): 8}),
+        ("avx2", True, {(2048, 2048): 8, (576, 1536): 2**62, (8192, 8192): 8}),
+    ],
+)
+def test_int8_inputs_of_small_layers(
+    used: str, is_slow: bool, sizes: dict[tuple[int, int], int], real_int8_limit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cost more than they gain up to more rows than those of large layers, on some CPUs for any number."""
+    monkeypatch.setattr(thresholds.Int8Cost, "limit", real_int8_limit)
+    monkeypatch.setattr(native, "names", lambda: ([used], used))
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    cpu = torch.device("cpu")
+    try:
+        with int_mm(is_slow):
+            for (n, k), rows in sizes.items():
+                problem = Problem(cpu, INT8_DYNAMIC, n, k, torch.float32)
+                assert thresholds.weight_only_limit(problem).m == rows
+                choice = select(problem, "int8")
+                assert choice.at(rows).name == "native_weight_only"
+                assert ("int8" in choice.at(rows + 1).name) == (rows < 2**62) and (rows < 2**62 or f"{n}x{k}" in choice.reason)
+    finally:
+        forget()
 
 
 @pytest.mark.usefixtures("no_native")

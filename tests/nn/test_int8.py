@@ -23,6 +23,7 @@ from hf_fp8.formats.code_types import INT8
 from hf_fp8.formats.scheme import FP8_BLOCK, INT8_DYNAMIC, ROW, TENSOR, Granularity, scale_shape
 from hf_fp8.formats.weights import requantize
 from hf_fp8.kernels import prepared, selection
+from hf_fp8.kernels.base import Problem
 from hf_fp8.kernels.thresholds import weight_only_limit
 
 INT8_CONFIG = FP8Config(backend="int8")
@@ -54,7 +55,7 @@ def test_layers_are_int8_and_near(kind: str, tmp_path: Path) -> None:
     assert found["down_proj"] == "int8_mm_outliers"  # K = 96
     if native.why_not() is None:
         with int_mm(is_slow=False):
-            limit = weight_only_limit(torch.device("cpu"), INT8_DYNAMIC, torch.float32).m
+            limit = weight_only_limit(Problem(torch.device("cpu"), INT8_DYNAMIC, 64, 64, torch.float32)).m
             assert {row.kernel for row in hf_fp8.explain(model)} == {f"native_weight_only (M <= {limit}), int8_mm_outliers"}
         with int_mm(is_slow=True):
             assert {row.kernel for row in hf_fp8.explain(model)} == {"native_weight_only (M <= 8), native_int8_outliers"}
