@@ -16,7 +16,7 @@ struct AmxMatmul {
     static constexpr int64_t AHEAD = 256;                      // bytes that rows of codes are fetched ahead
     static constexpr int64_t GROUP = 8;                        // pairs of tiles of weights in one item of work, at most
     static constexpr int64_t ROWS = 256;                       // of inputs in one item of work: with their weights and sums less than half of 2 MB
-    static constexpr int64_t ALONE = 128;                      // rows of inputs with which a thread works for itself, at least
+    static constexpr int64_t ALONE = 256;                      // rows of inputs with which a thread works for itself, at least
     static constexpr int64_t SERIAL = 1 << 16;                 // as in Matmul
 
     // ---- state of the processor
@@ -721,7 +721,8 @@ struct AmxMatmul {
 
     template <int64_t C>
     static int of_dtype(const Product &p) {
-        if (p.transposed && scales_inputs(p.weights)) return run<C, 3, true>(p);
+        // Times their scales, inputs have 24 bits. For outputs of 8 or 11 bits 16 are enough; dense weights would have 8 or 11, too.
+        if (p.transposed && scales_inputs(p.weights)) return p.out_dtype == FLOAT32 ? run<C, 3, true>(p) : run<C, 2, true>(p);
         if (p.transposed) return p.x_dtype == BFLOAT16 ? run<C, 1, true>(p) : p.x_dtype == FLOAT16 ? run<C, 2, true>(p) : run<C, 3, true>(p);
         return p.x_dtype == BFLOAT16 ? run<C, 1, false>(p) : p.x_dtype == FLOAT16 ? run<C, 2, false>(p) : run<C, 3, false>(p);
     }

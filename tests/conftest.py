@@ -37,11 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def real_int8_limit() -> Iterator[Callable[..., Any]]:
     """int8 quantizes inputs of the tests' small layers from as few rows as those of large ones. Yields what is replaced."""
+    from support.kernels import limit_as_of_large_layers
+
     from hf_fp8.kernels import thresholds
 
     real = thresholds.Int8Cost.limit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds.Int8Cost, "limit", lambda cost, n, k: thresholds.Limit(cost.least, cost.why))
+        patch.setattr(thresholds.Int8Cost, "limit", limit_as_of_large_layers)
         yield real
 
 

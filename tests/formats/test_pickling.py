@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.build import KEEP, differing, load, logits, tensors, tiny_llama
 from support.checkpoints import checkpoint
+from support.kernels import limit_as_of_large_layers
 from support.moe import gpt_oss, qwen3_moe
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,7 @@ import hf_fp8
 from hf_fp8 import FP8Config, explain, quantize_model
 from hf_fp8.formats.code_types import FP8
 from hf_fp8.formats.quantized_weight.tensor import QuantizedWeight
+from hf_fp8.kernels import thresholds
 
 
 def from_data(name: str, **options: Any) -> Callable[[Path], torch.nn.Module]:
@@ -111,6 +113,7 @@ def use(model: torch.nn.Module, path: Path) -> tuple[torch.Tensor, str]:
 def use_pickled(pickled: bytes, path: Path) -> tuple[torch.nn.Module, torch.Tensor, str]:
     """`use`, in another process; and the model, which comes back by the way that processes send tensors."""
     torch.set_num_threads(1)
+    thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]
     model = pickle.loads(pickled)
     return (model, *use(model, path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from support.kernels import THRESHOLD, operands, sqnr
 
 from hf_fp8 import kernels
-from hf_fp8.formats import numerics
+from hf_fp8.errors import InputError
+from hf_fp8.formats import native, numerics
 from hf_fp8.formats.scheme import INT8_DYNAMIC
 from hf_fp8.kernels import KERNELS, Input, Weight, use
 from hf_fp8.kernels import int8_inputs as int8_quantize
@@ -18,6 +20,16 @@ from hf_fp8.nn.functional import scaled_linear
 pytestmark = pytest.mark.hostless
 
 SIZES = [(1, 64), (3, 200), (40, 576), (70, 1000), (600, 1536)]  # in one go, and in pieces of at most 2**19 elements
+
+
+@pytest.fixture(params=["library", "torch"])
+def by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Who quantizes: the library of CPU kernels, if there is one, or torch."""
+    if request.param == "library":
+        yield
+    else:
+        with native.use(None):
+            yield
 
 
 def loud(m: int, k: int, dtype: torch.dtype, columns: tuple[int, ...] = (5, 33), factor: float = 60.0) -> torch.Tensor:
@@ -39,6 +51,7 @@ def values(given: Input, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return out
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
 def test_codes_are_the_reference_s(size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -52,6 +65,7 @@ def test_codes_are_the_reference_s(size: tuple[int, int], dtype: torch.dtype) ->
         assert torch.equal(found.x, codes) and torch.equal(found.scale, scale) and found.columns is None
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
 def test_what_stands_out_is_set_aside_and_the_rest_is_the_reference_s(size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -69,6 +83,7 @@ def test_what_stands_out_is_set_aside_and_the_rest_is_the_reference_s(size: tupl
     assert torch.equal(found.x, codes) and torch.equal(found.scale, scale)
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("m", [1, 2, 4, 15, 16, 17, 64, 100, 700])
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
 def test_product_of_what_it_stands_for(m: int, dtype: torch.dtype) -> None:
@@ -107,6 +122,22 @@ def test_an_even_input_is_not_split() -> None:
     with use("int8_mm_outliers"):
         assert torch.equal(scaled_linear(**given, scheme=INT8_DYNAMIC), wanted)
     assert outliers_of(torch.zeros(5, 64)).columns is None
+
+
+def test_columns_of_a_weight() -> None:
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    for n, k, count in ((1, 5, 1), (600, 300, 40), (33, 64, 0)):
+        codes = torch.randint(-128, 128, (k, n)).to(torch.int8).t()[:, : k - 1]  # not contiguous
+        columns = torch.randperm(k - 1)[:count] if count else torch.empty(0, dtype=torch.int64)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            scale = torch.rand(n, 1).to(dtype)
+            found = native.columns_of(codes, scale, columns)
+            assert torch.equal(found, codes[:, columns].float() * scale.float())
+    with pytest.raises(InputError, match="scales of the weight"):
+        native.columns_of(codes, scale[1:], columns)
+    with pytest.raises(InputError, match="columns that are kept"):
+        native.quantize_tokens(torch.ones(3, 8), 1e-38, torch.ones(7))
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -153,6 +184,7 @@ def test_a_device_that_cannot_be_asked_takes_all() -> None:
     assert numerics.outlier_columns(x, 16).shape == (16,)
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("m", [1, 9, 200])
 @pytest.mark.parametrize("dtype", THRESHOLD, ids=str)
 def test_what_is_not_finite_stays_visible(m: int, dtype: torch.dtype) -> None:

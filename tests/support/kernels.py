@@ -99,6 +99,11 @@ def int_mm(is_slow: bool) -> Iterator[None]:
             clear()
 
 
+def limit_as_of_large_layers(cost: thresholds.Int8Cost, n: int, k: int) -> thresholds.Limit:
+    """For `Int8Cost.limit`: small layers quantize their inputs to int8 from as few rows as large ones."""
+    return thresholds.Limit(cost.least, cost.why)
+
+
 def runs(scheme: Scheme, n: int, k: int, dtype: torch.dtype, device: torch.device = CPU) -> list[str]:
     """The kernels that take the problem."""
     problem = Problem(device, scheme, n, k, dtype)
