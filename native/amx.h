@@ -194,10 +194,11 @@ struct AmxMatmul {
         return _mm512_maskz_loadu_epi16(some, (const uint16_t *)p.x + start + i);
     }
 
-    // Whether the finite bfloat16 inputs of a row are 0 or from 2^-100 to 2^91: neither products nor sums leave float32's range.
+    // Whether the finite bfloat16 inputs of a row are 0 or from 2^-64 to 2^91: neither products nor sums, times scales of blocks that
+    // are up to 2^50 apart, leave float32's range.
     INLINE bool is_moderate(const Product &p, int64_t start, int64_t k) {
         if (p.x_dtype != BFLOAT16) return false;
-        const __m512i low = _mm512_set1_epi16(27 << 7), high = _mm512_set1_epi16(218 << 7), infinite = _mm512_set1_epi16(0x7F80);
+        const __m512i low = _mm512_set1_epi16(63 << 7), high = _mm512_set1_epi16(218 << 7), infinite = _mm512_set1_epi16(0x7F80);
         __mmask32 odd = 0;
         for (int64_t i = 0; i < k; i += STEP) {
             const __m512i magnitude = _mm512_and_si512(read_bfloat16(p, start, i, k), _mm512_set1_epi16(0x7FFF));

@@ -121,9 +121,9 @@ def weight_only_limit(problem: Problem) -> Limit:
 
 
 def _int8_limit_on_cpu(problem: Problem) -> Limit:
-    if native.why_not() is not None:
-        return _INT8_TORCH
-    used = native.names()[1]
+    used = None if native.why_not() is not None else native.names()[1]
+    if used in (None, "scalar") or problem.dtype not in native.DTYPES:
+        return _INT8_TORCH  # for few rows there is torch's kernel, not the library's
     if int_mm_is_slow():
         cost = _AVX2_AMD if used == "avx2" else _AVX2
     elif used != "amx":

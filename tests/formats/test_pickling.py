@@ -113,7 +113,7 @@ def use(model: torch.nn.Module, path: Path) -> tuple[torch.Tensor, str]:
 def use_pickled(pickled: bytes, path: Path) -> tuple[torch.nn.Module, torch.Tensor, str]:
     """`use`, in another process; and the model, which comes back by the way that processes send tensors."""
     torch.set_num_threads(1)
-    thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]
+    thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]  # as tests/conftest.py does
     model = pickle.loads(pickled)
     return (model, *use(model, path))
 

@@ -239,6 +239,22 @@ def test_int8_inputs_of_small_layers(
         forget()
 
 
+@pytest.mark.parametrize(("used", "dtype"), [("scalar", torch.float32), ("amx", torch.float64)])
+def test_int8_inputs_where_the_library_does_not_multiply(
+    used: str, dtype: torch.dtype, real_int8_limit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits of its kernels are not those of torch's."""
+    monkeypatch.setattr(thresholds.Int8Cost, "limit", real_int8_limit)
+    monkeypatch.setattr(native, "names", lambda: ([used], used))
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    try:
+        with int_mm(is_slow=False):
+            limit = thresholds.weight_only_limit(Problem(torch.device("cpu"), INT8_DYNAMIC, 576, 576, dtype))
+            assert limit == thresholds._INT8_TORCH
+    finally:
+        forget()
+
+
 @pytest.mark.usefixtures("no_native")
 def test_what_is_kept_in_fp8(fake_gpu: Fake) -> None:
     """Of a checkpoint, by options and device."""
