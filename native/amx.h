@@ -1,8 +1,9 @@
 // Inputs times weights of one byte on the tiles of AMX: an instruction adds the products of two matrices of bfloat16, 16 x 32 and 32 x 16,
 // to one of float32, 16 x 16.
 //
-// Codes are numbers of bfloat16, whose scales are applied to sums. A float32 input is the sum of three bfloat16 numbers, exactly, a
-// float16 input of two; each part is multiplied. So sums are as exact as those of float32, and up to three times as fast.
+// Codes are numbers of bfloat16, whose scales are applied to sums. A float32 input is the sum of three bfloat16 numbers, exactly (but for
+// less than 2^-192 of the largest one in its row, which tiles take for 0), a float16 input of two; each part is multiplied. So sums are as
+// exact as those of float32, and up to three times as fast.
 // A tile of weights has rows of codes as they are in memory, widened; one of inputs has pairs of numbers of up to 16 rows.
 #pragma once
 #include "avx512_vbmi.h"
@@ -562,7 +563,8 @@ struct AmxMatmul {
         const Weights &g = p.weights;
         const int64_t rows = s.last - s.first, tiles = tiles_of(rows), across = 2 * pairs, reduction = X ? g.n : g.k;
         // So that weights for all of the item, or those for two tiles with the inputs, stay in the caches.
-        const int64_t most = rows <= 128 ? 512 : P == 1 ? 384 : 256;
+        // By all rows, not those of this thread: parts of a block are scaled one by one, so the sum would depend on how many threads there are.
+        const int64_t most = (p.ends ? rows : p.rows) <= 128 ? 512 : P == 1 ? 384 : 256;
         const int64_t depth = divide_up(reduction, divide_up(reduction, most) * 2 * STEP) * 2 * STEP;  // parts of about the same size
         uint16_t *panel = (uint16_t *)memory(PANEL, across * depth * SIDE * sizeof(uint16_t));
         float *sums = (float *)memory(SUMS, tiles * across * SIDE * SIDE * sizeof(float));
@@ -648,10 +650,12 @@ struct AmxMatmul {
         return !p.ends && p.rows >= ALONE * p.threads ? apart<C, P, X>(p, in, each) : together<C, P, X>(p, in, segments, active, columns, packs);
     }
 
-    // Rows of a segment, at most. Those of one weight are shared out evenly.
+    // Rows of a segment, at most. Those of one weight are shared out evenly: `few` adds in another order than `many`, and is not to get the
+    // rest of more rows, or sums would depend on the number of threads.
     static int64_t rows_each(const Product &p) {
-        if (p.ends || p.rows < ALONE * p.threads) return ROWS;
-        return divide_up(p.rows, p.threads * divide_up(p.rows, p.threads * ROWS) * SIDE) * SIDE;
+        if (p.ends) return ROWS;
+        const int64_t threads = p.rows < ALONE * p.threads ? 1 : p.threads;
+        return divide_up(p.rows, threads * divide_up(p.rows, threads * ROWS) * SIDE) * SIDE;
     }
 
     // Each thread packs its rows and multiplies them with all of the weight: what another one packed is in the cache of another core.

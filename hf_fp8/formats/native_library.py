@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,7 @@ import torch
 from ..errors import KernelError
 
 VARIABLE = "HF_FP8_NATIVE"
+_OFF = ("0", "off", "no", "false")
 FILE = Path(__file__).with_name("_native.so")
 # `hf_fp8_version` of a library that takes these arguments.
 VERSION = 4
@@ -40,9 +42,9 @@ _when_changed: list[Callable[[], object]] = []
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted == "0":
-        return f"the library of CPU kernels is turned off ({VARIABLE}=0)"
+    wanted = os.environ.get(VARIABLE, "").strip().lower()
+    if wanted in _OFF:
+        return f"the library of CPU kernels is turned off ({VARIABLE}={wanted})"
     if not FILE.exists():
         return (
             "hf-fp8 was installed without its library of CPU kernels (there was no wheel for this platform, and no C++ "
@@ -60,12 +62,15 @@ def _load() -> ctypes.CDLL | str:
     library.hf_fp8_name.restype = ctypes.c_char_p
     _share_threads(library)
     found = _names(library)
-    if wanted and wanted not in found:
-        return f"{VARIABLE}={wanted}: not among the instructions of the library ({', '.join(found)})"
     for index, name in enumerate(found):
         if wanted in ("", name) and library.hf_fp8_use(index) == 0 and _is_right(library):
             return library
-    return f"the library of CPU kernels does not run on this processor, or gives wrong numbers ({wanted or ', '.join(found)})"
+    if not wanted:
+        return f"the library of CPU kernels does not run on this processor, or gives wrong numbers ({', '.join(found)})"
+    because = "does not run on this processor, or gives wrong numbers" if wanted in found else "not among the instructions"
+    reason = f"{VARIABLE}={wanted}: {because} (the library has {', '.join(found)})"
+    warnings.warn(f"{reason}. It is not used at all", stacklevel=2)  # it was asked for
+    return reason
 
 
 def _is_right(library: ctypes.CDLL) -> bool:

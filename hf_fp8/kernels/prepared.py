@@ -37,6 +37,7 @@ class Call(NamedTuple):
             and x.dtype == run.dtype
             and not x.is_neg()
             and x.is_contiguous()
+            and x.ndim > 0
             and 0 < x.numel() <= self.limit * run.k
             and x.shape[-1] == run.k
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Generic, TypeVar
 
@@ -134,7 +134,9 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     if backend == "int8" and scheme != INT8_DYNAMIC:
         raise KernelError(f"backend='int8' is for layers that were re-quantized to int8, not {scheme.describe()}")
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
-    auto = backend == "auto" and scheme.weight.dtype == FP8 and fused is not WEIGHT_ONLY[-1]
+    # Inputs in float64, which no fused kernel takes, are not quantized either where others are not.
+    narrow = problem if dtype in _FLOATS else replace(problem, dtype=torch.float32)
+    auto = backend == "auto" and scheme.weight.dtype == FP8 and _first(WEIGHT_ONLY, narrow)[0] is not WEIGHT_ONLY[-1]
     if reason is None and auto and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:

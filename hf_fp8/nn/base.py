@@ -342,9 +342,8 @@ class QuantizedModule(nn.Module):
                     "another order. Take both from one state dict, or compute with hf_fp8.dequantize_model(model)"
                 )
             if type(codes) is torch.Tensor:  # from a file or from user code
-                refuse_values(
-                    codes, self.held_codes(name), prefix + name, self._ratio(scales[0], state_dict[prefix + scales[0]])
-                )
+                largest, ratio = self._compared(scales[0], state_dict[prefix + scales[0]])
+                refuse_values(codes, self.held_codes(name), prefix + name, largest, ratio)
             for scale_name in scales:
                 scale, held = state_dict.get(prefix + scale_name), getattr(self, scale_name)
                 if scale is not None and held is not None and scale.dtype != held.dtype:
@@ -363,15 +362,17 @@ class QuantizedModule(nn.Module):
             return is_whole(codes)
         return is_whole(codes) and _same_scale(kept.scale, scale)
 
-    def _ratio(self, name: str, new: torch.Tensor) -> float:
-        """Mean magnitude of the new scales divided by that of the held ones; 0 if the new ones are those of a zero weight."""
+    def _compared(self, name: str, new: torch.Tensor) -> tuple[float, float]:
+        """(the largest of the held scales; the mean magnitude of the new ones divided by theirs, 0 if the new ones are those of
+        a zero weight)."""
         held = getattr(self, name)
         if held.is_meta or new.is_meta:
-            return 1.0
+            return 1.0, 1.0
+        before = held.detach().float().abs()
         if bool((new == torch.finfo(new.dtype).eps).all()):
-            return 0.0
-        before = held.detach().float().abs().mean()
-        return float(new.detach().to(before).abs().mean() / before)
+            return float(before.max()), 0.0
+        mean = before.mean()
+        return float(before.max()), float(new.detach().to(mean).abs().mean() / mean)
 
 
 def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:

@@ -30,9 +30,39 @@ def define(
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return getattr(torch.ops.hf_fp8, name).default
+    op = getattr(torch.ops.hf_fp8, name).default
+    if backward is None:
+        return op
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return _for_functorch(op, backward, setup_context)
+
+
+def _for_functorch(
+    op: Callable[..., torch.Tensor], backward: Callable[..., Any], setup_context: Callable[..., None] | None
+) -> Callable[..., torch.Tensor]:
+    """`op`; within `torch.func` (grad, vjp, jacrev), which refuses gradients of custom ops, as an autograd function."""
+
+    class Differentiable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def call(*args: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+            return op(*args)
+        found: torch.Tensor = Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+        return found
+
+    return call
 
 
 def is_traced_without_gradients() -> bool:

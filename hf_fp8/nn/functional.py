@@ -117,6 +117,7 @@ def scaled_linear(
     if the original in `kept` was changed.
     """
     weight = codes_of(weight)
+    refuse_layout(x)
     if x.dtype not in FLOATS:
         hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
         raise InputError(
@@ -137,6 +138,16 @@ def scaled_linear(
     else:
         out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def refuse_layout(x: torch.Tensor) -> None:
+    """Raise InputError if x is not an array of at least one dimension: nested, sparse, of MKL-DNN, or a single number."""
+    if x.layout is not torch.strided or x.is_nested or not x.ndim:
+        found = "a nested tensor" if x.is_nested else f"a tensor of {x.ndim} dimensions and layout {x.layout}"
+        raise InputError(
+            f"a quantized layer takes dense tensors of at least one dimension, got {found}: pass padded sequences "
+            "(torch.nested.to_padded_tensor, x.to_dense()), or load with FP8Config(dequantize=True)"
+        )
 
 
 def refuse_forward_mode(x: torch.Tensor) -> None:
@@ -170,7 +181,8 @@ def is_plain_call(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
-        and not (x.is_meta or weight.is_meta or x._is_zerotensor())
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta or weight.is_meta or x._is_zerotensor())
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
         and torch._C._functorch.maybe_current_level() is None

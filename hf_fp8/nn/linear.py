@@ -250,14 +250,13 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.refuse_parametrized()
         if self.compute_dtype is not None:
             input = input.to(self.compute_dtype)
-        held: Any = self._parameters
         out = scaled_linear(
             input,
             self.held_codes("weight"),
             self.held_scale("weight"),
             self.scheme,
-            input_scale=None if self.unmeasured else plain_scale(held["input_scale"]),
-            bias=held["bias"],
+            input_scale=None if self.unmeasured else plain_scale(self.input_scale),
+            bias=self.bias,
             backend=backend,
             backward=self.backward,
             layer=self if self.shares_input is not None else None,

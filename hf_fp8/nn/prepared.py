@@ -57,7 +57,7 @@ class PreparedCall:
             and self._depends(layer) == self._state
             and getattr(held.get("weight"), "codes", None) is codes
             and getattr(held.get("weight_scale"), "plain", None) is scale
-            and held.get("bias") is bias
+            and held.get("bias", layer) is bias  # it may be a buffer, parametrized or pruned
             and self._call.run.reads(codes, scale, bias)
         )
 

@@ -214,6 +214,18 @@ def test_arithmetic_on_state_dicts_is_not_loaded_as_codes(scheme: str, soup: str
     dense.load_state_dict({k: v.float() for k, v in state.items() if "scale" not in k})
 
 
+@torch.no_grad()
+def test_a_small_weight_with_a_scale_that_is_too_large_for_it() -> None:
+    """As exports for serving engines have it: q, k and v with the largest of their scales."""
+    layer = hf_fp8.quantize_model(nn.Linear(64, 64), "FP8_TENSOR")
+    for smaller in (10, 30, 100):
+        scale = layer.weight_scale.detach().clone()
+        codes = (layer.dequantized_weight() / smaller / scale).to(torch.float8_e4m3fn)
+        fresh = hf_fp8.quantize_model(nn.Linear(64, 64), "FP8_TENSOR")
+        fresh.load_state_dict({"weight": codes, "weight_scale": scale, "bias": layer.bias})
+        assert torch.equal(fresh.dequantized_weight(), codes.float() * scale)
+
+
 def test_state_dicts_that_are_loaded_all_the_same() -> None:
     model = net()
     state = {k: v.clone() for k, v in model.state_dict().items()}

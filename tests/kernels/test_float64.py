@@ -18,9 +18,9 @@ from support.moe import IDS, causal
 from torch import nn
 
 from hf_fp8 import FP8Config, QuantizedConv1x1, QuantizedLinear, kernels
-from hf_fp8.formats import numerics
+from hf_fp8.formats import native, numerics
 from hf_fp8.formats.code_types import FP8
-from hf_fp8.formats.scheme import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme
 from hf_fp8.kernels import ExpertWeights, Routing
 from hf_fp8.kernels import torch_grouped as grouped_mm
 from hf_fp8.kernels.triton import support as triton_support
@@ -199,6 +199,18 @@ def test_layers(scheme: Scheme) -> None:
         out.sum().backward()
         assert out.dtype == back.grad.dtype == WIDE and error(out, dense(x)) < 0.06  # type: ignore[union-attr]
         assert layer(x * 1e250).isfinite().all() and error(layer(x * 1e250) / 1e250, dense(x)) < 0.2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [FP8_DYNAMIC, FP8_STATIC, FP8_BLOCK], ids=str)
+def test_inputs_are_rounded_no_more_than_narrower_ones(scheme: Scheme) -> None:
+    """Where "auto" does not quantize inputs, it does not quantize those in float64 either."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 24), scheme)
+    x = torch.randn(5, 64, dtype=WIDE)
+    wanted = x @ layer.dequantized_weight().to(WIDE).t() + layer.bias
+    rounded = native.why_not() is not None
+    assert (error(layer(x), wanted) > 1e-3) == (error(layer(x.float()).to(WIDE), wanted) > 1e-3) == rounded
+    assert rounded or error(layer(x), wanted) < CLOSE
 
 
 def test_scales_and_codes() -> None:

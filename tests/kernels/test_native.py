@@ -343,6 +343,14 @@ def test_the_same_bits_whatever_the_threads() -> None:
     """Sums do not depend on how work is divided; several threads may call at once."""
     granularity, before = Granularity(1, -1), torch.get_num_threads()
     weight, scale = codes(1000, 700), scales(Granularity(1, -1), 1000, 700)
+    for blocks in (Granularity(96, 96), Granularity(100, 70), Granularity(-1, -1)):  # pieces may end within a block
+        for m, transposed in ((260, False), (300, True), (600, False), (600, True)):
+            x, found = torch.randn(m, 1000 if transposed else 700), []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(native.multiply(x, weight, scales(blocks, 1000, 700), blocks, transposed=transposed))
+            torch.set_num_threads(before)
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     for m in (1, 5, 30, 600):
         x = torch.randn(m, 700)
         found = []
@@ -387,11 +395,19 @@ if native.why_not() is None:
     native.multiply(torch.randn(30, 1000), weight, torch.ones(1000, 1), Granularity(1, -1))
     print(native.names()[1], threads() - before)
 """
-    found = run_fresh({name: script.format(name) for name in ("0", "scalar", "", "nonsense")})
+    found = run_fresh({name: script.format(name) for name in ("0", "OFF", "scalar", "Scalar", "", "nonsense")})
     assert found["0"].strip() == "the library of CPU kernels is turned off (HF_FP8_NATIVE=0)"
     assert found["scalar"].split("\n")[:2] == ["None", "scalar 0"]
     assert found[""].split("\n")[:2] == ["None", f"{native.names()[1]} 0"]
     assert found["nonsense"].startswith("HF_FP8_NATIVE=nonsense: not among")
+    assert "(HF_FP8_NATIVE=off)" in found["OFF"] and found["Scalar"].startswith("None")
+
+
+def test_a_name_that_is_not_there_is_said_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for instructions does not want to run without any."""
+    monkeypatch.setenv(native_library.VARIABLE, "unknown")
+    with native.use(native.names()[1]), pytest.warns(UserWarning, match="unknown: not among .*not used at all"):
+        assert isinstance(native_library._load.__wrapped__(), str)
 
 
 def test_instructions_that_compute_wrongly_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hf_fp8 import FP8Config, QuantizedLinear, Scheme, dequantize_model
 from hf_fp8.errors import InputError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.code_types import FP8, INT8
-from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity
+from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, TENSOR, Granularity
 from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import torch_fp8 as torch_mm
 from hf_fp8.nn.grouped import scaled_grouped_linear
@@ -278,6 +279,36 @@ def test_of_a_checkpointed_mixture(family: Any, reentrant: bool, tmp_path: Path)
     found = grads(model)
     assert found.keys() == wanted.keys() and len(found) >= 12
     assert all(error(found[name], wanted[name]) < 1e-6 for name in wanted)
+
+
+@pytest.mark.parametrize("backend", ["weight_only", "auto"])
+def test_functions_of_torch_func(backend: str) -> None:
+    module = layer(FP8_DYNAMIC, backend=backend)
+    dense, x, func = module.to_linear(torch.float32), torch.randn(5, 200), torch.func
+
+    def both(made: Callable[[Any], Any], at: torch.Tensor = x) -> float:
+        return error(made(module)(at), made(dense)(at))
+
+    def squares(call: Any) -> Any:
+        return lambda given: call(given).square().sum()
+
+    assert both(lambda call: func.grad(squares(call))) < 1e-6
+    assert both(lambda call: func.jacrev(call)) < 1e-6
+    assert both(lambda call: func.vmap(func.grad(squares(call)))) < 1e-6
+    assert both(lambda call: func.grad(squares(func.vmap(call)))) < 1e-6
+    assert both(lambda call: func.jacrev(func.jacrev(squares(call))), x[0]) < 1e-6
+    assert both(lambda call: lambda at: func.vjp(call, at)[1](call(at))[0]) < 1e-6
+    of_bias = [func.grad(lambda bias, m=m: func.functional_call(m, {"bias": bias}, x).square().sum()) for m in (module, dense)]
+    assert error(of_bias[0](module.bias.detach()), of_bias[1](module.bias.detach())) < 1e-6
+
+
+def test_functions_of_torch_func_through_experts() -> None:
+    weight, x, ids = torch.randn(2, 8, 16).to(FP8), torch.randn(3, 16), torch.tensor([0, 1, 1])
+    found = torch.func.grad(
+        lambda x: scaled_grouped_linear(x, weight, torch.ones(2, 8, 1), FP8_WEIGHT_ONLY, ids).square().sum()
+    )(x)
+    wanted = torch.func.grad(lambda x: torch.einsum("sk,snk->sn", x, weight.float()[ids]).square().sum())(x)
+    assert error(found, wanted) < 1e-6
 
 
 def test_experts_have_no_second_derivative_and_say_so() -> None:

@@ -136,11 +136,19 @@ def test_state_dicts_that_do_not_fit() -> None:
         (torch.zeros(2, 200, dtype=torch.int64), "int64"),
         (torch.zeros(2, 200).to(FP8), "cast it to the dtype of the layer's weight"),
         (torch.zeros(2, 199), "199 columns"),
+        (torch.tensor(1.0), "at least one dimension"),
+        (torch.zeros(2, 200).to_sparse(), "sparse_coo"),
+        (torch.nested.nested_tensor([torch.zeros(2, 200), torch.zeros(3, 200)]), "padded sequences"),
+        (torch.nested.nested_tensor([torch.zeros(2, 200), torch.zeros(3, 200)], layout=torch.jagged), "padded sequences"),
     ],
 )
 def test_wrong_inputs(x: torch.Tensor, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        layer(FP8_DYNAMIC)(x)
+    module = layer(FP8_DYNAMIC, backend="auto")
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(InputError, match=words):
+                module(x)
+            module(torch.zeros(2, 200))  # prepares the next call
 
 
 def test_dequantize_model_keeps_shared_modules_shared() -> None:

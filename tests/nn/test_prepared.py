@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune
 
 import hf_fp8
 from hf_fp8 import QuantizedLinear, kernels
@@ -70,7 +71,22 @@ def other_memory(layer: QuantizedLinear) -> None:
     layer.weight.data = layer.weight.codes.roll(3, 0)
 
 
+class Twice(nn.Module):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value * 2
+
+
+def not_a_parameter(layer: QuantizedLinear, as_buffer: bool) -> None:
+    bias = layer.bias.detach() + 1
+    del layer.bias
+    layer.register_buffer("bias", bias) if as_buffer else setattr(layer, "bias", bias)
+
+
 CHANGES: dict[str, Callable[[QuantizedLinear], object]] = {
+    "bias parametrized": lambda layer: parametrize.register_parametrization(layer, "bias", Twice()),
+    "bias pruned": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    "bias a buffer": lambda layer: not_a_parameter(layer, True),
+    "bias a tensor": lambda layer: not_a_parameter(layer, False),
     "codes replaced": other_codes,
     "codes in other memory": other_memory,
     "codes in place": lambda layer: layer.weight.codes.view(torch.uint8).copy_(layer.weight.codes.roll(1, 0).view(torch.uint8)),

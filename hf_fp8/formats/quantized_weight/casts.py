@@ -54,17 +54,18 @@ def _raise_cast(name: str, dtype: torch.dtype) -> None:
     )
 
 
-def refuse_values(new: torch.Tensor, old: torch.Tensor, name: str, scales: float = 1.0) -> None:
+def refuse_values(new: torch.Tensor, old: torch.Tensor, name: str, scale: float, scales: float = 1.0) -> None:
     """Raise UnsupportedError if the plain tensor `new`, which replaces `old`, holds values cast to the dtype of codes.
 
-    scales: ratio of the new scales to the old ones, 0 if the new ones are those of a zero weight. Values are smaller than
-    their codes by a factor of the scale.
+    scale: the largest of `old`. scales: ratio of the new scales to the old ones, 0 if the new ones are those of a zero weight.
+    Values are smaller than their codes by a factor of the scale; codes of a small weight whose scale is too large for it (one
+    for q, k and v) are smaller, too, but not as small as values.
     """
     if new.shape != old.shape or new.is_meta or old.is_meta or not new.numel():
         return
     largest, before = _largest(new), _largest(old)
     is_smaller = largest * SMALLER * max(scales, 1.0) <= before
-    if is_smaller and before and (largest or scales * SMALLER > 1):
+    if is_smaller and before and largest <= SMALLER * before * scale and (largest or scales * SMALLER > 1):
         _raise_cast(name, old.dtype)
 
 
