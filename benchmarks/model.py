@@ -39,7 +39,7 @@ CONTENDERS: dict[str, tuple[bool, dict[str, Any]]] = {
 NAMES = (*CONTENDERS, *peers.TORCHAO, *llamacpp.CONTENDERS)
 ON_CPU_NAMES = (
     "stock", "stock dequantize=True", "hf_fp8 auto", "hf_fp8 dequantize=True", "hf_fp8 int8",
-    "torchao int8 weight-only, bfloat16, compiled", "llama.cpp Q8_0",
+    "torchao int8 weight-only, bfloat16, compiled", "llama.cpp Q8_0", "llama.cpp Q8_0, not repacked",
 )  # fmt: skip
 ON_GPU_NAMES = ("stock", "stock dequantize=True", "stock optimized", "hf_fp8 auto", "hf_fp8 weight_only", "hf_fp8 int8")
 # What the ratios of a table are to, if it takes part -> its column of the CSV file.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,18 +15,29 @@ from .provenance import version
 from .timing import Cost, cost_of
 from .worker import serve
 
-# name -> types of the linears, and of embedding and lm_head. Q8_0 for both is what llama.cpp's own quantizer makes.
+
+class Form(NamedTuple):
+    """Types of the linears, and of embedding and lm_head; whether weights are repacked for the CPU when they are loaded."""
+
+    linears: str
+    ends: str
+    repacked: bool = True
+
+
+# Q8_0 for both is what llama.cpp's own quantizer makes. Its kernels for weights repacked for AMX ended with SIGSEGV for more
+# than one token (llama-cpp-python 0.3.36 on a Xeon, a virtual machine), so there is a contender without.
 CONTENDERS = {
-    "llama.cpp Q8_0": ("Q8_0", "Q8_0"),
-    "llama.cpp Q8_0, lm_head F16": ("Q8_0", "F16"),
-    "llama.cpp F16": ("F16", "F16"),
+    "llama.cpp Q8_0": Form("Q8_0", "Q8_0"),
+    "llama.cpp Q8_0, not repacked": Form("Q8_0", "Q8_0", repacked=False),
+    "llama.cpp Q8_0, lm_head F16": Form("Q8_0", "F16"),
+    "llama.cpp F16": Form("F16", "F16"),
 }
 
 
 class Model:
     """A GGUF file in a context for one sequence, which computes the logits of every token, as models of transformers do."""
 
-    def __init__(self, path: Path, threads: int, most: int) -> None:
+    def __init__(self, path: Path, threads: int, most: int, *, repacked: bool = True) -> None:
         """most: tokens at a time and in the sequence."""
         import llama_cpp
 
@@ -34,6 +45,7 @@ class Model:
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
+        options.use_extra_bufts = repacked
         self._model: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path}")
@@ -70,14 +82,14 @@ def work(path: str, folder: str, name: str, tokens: int, prompt: int, steps: int
 
     folder: for the GGUF file.
     """
-    linears, ends = CONTENDERS[name]
+    linears, ends, repacked = CONTENDERS[name]
     try:
         import llama_cpp  # noqa: F401  before a file is written for it
     except ImportError as error:
         raise SystemExit(peers.why_not(error)) from None
     file = gguf_files.write(Path(path), linears, ends, Path(folder))
     with watched() as memory:
-        model = Model(file, threads, max(tokens, prompt + steps))
+        model = Model(file, threads, max(tokens, prompt + steps), repacked=repacked)
     ids = torch.randint(0, model.vocabulary, (max(tokens, prompt),)).tolist()
 
     def prefill() -> list[Cost]:

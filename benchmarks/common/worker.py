@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -62,9 +63,10 @@ class Worker:
         for line in self._out:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
-        self._process.wait()
+        status = self._process.wait()
         self._reader.join(1)
-        self.error = next((line.strip() for line in reversed(self._said) if line.strip()), "no output")[:160]
+        last = next((line.strip() for line in reversed(self._said) if line.strip()), "no output")
+        self.error = (f"ended by {signal.Signals(-status).name} after: {last}" if status < 0 else last)[:160]
         return None
 
     def stop(self) -> None:
