@@ -209,6 +209,7 @@ def test_what_is_kept_on_a_cpu_with_the_library_of_cpu_kernels() -> None:
     assert "for Linears" in str(why_dense_experts(FP8Config(backend="int8"), cpu, BF16, FP8_DYNAMIC))
 
 
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 @pytest.mark.parametrize(
     ("used", "is_slow", "sizes"),
     [

@@ -283,7 +283,7 @@ def test_of_a_checkpointed_mixture(family: Any, reentrant: bool, tmp_path: Path)
 
 @pytest.mark.parametrize("backend", ["weight_only", "auto"])
 def test_functions_of_torch_func(backend: str) -> None:
-    module = layer(FP8_DYNAMIC, backend=backend)
+    module = layer(FP8_WEIGHT_ONLY, backend=backend)
     dense, x, func = module.to_linear(torch.float32), torch.randn(5, 200), torch.func
 
     def both(made: Callable[[Any], Any], at: torch.Tensor = x) -> float:
