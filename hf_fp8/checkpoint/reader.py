@@ -76,6 +76,14 @@ class Checkpoint:
         """The files that contain a tensor: more than one only if all have the same values."""
         return [file for file, found in self._found.items() if name in found]
 
+    def stamp(self, file: str) -> Stamp:
+        """The stamp of a file when its header was read."""
+        return self._stamps[file]
+
+    def pickled(self, file: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a pickle, which are in memory; None for other files."""
+        return self._pickled.get(file)
+
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The named tensors, copied to CPU memory; each file is opened once."""
         by_file: dict[str, list[str]] = {}

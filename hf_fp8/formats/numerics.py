@@ -182,12 +182,12 @@ def require_static(scheme: TensorScheme, static: torch.Tensor | None) -> None:
 
 
 def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) of an input x (M, K). The scale: `static`, in float32, if there is one, else the grid of x itself.
+    """(codes, scale) of an input x (M, K). The scale: `static`, in the `wide` dtype of x, if there is one, else of x itself.
 
     Raises CalibrationError for a static scheme without a scale.
     """
     require_static(scheme, static)
-    scale = compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.float()
+    scale = compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.to(wide(x.dtype))
     return quantize(x, scale, scheme.granularity, scheme.dtype), scale
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, modeling_utils
+from transformers.distributed.mixin import DistributedMixin
+from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.utils import logging
 
 from ..checkpoint.weight_files import INDEX
@@ -24,6 +27,7 @@ from .patches import wrap
 from .peft.state import adapters as adapters_on
 from .quantizer import FP8HfQuantizer
 from .saving import FILE_DTYPES, restore_dtypes
+from .sharding import expand_plan, slice_and_cat
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +39,9 @@ def install() -> None:
     wrap(PreTrainedModel, "save_pretrained", save_pretrained)
     wrap(PreTrainedModel, "resize_token_embeddings", resize_token_embeddings)
     wrap(modeling_utils, "local_torch_dtype", local_torch_dtype)
+    wrap(DistributedMixin, "_expand_parallel_plan", expand_plan)
+    wrap(DtensorShardOperation, "_slice_and_cat", slice_and_cat)
+    wrap(DistributedMixin, "gather_sharded_state_dict_for_save", gather_for_save)
 
 
 def from_pretrained(host: Any, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,10 +67,20 @@ def load_files(
 ) -> Any:
     """`PreTrainedModel._load_pretrained_model`; raises for codes (stored 8-bit values) whose scales would not be loaded."""
     quantizer = load_config.hf_quantizer
+    if isinstance(quantizer, FP8HfQuantizer) and (found := quantizer.sharded_sources(model)) is not None:
+        state_dict, conversions = found
+        load_config = replace(load_config, weight_mapping=conversions)
     if checkpoint_files and state_dict is None and not isinstance(quantizer, FP8HfQuantizer):
         method = None if quantizer is None else quantizer.quantization_config.quant_method
         refuse_undeclared(model, checkpoint_files, load_config.weight_mapping or [], getattr(method, "value", method))
     return host(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
+def gather_for_save(host: Any, self: Any, model_to_save: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    """`gather_sharded_state_dict_for_save`; the state dict that `FP8HfQuantizer` makes has been gathered already."""
+    if isinstance(getattr(model_to_save, "hf_quantizer", None), FP8HfQuantizer):
+        return state_dict
+    return host(self, model_to_save, state_dict, *args, **kwargs)
 
 
 def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +135,7 @@ def _drop_stale_index(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     if not any((folder / str(file)).exists() for file in files):
-        index.unlink()
+        index.unlink(missing_ok=True)  # another process of a sharded model may have done it
 
 
 def resize_token_embeddings(host: Any, self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -16,9 +16,8 @@ from transformers.utils import logging
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.stored_weight import ZERO_POINTS, check_host_shapes
 from ..checkpoint.weight_files import find_weight_files
-from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError
+from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError, first
 from ..formats.code_types import FP8
-from ..formats.quantized_weight.tensor import codes_of
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..loading import options as load_options
 from ..loading.apply import apply_layout
@@ -35,6 +34,7 @@ from ..nn import dense
 from ..nn.base import QuantizedModule
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import let_siblings_share, swap_back, untie_what_differs
+from . import pipeline, sharding
 from .config import FP8Config
 from .load_log import report, report_planned
 from .placement import compute_device, policy_of, quantizes_inputs
@@ -79,6 +79,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.conversions: list[WeightTransform] = []  # load and save as `layout` says
         self.planned: Plan | None = None  # set when quantizing while loading
         self._read_values = True
+        self._is_sharded = False
 
     # -- hooks before and after loading --
 
@@ -111,11 +112,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UnsupportedError(
                 "hf_fp8 reads FP8 checkpoints only from files, because it checks them against their config before it loads "
                 "anything; save the state dict with its config and load the folder"
-            )
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise UnsupportedError(
-                "hf_fp8 does not shard FP8 weights over processes yet (distributed_config, tp_plan): load with a device_map, "
-                "or load with FP8Config(dequantize=True), save, and shard the dense checkpoint"
             )
         self._files, self._device_map = list(files), kwargs.get("device_map")
         self._use_kernels = bool(kwargs.get("use_kernels"))
@@ -187,10 +183,21 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is quantized while it is loaded: it is read in the model's dtype."""
-        if self.planned is None or self.layout is None:
+        if self.planned is None or self.layout is None or self._is_sharded:
             return False
         targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
         return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
+
+    def sharded_sources(self, model: PreTrainedModel) -> tuple[dict[str, Any], list[WeightTransform]] | None:
+        """What the host loads a sharded model from, instead of the files and its conversions; None for any other model."""
+        if self.layout is None or not sharding.is_sharded(model):
+            return None
+        self._is_sharded = True
+        return sharding.sources(model, self.layout, self._files, self._dtype, self.conversions, as_int8=self._is_int8)
+
+    @property
+    def _is_int8(self) -> bool:
+        return bool(self.quantization_config.backend == "int8")
 
     def get_quantize_ops(self) -> NoOp:
         return NoOp()
@@ -228,7 +235,16 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.conversions = build_conversions(layout, conversions)
         self._dense_because = None if layout.saves_fp8(policy.dense_because) else policy.dense_because
         apply_layout(model, layout, backend=config.backend, needs_input_scales=self.planned is not None)
+        if self._is_int8 and sharding.will_shard(model):
+            for name in layout.kept:  # elsewhere they become int8 when they are loaded
+                model.get_submodule(name).expect_int8()
         self.host = None if config.dequantize else self._host_quantizer(model, layout)
+        if self.host is not None and sharding.will_shard(model):
+            raise UnsupportedError(
+                f"{first(sorted(name for names in modules_of_host(layout).values() for name in names))} are in formats that "
+                "transformers runs, and it cannot shard those (tp_size, ep_size, fsdp_size): load with "
+                "FP8Config(dequantize=True), or with a device_map"
+            )
         carried = self._dense_because is None and config.backend != "int8" and belong_to(model, self._files)
         if (self._dense_because is None or self.host is not None) and self._read_values:
             self._carry(checkpoint, layout, layout.unplaced if carried else {})
@@ -294,8 +310,11 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes without a scale: its outputs "
                     "would be wrong. Load with FP8Config(dequantize=True), and please report the model"
                 )
-        if self.quantization_config.backend == "int8" and self.layout is not None:
+        if self._is_sharded:
+            model._weight_conversions = sharding.used(self.conversions)
+        if self._is_int8 and self.layout is not None:
             self._to_int8(model, self.layout)
+        pipeline.send_floats(model)
         let_siblings_share(model)
         untie_what_differs(model)
         if self._dense_because is None:
@@ -350,7 +369,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             fit_config(model, self.quantization_config, self.layout, self.unplaced.keys.values())
         if self.host is not None or (self._dense_because is None and not self.quantization_config.dequantize):
             warn_of_readers(model, self.quantization_config)
-        state = {name: codes_of(tensor) for name, tensor in model.state_dict().items()}
+        state = sharding.gathered_state(model)
         if self.layout is None:
             return state, {}
         if self.host is not None:

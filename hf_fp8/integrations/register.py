@@ -15,7 +15,7 @@ from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, METHODS, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
 from ..loading.options import current
-from . import ddp, patches, pretrained
+from . import ddp, fsdp, patches, pretrained, zero3
 from .config import OUR_METHOD, FP8Config
 from .peft import install as peft
 from .quantizer import FP8HfQuantizer
@@ -31,6 +31,8 @@ def register() -> None:
     patches.wrap(modeling_utils, "get_hf_quantizer", get_hf_quantizer)
     pretrained.install()
     ddp.install()
+    fsdp.install()
+    zero3.install()
     peft.install()
     plain_pickle.install()
     patches.wrap_again()
@@ -45,6 +47,7 @@ def unregister() -> None:
     auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
     peft.uninstall()
+    zero3.uninstall()
     patches.restore()
 
 

@@ -106,8 +106,11 @@ class Routing(NamedTuple):
         return rows // self.share
 
 
-# (x (M, K), input_scale or None, scheme)
-Quantize = Callable[[torch.Tensor, "torch.Tensor | None", Scheme], Input]
+# Combines the amax of each row or group of an input with those of other processes, which hold the other columns; in and out:
+# (M, 1), (M, groups) or (1, 1).
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+# (x (M, K), input_scale or None, scheme, reduce or None)
+Quantize = Callable[[torch.Tensor, "torch.Tensor | None", Scheme, "Reduce | None"], Input]
 # (input, weight, dtype of the output) -> (M, N)
 Multiply = Callable[[Input, Weight, torch.dtype], torch.Tensor]
 # (input, weights, routing, dtype of the output) -> (S, N)
@@ -159,9 +162,11 @@ class Kernel(BaseKernel):
     multiply: Multiply
     splits_outliers: bool = False  # `quantize` returns some columns as outliers
 
-    def run(self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight) -> torch.Tensor:
+    def run(
+        self, x: torch.Tensor, input_scale: torch.Tensor | None, weight: Weight, reduce: Reduce | None = None
+    ) -> torch.Tensor:
         """Quantize and multiply: x (M, K), M > 0 -> (M, N) in the dtype of x."""
-        given = Input(x) if self.quantize is None else self.quantize(x, input_scale, weight.scheme)
+        given = Input(x) if self.quantize is None else self.quantize(x, input_scale, weight.scheme, reduce)
         return self.multiply(given, weight, x.dtype)
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from ..formats import numerics
 from ..formats.code_types import FP8
 from ..formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Granularity, Scheme
-from .base import Input, Kernel, Problem, Weight, add_bias, product_dtype
-from .inputs import quantize
+from .base import Input, Kernel, Problem, Reduce, Weight, add_bias, product_dtype
+from .inputs import combined, quantize
 
 # Elements of a weight that are dequantized at a time for a matmul. On a CPU, 2 cores, gradients of inputs, ms at 2**19,
 # 2**20, 2**21, 2**22, all at once: 4096x4096 bfloat16, 128 rows 39, 42, 30, 28, 48; float32, 512 rows 123, 121, 124, 137,
@@ -65,11 +65,11 @@ def blockwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     return _scaled_mm(x, w, w.scale.float().t(), ("BlockWise1x128", "BlockWise128x128"), dtype)
 
 
-def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme) -> Input:
+def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, reduce: Reduce | None = None) -> Input:
     """Quantize and dequantize x, in its dtype."""
     if scheme.input is None:
         return Input(x)
-    q, scale = numerics.quantize_input(x, scheme.input, input_scale)
+    q, scale = numerics.quantize_input(x, scheme.input, combined(x, scheme.input, input_scale, reduce))
     return Input(numerics.dequantize_input(q, scale, scheme.input.granularity, x.dtype))
 
 

@@ -10,27 +10,34 @@ import torch.nn.functional as F
 from ..formats import numerics
 from ..formats.scheme import FP8_DYNAMIC, ROW, Granularity, TensorScheme
 from . import torch_fp8
-from .base import ExpertWeights, GroupedKernel, Input, Routing, product_dtype
-from .inputs import quantize_input
+from .base import ExpertWeights, GroupedKernel, Input, Reduce, Routing, product_dtype
+from .inputs import combined, quantize_input
 
 
 def quantize(
-    x: torch.Tensor, routing: Routing, scheme: TensorScheme, input_scale: torch.Tensor | None, n_experts: int
+    x: torch.Tensor,
+    routing: Routing,
+    scheme: TensorScheme,
+    input_scale: torch.Tensor | None,
+    n_experts: int,
+    reduce: Reduce | None = None,
 ) -> tuple[Input, Routing]:
     """Codes and scales (float32; float64 for float64) of x (R, K), and the routing to use with them.
 
     If the scale of a row depends only on that row, tokens are quantized once, before they are copied to their experts.
     Per-tensor scales belong to an expert: the checkpoint's `input_scale` (E, 1), or computed from all rows of the expert; then
     rows are copied first, with one scale for each, (S, 1). If the scale is NaN, as for an expert that was not calibrated, the
-    codes are NaN, too. Raises CalibrationError for a static scheme without `input_scale`.
+    codes are NaN, too. reduce: as for other inputs, also for the amax of each expert, (1, E + 1). Raises CalibrationError for a
+    static scheme without `input_scale`.
     """
     numerics.require_static(scheme, input_scale)
     if not scheme.granularity.is_tensor:
-        return Input(*quantize_input(x, scheme, None)), routing
+        return Input(*quantize_input(x, scheme, combined(x, scheme, None, reduce))), routing
     x, expert = routing.gather(x), routing.experts
     if input_scale is None:
         amax = x.new_zeros(n_experts + 1, dtype=numerics.wide(x.dtype))
         amax = amax.scatter_reduce(0, expert, x.abs().amax(1).to(amax.dtype), "amax") if x.shape[0] else amax
+        amax = amax if reduce is None else reduce(amax.unsqueeze(0)).squeeze(0)
         scale = numerics.scale_of(amax, scheme.dtype)
     else:
         scale = F.pad(input_scale.float().reshape(-1), (0, 1), value=1.0)

@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from ..nn.base import QuantizedModule
+
 WIDE = (torch.float32, torch.float64)
 
 
@@ -40,11 +42,12 @@ class DtypePlan:
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of the model's parameters, except those for which its class requires another.
+    """The dtype of the model's parameters, except codes and scales, and those for which its class requires another.
 
     `PreTrainedModel.dtype` is that of the first parameter, whichever it is.
     """
     plan = DtypePlan(model, torch.bfloat16)
-    held = ((name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() > 1)
+    quantized = {id(p) for module in model.modules() if isinstance(module, QuantizedModule) for p in module.of_codes()}
+    held = ((name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in quantized)
     dtype: torch.dtype = next((dtype for name, dtype in held if plan.wanted(name) is None), model.dtype)
     return dtype

@@ -35,7 +35,7 @@ class StackExperts(SharedOp):
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
         stack = self.stacks[full_layer_name]
         if stack.is_stacked:
-            return {stack.name_of(r): _from_stack(stack, r, only(input_dict.pop(pattern(0, r)))) for r in stack.roles}
+            return {stack.name_of(r): from_stack(stack, r, only(input_dict.pop(pattern(0, r)))) for r in stack.roles}
         found: dict[str, torch.Tensor] = {}
         for role in stack.roles:
             for part, weights in enumerate(stack.sources):
@@ -148,7 +148,7 @@ def _place(stack: Stack, tensor: torch.Tensor, part: int, expert: int) -> torch.
     return tensor[expert, part * height : (part + 1) * height]
 
 
-def _from_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
+def from_stack(stack: Stack, role: str, tensor: torch.Tensor) -> torch.Tensor:
     shape = _shape(stack, role)
     if role == WEIGHT or (tensor.ndim == 3 and not _is_scalar(stack, role)):
         return tensor.transpose(1, 2).contiguous() if stack.transposed else tensor.reshape(shape)

@@ -80,7 +80,7 @@ def _quantized(
         scale = weight_scale.new_ones((codes.shape[0], 1), dtype=torch.float32)
     else:
         given, scale = x, weight_scale.t().contiguous() if weight_scale.ndim == 2 else weight_scale
-    return kernel.multiply(kernel.quantize(given, None, turned), Weight(codes, scale, None, turned), x.dtype)
+    return kernel.multiply(kernel.quantize(given, None, turned, None), Weight(codes, scale, None, turned), x.dtype)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str) -> Any:

@@ -17,6 +17,7 @@ from ..formats.quantized_weight.source import Decoder
 from ..formats.quantized_weight.tensor import QuantizedWeight, codes_of, export, is_cast_of, is_whole
 from ..formats.weights import Change
 from .parameters import held_by, let_gather, plain_scale, scale_held
+from .shard import Shard, gathered, local
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,8 +58,14 @@ class QuantizedModule(nn.Module):
         """Names of all codes and scales."""
         return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
 
+    def of_codes(self) -> list[torch.Tensor]:
+        """All codes and scales that it holds."""
+        return [tensor for name in self.quantized if (tensor := self._parameters.get(name)) is not None]
+
     # Names of input scales that are not measured yet, and hold NaN. Kernels get None instead of them.
     unmeasured: tuple[str, ...] = ()
+    # codes parameter -> what this process holds of it, if others hold the rest (tensor and expert parallelism)
+    shards: Mapping[str, Shard] = {}  # replaced, never changed
     # Dtype of the float weights that were quantized, or of the model that the layer was loaded into; None if not known.
     original_dtype: torch.dtype | None = None
 
@@ -144,11 +151,11 @@ class QuantizedModule(nn.Module):
         return f"{module}.{name}" if self.name_in_model else f"{name} of {module}"
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """The dtype and shape of the codes called `name` under the scheme."""
+        """The dtype and shape of the codes called `name` under the scheme, as far as this process holds them."""
         raise NotImplementedError
 
     def scale_count(self, name: str) -> int:
-        """The number of scales of the codes called `name` under the scheme."""
+        """The number of scales that this process holds of the codes called `name` under the scheme."""
         raise NotImplementedError
 
     def held_scale(self, name: str) -> torch.Tensor:
@@ -157,7 +164,7 @@ class QuantizedModule(nn.Module):
         Raises UnsupportedError if their number differs from the scheme's, or their dtype is not one of `SCALES`.
         """
         leaf = self.holds[name][0]
-        found: Any = self._parameters.get(leaf)
+        found: Any = local(self._parameters.get(leaf))
         if found is None or found.numel() != self.scale_count(name) or found.dtype not in SCALES:
             held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
             raise UnsupportedError(
@@ -165,17 +172,32 @@ class QuantizedModule(nn.Module):
                 "or float32: it was replaced after the layer was quantized"
             )
         scale: torch.Tensor = plain_scale(found)
-        return scale
+        shard = self.shards.get(name)
+        return scale if shard is None or not shard.selects_scale else self._selected_scale(name, shard, scale)
+
+    def _selected_scale(self, name: str, shard: Shard, scale: torch.Tensor) -> torch.Tensor:
+        """`Shard.selected`, selected again only if the scale was changed or replaced."""
+        kept = vars(self).setdefault("_selected", {})
+        known = (scale.data_ptr(), scale._version if not scale.is_inference() else 0, scale.device, scale.dtype)
+        if kept.get(name, (None,))[0] != known or scale.is_meta:
+            kept[name] = known, shard.selected(scale.detach())
+        found: torch.Tensor = kept[name][1]
+        return found
 
     def held_codes(self, name: str) -> torch.Tensor:
         """The codes called `name` as a plain tensor, for kernels.
 
         Raises UnsupportedError if they were replaced by a tensor of another dtype or shape.
         """
-        found: Any = self._parameters.get(name)
+        found: Any = local(self._parameters.get(name))
         codes: torch.Tensor = found.codes if type(found) is QuantizedWeight else found
         if codes is None or (codes.dtype, codes.shape) != self.form_of(name):
             dtype, shape = self.form_of(name)
+            if found is not self._parameters.get(name) and codes.dtype == dtype:
+                raise UnsupportedError(
+                    f"{self.called(name)} is sharded, and this process holds {[*codes.shape]} of {[*shape]}: FSDP gathers it "
+                    "only while the module that it wrapped is called"
+                )
             held = "nothing" if codes is None else f"{[*codes.shape]} in {codes.dtype}"
             raise UnsupportedError(
                 f"{self.called(name)} is {held}, where its scheme has {[*shape]} codes in {dtype}: it was replaced or cast "
@@ -188,6 +210,9 @@ class QuantizedModule(nn.Module):
         """Raise UnsupportedError if codes or scales do not have the dtype and shape of the scheme."""
         self.refuse_parametrized()
         for name in self.holds:
+            sharded: Any = self._parameters.get(name)
+            if local(sharded) is not sharded and sharded.dtype == self.form_of(name)[0]:
+                continue  # the shape of a DTensor cannot be changed
             self.held_codes(name)
             self.held_scale(name)
 
@@ -214,7 +239,7 @@ class QuantizedModule(nn.Module):
 
         If only some experts of a stack have a scale, no token was routed to the others: their outputs are NaN.
         """
-        here = {name: scale for name, scale in self._input_scales().items() if not scale.is_meta}
+        here = {name: gathered(scale) for name, scale in self._input_scales().items() if not scale.is_meta}
         self.unmeasured = tuple(name for name, scale in here.items() if not bool(scale.isfinite().any()))
 
     def await_scale(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> None:
@@ -235,6 +260,23 @@ class QuantizedModule(nn.Module):
     def is_offloaded(self) -> bool:
         """Whether the codes are offloaded (for example to disk) until the module is called."""
         return any(tensor.is_meta for name in self.holds if (tensor := getattr(self, name)) is not None)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds only a part of the codes now: tensor or expert parallelism, or FSDP between two calls."""
+        return any(local(held := self._parameters.get(name)) is not held for name in self.holds)
+
+    def outline(self, dtype: torch.dtype) -> nn.Module:
+        """As `to_dense`, with NaN weights that take no memory."""
+        raise NotImplementedError
+
+    def refuse_sharded(self, what: str) -> None:
+        """Raise UnsupportedError if this process holds only a part of the weights, which `what` needs as a whole."""
+        if self.is_sharded:
+            raise UnsupportedError(
+                f"{self.called()} is sharded over processes, and cannot be {what}: save the model (save_pretrained) and load "
+                "it in one process, or load it with FP8Config(dequantize=True)"
+            )
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The float module that this one replaces, with dequantized weights, on the same device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -22,6 +23,7 @@ from .expert_weights import LowRank, product
 from .experts_layout import ExpertsLayout, Projection
 from .grouped import known, route, scaled_grouped_linear
 from .parameters import plain_scale
+from .shard import Shard, local
 
 # Few tokens are not sorted by expert: sorting costs five kernel launches, and only avoids reading an expert again for each
 # further token that chose it. If the k experts of each token are random, (T - 1) * k / 2E of the bytes are read again;
@@ -52,6 +54,7 @@ class QuantizedExperts(QuantizedModule):
         observer: called with a projection, its input, and the routing of its rows to experts, while the layer is being
             calibrated; inputs are not quantized then.
         low_rank: name of a stack -> low-rank updates of adapters (`adapted`).
+        wholes: name of a stack -> the stack of which this process holds a part, if it does (`take_part`).
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class QuantizedExperts(QuantizedModule):
         self.first, self.second, self.interleaved, self.backend = first, second, interleaved, backend
         self.observer: Callable[[Projection, torch.Tensor, Routing], Any] | None = None
         self.low_rank: dict[str, tuple[LowRank, ...]] = {}
+        self.wholes: dict[str, Projection] = {}
         dtypes = scale_dtypes or {}
         for projection in (first, second):
             for role, form in projection.forms().items():
@@ -104,15 +108,28 @@ class QuantizedExperts(QuantizedModule):
     def _projection(self, name: str) -> Projection:
         return self.first if name == self.first.name else self.second
 
+    def take_part(self, name: str, shard: Shard) -> None:
+        """Hold only a part of the stack called `name`. Sharding the parameters is up to the caller."""
+        projection = self._projection(name)
+        n_experts = projection.shape[0] if shard.experts is None else shard.experts.length
+        n, k = shard.part.shape
+        part = replace(projection, shape=(n_experts, projection.parts * n, k), scheme=shard.scheme, across=shard.across)
+        self.first, self.second = (part if p is projection else p for p in self.projections)
+        self.shards = {**self.shards, name: shard}
+        self.wholes = {**self.wholes, name: projection}
+
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         projection = self._projection(name)
         return projection.scheme.weight.code.storage, projection.shape
 
     def scale_count(self, name: str) -> int:
-        return prod(self._projection(name).scale_shape)
+        shard, projection = self.shards.get(name), self._projection(name)
+        if shard is not None and shard.experts is None and not shard.cuts_scale:
+            projection = self.wholes[name]
+        return prod(projection.scale_shape)
 
     def decoder(self, name: str) -> Decoder:
-        projection = self._projection(name)
+        projection = self.wholes.get(name) or self._projection(name)  # codes that are gathered are the whole
         decode = partial(stacks.decode, self.family, self.layout, projection, stacks.is_interleaved(self, projection))
         return Decoder(decode, getattr(self, projection.scale), self.float_dtype, self.called(name))
 
@@ -194,9 +211,10 @@ class QuantizedExperts(QuantizedModule):
             routing,
             input_scale=None
             if projection.input_scale in self.unmeasured
-            else plain_scale(getattr(self, projection.input_scale)),
+            else plain_scale(local(getattr(self, projection.input_scale))),
             parts=projection.parts,
             backend=self.backend if self.observer is None else "weight_only",
+            across=projection.across,
         )
         for factors in self.low_rank.get(projection.name, ()):
             y = y + product(x, factors, routing)
@@ -226,8 +244,9 @@ class QuantizedExperts(QuantizedModule):
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The family's module, in its own layout, with dequantized weights on the same device.
 
-        Raises UnsupportedError for offloaded experts, as their codes cannot be read.
+        Raises UnsupportedError for offloaded experts, as their codes cannot be read, and for parts of stacks.
         """
+        self.refuse_sharded("made dense")
         if self.is_offloaded:
             raise UnsupportedError(
                 "offloaded QuantizedExperts cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
@@ -240,6 +259,7 @@ class QuantizedExperts(QuantizedModule):
 
     def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[QuantizedExperts, Change]:
         """As in `QuantizedModule`; dense: the family's module."""
+        self.refuse_sharded("changed")
         found, change = stacks.requantized(self, dense, generator)
         new = self._twin()
         with codes_for_certain():

@@ -16,13 +16,15 @@ from .grouped import scale_shape_of_experts
 class Projection:
     """One stack of an experts module: the name of its parameter, its shape (E, N, K), and how it is stored.
 
-    parts: number of matrices concatenated along N, each with separate scales (`kernels.ExpertWeights`).
+    parts: number of matrices concatenated along N, each with separate scales (`kernels.ExpertWeights`). across: as in
+    `scaled_linear`, if other processes have other columns of the stack.
     """
 
     name: str
     shape: tuple[int, int, int]
     scheme: Scheme
     parts: int = 1
+    across: str = ""
 
     def parameter(self, role: str) -> str:
         """The name of the parameter for a role of its tensors ("weight_scale")."""

@@ -17,6 +17,7 @@ from ..formats.scheme import Scheme
 from ..kernels import Input, Weight, kernel_for
 from ..kernels.prepared import prepared
 from . import custom_op
+from .across import reducer
 from .backward import times_weight
 from .originals import refuse_changed
 from .shared_input import quantize_once
@@ -36,10 +37,11 @@ def _run(
     backward: str,
     original: torch.Tensor | None = None,
     made_of: torch.Tensor | None = None,  # this name stays: what inductor has in its cache calls the op by it
+    across: str = "",
 ) -> torch.Tensor:
     if original is not None:
         refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
-    return _run_inference(x, weight, weight_scale, input_scale, bias, scheme, backend)
+    return _run_inference(x, weight, weight_scale, input_scale, bias, scheme, backend, across)
 
 
 def _run_inference(
@@ -50,6 +52,7 @@ def _run_inference(
     bias: torch.Tensor | None,
     scheme: str,
     backend: str,
+    across: str = "",
 ) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
@@ -57,7 +60,7 @@ def _run_inference(
     if call is not None and call.takes(x):
         return call.run(x)
     kernel = kernel_for(x, weight, scheme, backend)
-    return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)))
+    return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)), reducer(across))
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -82,7 +85,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x = times_weight(grad, weight, weight_scale, ctx.scheme, False, ctx.backward)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, *[None] * 5
+    return grad_x, None, None, None, grad_bias, *[None] * 6
 
 
 _scaled_linear = custom_op.define("scaled_linear", _run, fake=_fake, backward=_backward, setup_context=_setup_context)
@@ -101,6 +104,7 @@ def scaled_linear(
     backward: str = "exact",
     layer: Any = None,
     kept: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    across: str = "",
 ) -> torch.Tensor:
     """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
 
@@ -110,7 +114,7 @@ def scaled_linear(
     the dtype of x. Gradients flow to x (through the dequantized weight) and to bias. backward: "exact", or "quantized" to
     round the gradient to 8 bits and multiply it with the codes. layer: the calling QuantizedLinear, if siblings share its
     quantized input (`shared_input`). kept: the original float weight and its snapshot (`originals`), compared when compiled
-    code runs.
+    code runs. across: an `Across.text`, if other processes have the other columns of x; "" if x has all of them.
 
     Raises InputError for an x of another dtype or last dimension; KernelError for a forced kernel
     that cannot run; CalibrationError if the kernel quantizes x, the scheme is static and there is no input scale; StaleError
@@ -131,12 +135,12 @@ def scaled_linear(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and can_bypass_dispatcher(x, weight, weight_scale, bias):
         kernel = kernel_for(rows, weight, scheme.text, backend)
-        given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer)
+        given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer, across)
         out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
     elif kept[0] is None and custom_op.is_traced_without_gradients():
-        out = _scaled_linear_inference(rows, weight, weight_scale, input_scale, bias, scheme.text, backend)
+        out = _scaled_linear_inference(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, across)
     else:
-        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept)
+        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept, across)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 

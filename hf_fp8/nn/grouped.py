@@ -13,6 +13,7 @@ from ..formats.storage import stacked
 from ..kernels import ExpertWeights, Input, Problem, Routing, native, select_grouped
 from ..kernels import torch_grouped as grouped_mm
 from . import custom_op
+from .across import reducer
 from .functional import FLOATS, can_bypass_dispatcher, refuse_forward_mode
 
 
@@ -57,13 +58,14 @@ def _run(
     parts: int,
     scheme: str,
     backend: str,
+    across: str = "",
 ) -> torch.Tensor:
     held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
-    return _multiply(x, held, input_scale, Routing(experts, rows, offsets, slots, expected, share), backend)
+    return _multiply(x, held, input_scale, Routing(experts, rows, offsets, slots, expected, share), backend, across)
 
 
 def _multiply(
-    x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, routing: Routing, backend: str
+    x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, routing: Routing, backend: str, across: str = ""
 ) -> torch.Tensor:
     n_experts, n, k = w.codes.shape
     s = routing.experts.shape[0]
@@ -75,9 +77,9 @@ def _multiply(
         return kernel.multiply(Input(x), w, routing, x.dtype)
     if input_scale is not None and w.parts > 1:
         # The parts (gate, up) may have different static scales.
-        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], routing, backend) for i in range(w.parts)]
+        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], routing, backend, across) for i in range(w.parts)]
         return torch.cat(each, 1)
-    given, routing = grouped_mm.quantize(x, routing, w.scheme.input, input_scale, n_experts)
+    given, routing = grouped_mm.quantize(x, routing, w.scheme.input, input_scale, n_experts, reducer(across))
     return kernel.multiply(given, w, routing, x.dtype)
 
 
@@ -88,7 +90,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, weight_scale, _, experts, rows, offsets, slots, _, share, parts, scheme, _ = inputs
+    x, weight, weight_scale, _, experts, rows, offsets, slots, _, share, parts, scheme, *_ = inputs
     ctx.save_for_backward(weight, weight_scale, experts, rows, offsets, slots)  # references, no copies
     ctx.rest = (share, parts, scheme, x.shape[0])
 
@@ -102,7 +104,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = _scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
-    return grad_x, *[None] * 12
+    return grad_x, *[None] * 13
 
 
 def _grad_x(
@@ -157,6 +159,7 @@ def scaled_grouped_linear(
     input_scale: torch.Tensor | None = None,
     parts: int = 1,
     backend: str = "auto",
+    across: str = "",
 ) -> torch.Tensor:
     """Each row of x times the weight of its expert, inputs quantized as `scheme` says.
 
@@ -164,8 +167,8 @@ def scaled_grouped_linear(
     (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)); parts: number of matrices concatenated along N, each
     with a separate grid of scales (2 for gate and up). input_scale: (E, parts), for static schemes. groups: (R,)
     integers, the expert of each row (outside 0..E-1: no expert); or an `hf_fp8.kernels.Routing`, which says how rows
-    are gathered, sorted and scattered. Returns (R, N), or (S, N) for S outputs of `Routing`, in the dtype of x, 0 where there
-    is no expert. Gradients flow to x, through the dequantized weights.
+    are gathered, sorted and scattered. across: as in `scaled_linear`. Returns (R, N), or (S, N) for S outputs of `Routing`, in
+    the dtype of x, 0 where there is no expert. Gradients flow to x, through the dequantized weights.
 
     Raises InputError for operands of the wrong dtype or shape, KernelError for a forced kernel that cannot run.
     """
@@ -190,9 +193,9 @@ def scaled_grouped_linear(
         )
     refuse_forward_mode(x)
     if can_bypass_dispatcher(x, weight, weight_scale):
-        return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend)
+        return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend, across)
     found: torch.Tensor = _scaled_grouped_linear(
         x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.offsets, groups.slots, groups.expected,
-        groups.share, parts, scheme.text, backend,
+        groups.share, parts, scheme.text, backend, across,
     )  # fmt: skip
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from ..formats import numerics
 from ..formats.code_types import INT8
 from ..formats.quantized_weight.casts import codes_for_certain
 from ..formats.quantized_weight.source import Decoder
-from ..formats.scheme import INT8_DYNAMIC, Scheme
+from ..formats.scheme import INT8_DYNAMIC, Scheme, scale_shape
 from ..formats.storage import format_of
 from ..formats.weights import Change, quantize_weight, requantize, scale_dtype_of
 from .base import QuantizedModule, moved_as_it_is
@@ -22,6 +23,7 @@ from .functional import scaled_linear
 from .originals import as_it_is, is_changed, kept, refuse_changed
 from .parameters import plain_scale
 from .prepared import PreparedCall
+from .shard import Shard, local
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,6 +61,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     """
 
     _prepared: PreparedCall | None = None
+    _across: str = ""  # see `scaled_linear`
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
     weight_scale: nn.Parameter
 
@@ -105,13 +108,22 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self.register_parameter("bias", None)
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self.scheme.weight.code.storage, (self.out_features, self.in_features)
+        shard = self.shards.get(name)
+        return self.scheme.weight.code.storage, (self.out_features, self.in_features) if shard is None else shard.part.shape
+
+    def take_part(self, shard: Shard) -> None:
+        """Hold only a part of the weight. Sharding the parameters is up to the caller; in_features and out_features stay."""
+        self.shards, self.scheme, self.shares_input = {"weight": shard}, shard.scheme, None
+        self._across = shard.across
+        if shard.cuts_scale:
+            self._scale_count = prod(scale_shape(self.scheme.weight.granularity, *shard.part.shape))
 
     def scale_count(self, name: str) -> int:
         return self._scale_count
 
     def decoder(self, name: str) -> Decoder:
-        decode = partial(numerics.dequantize_rows, granularity=self.scheme.weight.granularity)
+        scheme = self.shards["weight"].whole if self.shards else self.scheme  # of codes that are gathered
+        decode = partial(numerics.dequantize_rows, granularity=scheme.weight.granularity)
         return Decoder(decode, self.weight_scale, self.float_dtype, self.called(name))
 
     @classmethod
@@ -255,18 +267,20 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self.held_codes("weight"),
             self.held_scale("weight"),
             self.scheme,
-            input_scale=None if self.unmeasured else plain_scale(self.input_scale),
+            input_scale=None if self.unmeasured else plain_scale(local(self.input_scale)),
             bias=self.bias,
             backend=backend,
             backward=self.backward,
             layer=self if self.shares_input is not None else None,
             kept=self._to_compare(),
+            across=self._across,
         )
         return out.to(dtype) if self.cast_output and out.dtype != dtype else out
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight (N, K), dequantized in float32 and rounded once to `dtype`."""
-        return numerics.dequantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, dtype)
+        """The weight (N, K), or the part that this process holds, dequantized in float32 and rounded once to `dtype`."""
+        granularity = self.scheme.weight.granularity
+        return numerics.dequantize(self.held_codes("weight"), self.held_scale("weight"), granularity, dtype)
 
     def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
         """`original` (with `copy`: a copy of it) if it was kept, else the dequantized weight."""
@@ -277,6 +291,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     @torch.no_grad()
     def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[Self, Change]:
         """As in `QuantizedModule`. If the original was kept, it is replaced by the new weight."""
+        self.refuse_sharded("changed")
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
         granularity = self.scheme.weight.granularity
         codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, generator)
@@ -315,12 +330,21 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if self.scheme.weight.dtype == INT8:
             return
         self.refuse_stale()
+        self.refuse_sharded("re-quantized to int8")
         if self.weight.is_meta:
             raise UnsupportedError(
                 "backend='int8' re-quantizes weights after loading, and cannot read the weight of an offloaded layer: "
                 "load onto one device, or with backend='weight_only'"
             )
-        codes, scale = requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8)
+        self._take_int8(*requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8))
+
+    def expect_int8(self) -> None:
+        """Become an empty int8 layer: for a layer on the meta device, whose weight is re-quantized while it is loaded."""
+        shape = self.out_features, self.in_features
+        scale = torch.empty((self.out_features, 1), dtype=torch.float32, device="meta")
+        self._take_int8(torch.empty(shape, dtype=INT8, device="meta"), scale)
+
+    def _take_int8(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("input_scale", None)
@@ -331,8 +355,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """A plain `nn.Linear` on the same device with a copy of `original` if it was kept, else the dequantized weight.
 
-        Raises UnsupportedError for an offloaded layer, as its weight cannot be read.
+        Raises UnsupportedError for an offloaded layer, as its weight cannot be read, and for a part of a weight.
         """
+        self.refuse_sharded("made dense")
         if self.weight.is_meta:
             raise UnsupportedError(
                 "an offloaded QuantizedLinear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
@@ -342,6 +367,15 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if self.bias is not None:
             bias = self.bias.detach().to(dtype, copy=True)
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def outline(self, dtype: torch.dtype) -> nn.Linear:
+        """As in `QuantizedModule`."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
+        linear.requires_grad_(False)
+        for name, held in linear.named_parameters():
+            values = torch.full((), torch.nan, dtype=dtype, device=self.weight.device).expand(held.shape)
+            setattr(linear, name, nn.Parameter(values))
         return linear.train(self.training)
 
     to_linear = to_dense  # also of a subclass whose float module is not a Linear

@@ -56,13 +56,31 @@ def held_by(module: Any, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def let_gather(module: Any, leaf: str, tensor: Any) -> None:
-    """If `tensor` is a DTensor (codes sharded by FSDP2), make its `full_tensor` return a QuantizedWeight.
+    """If `tensor` is a DTensor (sharded codes), make it send bytes, and its `full_tensor` return a QuantizedWeight.
 
-    DTensor's own method would return plain codes, or fail where the backend cannot send FP8 (gloo; NCCL before compute
-    capability 9.0).
+    DTensor's own methods fail where the backend cannot send FP8 (gloo; NCCL before compute capability 9.0), and return plain
+    codes.
     """
     if type(tensor).__name__ == "DTensor":
         tensor.full_tensor = partial(_gathered, weakref.ref(module), leaf, weakref.ref(tensor))
+        tensor.redistribute = partial(_redistributed, weakref.ref(tensor))
+
+
+def seen_as(tensor: Any, dtype: torch.dtype) -> Any:
+    """`tensor`, which may be a DTensor, in the same memory with another dtype of one byte."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor.view(dtype)
+    from torch.distributed.tensor import DTensor  # takes long to import, and is imported already
+
+    place = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(
+        tensor._local_tensor.view(dtype), *place, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _redistributed(pieces: weakref.ref[Any], *args: Any, **kwargs: Any) -> Any:
+    sharded: Any = pieces()
+    return seen_as(seen_as(sharded, torch.uint8).redistribute(*args, **kwargs), sharded.dtype)
 
 
 def _gathered(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any], **_: Any) -> QuantizedWeight:
@@ -71,9 +89,7 @@ def _gathered(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any], **_
     layer, sharded = module(), pieces()
     if layer is None or sharded is None:
         raise UnsupportedError(f"{leaf} cannot be gathered, as its layer was deleted: keep a reference to the model")
-    bits = sharded.to_local().view(torch.uint8)
-    place = sharded.device_mesh, sharded.placements
-    codes = DTensor.from_local(bits, *place, shape=sharded.shape, stride=sharded.stride()).full_tensor().view(sharded.dtype)
+    codes = seen_as(sharded, torch.uint8).full_tensor().view(sharded.dtype)
     decoder: Decoder = layer.decoder(leaf)
     scale: Any = decoder.scale
     found = whole(codes)

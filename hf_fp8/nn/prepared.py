@@ -55,8 +55,8 @@ class PreparedCall:
             and not torch.is_autocast_enabled("cpu")
             and self.may_be_used(layer)
             and self._depends(layer) == self._state
-            and getattr(held.get("weight"), "codes", None) is codes
-            and getattr(held.get("weight_scale"), "plain", None) is scale
+            and getattr(weight := held.get("weight"), "codes", weight) is codes
+            and getattr(held_scale := held.get("weight_scale"), "plain", held_scale) is scale
             and held.get("bias", layer) is bias  # it may be a buffer, parametrized or pruned
             and self._call.run.reads(codes, scale, bias)
         )

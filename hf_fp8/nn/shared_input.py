@@ -18,6 +18,7 @@ import torch
 
 from ..formats.scheme import Scheme
 from ..kernels import Input, Kernel
+from .across import reducer
 
 
 @dataclass
@@ -36,26 +37,33 @@ _slot = _Slot()
 
 
 def quantize_once(
-    kernel: Kernel, x: torch.Tensor, rows: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, layer: Any
+    kernel: Kernel,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    scheme: Scheme,
+    layer: Any,
+    across: str = "",
 ) -> Input:
-    """``kernel.quantize(rows, input_scale, scheme)``, or the result that another layer got for the same x.
+    """``kernel.quantize(rows, input_scale, scheme, reducer(across))``, or the result that another layer got for the same x.
 
     x: the tensor that the layer was called with; rows: x as (M, K). layer: the calling QuantizedLinear; None disables
-    sharing.
+    sharing. across: as in `scaled_linear`.
     """
     assert kernel.quantize is not None
+    reduce = reducer(across)
     if layer is None or x.is_inference():  # inference tensors have no version counter
-        return kernel.quantize(rows, input_scale, scheme)
+        return kernel.quantize(rows, input_scale, scheme, reduce)
     # A CUDA graph must not use codes computed before its recording, nor may later calls use codes of the recording.
     recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
     static = None if input_scale is None else (id(input_scale), input_scale._version)
     memory = (x._version, x.data_ptr(), x.shape, x.stride())
-    how = (memory, kernel.quantize, scheme.input, static, layer.shares_input, recording)
+    how = (memory, kernel.quantize, scheme.input, static, layer.shares_input, recording, across)
     held = _slot.held
     if held is not None and held.x() is x and held.how == how and id(layer) not in held.users:
         held.users.add(id(layer))
         return held.codes
-    codes = kernel.quantize(rows, input_scale, scheme)
+    codes = kernel.quantize(rows, input_scale, scheme, reduce)
     slot = _slot.__dict__
     _slot.held = _Quantized(weakref.ref(x, lambda gone: _forget(slot, gone)), how, codes, {id(layer)})
     return codes

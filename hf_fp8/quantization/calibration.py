@@ -22,6 +22,7 @@ from ..nn.base import QuantizedModule
 from ..nn.experts import QuantizedExperts
 from ..nn.experts_layout import Projection
 from ..nn.linear import QuantizedLinear
+from ..nn.shard import sharded_like
 from .observers import DEFAULT, Observer, over_ranks, prototype_of
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def calibrate(
     progress: whether to show the number of passes and the time on stderr; None: if it is a terminal.
 
     Raises CalibrationError if the model has no layer to calibrate, or is being calibrated already; and, at the end of the
-    block, if no layer had an input, or one had NaN or infinity. UnsupportedError if layers are offloaded, ConfigError for
-    another `observer`.
+    block, if no layer had an input, or one had NaN or infinity. UnsupportedError if layers are offloaded, or split over
+    processes by pipeline or expert parallelism; ConfigError for another `observer`.
     """
     prototype = prototype_of(observer)
     targets = _targets(model)
@@ -187,6 +188,7 @@ def _check(model: nn.Module, targets: list[_Target]) -> None:
             "schemes need no calibration; for static input scales quantize with FP8_STATIC"
         )
     _refuse_offloaded(targets)
+    _refuse_split(model, targets)
     busy = [t.name for t in targets if t.layer.observer is not None]
     if busy:
         raise CalibrationError(f"{first(busy)} are being calibrated already: end that block first")
@@ -197,6 +199,20 @@ def _refuse_offloaded(targets: list[_Target]) -> None:
     if away:
         raise UnsupportedError(
             f"{first(away)} are offloaded or on the meta device, where scales cannot be set: load the model without offloading"
+        )
+
+
+def _refuse_split(model: nn.Module, targets: list[_Target]) -> None:
+    """Raise UnsupportedError if processes hold different layers or experts: their inputs would be taken for those of one."""
+    how = None
+    if any(getattr(module, "_pp_stage", None) is not None for module in model.modules()):
+        how = "pipeline parallelism (pp_size), which gives each process other layers"
+    elif any(shard.experts is not None for target in targets for shard in target.layer.shards.values()):
+        how = "expert parallelism (ep_size), which gives each process other experts"
+    if how is not None:
+        raise UnsupportedError(
+            f"the model is loaded with {how}, and input scales are calibrated over all processes: load it for calibration with "
+            "tensor parallelism (tp_size), FSDP or a device_map; scales can be set elsewhere with apply_scales"
         )
 
 
@@ -336,7 +352,8 @@ def _write(targets: list[_Target], scales: dict[str, torch.Tensor]) -> None:
     for target in targets:
         if target.name in scales:
             scale = scales[target.name]
-            target.scale.copy_(scale.unsqueeze(1) if target.scale.ndim == 2 else scale)
+            scale = scale.unsqueeze(1).expand(target.scale.shape) if target.scale.ndim == 2 else scale
+            target.scale.copy_(sharded_like(scale, target.scale))
             target.layer.see_calibration()
 
 

@@ -240,12 +240,12 @@ def test_pickles_execute_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-def test_sharding_over_processes_is_refused(tmp_path: Path) -> None:
+def test_a_layout_of_an_earlier_load_is_not_a_request(tmp_path: Path) -> None:
     write(tiny_llama(), tmp_path)
     config = LlamaForCausalLM.config_class.from_pretrained(tmp_path)
     config.distributed_config = {"tp_size": 2}
-    with pytest.raises(UnsupportedError, match="shard"):
-        LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    assert torch.equal(logits(model), logits(LlamaForCausalLM.from_pretrained(tmp_path)))
 
 
 def test_state_dict_instead_of_files(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..patches import bind, bind_once, original
 from .forward import activate_lora, dora_forward, move_adapter
 from .merge import merge, reported, unload_and_optionally_merge, unload_stack, unmerge, unmerge_adapter
 from .merge_policy import finalize_merge, reporting
+from .replicated import keep_alike
 from .state import RECORD, Record, innermost, record_of
 
 # Kinds of adapters that call the layer, and do not read its weight or read it through this package.
@@ -62,11 +63,14 @@ def inject_adapter(host: Any, self: Any, model: nn.Module, adapter_name: str, *a
     for name, method in _OF_TUNERS.items():
         bind(self, name, method)
     bind(self, "_create_and_replace", _create)
+    before = {id(parameter) for parameter in model.parameters()}
     try:
         with reporting():
-            return host(self, model, adapter_name, *args, **kwargs)
+            found = host(self, model, adapter_name, *args, **kwargs)
     finally:
         del self._create_and_replace
+    keep_alike(model, [parameter for parameter in model.parameters() if id(parameter) not in before])
+    return found
 
 
 def _create(tuner: Any, config: Any, adapter: str, target: Any, name: str, parent: Any, *rest: Any, **more: Any) -> None:
@@ -136,10 +140,12 @@ def _keep(record: Record, layer: Any) -> None:
 
 
 def _copy_to_read(base: QuantizedModule) -> nn.Module:
-    """The float copy on which PEFT creates an adapter. Of experts PEFT reads only shapes, so they get no values."""
+    """The float copy on which PEFT creates an adapter. Of experts PEFT reads only shapes, so they get no values, nor do Linears
+    that are sharded."""
     with align_module_device(base):
-        copied = base.outline(base.float_dtype) if isinstance(base, QuantizedExperts) else base.to_dense(base.float_dtype)
-    return copied.requires_grad_(False)
+        if isinstance(base, QuantizedExperts) or base.is_sharded:
+            return base.outline(base.float_dtype).requires_grad_(False)
+        return base.to_dense(base.float_dtype).requires_grad_(False)
 
 
 def _is_untouched(config: Any, base: QuantizedModule, stand_in: Any) -> bool:
@@ -180,6 +186,11 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
             f"{kind} adapters read the weight of {name}, which holds codes (it is a {type(base).__name__}). "
             f"Supported are {', '.join(sorted(SUPPORTED))}; for others load with FP8Config(dequantize=True)"
         )
+    if base.shards:
+        raise UnsupportedError(
+            f"{name} is sharded by tensor or expert parallelism, and its adapters would have to be sharded like it, which PEFT "
+            "does not do: train with FSDP (fsdp_size), DDP or a device_map"
+        )
     reads = None
     if getattr(config, "kasa_config", None) is not None:
         reads = "kasa_config truncates the weight, possibly in the first forward"
@@ -189,6 +200,11 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
         reads = f"only {', '.join(sorted(ON_CONVOLUTIONS))} (no DoRA) work on convolutions in FP8"
     elif getattr(config, "use_dora", False) and has_offloaded_params(base):
         reads = "DoRA reads the weight in each forward, and it is offloaded"
+    elif base.is_sharded and (kind != "LORA" or getattr(config, "use_dora", False) or not _starts_beside(config)):
+        reads = (
+            "FSDP has sharded its weight, which these adapters read. Use LoRA without DoRA that starts beside the weight "
+            "(init_lora_weights=True), or create the adapters before FSDP wraps the model"
+        )
     if reads is not None:
         raise UnsupportedError(f"{name} is a {type(base).__name__}: {reads}. Load with FP8Config(dequantize=True) for that")
     start = getattr(config, "init_lora_weights", True)

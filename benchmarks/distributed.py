@@ -1,0 +1,165 @@
+"""One model in several processes, `scripts/bench distributed`: what each holds, reads and needs, and how long it takes.
+
+Writes an FP8 mixture of experts (0.8 GB, random codes; that of `load_memory`) to a temporary folder, and loads it in each
+layout with gloo on a CPU: kept in FP8, and dequantized to bfloat16 (`dense`). "stock" is transformers without hf_fp8. Each
+process has one thread: two cores are enough for two of them. Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .common.results import Line, Results, console, parser
+from .load_memory import write
+
+# name -> (processes, sizes)
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one process": (1, {}),
+    "tp 2": (2, {"tp_size": 2}),
+    "ep 2": (2, {"tp_size": 2, "ep_size": 2}),
+    "fsdp 2": (2, {"fsdp_size": 2}),
+    "pp 2": (2, {"pp_size": 2}),
+    "tp 4": (4, {"tp_size": 4}),
+    "tp 2, fsdp 2": (4, {"tp_size": 2, "fsdp_size": 2}),
+}
+CONTENDERS = ("hf_fp8", "dense", "stock")
+TOKENS = 64
+PORT = 29611
+
+
+def process(rank: int, n: int, path: str, sizes: dict[str, int], contender: str, rounds: int, out: str) -> None:
+    """Measure in one of `n` processes, and write what was found to the folder `out`."""
+    import torch
+    from transformers import AutoModelForCausalLM, logging
+    from transformers.distributed import DistributedConfig
+
+    from .common.memory import held_bytes, watched
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(PORT))
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if contender != "stock":
+        import hf_fp8
+
+        dense = contender == "dense"
+        options["quantization_config"] = hf_fp8.FP8Config(dequantize=True) if dense else hf_fp8.FP8Config(experts="fp8")
+    if sizes:
+        torch.distributed.init_process_group("gloo")
+        options["distributed_config"] = DistributedConfig(**sizes)
+    found: dict[str, Any] = {}
+    try:
+        with watched() as memory, counted() as read:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        found = {"held": held(model, held_bytes), "peak": memory.used, "read": read[0] / 1e9, "load": memory.seconds}
+        with torch.no_grad():
+            for name, ids in (("prefill", torch.arange(TOKENS).unsqueeze(0)), ("token", torch.tensor([[1]]))):
+                found[name] = timed(lambda ids=ids: model(ids, use_cache=False), rounds)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # others may wait in a collective for a process that failed
+
+
+def held(model: Any, held_bytes: Any) -> float:
+    """GB of parameters and buffers in this process."""
+    parts = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *model.buffers())]
+    return float(sum(t.nbytes for t in {id(t): t for t in parts}.values()) / 1e9)
+
+
+class counted:
+    """The bytes of tensors that are read from safetensors files: in the first entry of a list."""
+
+    def __enter__(self) -> list[int]:
+        from hf_fp8.checkpoint.lazy import LazyCheckpoint
+
+        self.bytes, self.part = [0], LazyCheckpoint._part
+
+        def part(files: LazyCheckpoint, *args: Any) -> Any:
+            tensor = self.part(files, *args)
+            self.bytes[0] += tensor.nbytes
+            return tensor
+
+        LazyCheckpoint._part = part  # type: ignore[method-assign]
+        return self.bytes
+
+    def __exit__(self, *_: Any) -> None:
+        from hf_fp8.checkpoint.lazy import LazyCheckpoint
+
+        LazyCheckpoint._part = self.part  # type: ignore[method-assign]
+
+
+def timed(call: Any, rounds: int) -> float:
+    """The median in ms; all processes call it equally often."""
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def measured(path: Path, layout: str, contender: str, rounds: int) -> dict[str, Any]:
+    """The largest of each number over the processes, or what the first that failed said."""
+    import torch
+
+    n, sizes = LAYOUTS[layout]
+    with tempfile.TemporaryDirectory() as out:
+        context = torch.multiprocessing.spawn(
+            process, (n, str(path), sizes, contender, rounds, out), nprocs=n, join=False
+        )  # each a fresh process
+        deadline = time.monotonic() + 300
+        while any(worker.is_alive() for worker in context.processes) and time.monotonic() < deadline:
+            files = [json.loads(file.read_text() or "{}") for file in Path(out).glob("*.json")]
+            if any("error" in found for found in files):
+                break
+            time.sleep(0.2)
+        for worker in context.processes:
+            worker.kill()
+            worker.join()
+        found = [json.loads(file.read_text()) for file in sorted(Path(out).glob("*.json"))]
+    failed = next((one["error"] for one in found if "error" in one), "" if len(found) == n else "no answer within 300 s")
+    return {"error": failed} if failed else {key: max(one[key] for one in found) for key in found[0]}
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    made.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    options = made.parse_args()
+    results = Results(options.device, options.csv)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e9
+        console.print(f"the checkpoint has {size:.3f} GB")
+        for layout in options.layouts:
+            lines = []
+            for contender in options.contenders:
+                found = measured(Path(folder), layout, contender, options.rounds)
+                if "error" in found:
+                    lines.append(Line(contender, error=found["error"]))
+                    continue
+                read = found["read"] if found["read"] else size  # one process, and stock, read the files as wholes or map them
+                cells = (found["held"], found["peak"], read, found["load"], found["prefill"], found["token"])
+                lines.append(Line(contender, cells, row(layout, found)))
+            columns = ("GB held", "GB at most", "GB read", "s to load", f"ms for {TOKENS} tokens", "ms for 1 token")
+            results.add(f"{layout}: of the process with most", columns, lines)
+
+
+def row(layout: str, found: dict[str, Any]) -> dict[str, Any]:
+    note = f"held by one process; at most {found['peak']:.3f} GB, {found['read']:.3f} read, 1 token {found['token']:.4g} ms"
+    return {
+        "benchmark": "distributed", "case": f"qwen3-moe 0.8 GB, {layout}", "scheme": "channel", "dtype": "bfloat16",
+        "m": TOKENS, "ms": found["prefill"], "gb": found["held"], "note": note,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

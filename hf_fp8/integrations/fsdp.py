@@ -1,0 +1,63 @@
+"""FSDP2 of torch and accelerate: codes (stored 8-bit values) and scales are gathered as they are, and loaded as bytes.
+
+FSDP casts parameters to the dtype of its mixed precision when it gathers them: codes would become numbers without their scale,
+and scales would be rounded. accelerate sends all parameters from the first process to the others, but neither gloo nor NCCL
+(before compute capability 9.0) can send FP8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import fsdp_utils
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+from ..formats.code_types import FP8
+from ..formats.quantized_weight.tensor import codes_of
+from ..nn.base import QuantizedModule
+from ..nn.parameters import seen_as
+from .patches import wrap
+
+
+def install() -> None:
+    """Wrap functions of accelerate and torch. Harmless when repeated."""
+    wrap(fsdp_utils, "fsdp2_load_full_state_dict", _load_full_state_dict)
+    wrap(FSDPParam, "init_dtype_attrs", _init_dtypes)
+
+
+def _init_dtypes(host: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    host(self, *args, **kwargs)
+    module, name = self._module_info.module, self._module_info.param_name
+    if isinstance(module, QuantizedModule) and name in module.quantized:
+        self.param_dtype = self.reduce_dtype = None  # no cast
+
+
+def _load_full_state_dict(host: Any, accelerator: Any, model: Any, full_sd: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    given = {name: _as_bytes(tensor) for name, tensor in full_sd.items()}
+    host(accelerator, _OfBytes(model), given, *args, **kwargs)
+    return model
+
+
+def _as_bytes(tensor: Any) -> Any:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != FP8:
+        return tensor
+    return seen_as(codes_of(tensor.detach()), torch.uint8)
+
+
+class _OfBytes:
+    """A model whose state dicts have bytes instead of E4M3 codes."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: _as_bytes(tensor) for name, tensor in self._model.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Any], **kwargs: Any) -> Any:
+        codes = {name for name, tensor in self._model.state_dict().items() if tensor.dtype == FP8}
+        found = {name: seen_as(tensor, FP8) if name in codes else tensor for name, tensor in state.items()}
+        return self._model.load_state_dict(found, **kwargs)

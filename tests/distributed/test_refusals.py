@@ -1,0 +1,174 @@
+"""What several processes cannot load together is refused by name, before anything is loaded; and what calibration refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from support.build import differing, error, group_input, tensors, tiny_llama, write
+from support.checkpoints import checkpoint
+from support.markdown import ROOT, blocks
+from support.moe import causal, is_linear, mixtral
+from support.ranks import LAYOUTS, load, make, run
+from transformers import LlamaForCausalLM, MixtralForCausalLM
+from transformers.distributed import DistributedConfig
+
+import hf_fp8
+from hf_fp8 import FP8Config
+from hf_fp8.formats.scheme import Granularity
+from hf_fp8.nn.linear import QuantizedLinear
+
+STATIC = FP8Config("FP8_STATIC")
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except hf_fp8.errors.FP8Error as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def work(name: str, folder: Path) -> Any:
+    if name in ("heads", "columns", "block", "rows"):
+        cls = MixtralForCausalLM if name == "heads" else LlamaForCausalLM
+        size = {"tp_size": dist.get_world_size()}
+        options = {"quantization_config": FP8Config(backend="weight_only"), "dtype": torch.float32}
+        return message(lambda: cls.from_pretrained(folder / name, distributed_config=DistributedConfig(**size), **options))
+    if name == "adapters":
+        found = [message(lambda: get_peft_model(load(folder / "llama.channel", "tp2"), LoraConfig(target_modules=["q_proj"])))]
+        model = load(folder / "llama.channel", "fsdp2")
+        for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+            config = LoraConfig(target_modules=["q_proj"], **options)
+            found.append(message(lambda config=config: get_peft_model(model, config)))
+        layer = next(module for module in model.modules() if isinstance(module, QuantizedLinear))
+        found += [message(lambda: layer(torch.ones(1, layer.in_features))), message(lambda: hf_fp8.dequantize_model(model))]
+        return found
+    layout = name.removeprefix("calibrate_")
+    path = folder / "mixtral.static"
+    model = load(path, layout, "scaled_mm")
+    ids = torch.arange(24).reshape(2, 12)
+
+    def calibrated() -> None:
+        with hf_fp8.calibrate(model, observer="amax"), torch.no_grad():
+            model(input_ids=ids + (dist.get_rank() if layout == "fsdp2" else 0), use_cache=False)
+
+    if layout in ("pp2", "ep2"):
+        return message(calibrated)
+    calibrated()
+    model.save_pretrained(folder / name)
+    return None
+
+
+def test_layers_that_cannot_be_cut(tmp_path: Path) -> None:
+    write(mixtral(), tmp_path / "heads", quantized=is_linear)
+    odd = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}
+    write(tiny_llama(**odd, intermediate_size=97), tmp_path / "columns")
+    options: Any = {"weight": Granularity(32, 32), "inputs": group_input(32), "scale_dtype": torch.float32}
+    write(tiny_llama(**odd, intermediate_size=93), tmp_path / "block", **options)
+    write(tiny_llama(**odd, intermediate_size=4), tmp_path / "rows")
+    found = run(3, work, ["heads", "columns", "block", "rows"], tmp_path)
+    for name, said in {
+        "heads": "q_proj has 4 heads of 16, which 3 processes cannot share: use a tp_size that divides 4",
+        "columns": "down_proj.weight (48 x 97, channel x token (dynamic)): 97 columns are not a multiple of 3 processes",
+        "block": "3 processes have 31 columns each, which have no divisor in common with blocks of 32: use another tp_size",
+        "rows": "gate_proj.weight (4 x 48, channel x token (dynamic)): its 4 rows are too few for 3 processes",
+    }.items():
+        assert all(said in text and text.startswith("UnsupportedError") for text in found[name]), found[name]
+        assert len(set(found[name])) == 1  # all say the same, and none waits for another
+
+
+@pytest.mark.slow
+def test_adapters_and_calibration(tmp_path: Path) -> None:
+    make("llama", "channel", tmp_path / "llama.channel")
+    make("mixtral", "static", tmp_path / "mixtral.static")
+    names = ["adapters", *(f"calibrate_{layout}" for layout in ("tp2", "fsdp2", "pp2", "ep2"))]
+    found = run(2, work, names, tmp_path)
+    for texts in found["adapters"]:
+        tensor_parallel, dora, pissa, called, dense = texts
+        assert "q_proj is sharded by tensor or expert parallelism, and its adapters would have to be sharded" in tensor_parallel
+        assert all("FSDP has sharded its weight, which these adapters read" in text for text in (dora, pissa))
+        assert "FSDP gathers it only while the module that it wrapped is called" in called
+        assert "is sharded over processes, and cannot be made dense" in dense
+    assert all("pipeline parallelism (pp_size)" in text for text in found["calibrate_pp2"])
+    assert all("expert parallelism (ep_size)" in text for text in found["calibrate_ep2"])
+    for layout, batches in (("tp2", 1), ("fsdp2", 2)):
+        model = load(tmp_path / "mixtral.static", "one", "scaled_mm")
+        with hf_fp8.calibrate(model, observer="amax"), torch.no_grad():
+            for batch in range(batches):
+                model(input_ids=torch.arange(24).reshape(2, 12) + batch, use_cache=False)
+        saved = load(tmp_path / f"calibrate_{layout}", "one", "scaled_mm").state_dict()
+        for name, tensor in model.state_dict().items():
+            if name.endswith("input_scale"):
+                assert torch.allclose(saved[name].float(), tensor.float(), rtol=0.01), (layout, name)
+
+
+def page(name: str, folder: Path) -> None:
+    (block,) = (b for b in blocks((ROOT / "docs" / "distributed.md").read_text()) if b.language == "python")
+    exec(compile(block.code, "docs/distributed.md", "exec"), {"path": folder / "llama.channel", "folder": folder / "saved"})
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
+    make("llama", "channel", tmp_path / "llama.channel")
+    run(2, page, ["page"], tmp_path)
+    assert differing(tensors(tmp_path / "saved"), tensors(tmp_path / "llama.channel")) == []
+
+
+def other_formats(name: str, folder: Path) -> tuple[str, torch.Tensor]:
+    return message(lambda: load(folder / "llama-mixed", name)), causal(load(folder / "llama-mixed", name, "dequantize"))
+
+
+@pytest.mark.slow
+def test_other_formats_beside_fp8(tmp_path: Path) -> None:
+    wanted = causal(load(checkpoint("llama-mixed", tmp_path), "one", "dequantize"))
+    for said, found in run(2, other_formats, ["tp2"], tmp_path)["tp2"]:
+        assert "are in formats that transformers runs, and it cannot shard those" in said
+        assert error(found, wanted) <= 1e-5
+
+
+def quantized(name: str, folder: Path) -> None:
+    layout, scheme = name.split(".")
+    model = load(folder / "dense", layout, FP8Config(scheme, experts="fp8"), dtype=torch.bfloat16)
+    if scheme == "FP8_STATIC":
+        with hf_fp8.calibrate(model, observer="amax"), torch.no_grad():
+            model(input_ids=torch.arange(24).reshape(2, 12), use_cache=False)
+    model.save_pretrained(folder / name)
+
+
+@pytest.mark.slow
+def test_quantizing_while_loading(tmp_path: Path) -> None:
+    """Each process reads whole weights, as scales may depend on all of them, and keeps its part of the codes of one process."""
+    mixtral().save_pretrained(tmp_path / "dense")
+    schemes = ("FP8_DYNAMIC", "FP8_BLOCK", "FP8_STATIC")
+    names = [f"{layout}.{scheme}" for layout in ("tp2", "fsdp2") for scheme in schemes]
+    run(2, quantized, names, tmp_path)
+    for name in names:
+        layout, scheme = name.split(".")
+        assert layout in LAYOUTS
+        model = load(tmp_path / "dense", "one", FP8Config(scheme, experts="fp8"), dtype=torch.bfloat16)
+        if scheme == "FP8_STATIC":
+            with hf_fp8.calibrate(model, observer="amax"), torch.no_grad():
+                model(input_ids=torch.arange(24).reshape(2, 12), use_cache=False)
+        model.save_pretrained(tmp_path / "one")
+        found, wanted = tensors(tmp_path / name), tensors(tmp_path / "one")
+        measured = [key for key in differing(found, wanted) if not key.endswith("input_scale")]
+        assert found.keys() == wanted.keys() and measured == []
+
+
+@pytest.mark.slow
+def test_generating(tmp_path: Path) -> None:
+    make("llama", "block128", tmp_path / "llama.block128")
+    wanted = generated("one", tmp_path)
+    for found in run(2, generated, ["tp2", "fsdp2", "pp2"], tmp_path).values():
+        assert all(torch.equal(ids, wanted) for ids in found)
+
+
+def generated(name: str, folder: Path) -> torch.Tensor:
+    model = load(folder / "llama.block128", name)
+    ids: torch.Tensor = model.generate(torch.arange(8).unsqueeze(0), max_new_tokens=12, do_sample=False)
+    return ids

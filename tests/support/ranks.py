@@ -1,0 +1,159 @@
+"""Runs a function in several processes on CPUs, connected by gloo; and the models that they load."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from support import moe
+from support.build import STATIC_TENSOR, group_input, tiny_llama, write
+from support.kernels import limit_as_of_large_layers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.distributed import DistributedConfig
+
+from hf_fp8 import FP8Config
+from hf_fp8.checkpoint.lazy import LazyCheckpoint
+from hf_fp8.formats.scheme import TENSOR, Granularity
+from hf_fp8.kernels import thresholds
+
+# (name of a result, folder) -> what a process found
+Work = Callable[[str, Path], Any]
+
+
+def run(n: int, work: Work, names: Sequence[str], folder: Path) -> dict[str, list[Any]]:
+    """``work(name, folder)`` for each name in `n` processes at once: name -> the results by rank.
+
+    Raises what a process raised. work: at the top level of a module.
+    """
+    torch.multiprocessing.spawn(_process, (n, work, names, folder), nprocs=n)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(n)] for name in names}
+
+
+def _process(rank: int, n: int, work: Work, names: Sequence[str], folder: Path) -> None:
+    import transformers
+
+    # What transformers and accelerate ask for; nothing listens at that port.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity(50)
+    thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]  # as conftest does in the first process
+    place = folder / f"rendezvous-{n}-{names[0]}"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=n, timeout=timedelta(seconds=90))
+    for name in names:
+        try:
+            found = work(name, folder)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the others may wait for this process
+        torch.save(found, folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def llama() -> PreTrainedModel:
+    return tiny_llama(num_key_value_heads=4, hidden_size=128, intermediate_size=192)
+
+
+def qwen3() -> PreTrainedModel:
+    return moe.make(Qwen3ForCausalLM, Qwen3Config(**_HEADS, intermediate_size=96, head_dim=16))
+
+
+def gemma3() -> PreTrainedModel:
+    return moe.make(Gemma3ForCausalLM, Gemma3TextConfig(**_HEADS, intermediate_size=96, head_dim=16, sliding_window=8))
+
+
+def phi3() -> PreTrainedModel:
+    return moe.make(Phi3ForCausalLM, Phi3Config(**_HEADS, intermediate_size=96, pad_token_id=0))
+
+
+_HEADS: dict[str, Any] = {**moe.BASE, "num_key_value_heads": 4}
+DENSE = {"llama": llama, "qwen3": qwen3, "gemma3": gemma3, "phi3": phi3}
+FAMILIES = DENSE | {name: moe.MOE[name] for name in ("mixtral", "qwen3_moe", "deepseek_v3")} | moe.TRANSPOSED
+# Blocks of 32 divide the parts of most weights here, those of 128 none: they are cut.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "channel": {},
+    "static": {"weight": TENSOR, "inputs": STATIC_TENSOR},
+    "dynamic": {"weight": TENSOR, "inputs": {**STATIC_TENSOR, "dynamic": True}},
+    "group32": {"weight": Granularity(1, 32), "inputs": group_input(32)},
+    "block32": {"weight": Granularity(32, 32), "inputs": group_input(32), "scale_dtype": torch.float32},
+    "block128": {"weight": Granularity(128, 128), "inputs": group_input(), "scale_dtype": torch.float32},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "weight_only": {"backend": "weight_only", "experts": "fp8"},
+    "scaled_mm": {"backend": "scaled_mm", "experts": "fp8"},
+    "exact": {"backend": "scaled_mm", "experts": "fp8"},  # in float64, where the order of sums changes no code
+    "int8": {"backend": "int8"},
+    "dequantize": {"dequantize": True},
+    "experts_dense": {"backend": "weight_only", "experts": "dequantize"},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp2": {"tp_size": 2},
+    "tp4": {"tp_size": 4},
+    "pp2": {"pp_size": 2},
+    "fsdp2": {"fsdp_size": 2},
+    "ep2": {"tp_size": 2, "ep_size": 2},  # both processes have the same tokens: all-reduce
+    "ep2_exchanged": {"fsdp_size": 2, "ep_size": 2},  # they have different ones: all-to-all
+    "ep2_sliced": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
+    "tp2_fsdp2": {"tp_size": 2, "fsdp_size": 2},
+    "hsdp": {"fsdp_size": 2, "dp_replicate_size": 2},
+    "ep4": {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
+}
+
+
+def make(family: str, scheme: str, path: Path) -> PreTrainedModel:
+    """Write a checkpoint of a small model, and return the dense model that it was made from."""
+    if family in moe.TRANSPOSED:
+        return moe.write_transposed(family, "split", path, **SCHEMES[scheme])[0]
+    model = FAMILIES[family]()
+    write(model, path, quantized=moe.is_linear, **SCHEMES[scheme])
+    return model
+
+
+def load(path: Path, layout: str, config: str | FP8Config = "weight_only", **options: Any) -> Any:
+    """Load a checkpoint of `make` in one of `LAYOUTS`; in float32, or float64 if the config is "exact"."""
+    from transformers import AutoModelForCausalLM
+
+    asked = FP8Config(**CONFIGS[config]) if isinstance(config, str) else config
+    dtype = torch.float64 if config == "exact" else torch.float32
+    if LAYOUTS[layout]:
+        options["distributed_config"] = DistributedConfig(**LAYOUTS[layout])
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=asked, **{"dtype": dtype} | options)
+
+
+def held(parameter: Any) -> int:
+    """Bytes of a parameter in this process."""
+    return int(getattr(parameter, "_local_tensor", parameter).nbytes)
+
+
+class Reading:
+    """Context manager that counts the bytes of tensors that sharded loading reads, in `bytes`."""
+
+    def __enter__(self) -> Reading:
+        self.bytes, self._part = 0, LazyCheckpoint._part
+        counting = self
+
+        def part(self: LazyCheckpoint, *args: Any) -> torch.Tensor:
+            tensor = counting._part(self, *args)
+            counting.bytes += tensor.nbytes
+            return tensor
+
+        LazyCheckpoint._part = part  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        LazyCheckpoint._part = self._part  # type: ignore[method-assign]
