@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import build
 from support.build import DYNAMIC_TENSOR, STATIC_TENSOR, TOKEN, State, group_input, tiny_llama, write
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -245,7 +246,7 @@ def test_a_layout_of_an_earlier_load_is_not_a_request(tmp_path: Path) -> None:
     config = LlamaForCausalLM.config_class.from_pretrained(tmp_path)
     config.distributed_config = {"tp_size": 2}
     model = LlamaForCausalLM.from_pretrained(tmp_path, config=config)
-    assert torch.equal(logits(model), logits(LlamaForCausalLM.from_pretrained(tmp_path)))
+    assert torch.equal(build.logits(model), build.logits(LlamaForCausalLM.from_pretrained(tmp_path)))
 
 
 def test_state_dict_instead_of_files(tmp_path: Path) -> None:

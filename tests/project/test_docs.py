@@ -102,7 +102,8 @@ PUBLIC = {
 }
 # Keywords of others.
 FOREIGN = {
-    "fsdp_version", "fullgraph", "init_lora_weights", "quantization_config", "safe_merge", "state_dict", "use_kernels", "weights_only",
+    "fsdp_version", "fullgraph", "init_lora_weights",
+    "quantization_config", "safe_merge", "state_dict", "use_kernels", "weights_only",
 }  # fmt: skip
 
 
