@@ -25,7 +25,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "ep 2": (2, {"tp_size": 2, "ep_size": 2}),
     "fsdp 2": (2, {"fsdp_size": 2}),
     "pp 2": (2, {"pp_size": 2}),
-    "tp 4": (4, {"tp_size": 4}),
     "tp 2, fsdp 2": (4, {"tp_size": 2, "fsdp_size": 2}),
 }
 CONTENDERS = ("hf_fp8", "dense", "stock")
@@ -39,14 +38,14 @@ def process(rank: int, n: int, path: str, sizes: dict[str, int], contender: str,
     from transformers import AutoModelForCausalLM, logging
     from transformers.distributed import DistributedConfig
 
-    from .common.memory import held_bytes, watched
+    from .common.memory import watched
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(PORT))
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if contender != "stock":
-        import hf_fp8
+        import hf_fp8  # never imported for stock
 
         dense = contender == "dense"
         options["quantization_config"] = hf_fp8.FP8Config(dequantize=True) if dense else hf_fp8.FP8Config(experts="fp8")
@@ -55,9 +54,10 @@ def process(rank: int, n: int, path: str, sizes: dict[str, int], contender: str,
         options["distributed_config"] = DistributedConfig(**sizes)
     found: dict[str, Any] = {}
     try:
-        with watched() as memory, counted() as read:
+        read = count_reading()
+        with watched() as memory:
             model = AutoModelForCausalLM.from_pretrained(path, **options)
-        found = {"held": held(model, held_bytes), "peak": memory.used, "read": read[0] / 1e9, "load": memory.seconds}
+        found = {"held": held(model), "peak": memory.used, "read": read[0] / 1e9, "load": memory.seconds}
         with torch.no_grad():
             for name, ids in (("prefill", torch.arange(TOKENS).unsqueeze(0)), ("token", torch.tensor([[1]]))):
                 found[name] = timed(lambda ids=ids: model(ids, use_cache=False), rounds)
@@ -67,32 +67,34 @@ def process(rank: int, n: int, path: str, sizes: dict[str, int], contender: str,
     os._exit(0)  # others may wait in a collective for a process that failed
 
 
-def held(model: Any, held_bytes: Any) -> float:
+def held(model: Any) -> float:
     """GB of parameters and buffers in this process."""
     parts = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *model.buffers())]
     return float(sum(t.nbytes for t in {id(t): t for t in parts}.values()) / 1e9)
 
 
-class counted:
-    """The bytes of tensors that are read from safetensors files: in the first entry of a list."""
+def count_reading() -> list[int]:
+    """From now on, the bytes of tensors that transformers' loader reads from the files: in the first entry of the list."""
+    from transformers import core_model_loading as host
 
-    def __enter__(self) -> list[int]:
-        from hf_fp8.checkpoint.lazy import LazyCheckpoint
+    found, sharding, copying = [0], host.DtensorShardOperation.shard_tensor, host._materialize_copy
+    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
-        self.bytes, self.part = [0], LazyCheckpoint._part
+    def bytes_of(source: Any, count: int) -> int:
+        return count * (source.dtype.itemsize if hasattr(source, "dtype") else sizes[source.get_dtype()])
 
-        def part(files: LazyCheckpoint, *args: Any) -> Any:
-            tensor = self.part(files, *args)
-            self.bytes[0] += tensor.nbytes
-            return tensor
+    def shard(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        tensor = sharding(self, source, *args, **kwargs)
+        found[0] += 0 if tensor is None else bytes_of(source, tensor.numel())
+        return tensor
 
-        LazyCheckpoint._part = part  # type: ignore[method-assign]
-        return self.bytes
+    def copy(source: Any, *args: Any, **kwargs: Any) -> Any:
+        tensor = copying(source, *args, **kwargs)
+        found[0] += bytes_of(source, tensor.numel())
+        return tensor
 
-    def __exit__(self, *_: Any) -> None:
-        from hf_fp8.checkpoint.lazy import LazyCheckpoint
-
-        LazyCheckpoint._part = self.part  # type: ignore[method-assign]
+    host.DtensorShardOperation.shard_tensor, host._materialize_copy = shard, copy
+    return found
 
 
 def timed(call: Any, rounds: int) -> float:
@@ -146,8 +148,7 @@ def main() -> None:
                 if "error" in found:
                     lines.append(Line(contender, error=found["error"]))
                     continue
-                read = found["read"] if found["read"] else size  # one process, and stock, read the files as wholes or map them
-                cells = (found["held"], found["peak"], read, found["load"], found["prefill"], found["token"])
+                cells = tuple(found[key] for key in ("held", "peak", "read", "load", "prefill", "token"))
                 lines.append(Line(contender, cells, row(layout, found)))
             columns = ("GB held", "GB at most", "GB read", "s to load", f"ms for {TOKENS} tokens", "ms for 1 token")
             results.add(f"{layout}: of the process with most", columns, lines)

@@ -12,6 +12,7 @@ from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.experts import QuantizedExperts
 from ..nn.linear import QuantizedLinear
+from ..nn.shard import local
 from ..nn.swap import submodule
 from .rows import aligned
 from .running import device_of, dtype_of
@@ -52,7 +53,7 @@ class Explanation(list[Row]):
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(local(t).numel() * t.element_size() for t in tensors if t is not None)
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Explanation:

@@ -109,6 +109,11 @@ def _refuse_unsavable(model: Any, options: dict[str, Any]) -> None:
             "or it was loaded by load_quantized): their codes would be saved as values. Quantize the whole model, with targets "
             "or a filter_fn that select the part; or call hf_fp8.dequantize_model first"
         )
+    if options.get("distributed_checkpoint") and isinstance(quantizer, FP8HfQuantizer):
+        raise UnsupportedError(
+            "distributed_checkpoint=True writes parts of tensors under the names of the model, which transformers does not "
+            "load for quantized models: leave it out, and the first process writes the checkpoint"
+        )
     adapter = adapters_on(model)
     if adapter is not None and quantizer is not None and not getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(

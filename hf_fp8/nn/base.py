@@ -91,6 +91,8 @@ class QuantizedModule(nn.Module):
         Raises UnsupportedError if the scales do not fit, and for values that were cast to the dtype of codes.
         """
         before: Any = self._parameters.get(name)
+        if local(param) is not param:  # FSDP shards the codes that it gathered
+            return
         if type(param) is not QuantizedWeight:
             if type(before) is QuantizedWeight and self.original_dtype is not None and before.dtype == param.dtype:
                 refuse_own_values(param.detach(), before.codes, before._part, before._source)
@@ -326,10 +328,20 @@ class QuantizedModule(nn.Module):
                 child._apply(fn)  # type: ignore[no-untyped-call]
         if self.original_dtype is not None:
             self.original_dtype = fn(torch.empty(0, dtype=self.original_dtype)).dtype
+        sharded = self._sharded()
+        for name, tensor in sharded.items():
+            if fn(torch.empty(0, dtype=torch.int8, device=tensor.device)).device != tensor.device:
+                raise UnsupportedError(f"{self.called(name)} is sharded over processes, and cannot be moved to another device")
+            self._parameters[name] = None  # torch would swap it for another, which it cannot while it is referenced
         with codes_for_certain():
             super()._apply(keep_dtype, recurse=False)  # type: ignore[no-untyped-call]
+        self._parameters.update(sharded)
         self._hold()
         return self
+
+    def _sharded(self) -> dict[str, Any]:
+        """Codes and scales that are DTensors."""
+        return {name: held for name in self.quantized if local(held := self._parameters.get(name)) is not held}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.refuse_replaced()

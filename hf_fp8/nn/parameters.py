@@ -56,14 +56,18 @@ def held_by(module: Any, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def let_gather(module: Any, leaf: str, tensor: Any) -> None:
-    """If `tensor` is a DTensor (sharded codes), make it send bytes, and its `full_tensor` return a QuantizedWeight.
+    """If `tensor` is a DTensor (sharded codes), make it send bytes, its `full_tensor` return a QuantizedWeight, and its casts
+    raise UnsupportedError.
 
     DTensor's own methods fail where the backend cannot send FP8 (gloo; NCCL before compute capability 9.0), and return plain
-    codes.
+    codes, which casts would take for values.
     """
     if type(tensor).__name__ == "DTensor":
-        tensor.full_tensor = partial(_gathered, weakref.ref(module), leaf, weakref.ref(tensor))
-        tensor.redistribute = partial(_redistributed, weakref.ref(tensor))
+        place = weakref.ref(module), leaf, weakref.ref(tensor)
+        tensor.full_tensor = partial(_gathered, *place)
+        tensor.redistribute = partial(_redistributed, place[2])
+        for name in ("to", "type", "float", "double", "half", "bfloat16"):
+            setattr(tensor, name, partial(_uncast, *place, name))
 
 
 def seen_as(tensor: Any, dtype: torch.dtype) -> Any:
@@ -76,6 +80,19 @@ def seen_as(tensor: Any, dtype: torch.dtype) -> Any:
     return DTensor.from_local(
         tensor._local_tensor.view(dtype), *place, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def _uncast(module: Any, leaf: str, pieces: weakref.ref[Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    sharded: Any = pieces()
+    asked = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)]
+    asked += [one.dtype for one in args if isinstance(one, torch.Tensor)]
+    if name not in ("to", "type") or any(dtype != sharded.dtype for dtype in asked):
+        layer = module()
+        raise UnsupportedError(
+            f"{leaf if layer is None else layer.called(leaf)} holds codes in {sharded.dtype}, sharded over processes, and "
+            f"{name}() would take them for values: call the layer, or read the whole weight with full_tensor()"
+        )
+    return getattr(type(sharded), name)(sharded, *args, **kwargs)
 
 
 def _redistributed(pieces: weakref.ref[Any], *args: Any, **kwargs: Any) -> Any:

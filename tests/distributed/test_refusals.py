@@ -47,7 +47,12 @@ def work(name: str, folder: Path) -> Any:
             found.append(message(lambda config=config: get_peft_model(model, config)))
         layer = next(module for module in model.modules() if isinstance(module, QuantizedLinear))
         found += [message(lambda: layer(torch.ones(1, layer.in_features))), message(lambda: hf_fp8.dequantize_model(model))]
-        return found
+        found += [message(lambda: layer.weight.to(torch.bfloat16)), message(lambda: layer.weight.float())]
+        found.append(message(lambda: model.save_pretrained(folder / "parts", distributed_checkpoint=True)))
+        cast = load(folder / "llama.channel", "tp2").to(torch.bfloat16)  # codes and scales stay
+        whole = [module.weight.full_tensor().codes.float().sum() for module in (layer, cast.model.layers[0].self_attn.q_proj)]
+        kinds = {cast.model.layers[0].self_attn.q_proj.weight.dtype, causal(cast).dtype, hf_fp8.explain(cast)[0].bytes}
+        return found, whole, kinds
     layout = name.removeprefix("calibrate_")
     path = folder / "mixtral.static"
     model = load(path, layout, "scaled_mm")
@@ -89,7 +94,10 @@ def test_adapters_and_calibration(tmp_path: Path) -> None:
     names = ["adapters", *(f"calibrate_{layout}" for layout in ("tp2", "fsdp2", "pp2", "ep2"))]
     found = run(2, work, names, tmp_path)
     for texts in found["adapters"]:
-        tensor_parallel, dora, pissa, called, dense = texts
+        (tensor_parallel, dora, pissa, called, dense, *reads, parts), (one, other), kinds = texts
+        assert all("q_proj.weight holds codes in torch.float8_e4m3fn, sharded over processes" in text for text in reads)
+        assert "distributed_checkpoint=True writes parts of tensors" in parts
+        assert one == other and kinds == {torch.float8_e4m3fn, torch.bfloat16, 128 * 64 + 64 * 2}
         assert "q_proj is sharded by tensor or expert parallelism, and its adapters would have to be sharded" in tensor_parallel
         assert all("FSDP has sharded its weight, which these adapters read" in text for text in (dora, pissa))
         assert "FSDP gathers it only while the module that it wrapped is called" in called
