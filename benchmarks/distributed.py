@@ -38,15 +38,17 @@ def process(rank: int, n: int, path: str, sizes: dict[str, int], contender: str,
     from transformers import AutoModelForCausalLM, logging
     from transformers.distributed import DistributedConfig
 
+    import hf_fp8
+
     from .common.memory import watched
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(PORT))
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if contender != "stock":
-        import hf_fp8  # never imported for stock
-
+    if contender == "stock":
+        hf_fp8.unregister()
+    else:
         dense = contender == "dense"
         options["quantization_config"] = hf_fp8.FP8Config(dequantize=True) if dense else hf_fp8.FP8Config(experts="fp8")
     if sizes:
@@ -74,26 +76,30 @@ def held(model: Any) -> float:
 
 
 def count_reading() -> list[int]:
-    """From now on, the bytes of tensors that transformers' loader reads from the files: in the first entry of the list."""
+    """From now on, the bytes of tensors that are read from the files, by transformers' loader or ours: in the first entry."""
     from transformers import core_model_loading as host
 
-    found, sharding, copying = [0], host.DtensorShardOperation.shard_tensor, host._materialize_copy
+    from hf_fp8.checkpoint.lazy import LazyCheckpoint, LazyTensor
+
+    found = [0]
     sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
-    def bytes_of(source: Any, count: int) -> int:
-        return count * (source.dtype.itemsize if hasattr(source, "dtype") else sizes[source.get_dtype()])
+    def counting(owner: Any, name: str, source_at: int) -> None:
+        before = getattr(owner, name)
 
-    def shard(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        tensor = sharding(self, source, *args, **kwargs)
-        found[0] += 0 if tensor is None else bytes_of(source, tensor.numel())
-        return tensor
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensor, source = before(*args, **kwargs), args[source_at]
+            if name == "_part":
+                found[0] += tensor.nbytes
+            elif tensor is not None and not isinstance(source, LazyTensor):
+                found[0] += tensor.numel() * sizes[source.get_dtype()]
+            return tensor
 
-    def copy(source: Any, *args: Any, **kwargs: Any) -> Any:
-        tensor = copying(source, *args, **kwargs)
-        found[0] += bytes_of(source, tensor.numel())
-        return tensor
+        setattr(owner, name, call)
 
-    host.DtensorShardOperation.shard_tensor, host._materialize_copy = shard, copy
+    counting(host.DtensorShardOperation, "shard_tensor", 1)
+    counting(host, "_materialize_copy", 0)
+    counting(LazyCheckpoint, "_part", 0)
     return found
 
 
