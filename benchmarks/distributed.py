@@ -69,6 +69,44 @@ def process(rank: int, n: int, path: str, sizes: dict[str, int], contender: str,
     os._exit(0)  # others may wait in a collective for a process that failed
 
 
+def train(rank: int, n: int, path: str, out: str) -> None:
+    """LoRA steps over weights that FSDP2 has sharded: what a process holds, and takes at most beside it in a step."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, logging
+    from transformers.distributed import DistributedConfig
+
+    import hf_fp8
+
+    from .common.memory import watched
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(PORT))
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    torch.distributed.init_process_group("gloo")
+    layout = DistributedConfig(fsdp_size=n)
+    config = hf_fp8.FP8Config(backend="weight_only")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=config, distributed_config=layout
+    )
+    layers = model.model.layers
+    block = sum(parameter.numel() * parameter.element_size() for parameter in layers[0].parameters()) / 1e9
+    found = {"whole": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, "held": held(model), "block": block}
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    model.base_model.model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.arange(TOKENS).unsqueeze(0)
+    for _ in range(2):
+        with watched() as memory:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found |= {"peak": memory.used, "s": memory.seconds}
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
+    os._exit(0)
+
+
 def held(model: Any) -> float:
     """GB of parameters and buffers in this process."""
     parts = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *model.buffers())]
@@ -141,7 +179,11 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     made.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    made.add_argument("--train", action="store_true", help="memory of LoRA steps under FSDP2 instead")
     options = made.parse_args()
+    if options.train:
+        print_training()
+        return
     results = Results(options.device, options.csv)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
@@ -158,6 +200,24 @@ def main() -> None:
                 lines.append(Line(contender, cells, row(layout, found)))
             columns = ("GB held", "GB at most", "GB read", "s to load", f"ms for {TOKENS} tokens", "ms for 1 token")
             results.add(f"{layout}: of the process with most", columns, lines)
+
+
+def print_training() -> None:
+    """Of the 1.1B shape in two processes; not written to the CSV file, as there is no time to compare."""
+    import torch
+
+    from .common.shapes import write as write_dense
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_dense("tinyllama-1.1b", Path(folder, "model"))
+        torch.multiprocessing.spawn(train, (2, str(Path(folder, "model")), folder), nprocs=2)
+        found = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+        most = {key: max(one[key] for one in found) for key in found[0]}
+    console.print(
+        f"LoRA, fsdp 2, tinyllama-1.1b in FP8 ({most['whole']:.3f} GB, a layer {most['block']:.3f}): a process holds "
+        f"{most['held']:.3f} GB, and takes at most {most['peak']:.3f} GB more in a step of {TOKENS} tokens with gradient "
+        f"checkpointing ({most['s']:.1f} s)"
+    )
 
 
 def row(layout: str, found: dict[str, Any]) -> dict[str, Any]:
