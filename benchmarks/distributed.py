@@ -7,6 +7,7 @@ process has one thread: two cores are enough for two of them. Linux.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -175,12 +176,16 @@ def measured(path: Path, layout: str, contender: str, rounds: int) -> dict[str, 
     return {"error": failed} if failed else {key: max(one[key] for one in found) for key in found[0]}
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     made.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     made.add_argument("--train", action="store_true", help="memory of LoRA steps under FSDP2 instead")
-    options = made.parse_args()
+    return made
+
+
+def main() -> None:
+    options = arguments().parse_args()
     if options.train:
         print_training()
         return

@@ -102,8 +102,9 @@ PUBLIC = {
 }
 # Keywords of others.
 FOREIGN = {
-    "fsdp_version", "fullgraph", "init_lora_weights",
-    "quantization_config", "safe_merge", "state_dict", "use_kernels", "weights_only",
+    "ep_size", "fsdp_size", "fsdp_version", "fullgraph", "init_lora_weights",
+    "quantization_config", "safe_merge", "pp_size", "state_dict",
+    "tp_size", "use_kernels", "weights_only",
 }  # fmt: skip
 
 
