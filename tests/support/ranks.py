@@ -53,7 +53,7 @@ def _process(rank: int, n: int, work: Work, names: Sequence[str], folder: Path) 
     transformers.logging.set_verbosity(50)
     thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]  # as conftest does in the first process
     place = folder / f"rendezvous-{n}-{names[0]}"
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=n, timeout=timedelta(seconds=90))
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=n, timeout=timedelta(minutes=5))
     for name in names:
         try:
             found = work(name, folder)
