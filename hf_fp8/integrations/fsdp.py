@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import fsdp_utils
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from ..formats.code_types import FP8
 from ..formats.quantized_weight.tensor import codes_of
@@ -23,7 +22,10 @@ from .patches import wrap
 def install() -> None:
     """Wrap functions of accelerate and torch. Harmless when repeated."""
     wrap(fsdp_utils, "fsdp2_load_full_state_dict", _load_full_state_dict)
-    wrap(FSDPParam, "init_dtype_attrs", _init_dtypes)
+    if torch.distributed.is_available():  # some builds of torch have no processes
+        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+        wrap(FSDPParam, "init_dtype_attrs", _init_dtypes)
 
 
 def _init_dtypes(host: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -40,9 +42,10 @@ def _load_full_state_dict(host: Any, accelerator: Any, model: Any, full_sd: dict
 
 
 def _as_bytes(tensor: Any) -> Any:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != FP8:
+    if not isinstance(tensor, torch.Tensor):
         return tensor
-    return seen_as(codes_of(tensor.detach()), torch.uint8)
+    plain = codes_of(tensor)
+    return seen_as(plain.detach(), torch.uint8) if plain.dtype == FP8 else plain
 
 
 class _OfBytes:

@@ -76,11 +76,11 @@ def load_files(
     return host(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
-def gather_for_save(host: Any, self: Any, model_to_save: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+def gather_for_save(host: Any, self: Any, model_to_save: Any, state_dict: Any, layout: Any, **kwargs: Any) -> Any:
     """`gather_sharded_state_dict_for_save`; the state dict that `FP8HfQuantizer` makes has been gathered already."""
     if isinstance(getattr(model_to_save, "hf_quantizer", None), FP8HfQuantizer):
-        return state_dict
-    return host(self, model_to_save, state_dict, *args, **kwargs)
+        return state_dict if layout is None or kwargs.get("save_on_this_rank", True) else {}
+    return host(self, model_to_save, state_dict, layout, **kwargs)
 
 
 def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

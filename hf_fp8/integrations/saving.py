@@ -100,8 +100,11 @@ def leave_experts(model: nn.Module, config: FP8Config, layout: Layout) -> bool:
 
 
 def is_dense_now(model: nn.Module, layout: Layout) -> bool:
-    """Whether the model has no weight left that is written in FP8: all quantized layers have been replaced."""
-    return not layout.dense and not holds_codes(model)
+    """Whether the model has no weight left that is written in FP8: all quantized layers have been replaced.
+
+    Not asked of a pipeline's stage, which may have only layers that were never quantized.
+    """
+    return getattr(model, "_pp_stage", None) is None and not layout.dense and not holds_codes(model)
 
 
 def refuse_unwritable(model: nn.Module) -> None:

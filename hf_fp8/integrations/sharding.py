@@ -46,9 +46,9 @@ def expand_plan(host: Any, model: Any, plan: dict[str, str]) -> dict[str, str]:
             continue
         if style == "colwise":
             _refuse_split_heads(model, path, module)
-        codes = next(codes for codes, scales in module.holds.items() if leaf == codes or leaf in scales)
-        # A scale that has no rule of its own got that of its module.
-        found[name] = _registered(expanded.get(f"{path}.{codes}", style))
+        if leaf in module.holds:  # its scales follow it, whatever rule they have or lack
+            scales = [scale for scale in module.holds[leaf] if module._parameters.get(scale) is not None]
+            found |= dict.fromkeys([f"{path}.{one}" for one in (leaf, *scales)], _registered(style))
     return found
 
 
@@ -175,7 +175,7 @@ def _shard_of(module: QuantizedModule, leaf: str, placement: Any, mesh: Any) -> 
     else:
         scheme = module.scheme  # type: ignore[assignment]
     rows = Cut(n, index, of, pieces) if dim == 0 else Cut(n)
-    cols = Cut(k, index, of) if dim == 1 else Cut(k)
+    cols = Cut(k, index, of, pieces) if dim == 1 else Cut(k)
     return Shard(MatrixPart(rows, cols), scheme, group, Cut(stack[0], index, of) if dim == -1 else None)
 
 
@@ -196,6 +196,11 @@ def _refuse(module: QuantizedModule, leaf: str, shard: Shard) -> None:
         raise UnsupportedError(
             f"{called}: {cols.size} columns are not a multiple of {cols.of} processes, which quantize inputs together: use "
             "another tp_size, or load with FP8Config(dequantize=True)"
+        )
+    if cols.of > 1 and cols.pieces > 1 and given is not None and given.dynamic and given.granularity.cols > 1:
+        raise UnsupportedError(
+            f"{called}: inputs are quantized by groups of columns, and each process has columns of {cols.pieces} matrices: use "
+            "another plan (tp_plan), or load with FP8Config(dequantize=True)"
         )
     extent = shard.whole.weight.granularity.cols
     if cols.of > 1 and extent > 1 and cols.unit(extent) == 1:

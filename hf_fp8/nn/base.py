@@ -180,11 +180,13 @@ class QuantizedModule(nn.Module):
     def _selected_scale(self, name: str, shard: Shard, scale: torch.Tensor) -> torch.Tensor:
         """`Shard.selected`, selected again only if the scale was changed or replaced."""
         kept = vars(self).setdefault("_selected", {})
-        known = (scale.data_ptr(), scale._version if not scale.is_inference() else 0, scale.device, scale.dtype)
-        if kept.get(name, (None,))[0] != known or scale.is_meta:
-            kept[name] = known, shard.selected(scale.detach())
-        found: torch.Tensor = kept[name][1]
-        return found
+        version = 0 if scale.is_inference() else scale._version
+        of, at, found = kept.get(name, (None, 0, None))
+        if of is not scale or at != version or found is None:
+            found = shard.selected(scale.detach())
+            kept[name] = scale, version, found
+        selected: torch.Tensor = found
+        return selected
 
     def held_codes(self, name: str) -> torch.Tensor:
         """The codes called `name` as a plain tensor, for kernels.
@@ -405,6 +407,7 @@ class QuantizedModule(nn.Module):
                     self.register_parameter(scale_name, nn.Parameter(held.detach().to(scale.dtype), requires_grad=False))
         with codes_for_certain():
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        vars(self).pop("_selected", None)  # FSDP gathers scales without a new version
         static = (prefix + name for scales in self.holds.values() for name in scales[1:])
         if any(name in state_dict and not state_dict[name].is_meta for name in static):
             self.see_calibration()

@@ -86,7 +86,8 @@ def _uncast(module: Any, leaf: str, pieces: weakref.ref[Any], name: str, *args: 
     sharded: Any = pieces()
     asked = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)]
     asked += [one.dtype for one in args if isinstance(one, torch.Tensor)]
-    if name not in ("to", "type") or any(dtype != sharded.dtype for dtype in asked):
+    by_name = name == "type" and any(not isinstance(one, torch.dtype) for one in args)  # "torch.FloatTensor"
+    if name not in ("to", "type") or by_name or any(dtype != sharded.dtype for dtype in asked):
         layer = module()
         raise UnsupportedError(
             f"{leaf if layer is None else layer.called(leaf)} holds codes in {sharded.dtype}, sharded over processes, and "

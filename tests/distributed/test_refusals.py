@@ -176,6 +176,38 @@ def test_generating(tmp_path: Path) -> None:
         assert all(torch.equal(ids, wanted) for ids in found)
 
 
+def own_plan(name: str, folder: Path) -> torch.Tensor:
+    """A plan that names weights: their scales follow. And a stage of a pipeline without quantized layers."""
+    if name == "plan":
+        rules = {f"model.layers.*.mlp.{leaf}_proj.weight": style for leaf, style in PLAN.items()}
+        modules = {f"model.layers.*.mlp.{leaf}_proj": style for leaf, style in PLAN.items()}
+        layout = DistributedConfig(tp_size=2, tp_plan=rules | modules)
+        model = LlamaForCausalLM.from_pretrained(
+            folder / "llama.block128", quantization_config=FP8Config(backend="weight_only"), dtype=torch.float32,
+            distributed_config=layout,
+        )  # fmt: skip
+        return causal(model)
+    model = load(folder / "partly", "pp2")
+    model.save_pretrained(folder / "saved")
+    return causal(model)
+
+
+PLAN = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+
+
+@pytest.mark.slow
+def test_own_plans_and_partly_quantized_stages(tmp_path: Path) -> None:
+    make("llama", "block128", tmp_path / "llama.block128")
+    write(
+        tiny_llama(num_key_value_heads=4), tmp_path / "partly",
+        quantized=lambda name: "layers.0." in name and is_linear(name), ignore=["lm_head", "re:.*layers.1.*"],
+    )  # fmt: skip
+    for name, path in (("plan", "llama.block128"), ("stages", "partly")):
+        wanted = causal(load(tmp_path / path, "one"))
+        assert all(error(found, wanted) <= 1e-5 for found in run(2, own_plan, [name], tmp_path)[name])
+    assert differing(tensors(tmp_path / "saved"), tensors(tmp_path / "partly")) == []
+
+
 def generated(name: str, folder: Path) -> torch.Tensor:
     model = load(folder / "llama.block128", name)
     ids: torch.Tensor = model.generate(torch.arange(8).unsqueeze(0), max_new_tokens=12, do_sample=False)

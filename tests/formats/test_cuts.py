@@ -19,7 +19,8 @@ GRANULARITIES = (TENSOR, ROW, Granularity(1, 32), Granularity(32, 32), Granulari
 
 def parts(n: int, k: int, index: int, of: int) -> list[MatrixPart]:
     found = [MatrixPart(Cut(n, index, of), Cut(k)), MatrixPart(Cut(n), Cut(k, index, of))]
-    return [*found, MatrixPart(Cut(n, index, of, pieces=2), Cut(k))] if n % 2 == 0 else found
+    packed = [MatrixPart(Cut(n, index, of, pieces=2), Cut(k))] if n % 2 == 0 else []
+    return [*found, *packed, *([MatrixPart(Cut(n), Cut(k, index, of, pieces=2))] if k % 2 == 0 else [])]
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
