@@ -10,9 +10,9 @@ from torch import nn
 from ..formats.code_types import FP8
 from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
+from ..nn.dtensors import local
 from ..nn.experts import QuantizedExperts
 from ..nn.linear import QuantizedLinear
-from ..nn.shard import local
 from ..nn.swap import submodule
 from .rows import aligned
 from .running import device_of, dtype_of

@@ -15,7 +15,7 @@ from accelerate.utils import fsdp_utils
 from ..formats.code_types import FP8
 from ..formats.quantized_weight.tensor import codes_of
 from ..nn.base import QuantizedModule
-from ..nn.parameters import seen_as
+from ..nn.dtensors import seen_as
 from .patches import wrap
 
 

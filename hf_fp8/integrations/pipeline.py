@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..loading.dtypes import dtype_of
+from ..loading.dtypes import float_parameter
 from .patches import bind, original
 
 
@@ -18,17 +18,21 @@ def send_floats(model: Any) -> None:
     """
     stage = getattr(model, "_pp_stage", None)
     if stage is not None:
-        stage.hf_fp8_dtype = dtype_of(model)
+        stage.hf_fp8_like = float_parameter(model)
         bind(stage, "communicate", _communicate)
         bind(stage, "broadcast_from_last", _broadcast)
 
 
 def _communicate(stage: Any, *args: Any, dtype: torch.dtype, **kwargs: Any) -> Any:
-    return original(stage, "communicate")(*args, dtype=stage.hf_fp8_dtype, **kwargs)
+    return original(stage, "communicate")(*args, dtype=_dtype(stage, dtype), **kwargs)
 
 
 def _broadcast(stage: Any, *args: Any, dtype: torch.dtype, **kwargs: Any) -> Any:
-    return original(stage, "broadcast_from_last")(*args, dtype=stage.hf_fp8_dtype, **kwargs)
+    return original(stage, "broadcast_from_last")(*args, dtype=_dtype(stage, dtype), **kwargs)
+
+
+def _dtype(stage: Any, dtype: torch.dtype) -> torch.dtype:
+    return dtype if stage.hf_fp8_like is None else stage.hf_fp8_like.dtype
 
 
 def collect(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from ..loading.layout import Layout
 from ..loading.ops import Reshape
 from ..loading.parts import Parts, parts_of
 from ..nn.base import QuantizedModule
+from ..nn.dtensors import is_dtensor
 from ..nn.experts import QuantizedExperts
 from ..nn.linear import QuantizedLinear
 from ..nn.shard import Shard
@@ -240,7 +241,7 @@ def slice_and_cat(host: Any, self: Any, source: Any, intervals: list[list[tuple[
 
 def is_sharded(model: Any) -> bool:
     """Whether the host has sharded parameters of `model`, which are not loaded yet."""
-    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def will_shard(model: Any) -> bool:
@@ -283,7 +284,7 @@ def gathered_state(model: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name in list(state):
         tensor = state.pop(name)
-        if type(tensor).__name__ == "DTensor":
+        if is_dtensor(tensor):
             is_whole, tensor = False, tensor.full_tensor().cpu()
         found[name] = codes_of(tensor)
         if not is_whole and not needs:

@@ -46,8 +46,13 @@ def dtype_of(model: PreTrainedModel) -> torch.dtype:
 
     `PreTrainedModel.dtype` is that of the first parameter, whichever it is.
     """
+    found = float_parameter(model)
+    return model.dtype if found is None else found.dtype
+
+
+def float_parameter(model: PreTrainedModel) -> torch.nn.Parameter | None:
+    """The first parameter that has the dtype of the model, as `dtype_of` finds it."""
     plan = DtypePlan(model, torch.bfloat16)
     quantized = {id(p) for module in model.modules() if isinstance(module, QuantizedModule) for p in module.of_codes()}
-    held = ((name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in quantized)
-    dtype: torch.dtype = next((dtype for name, dtype in held if plan.wanted(name) is None), model.dtype)
-    return dtype
+    held = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in quantized)
+    return next((p for name, p in held if plan.wanted(name) is None), None)

@@ -16,8 +16,9 @@ from ..formats.quantized_weight.casts import codes_for_certain, is_certain, refu
 from ..formats.quantized_weight.source import Decoder
 from ..formats.quantized_weight.tensor import QuantizedWeight, codes_of, export, is_cast_of, is_whole
 from ..formats.weights import Change
-from .parameters import held_by, let_gather, plain_scale, scale_held
-from .shard import Shard, gathered, local
+from .dtensors import gathered, is_dtensor, local
+from .parameters import held_by, plain_scale, scale_held
+from .shard import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,7 +92,7 @@ class QuantizedModule(nn.Module):
         Raises UnsupportedError if the scales do not fit, and for values that were cast to the dtype of codes.
         """
         before: Any = self._parameters.get(name)
-        if local(param) is not param:  # FSDP shards the codes that it gathered
+        if is_dtensor(param):  # FSDP shards the codes that it gathered
             return
         if type(param) is not QuantizedWeight:
             if type(before) is QuantizedWeight and self.original_dtype is not None and before.dtype == param.dtype:
@@ -215,7 +216,7 @@ class QuantizedModule(nn.Module):
         self.refuse_parametrized()
         for name in self.holds:
             sharded: Any = self._parameters.get(name)
-            if local(sharded) is not sharded and sharded.dtype == self.form_of(name)[0]:
+            if is_dtensor(sharded) and sharded.dtype == self.form_of(name)[0]:
                 continue  # the shape of a DTensor cannot be changed
             self.held_codes(name)
             self.held_scale(name)
@@ -268,7 +269,7 @@ class QuantizedModule(nn.Module):
     @property
     def is_sharded(self) -> bool:
         """Whether this process holds only a part of the codes now: tensor or expert parallelism, or FSDP between two calls."""
-        return any(local(held := self._parameters.get(name)) is not held for name in self.holds)
+        return any(is_dtensor(self._parameters.get(name)) for name in self.holds)
 
     def outline(self, dtype: torch.dtype) -> nn.Module:
         """As `to_dense`, with NaN weights that take no memory."""
@@ -343,7 +344,7 @@ class QuantizedModule(nn.Module):
 
     def _sharded(self) -> dict[str, Any]:
         """Codes and scales that are DTensors."""
-        return {name: held for name in self.quantized if local(held := self._parameters.get(name)) is not held}
+        return {name: held for name in self.quantized if is_dtensor(held := self._parameters.get(name))}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.refuse_replaced()
@@ -352,7 +353,6 @@ class QuantizedModule(nn.Module):
             for name in self.holds:
                 if prefix + name in destination:
                     export(destination[prefix + name], self.decoder(name))
-                    let_gather(self, name, destination[prefix + name])
 
     def _load_from_state_dict(
         self,

@@ -19,11 +19,12 @@ from ..formats.weights import Change
 from ..kernels import Routing
 from . import expert_weights as stacks
 from .base import OF_AN_INSTANCE, QuantizedModule
+from .dtensors import local
 from .expert_weights import LowRank, product
 from .experts_layout import ExpertsLayout, Projection
 from .grouped import known, route, scaled_grouped_linear
 from .parameters import plain_scale
-from .shard import Shard, local
+from .shard import Shard
 
 # Few tokens are not sorted by expert: sorting costs five kernel launches, and only avoids reading an expert again for each
 # further token that chose it. If the k experts of each token are random, (T - 1) * k / 2E of the bytes are read again;

@@ -19,11 +19,12 @@ from ..formats.scheme import INT8_DYNAMIC, Scheme, scale_shape
 from ..formats.storage import format_of
 from ..formats.weights import Change, quantize_weight, requantize, scale_dtype_of
 from .base import QuantizedModule, moved_as_it_is
+from .dtensors import local
 from .functional import scaled_linear
 from .originals import as_it_is, is_changed, kept, refuse_changed
 from .parameters import plain_scale
 from .prepared import PreparedCall
-from .shard import Shard, local
+from .shard import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self

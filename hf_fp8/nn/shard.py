@@ -1,9 +1,8 @@
-"""What a process holds of codes that several processes share (`Shard`), and the tensors of a sharded parameter."""
+"""What a process holds of codes that several processes share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -62,22 +61,3 @@ class Shard:
         """The `Across.text` for inputs whose scales are computed from them; "" if each process has all columns they need."""
         given = self.whole.input
         return across(self.part.cols, given.granularity, self.group) if given is not None and given.dynamic else ""
-
-
-def local(tensor: Any) -> Any:
-    """What this process holds of a parameter: the local tensor of a DTensor; others unchanged."""
-    return tensor._local_tensor if type(tensor).__name__ == "DTensor" else tensor
-
-
-def gathered(tensor: Any) -> Any:
-    """The whole of a parameter, on every process: all of them must call it. Others than DTensors unchanged."""
-    return tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor
-
-
-def sharded_like(tensor: torch.Tensor, other: Any) -> Any:
-    """`tensor`, which every process has as a whole, sharded as `other` is; unchanged if that is no DTensor."""
-    if type(other).__name__ != "DTensor":
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)

@@ -19,10 +19,10 @@ from ..formats.scheme import CODE_MAX, Scheme
 from ..formats.weights import least_scale
 from ..kernels import Routing
 from ..nn.base import QuantizedModule
+from ..nn.dtensors import sharded_like
 from ..nn.experts import QuantizedExperts
 from ..nn.experts_layout import Projection
 from ..nn.linear import QuantizedLinear
-from ..nn.shard import sharded_like
 from .observers import DEFAULT, Observer, over_ranks, prototype_of
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...nn.base import QuantizedModule
+from ...nn.dtensors import is_dtensor
 
 # The mark that transformers' Trainer leaves on parameters whose gradients are averaged.
 _MARK = "_replicated_grad_hook_registered"
@@ -24,7 +25,7 @@ def mesh_of(model: nn.Module) -> Any:
     for module in model.modules():
         for codes in module.holds if isinstance(module, QuantizedModule) else ():
             parameter: Any = module._parameters.get(codes)
-            if type(parameter).__name__ == "DTensor" and not module.shards:
+            if is_dtensor(parameter) and not module.shards:
                 return parameter.device_mesh
     return None
 
@@ -35,7 +36,7 @@ def keep_alike(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     if mesh is None:
         return
     for parameter in parameters:
-        if type(parameter).__name__ == "DTensor" or getattr(parameter, _MARK, False):
+        if is_dtensor(parameter) or getattr(parameter, _MARK, False):
             continue
         for group in mesh.get_all_groups():
             torch.distributed.broadcast(parameter.detach(), group=group, group_src=0)
