@@ -16,7 +16,7 @@ from ..formats.quantized_weight.casts import codes_for_certain, is_certain, refu
 from ..formats.quantized_weight.source import Decoder
 from ..formats.quantized_weight.tensor import QuantizedWeight, codes_of, export, is_cast_of, is_whole
 from ..formats.weights import Change
-from .dtensors import gathered, is_dtensor, local
+from .dtensors import gathered, is_dtensor, let_gather, local
 from .parameters import held_by, plain_scale, scale_held
 from .shard import Shard
 
@@ -353,6 +353,7 @@ class QuantizedModule(nn.Module):
             for name in self.holds:
                 if prefix + name in destination:
                     export(destination[prefix + name], self.decoder(name))
+                    let_gather(self, name, destination[prefix + name])  # FSDP may have put it into `_parameters`
 
     def _load_from_state_dict(
         self,

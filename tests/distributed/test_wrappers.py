@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from support.build import stock_transformers
+from support.ranks import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -73,43 +74,41 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def process(rank: int, folder: str, ways: dict[str, Callable[[nn.Module], nn.Module]]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for name, way in ways.items():
-        for scheme in SCHEMES:
-            model = way(adapted(scheme))
-            net = model.module.base_model.model if hasattr(model, "module") else model.base_model.model
-            by_hand = None
-            if name == "sharded":
-                fused = fully_shard(Fused(adapted(scheme)))
-                head = whole(net.lm_head.weight)  # between two forwards, as a fused loss of trl's reads it
-                by_hand = (
-                    fused(batch(rank)).detach(),
-                    head.to(torch.float32),
-                    head.codes,
-                    whole(net.state_dict()["lm_head.weight"]).codes,
-                )
-            found = gradients(model, batch(rank))
-            kinds = {n: str(p.dtype) for n, p in net.named_parameters()}
-            torch.save((found, kinds, by_hand), f"{folder}/{name}-{scheme}-{rank}.pt")
-    for scheme in SCHEMES:  # as scripts do it that know no DDP
-        model = adapted(scheme)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if rank and parameter.is_floating_point() and parameter.itemsize > 1:
-                    parameter.data *= 3
-            net = model.base_model.model
-            if rank:
-                net.lm_head.weight.codes.copy_(net.lm_head.weight.codes.roll(1, 0))
-            for parameter in model.parameters():
-                dist.broadcast(parameter.data, 0)
-        refused = ""
-        try:
-            dist.all_reduce(net.lm_head.weight)
-        except hf_fp8.errors.UnsupportedError as error:
-            refused = str(error)
-        torch.save((net.lm_head.dequantized_weight(), refused), f"{folder}/sent-{scheme}-{rank}.pt")
-    dist.destroy_process_group()
+def work(name: str, folder: Path) -> tuple[Any, ...]:
+    way, scheme = name.split(".")
+    rank = dist.get_rank()
+    if way == "sent":
+        return sent(scheme, rank)
+    model = (data_parallel if way == "replicated" else sharded)(adapted(scheme))
+    net = model.module.base_model.model if hasattr(model, "module") else model.base_model.model
+    by_hand = None
+    if way == "sharded":
+        fused = fully_shard(Fused(adapted(scheme)))
+        head = whole(net.lm_head.weight)  # between two forwards, as a fused loss of trl's reads it
+        saved = whole(net.state_dict()["lm_head.weight"])
+        by_hand = fused(batch(rank)).detach(), head.to(torch.float32), head.codes, saved.codes
+    found = gradients(model, batch(rank))
+    return found, {n: str(p.dtype) for n, p in net.named_parameters()}, by_hand
+
+
+def sent(scheme: str, rank: int) -> tuple[torch.Tensor, str]:
+    """Parameters are sent as scripts do it that know no DDP."""
+    model = adapted(scheme)
+    net = model.base_model.model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if rank and parameter.is_floating_point() and parameter.itemsize > 1:
+                parameter.data *= 3
+        if rank:
+            net.lm_head.weight.codes.copy_(net.lm_head.weight.codes.roll(1, 0))
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
+    refused = ""
+    try:
+        dist.all_reduce(net.lm_head.weight)
+    except hf_fp8.errors.UnsupportedError as error:
+        refused = str(error)
+    return net.lm_head.dequantized_weight(), refused
 
 
 class Fused(nn.Module):
@@ -123,15 +122,15 @@ class Fused(nn.Module):
 
 @pytest.mark.slow
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    ways = {"replicated": data_parallel, "sharded": sharded}
-    torch.multiprocessing.spawn(process, (str(tmp_path), ways), nprocs=2)
+    ways = ("replicated", "sharded")
+    results = run(2, work, [f"{way}.{scheme}" for way in (*ways, "sent") for scheme in SCHEMES], tmp_path)
     for scheme in SCHEMES:
         each = [gradients(adapted(scheme), batch(rank)) for rank in (0, 1)]
         wanted = {name: (each[0][name] + each[1][name]) / 2 for name in each[0]}
         codes = {f"{name}.weight" for name in ("a.base_layer", "b.base_layer", "lm_head")}
         for name in ways:
             for rank in (0, 1):
-                found, kinds, by_hand = torch.load(tmp_path / f"{name}-{scheme}-{rank}.pt")
+                found, kinds, by_hand = results[f"{name}.{scheme}"][rank]
                 assert found.keys() == wanted.keys()
                 for key, gradient in wanted.items():
                     assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm(), (name, scheme, key)
@@ -144,8 +143,8 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
                     assert all(torch.equal(read, net.lm_head.weight) for read in codes_read)
 
     for scheme in SCHEMES:
-        sent, refused = torch.load(tmp_path / f"sent-{scheme}-1.pt")
-        assert torch.equal(sent, adapted(scheme).base_model.model.lm_head.dequantized_weight())
+        received, refused = results[f"sent.{scheme}"][1]
+        assert torch.equal(received, adapted(scheme).base_model.model.lm_head.dequantized_weight())
         assert "lm_head.weight holds codes" in refused and "all_reduce" in refused
 
 

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,53 @@ Work = Callable[[str, Path], Any]
 def run(n: int, work: Work, names: Sequence[str], folder: Path) -> dict[str, list[Any]]:
     """``work(name, folder)`` for each name in `n` processes at once: name -> the results by rank.
 
-    Raises what a process raised. work: at the top level of a module.
+    Raises what a process raised. work: at the top level of a module. The processes live until `close`, or until another number
+    of them is asked for, as they need many seconds to start.
     """
-    torch.multiprocessing.spawn(_process, (n, work, names, folder), nprocs=n)
+    if len(_connections) != n:
+        close()
+        _start(n, folder)
+    for connection in _connections:
+        connection.send((work, names, folder))
+    waiting = {connection: rank for rank, connection in enumerate(_connections)}
+    while waiting:
+        for connection in wait(list(waiting)):
+            try:
+                failure = connection.recv()  # type: ignore[union-attr]
+            except EOFError:
+                failure = "it ended"
+            rank = waiting.pop(connection)  # type: ignore[arg-type]
+            if failure:
+                close()  # the others may wait for this process
+                raise RuntimeError(f"process {rank} of {n}: {failure}")
     return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(n)] for name in names}
 
 
-def _process(rank: int, n: int, work: Work, names: Sequence[str], folder: Path) -> None:
+_connections: list[Connection] = []
+_processes: list[Any] = []
+
+
+def _start(n: int, folder: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    for rank in range(n):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_process, args=(rank, n, theirs, folder / f"rendezvous-{n}"), daemon=True)
+        process.start()
+        theirs.close()  # so that its end is seen here
+        _connections.append(ours)
+        _processes.append(process)
+
+
+def close() -> None:
+    """End the processes of `run`."""
+    for process in _processes:
+        process.kill()
+        process.join()
+    _connections.clear()
+    _processes.clear()
+
+
+def _process(rank: int, n: int, connection: Connection, rendezvous: Path) -> None:
     import transformers
 
     # What transformers and accelerate ask for; nothing listens at that port.
@@ -52,16 +93,18 @@ def _process(rank: int, n: int, work: Work, names: Sequence[str], folder: Path) 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity(50)
     thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]  # as conftest does in the first process
-    place = folder / f"rendezvous-{n}-{names[0]}"
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=n, timeout=timedelta(minutes=5))
-    for name in names:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n, timeout=timedelta(minutes=5))
+    while True:
+        failure = ""
         try:
-            found = work(name, folder)
+            work, names, folder = connection.recv()
+            for name in names:
+                torch.save(work(name, folder), folder / f"{name}-{rank}.pt")
+        except EOFError:  # the first process has ended
+            return
         except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # the others may wait for this process
-        torch.save(found, folder / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
+            failure = traceback.format_exc()
+        connection.send(failure)
 
 
 def llama() -> PreTrainedModel:
