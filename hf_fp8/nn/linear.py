@@ -63,6 +63,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     _prepared: PreparedCall | None = None
     _across: str = ""  # see `scaled_linear`
+    _hf_quantized_needs_local_tp = True  # transformers: under tensor parallelism inputs are plain tensors, also for training
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
     weight_scale: nn.Parameter
 

@@ -43,7 +43,7 @@ def run(n: int, work: Work, names: Sequence[str], folder: Path) -> dict[str, lis
     """
     if len(_connections) != n:
         close()
-        _start(n, folder)
+        _start(n)
     for connection in _connections:
         connection.send((work, names, folder))
     waiting = {connection: rank for rank, connection in enumerate(_connections)}
@@ -64,11 +64,11 @@ _connections: list[Connection] = []
 _processes: list[Any] = []
 
 
-def _start(n: int, folder: Path) -> None:
+def _start(n: int) -> None:
     context = torch.multiprocessing.get_context("spawn")
     for rank in range(n):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_process, args=(rank, n, theirs, folder / f"rendezvous-{n}"), daemon=True)
+        process = context.Process(target=_process, args=(rank, n, theirs), daemon=True)
         process.start()
         theirs.close()  # so that its end is seen here
         _connections.append(ours)
@@ -84,7 +84,7 @@ def close() -> None:
     _processes.clear()
 
 
-def _process(rank: int, n: int, connection: Connection, rendezvous: Path) -> None:
+def _process(rank: int, n: int, connection: Connection) -> None:
     import transformers
 
     # What transformers and accelerate ask for; nothing listens at that port.
@@ -93,13 +93,15 @@ def _process(rank: int, n: int, connection: Connection, rendezvous: Path) -> Non
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity(50)
     thresholds.Int8Cost.limit = limit_as_of_large_layers  # type: ignore[method-assign]  # as conftest does in the first process
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n, timeout=timedelta(minutes=5))
     while True:
         failure = ""
         try:
             work, names, folder = connection.recv()
             for name in names:
+                place = f"file://{folder}/rendezvous-{n}-{name}"
+                dist.init_process_group("gloo", init_method=place, rank=rank, world_size=n, timeout=timedelta(minutes=5))
                 torch.save(work(name, folder), folder / f"{name}-{rank}.pt")
+                dist.destroy_process_group()  # each load makes groups, and each of these threads
         except EOFError:  # the first process has ended
             return
         except BaseException:
