@@ -26,6 +26,7 @@ from transformers import (
 
 import hf_fp8
 from hf_fp8 import FP8Config
+from hf_fp8.checkpoint import config_groups
 from hf_fp8.errors import ConfigError, MismatchError, MissingTensorError, ScaleError, UnsupportedError
 from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
@@ -505,6 +506,22 @@ def test_a_pattern_that_takes_for_ever(where: str, tmp_path: Path) -> None:
     write(tiny_llama(), tmp_path, config_edit=edit)
     with pytest.raises(ConfigError, match="takes more than"):
         load(tmp_path)
+
+
+def test_a_busy_machine_does_not_make_a_pattern_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    class Stalled:
+        """The clock runs on while other programs run, and no time of this one passes."""
+
+        def match(self, name: str, timeout: float) -> object:
+            asked.append(timeout)
+            if timeout < 1:
+                raise TimeoutError
+            return object()
+
+    monkeypatch.setattr(config_groups, "_compiled", lambda pattern: Stalled())
+    assert config_groups.fits(".*router", "embed_tokens") and len(asked) == 3
 
 
 def test_scales_of_groups_with_a_dimension_of_one(tmp_path: Path) -> None:
