@@ -294,8 +294,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_scales = {name: tensors[key] for name, key in cast.items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.layout is not None and self.layout.broken:
-            raise ScaleError("; ".join(self.layout.broken))
+        if self.layout is not None and (broken := sharding.of_all(model, self.layout.broken)):
+            raise ScaleError("; ".join(broken))
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.freeze()

@@ -193,16 +193,18 @@ def _refuse(module: QuantizedModule, leaf: str, shard: Shard) -> None:
             "the module out of the plan (tp_plan)"
         )
     given = shard.whole.input
-    if cols.of > 1 and not cols.is_even and given is not None and given.dynamic:
-        raise UnsupportedError(
-            f"{called}: {cols.size} columns are not a multiple of {cols.of} processes, which quantize inputs together: use "
-            "another tp_size, or load with FP8Config(dequantize=True)"
-        )
-    if cols.of > 1 and cols.pieces > 1 and given is not None and given.dynamic and given.granularity.cols > 1:
-        raise UnsupportedError(
-            f"{called}: inputs are quantized by groups of columns, and each process has columns of {cols.pieces} matrices: use "
-            "another plan (tp_plan), or load with FP8Config(dequantize=True)"
-        )
+    if cols.of > 1 and given is not None and given.dynamic and module.backend != "weight_only":
+        advice = "or load with FP8Config(backend='weight_only') or FP8Config(dequantize=True)"
+        if not cols.is_even:  # processes could choose different kernels, and one of them wait for the others' amax
+            raise UnsupportedError(
+                f"{called}: {cols.size} columns are not a multiple of {cols.of} processes, which quantize inputs together: use "
+                f"another tp_size, {advice}"
+            )
+        if cols.pieces > 1 and given.granularity.cols > 1:
+            raise UnsupportedError(
+                f"{called}: inputs are quantized by groups of columns, and each process has columns of {cols.pieces} matrices: "
+                f"use another plan (tp_plan), {advice}"
+            )
     extent = shard.whole.weight.granularity.cols
     if cols.of > 1 and extent > 1 and cols.unit(extent) == 1:
         raise UnsupportedError(
@@ -240,7 +242,7 @@ def slice_and_cat(host: Any, self: Any, source: Any, intervals: list[list[tuple[
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether the host has sharded parameters of `model`, which are not loaded yet."""
+    """Whether the host has sharded parameters of `model`."""
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
@@ -248,6 +250,15 @@ def will_shard(model: Any) -> bool:
     """Whether the host will shard parameters of `model`, which is being built."""
     asked = getattr(model.config, "distributed_config", None)  # as a dict it is of an earlier load: the host ignores it
     return isinstance(asked, DistributedConfig) and max(asked.tp_size, asked.ep_size, asked.dp_size) > 1
+
+
+def of_all(model: Any, texts: list[str]) -> list[str]:
+    """`texts` of all processes that load `model` together, without repetitions: each may have read other weights."""
+    if not is_sharded(model) and getattr(model, "_pp_stage", None) is None:
+        return texts
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, texts)
+    return list(dict.fromkeys(text for each in found for text in each))
 
 
 def sources(

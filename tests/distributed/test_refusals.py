@@ -22,7 +22,7 @@ from hf_fp8 import FP8Config
 from hf_fp8.formats.scheme import Granularity
 from hf_fp8.nn.linear import QuantizedLinear
 
-STATIC = FP8Config("FP8_STATIC")
+WEIGHT_ONLY = FP8Config(backend="weight_only")
 
 
 def message(call: Any) -> str:
@@ -37,7 +37,7 @@ def work(name: str, folder: Path) -> Any:
     if name in ("heads", "columns", "block", "rows"):
         cls = MixtralForCausalLM if name == "heads" else LlamaForCausalLM
         size = {"tp_size": dist.get_world_size()}
-        options = {"quantization_config": FP8Config(backend="weight_only"), "dtype": torch.float32}
+        options = {"quantization_config": FP8Config(), "dtype": torch.float32}
         return message(lambda: cls.from_pretrained(folder / name, distributed_config=DistributedConfig(**size), **options))
     if name == "adapters":
         found = [message(lambda: get_peft_model(load(folder / "llama.channel", "tp2"), LoraConfig(target_modules=["q_proj"])))]
@@ -69,6 +69,11 @@ def work(name: str, folder: Path) -> Any:
     return None
 
 
+def uneven(name: str, folder: Path) -> torch.Tensor:
+    options: Any = {"quantization_config": WEIGHT_ONLY, "dtype": torch.float32}
+    return causal(LlamaForCausalLM.from_pretrained(folder / name, distributed_config=DistributedConfig(tp_size=3), **options))
+
+
 def test_layers_that_cannot_be_cut(tmp_path: Path) -> None:
     write(mixtral(), tmp_path / "heads", quantized=is_linear)
     odd = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}
@@ -76,6 +81,11 @@ def test_layers_that_cannot_be_cut(tmp_path: Path) -> None:
     options: Any = {"weight": Granularity(32, 32), "inputs": group_input(32), "scale_dtype": torch.float32}
     write(tiny_llama(**odd, intermediate_size=93), tmp_path / "block", **options)
     write(tiny_llama(**odd, intermediate_size=4), tmp_path / "rows")
+    wanted = causal(
+        LlamaForCausalLM.from_pretrained(tmp_path / "columns", quantization_config=WEIGHT_ONLY, dtype=torch.float32)
+    )
+    for logits in run(3, uneven, ["columns"], tmp_path)["columns"]:
+        assert error(logits, wanted) <= 1e-5
     found = run(3, work, ["heads", "columns", "block", "rows"], tmp_path)
     for name, said in {
         "heads": "q_proj has 4 heads of 16, which 3 processes cannot share: use a tp_size that divides 4",
@@ -166,6 +176,20 @@ def test_quantizing_while_loading(tmp_path: Path) -> None:
         found, wanted = tensors(tmp_path / name), tensors(tmp_path / "one")
         measured = [key for key in differing(found, wanted) if not key.endswith("input_scale")]
         assert found.keys() == wanted.keys() and measured == []
+
+
+def broken(name: str, folder: Path) -> str:
+    return message(lambda: load(folder / "broken", name, FP8Config("FP8_DYNAMIC", experts="fp8"), dtype=torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_all_processes_find_what_one_of_them_reads(tmp_path: Path) -> None:
+    model = mixtral()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    for found in run(2, broken, ["tp2", "ep2", "fsdp2", "pp2"], tmp_path).values():
+        assert found[0] == found[1] and "experts.3.w2" in found[0] and found[0].startswith("ScaleError")
 
 
 @pytest.mark.slow

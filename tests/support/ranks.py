@@ -9,6 +9,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -44,8 +45,9 @@ def run(n: int, work: Work, names: Sequence[str], folder: Path) -> dict[str, lis
     if len(_connections) != n:
         close()
         _start(n)
+    place = f"file://{folder}/{uuid4().hex}"
     for connection in _connections:
-        connection.send((work, names, folder))
+        connection.send((work, names, folder, place))
     waiting = {connection: rank for rank, connection in enumerate(_connections)}
     while waiting:
         for connection in wait(list(waiting)):
@@ -96,10 +98,11 @@ def _process(rank: int, n: int, connection: Connection) -> None:
     while True:
         failure = ""
         try:
-            work, names, folder = connection.recv()
+            work, names, folder, place = connection.recv()
             for name in names:
-                place = f"file://{folder}/rendezvous-{n}-{name}"
-                dist.init_process_group("gloo", init_method=place, rank=rank, world_size=n, timeout=timedelta(minutes=5))
+                dist.init_process_group(
+                    "gloo", init_method=f"{place}-{name}", rank=rank, world_size=n, timeout=timedelta(minutes=5)
+                )
                 torch.save(work(name, folder), folder / f"{name}-{rank}.pt")
                 dist.destroy_process_group()  # each load makes groups, and each of these threads
         except EOFError:  # the first process has ended
