@@ -61,7 +61,8 @@ class LazyCheckpoint:
         if pickled is not None:
             return pickled[key][slices].clone()
         found: torch.Tensor = self._file(file).get_slice(key)[slices or ...]
-        return found
+        # Rows are a view of the whole tensor, which a copy or a pickle of them would contain, too.
+        return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
     def _file(self, file: str) -> Any:
         if file not in self._opened:

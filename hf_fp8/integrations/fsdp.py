@@ -1,8 +1,8 @@
 """FSDP2 of torch and accelerate: codes (stored 8-bit values) and scales are gathered as they are, and loaded as bytes.
 
 FSDP casts parameters to the dtype of its mixed precision when it gathers them: codes would become numbers without their scale,
-and scales would be rounded. accelerate sends all parameters from the first process to the others, but neither gloo nor NCCL
-(before compute capability 9.0) can send FP8.
+and scales would be rounded. accelerate, and torch's `set_model_state_dict`, send parameters from the first process to the
+others, but neither gloo nor NCCL (before compute capability 9.0) can send FP8.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ def install() -> None:
     """Wrap functions of accelerate and torch. Harmless when repeated."""
     wrap(fsdp_utils, "fsdp2_load_full_state_dict", _load_full_state_dict)
     if torch.distributed.is_available():  # some builds of torch have no processes
+        from torch.distributed.checkpoint import state_dict
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
         wrap(FSDPParam, "init_dtype_attrs", _init_dtypes)
+        for name in ("_broadcast_state_dict", "_distribute_state_dict"):
+            wrap(state_dict, name, _fill)
 
 
 def _init_dtypes(host: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,6 +42,15 @@ def _load_full_state_dict(host: Any, accelerator: Any, model: Any, full_sd: dict
     given = {name: _as_bytes(tensor) for name, tensor in full_sd.items()}
     host(accelerator, _OfBytes(model), given, *args, **kwargs)
     return model
+
+
+def _fill(host: Any, full: dict[str, Any], local: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """The functions with which `set_model_state_dict` fills `local`, which has sharded tensors, from whole ones, `full`."""
+    codes = {name for name, tensor in local.items() if isinstance(tensor, torch.Tensor) and tensor.dtype == FP8}
+    found = {name: _as_bytes(tensor) for name, tensor in local.items()}
+    host({name: _as_bytes(tensor) for name, tensor in full.items()}, found, *args, **kwargs)
+    local.clear()
+    local.update({name: seen_as(tensor, FP8) if name in codes else tensor for name, tensor in found.items()})
 
 
 def _as_bytes(tensor: Any) -> Any:

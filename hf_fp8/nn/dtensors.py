@@ -52,6 +52,8 @@ def _replace_methods(tensor: Any, *place: Any) -> None:
     tensor.full_tensor = partial(_gathered, *place)
     tensor.detach = partial(_detached, *place)
     tensor.redistribute = partial(_redistributed, *place[1:])
+    tensor.__deepcopy__ = partial(_copied, *place[1:])
+    tensor.__reduce_ex__ = partial(_reduced, *place[1:])
     for name in ("to", "type", "float", "double", "half", "bfloat16"):
         setattr(tensor, name, partial(_uncast, *place, name))
 
@@ -60,12 +62,15 @@ def seen_as(tensor: Any, dtype: torch.dtype) -> Any:
     """`tensor`, which may be a DTensor, in the same memory with another dtype of one byte."""
     if not is_dtensor(tensor):
         return tensor.view(dtype)
+    return _like(tensor, tensor._local_tensor.view(dtype))
+
+
+def _like(tensor: Any, local: torch.Tensor) -> Any:
+    """A DTensor of `local`, sharded as the DTensor `tensor` is."""
     from torch.distributed.tensor import DTensor  # takes long to import, and is imported already
 
     place = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(
-        tensor._local_tensor.view(dtype), *place, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    return DTensor.from_local(local, *place, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def _uncast(module: Any, leaf: str, pieces: weakref.ref[Any], name: str, *args: Any, **kwargs: Any) -> Any:
@@ -87,6 +92,23 @@ def _detached(module: weakref.ref[Any], leaf: str, pieces: weakref.ref[Any]) -> 
     found = type(sharded).detach(sharded)
     _replace_methods(found, module, leaf, pieces)  # of the parameter: `found` may live only until its method is called
     return found
+
+
+def _copied(leaf: str, pieces: weakref.ref[Any], memo: dict[int, Any]) -> Any:
+    sharded = _alive(leaf, pieces)
+    memo[id(sharded)] = found = _plain(sharded, sharded._local_tensor.clone())
+    return found
+
+
+def _reduced(leaf: str, pieces: weakref.ref[Any], protocol: int) -> Any:
+    sharded = _alive(leaf, pieces)
+    return _plain(sharded, sharded._local_tensor).__reduce_ex__(protocol)
+
+
+def _plain(sharded: Any, local: torch.Tensor) -> Any:
+    """A DTensor, or parameter, like `sharded` without the methods that are replaced on it."""
+    found = _like(sharded, local)
+    return torch.nn.Parameter(found, requires_grad=False) if isinstance(sharded, torch.nn.Parameter) else found
 
 
 def _redistributed(leaf: str, pieces: weakref.ref[Any], *args: Any, **kwargs: Any) -> Any:

@@ -59,7 +59,7 @@ def work(name: str, folder: Path) -> Any:
     ids = torch.arange(24).reshape(2, 12)
 
     def calibrated() -> None:
-        with hf_fp8.calibrate(model, observer="amax"), torch.no_grad():
+        with hf_fp8.calibrate(model, observer="amax"):
             model(input_ids=ids + (dist.get_rank() if layout == "fsdp2" else 0), use_cache=False)
 
     if layout in ("pp2", "ep2"):
