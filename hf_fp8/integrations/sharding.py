@@ -63,7 +63,7 @@ def _refuse_split_heads(model: Any, path: str, module: QuantizedModule) -> None:
     if heads % tp_size:
         raise UnsupportedError(
             f"{path} has {heads} heads of {size}, which {tp_size} processes cannot share: use a tp_size that divides {heads}, "
-            "or expert parallelism or FSDP (ep_size, fsdp_size in DistributedConfig)"
+            "or FSDP instead (fsdp_size in DistributedConfig, which goes with ep_size, too)"
         )
 
 

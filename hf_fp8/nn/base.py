@@ -279,8 +279,8 @@ class QuantizedModule(nn.Module):
         """Raise UnsupportedError if this process holds only a part of the weights, which `what` needs as a whole."""
         if self.is_sharded:
             raise UnsupportedError(
-                f"{self.called()} is sharded over processes, and cannot be {what}: save the model (save_pretrained) and load "
-                "it in one process, or load it with FP8Config(dequantize=True)"
+                f"{self.called()} is sharded over processes, and cannot be {what}: load the checkpoint in one process "
+                "for that (and adapters, if there are any: PeftModel.from_pretrained)"
             )
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:

@@ -18,6 +18,7 @@ from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
 from ..nn.base import QuantizedModule
 from ..nn.conv import QuantizedConv1x1
+from ..nn.dtensors import is_dtensor
 from ..nn.linear import ORIGINALS, QuantizedLinear, refuse_torn
 from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module
 from .candidates import Choice, Filter, choose
@@ -65,12 +66,14 @@ def quantize_model(
     compressed-tensors checkpoint (`save_pretrained`), other models with `save_quantized`.
 
     Returns `model` (or the copy; or the new layer, if `model` is a Linear itself). Raises ConfigError if nothing in it can
-    be quantized and for unknown options, ScaleError for experts that are not finite; nothing is changed then.
+    be quantized and for unknown options, ScaleError for experts that are not finite, UnsupportedError for a model that is
+    sharded over processes; nothing is changed then.
     """
     if originals not in ORIGINALS:
         raise ConfigError(f"originals={originals!r}: it must be one of {', '.join(ORIGINALS)}")
     if device is not None and torch.device(device).type == "meta":
         raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
+    _refuse_sharded(model)
     config = FP8Config(backend=backend, experts=experts, backward=backward)
     config.spec = QuantizationSpec.asked(scheme, targets, ignore)
     choice = choose(model, config, filter_fn, conv1x1)
@@ -79,6 +82,15 @@ def quantize_model(
     root = _replace(model, choice, how, settings, inplace)
     _finish(root, choice, device)
     return root
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    sharded = next((name for name, parameter in model.named_parameters() if is_dtensor(parameter)), None)
+    if sharded is not None:
+        raise UnsupportedError(
+            f"{sharded} is sharded over processes, and its scales would be those of a part: quantize while loading "
+            "(from_pretrained with quantization_config=FP8Config(scheme) and the distributed_config), or before sharding"
+        )
 
 
 def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: dict[str, Any], inplace: bool) -> nn.Module:

@@ -50,6 +50,7 @@ def work(name: str, folder: Path) -> Any:
         found += [message(lambda: layer.weight.to(torch.bfloat16)), message(lambda: layer.weight.detach().float())]
         found.append(message(lambda: model.save_pretrained(folder / "parts", distributed_checkpoint=True)))
         cast = load(folder / "llama.channel", "tp2").to(torch.bfloat16)  # codes and scales stay
+        found.append(message(lambda: hf_fp8.quantize_model(load(folder / "dense", "tp2", None))))
         whole = [module.weight.full_tensor().codes.float().sum() for module in (layer, cast.model.layers[0].self_attn.q_proj)]
         kinds = {cast.model.layers[0].self_attn.q_proj.weight.dtype, causal(cast).dtype, hf_fp8.explain(cast)[0].bytes}
         return found, whole, kinds
@@ -99,13 +100,14 @@ def test_layers_that_cannot_be_cut(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adapters_and_calibration(tmp_path: Path) -> None:
-    make("llama", "channel", tmp_path / "llama.channel")
+    make("llama", "channel", tmp_path / "llama.channel").save_pretrained(tmp_path / "dense")
     make("mixtral", "static", tmp_path / "mixtral.static")
     names = ["adapters", *(f"calibrate_{layout}" for layout in ("tp2", "fsdp2", "pp2", "ep2"))]
     found = run(2, work, names, tmp_path)
     for texts in found["adapters"]:
-        (tensor_parallel, dora, pissa, called, dense, *reads, parts), (one, other), kinds = texts
+        (tensor_parallel, dora, pissa, called, dense, *reads, parts, in_place), (one, other), kinds = texts
         assert all("q_proj.weight holds codes in torch.float8_e4m3fn, sharded over processes" in text for text in reads)
+        assert "quantize while loading (from_pretrained with quantization_config" in in_place
         assert "distributed_checkpoint=True writes parts of tensors" in parts
         assert one == other and kinds == {torch.float8_e4m3fn, torch.bfloat16, 128 * 64 + 64 * 2}
         assert "q_proj is sharded by tensor or expert parallelism, and its adapters would have to be sharded" in tensor_parallel

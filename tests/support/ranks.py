@@ -172,7 +172,7 @@ def make(family: str, scheme: str, path: Path) -> PreTrainedModel:
     return model
 
 
-def load(path: Path, layout: str, config: str | FP8Config = "weight_only", **options: Any) -> Any:
+def load(path: Path, layout: str, config: str | FP8Config | None = "weight_only", **options: Any) -> Any:
     """Load a checkpoint of `make` in one of `LAYOUTS`; in float32, or float64 if the config is "exact"."""
     from transformers import AutoModelForCausalLM
 

@@ -201,9 +201,10 @@ def _refuse(config: Any, base: QuantizedModule, name: str, parameter: str | None
     elif getattr(config, "use_dora", False) and has_offloaded_params(base):
         reads = "DoRA reads the weight in each forward, and it is offloaded"
     elif base.is_sharded and (kind != "LORA" or getattr(config, "use_dora", False) or not _starts_beside(config)):
-        reads = (
-            "FSDP has sharded its weight, which these adapters read. Use LoRA without DoRA that starts beside the weight "
-            "(init_lora_weights=True), or create the adapters before FSDP wraps the model"
+        raise UnsupportedError(
+            f"{name} is a {type(base).__name__}: FSDP has sharded its weight, which these adapters read. Use LoRA without DoRA "
+            "that starts beside the weight (init_lora_weights=True); or load the model without fsdp_size, create the adapters, "
+            "and let accelerate (fsdp_version: 2) or fully_shard shard it then"
         )
     if reads is not None:
         raise UnsupportedError(f"{name} is a {type(base).__name__}: {reads}. Load with FP8Config(dequantize=True) for that")
