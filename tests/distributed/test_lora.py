@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.build import error
@@ -18,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 import hf_fp8
 from hf_fp8.nn.experts import QuantizedExperts
@@ -204,3 +207,59 @@ def test_mixed_precision(tmp_path: Path) -> None:
     for losses, dtypes in run(2, half, ["half"], tmp_path)["half"]:
         assert torch.float8_e4m3fn in dtypes
         assert max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) <= 0.05
+
+
+def trained(name: str, folder: Path) -> list[float]:
+    """The losses of transformers' Trainer, which accelerate shards with FSDP2 in two processes: two steps, and two after the
+    checkpoint."""
+    batch_size = 4 // (dist.get_world_size() if dist.is_initialized() else 1)
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 120, (32, 16), generator=generator)]
+    options: dict[str, Any] = {"logging_steps": 1, "save_steps": 2, "learning_rate": RATE, "report_to": [], "use_cpu": True}
+    losses = []
+    for max_steps in (2, 4):
+        arguments = TrainingArguments(
+            str(folder / name), per_device_train_batch_size=batch_size, max_steps=max_steps, lr_scheduler_type="constant",
+            disable_tqdm=True, **options,
+        )  # fmt: skip
+        trainer = Trainer(adapted(folder / "llama.channel", "one"), arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=max_steps > 2)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert trainer.is_fsdp_enabled is dist.is_initialized()
+    trainer.save_model(str(folder / f"adapter-{name}"))
+    return losses
+
+
+def trained_sharded(name: str, folder: Path) -> list[float]:
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true" if name == "ram_efficient" else "false",
+        }.items():  # fmt: skip  # as `accelerate launch` sets them
+            patch.setenv(key, value)
+        patch.setattr(AcceleratorState, "__init__", partialmethod(_state, AcceleratorState.__init__))
+        return trained(name, folder)
+
+
+def _state(self: Any, host: Any, *args: Any, **kwargs: Any) -> None:
+    """`AcceleratorState.__init__`, which uses FSDP only on accelerators: here it is told that it is on one."""
+    plugin = kwargs.get("fsdp_plugin") or self._shared_state.get("fsdp_plugin")
+    host(self, *args, **kwargs)
+    if plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path: Path) -> None:
+    """transformers' Trainer over FSDP2 of accelerate, resumed, and its adapters loaded by one process."""
+    make("llama", "channel", tmp_path / "llama.channel")
+    wanted = trained("alone", tmp_path)
+    for name, ranks in run(2, trained_sharded, ["whole", "ram_efficient"], tmp_path).items():
+        for losses in ranks:
+            assert max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) <= 1e-4
+        model, alone = (
+            PeftModel.from_pretrained(load(tmp_path / "llama.channel", "one"), tmp_path / f"adapter-{which}")
+            for which in (name, "alone")
+        )
+        assert error(causal(model), causal(alone)) <= 1e-4

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from support import moe
 from support.build import STATIC_TENSOR, group_input, tiny_llama, write
 from support.kernels import limit_as_of_large_layers
@@ -105,6 +106,7 @@ def _process(rank: int, n: int, connection: Connection) -> None:
                 )
                 torch.save(work(name, folder), folder / f"{name}-{rank}.pt")
                 dist.destroy_process_group()  # each load makes groups, and each of these threads
+                AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps what it found
         except EOFError:  # the first process has ended
             return
         except BaseException:
