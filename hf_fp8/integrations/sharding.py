@@ -135,8 +135,6 @@ def _placement(style: Any, module: QuantizedModule, leaf: str, mesh: Any) -> Any
     from torch.distributed.tensor import Shard as Contiguous
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    if isinstance(module, QuantizedExperts):
-        shards_experts = getattr(style, "shards_expert_dim", False)
     probe = nn.Module()
     vars(probe).update({name: vars(module)[name] for name in ("num_experts",) if name in vars(module)})
     probe.register_parameter(leaf, nn.Parameter(torch.empty(_whole(module, leaf), device="meta"), requires_grad=False))
@@ -146,7 +144,7 @@ def _placement(style: Any, module: QuantizedModule, leaf: str, mesh: Any) -> Any
         return None
     if not isinstance(module, QuantizedExperts):
         return placement
-    if shards_experts:
+    if getattr(style, "shards_expert_dim", False):
         for name in ("num_experts", "_is_expert_parallel"):
             if name in vars(probe):
                 setattr(module, name, vars(probe)[name])
@@ -290,16 +288,14 @@ def gathered_state(model: Any) -> dict[str, torch.Tensor]:
     That of a sharded model is gathered by all processes together, one tensor after the other, in the CPU memory of the first;
     the others get nothing.
     """
-    state, is_whole = model.state_dict(), True
-    needs = getattr(model, "_pp_stage", None) is not None or model.should_save_on_this_rank(True)
-    found = {}
+    state, found = model.state_dict(), {}
+    has_own = getattr(model, "_pp_stage", None) is not None or not is_sharded(model)  # tensors that no other process has
+    keeps = has_own or model.should_save_on_this_rank(True)
     for name in list(state):
         tensor = state.pop(name)
-        if is_dtensor(tensor):
-            is_whole, tensor = False, tensor.full_tensor().cpu()
-        found[name] = codes_of(tensor)
-        if not is_whole and not needs:
-            found.clear()
+        whole = tensor.full_tensor().cpu() if is_dtensor(tensor) else tensor
+        if keeps:
+            found[name] = codes_of(whole)
     return pipeline.collect(model, found)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd
-from threading import Lock
 
 import torch
 
@@ -225,8 +224,7 @@ class _Requantizing:
     def __init__(self, weight: StoredWeight, files: LazyCheckpoint) -> None:
         self._weight = weight
         self._tensors = {role: files.tensor(weight.keys[role]) for role in (WEIGHT, WEIGHT_SCALE)}
-        self._scales: dict[range, torch.Tensor] = {}
-        self._lock = Lock()  # the host reads tensors in several threads
+        self._scales: dict[range, torch.Tensor] = {}  # made with the codes, until they are asked for
 
     def _made(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         codes, scale, granularity = _codes_and_scale(self._weight, self._tensors, (rows, range(self._weight.shape[1])))
@@ -240,14 +238,12 @@ class _Requantizing:
         return LazyTensor((n, 1), torch.float32, self._scale)
 
     def _codes(self, ranges: Ranges) -> torch.Tensor:
-        with self._lock:
-            codes, self._scales[ranges[0]] = self._made(ranges[0])
+        codes, self._scales[ranges[0]] = self._made(ranges[0])
         return cut(codes, (range(len(ranges[0])), ranges[1]))
 
     def _scale(self, ranges: Ranges) -> torch.Tensor:
-        with self._lock:
-            kept = self._scales.pop(ranges[0], None)
-            return self._made(ranges[0])[1] if kept is None else kept
+        kept = self._scales.pop(ranges[0], None)  # in one step, as the host reads tensors in several threads
+        return self._made(ranges[0])[1] if kept is None else kept
 
 
 class _Quantizing:
@@ -264,7 +260,7 @@ class _Quantizing:
     ) -> None:
         self._n_experts = n_experts
         self._weights, self._files, self._dtype, self._original, self._broken = weights, files, dtype, original, broken
-        self._scales: dict[int, torch.Tensor] = {}  # a stack's scales are asked for after its codes
+        self._scales: dict[int, torch.Tensor] = {}  # made with the codes, until they are asked for
 
     @property
     def keys(self) -> list[str]:
@@ -285,8 +281,8 @@ class _Quantizing:
         return self._dtype if self._dtype in (torch.bfloat16, torch.float16) else torch.float32
 
     def _made(self, index: int, role: str) -> torch.Tensor:
-        if role == WEIGHT_SCALE and index in self._scales:
-            return self._scales.pop(index)
+        if role == WEIGHT_SCALE and (kept := self._scales.pop(index, None)) is not None:
+            return kept
         weight = self._weights[index]
         source = self._slice(weight)
         tensor = self._files.tensor(self._original[source.key])

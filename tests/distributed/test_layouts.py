@@ -16,7 +16,7 @@ from support.ranks import LAYOUTS, Reading, held, load, make, run
 from hf_fp8.nn.experts import QuantizedExperts
 
 DENSE = ("llama", "qwen3", "gemma3", "phi3", "deepseek_v3")
-MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")  # and DeepSeek, which has MLA and experts
 SCHEMES = ("channel", "static", "block32", "block128")
 CONFIGS = ("weight_only", "scaled_mm", "exact")
 
@@ -97,8 +97,12 @@ def check(n: int, cases: list[str], folder: Path) -> None:
 def check_bytes(model: Any, rank: dict[str, Any], layout: str, case: str) -> None:
     """A process holds its share of what is sharded, and reads from the files what it holds."""
     sizes = LAYOUTS[layout]
-    # The plan of gpt-oss leaves all but its experts to FSDP.
-    n = sizes.get("fsdp_size", 1) * (1 if "gpt_oss" in case else sizes.get("tp_size", 1))
+
+    def share(name: str) -> int:
+        """How many processes share a parameter. The plans of these families leave it out of tensor parallelism."""
+        is_outside = "gpt_oss" in case or ("deepseek" in case and "self_attn" in name)
+        return sizes.get("fsdp_size", 1) * (1 if is_outside else sizes.get("tp_size", 1))
+
     whole = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     if "pp_size" in sizes:
         assert sum(rank["held"].values()) < 0.75 * sum(whole.values())
@@ -108,11 +112,11 @@ def check_bytes(model: Any, rank: dict[str, Any], layout: str, case: str) -> Non
             continue
         for projection in module.projections:  # of both kinds: parts of experts, or whole ones
             leaf = f"{module_name}.{projection.name}"
-            assert rank["held"][leaf] == whole[leaf] // max(n, sizes.get("ep_size", 1)), case
+            assert rank["held"][leaf] == whole[leaf] // max(share(leaf), sizes.get("ep_size", 1)), case
     sharded = {name for name, size in rank["held"].items() if size < whole[name]}
     assert any(name.endswith("proj.weight") for name in sharded) or "gpt_oss" in case
     for name in sharded:
-        assert rank["held"][name] <= -(-whole[name] // n) + 512, (case, name)  # rounded up to rows
+        assert rank["held"][name] <= -(-whole[name] // share(name)) + 512, (case, name)  # rounded up to rows
     if case.endswith(("weight_only", "scaled_mm", "exact")):
         # Norms are in 16 bits in the files, and in 32 in the model; some scales are read as wholes, and cut then.
         assert rank["read"] <= sum(rank["held"].values()) + 8192, case
@@ -141,7 +145,7 @@ def test_dense(layout: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "ep2", "ep2_exchanged", "ep2_sliced", "pp2", "fsdp2"])
 def test_mixtures(layout: str, tmp_path: Path) -> None:
-    check(2, some(layout, MIXTURES), tmp_path)
+    check(2, some(layout, (*MIXTURES, "deepseek_v3")), tmp_path)
 
 
 @pytest.mark.slow
@@ -161,9 +165,9 @@ def test_other_routes(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["tp4", "tp2_fsdp2", "ep4", "hsdp"])
 def test_four_processes(layout: str, tmp_path: Path) -> None:
     families = {
-        "tp4": ("llama", "qwen3", "phi3", "deepseek_v3", "gpt_oss"),
-        "tp2_fsdp2": ("llama", "gemma3", "mixtral", "gpt_oss"),
-        "ep4": ("mixtral", "qwen3_moe", "gpt_oss"),
+        "tp4": (*DENSE, *MIXTURES),
+        "tp2_fsdp2": (*DENSE, *MIXTURES),
+        "ep4": ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"),
         "hsdp": ("llama", "mixtral"),
     }[layout]
     check(4, some(layout, families), tmp_path)

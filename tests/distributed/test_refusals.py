@@ -128,15 +128,22 @@ def test_adapters_and_calibration(tmp_path: Path) -> None:
 
 
 def page(name: str, folder: Path) -> None:
-    (block,) = (b for b in blocks((ROOT / "docs" / "distributed.md").read_text()) if b.language == "python")
-    exec(compile(block.code, "docs/distributed.md", "exec"), {"path": folder / "llama.channel", "folder": folder / "saved"})
+    generator = torch.Generator().manual_seed(0)
+    dataset = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 120, (8, 16), generator=generator)]
+    names = {"path": str(folder / "llama.channel"), "folder": str(folder / name), "dataset": dataset}
+    names |= {"adapter": str(folder / "adapter"), "merged": str(folder / "merged")}
+    page = blocks((ROOT / "docs" / "distributed.md").read_text())
+    (block,) = (block for block in page if block.language == "python" and block.code.startswith(f"# {name}.py"))
+    exec(compile(block.code, "docs/distributed.md", "exec"), names)
 
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     make("llama", "channel", tmp_path / "llama.channel")
-    run(2, page, ["page"], tmp_path)
-    assert differing(tensors(tmp_path / "saved"), tensors(tmp_path / "llama.channel")) == []
+    run(2, page, ["generate", "train"], tmp_path)
+    assert differing(tensors(tmp_path / "generate"), tensors(tmp_path / "llama.channel")) == []
+    page("merge", tmp_path)
+    assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "llama.channel").keys()
 
 
 def other_formats(name: str, folder: Path) -> tuple[str, torch.Tensor]:

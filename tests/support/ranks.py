@@ -20,11 +20,15 @@ from support.kernels import limit_as_of_large_layers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.distributed import DistributedConfig
 
@@ -105,7 +109,8 @@ def _process(rank: int, n: int, connection: Connection) -> None:
                     "gloo", init_method=f"{place}-{name}", rank=rank, world_size=n, timeout=timedelta(minutes=5)
                 )
                 torch.save(work(name, folder), folder / f"{name}-{rank}.pt")
-                dist.destroy_process_group()  # each load makes groups, and each of these threads
+                if dist.is_initialized():
+                    dist.destroy_process_group()  # each load makes groups, and each of these threads
                 AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps what it found
         except EOFError:  # the first process has ended
             return
@@ -130,9 +135,20 @@ def phi3() -> PreTrainedModel:
     return moe.make(Phi3ForCausalLM, Phi3Config(**_HEADS, intermediate_size=96, pad_token_id=0))
 
 
+def mixtral() -> PreTrainedModel:
+    return moe.make(MixtralForCausalLM, MixtralConfig(**_HEADS, intermediate_size=96, num_local_experts=4))
+
+
+def qwen3_moe() -> PreTrainedModel:
+    sizes = {"intermediate_size": 96, "moe_intermediate_size": 40, "head_dim": 16}
+    return moe.make(Qwen3MoeForCausalLM, Qwen3MoeConfig(**_HEADS, **sizes, num_experts=4, num_experts_per_tok=2))
+
+
 _HEADS: dict[str, Any] = {**moe.BASE, "num_key_value_heads": 4}
-DENSE = {"llama": llama, "qwen3": qwen3, "gemma3": gemma3, "phi3": phi3}
-FAMILIES = DENSE | {name: moe.MOE[name] for name in ("mixtral", "qwen3_moe", "deepseek_v3")} | moe.TRANSPOSED
+FAMILIES = {
+    "llama": llama, "qwen3": qwen3, "gemma3": gemma3, "phi3": phi3, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
+    "deepseek_v3": moe.deepseek_v3, **moe.TRANSPOSED,
+}  # fmt: skip
 # Blocks of 32 divide the parts of most weights here, those of 128 none: they are cut.
 SCHEMES: dict[str, dict[str, Any]] = {
     "channel": {},
