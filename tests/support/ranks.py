@@ -53,15 +53,17 @@ def run(n: int, work: Work, names: Sequence[str], folder: Path) -> dict[str, lis
     place = f"file://{folder}/{uuid4().hex}"
     for connection in _connections:
         connection.send((work, names, folder, place))
-    waiting = {connection: rank for rank, connection in enumerate(_connections)}
+    waiting = list(_connections)
     while waiting:
-        for connection in wait(list(waiting)):
+        ready = wait(waiting)
+        for connection in [one for one in waiting if one in ready]:
+            waiting.remove(connection)
             try:
-                failure = connection.recv()  # type: ignore[union-attr]
-            except EOFError:
+                failure = connection.recv()
+            except (EOFError, OSError):
                 failure = "it ended"
-            rank = waiting.pop(connection)  # type: ignore[arg-type]
             if failure:
+                rank = _connections.index(connection)
                 close()  # the others may wait for this process
                 raise RuntimeError(f"process {rank} of {n}: {failure}")
     return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(n)] for name in names}
@@ -119,8 +121,16 @@ def _process(rank: int, n: int, connection: Connection) -> None:
         connection.send(failure)
 
 
-def llama() -> PreTrainedModel:
-    return tiny_llama(num_key_value_heads=4, hidden_size=128, intermediate_size=192)
+def llama(**options: Any) -> PreTrainedModel:
+    return tiny_llama(num_key_value_heads=4, hidden_size=128, intermediate_size=192, **options)
+
+
+def biased() -> PreTrainedModel:
+    model, generator = llama(attention_bias=True, mlp_bias=True), torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, generator=generator)
+    return model
 
 
 def qwen3() -> PreTrainedModel:
@@ -146,8 +156,8 @@ def qwen3_moe() -> PreTrainedModel:
 
 _HEADS: dict[str, Any] = {**moe.BASE, "num_key_value_heads": 4}
 FAMILIES = {
-    "llama": llama, "qwen3": qwen3, "gemma3": gemma3, "phi3": phi3, "mixtral": mixtral, "qwen3_moe": qwen3_moe,
-    "deepseek_v3": moe.deepseek_v3, **moe.TRANSPOSED,
+    "llama": llama, "biased": biased, "qwen3": qwen3, "gemma3": gemma3, "phi3": phi3,
+    "mixtral": mixtral, "qwen3_moe": qwen3_moe, "deepseek_v3": moe.deepseek_v3, **moe.TRANSPOSED,
 }  # fmt: skip
 # Blocks of 32 divide the parts of most weights here, those of 128 none: they are cut.
 SCHEMES: dict[str, dict[str, Any]] = {
