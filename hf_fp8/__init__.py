@@ -18,6 +18,11 @@ from .formats.scheme import (
     INT8_DYNAMIC,
     INT8_WEIGHT_ONLY,
     SCHEMES,
+    W4A8,
+    W4A16,
+    W4A16_ASYM,
+    W4AFP8,
+    W8A16,
     Granularity,
     Scheme,
     TensorScheme,
@@ -28,7 +33,7 @@ from .integrations.peft.merge_policy import merging
 from .integrations.register import register, unregister
 from .nn.conv import QuantizedConv1x1
 from .nn.experts import QuantizedExperts
-from .nn.linear import QuantizedLinear
+from .nn.linear import PackedLinear, QuantizedLinear
 from .nn.swap import dequantize_model
 from .quantization.calibration import apply_scales, calibrate
 from .quantization.model import quantize_model, requantize_model
@@ -44,9 +49,15 @@ __all__ = [
     "INT8_DYNAMIC",
     "INT8_WEIGHT_ONLY",
     "SCHEMES",
+    "W4A8",
+    "W4A16",
+    "W4A16_ASYM",
+    "W4AFP8",
+    "W8A16",
     "FP8Config",
     "FP8Error",
     "Granularity",
+    "PackedLinear",
     "QuantizedConv1x1",
     "QuantizedExperts",
     "QuantizedLinear",

@@ -1,7 +1,7 @@
 """Reads and writes the `config_groups` of a `quantization_config`: which modules are quantized with which scheme.
 
-compressed-tensors parses them (`QuantizationConfig`, pydantic). This module gives precise errors, decides which groups are FP8
-and which of those hf_fp8 runs, and matches names as compressed-tensors does (utils/match.py).
+compressed-tensors parses them (`QuantizationConfig`, pydantic). This module gives precise errors, decides which groups hf_fp8
+runs, and matches names as compressed-tensors does (utils/match.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import compressed_tensors
 import regex  # type: ignore[import-untyped]
-import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
@@ -28,13 +27,17 @@ from compressed_tensors.quantization import (
 )
 from pydantic import ValidationError
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, FP8Error, UnsupportedError
+from ..formats.code_types import FP8, INT4, INT8
 from ..formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
 
 # Formats that store E4M3 codes (8-bit numbers) unpacked, under "weight": int-quantized differs from the others in name only
 # (compressors/naive_quantized), and old writers fell back to it.
 FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
 KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
+# Formats of integers: packed into int32, or one in each element. naive-quantized: as llm-compressor wrote without inputs.
+PACKED_FORMAT = CompressionFormat.pack_quantized.value
+_INTEGER_FORMATS = (CompressionFormat.int_quantized.value, CompressionFormat.naive_quantized.value)
 # Maximum seconds to match one pattern of a config with one name. Usual ones take microseconds.
 PATTERN_SECONDS = 0.3
 # Syntax that `regex`, used here for its timeout, reads differently from `re`, used by compressed-tensors: POSIX classes and
@@ -44,7 +47,7 @@ _READ_OTHERWISE = re.compile(r"\[:\^?\w+:\]|\{[^{}]*[A-Za-z][^{}]*\}")
 
 @dataclass(frozen=True)
 class Group:
-    """One entry of `config_groups`. `scheme` is None for a group that is not FP8: transformers runs it.
+    """One entry of `config_groups`. `scheme` is None for a group that hf_fp8 does not run: transformers does.
 
     parsed: has no `weights` for a group for attention (query, keys and values), which has scales only. format:
     compressed-tensors' name of the storage format, of the group or else of the whole checkpoint.
@@ -201,7 +204,20 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
     return _validate(checkpoint, groups)
 
 
+def is_ordered(group: Any) -> bool:
+    """Whether a group, as JSON, has its columns grouped in the order in which GPTQ took them. Earlier versions of
+    compressed-tensors wrote that (`actorder`), with the group of each column in `weight_g_idx`."""
+    weights = group.get("weights") if isinstance(group, dict) else None
+    order = weights.get("actorder") if isinstance(weights, dict) else None
+    return order is True or str(order).lower() == "group"
+
+
 def _validate(checkpoint: dict[str, Any], groups: dict[str, Any]) -> QuantizationConfig:
+    # Present versions of compressed-tensors refuse `actorder: group`.
+    groups = {
+        name: {**group, "weights": {**group["weights"], "actorder": None}} if is_ordered(group) else group
+        for name, group in groups.items()
+    }
     try:
         return QuantizationConfig.model_validate({**checkpoint, "config_groups": groups})
     except ValidationError as error:
@@ -257,14 +273,70 @@ def _value(x: Any) -> Any:
     return getattr(x, "value", x)
 
 
-def read_group(name: str, parsed: QuantizationScheme, config: QuantizationConfig) -> Group:
-    weights = None if parsed.weights is None else parsed.weights.model_dump(mode="json")
-    fp8 = is_fp8(weights) and _is_plain(_value(parsed.format))
-    fmt = _value(parsed.format) or _value(config.format)
-    return Group(name, tuple(parsed.targets), _scheme(name, parsed) if fp8 else None, parsed, fmt)
+def read_groups(written: Mapping[str, Any], parsed: QuantizationConfig) -> tuple[Group, ...]:
+    """The groups of a `quantization_config`, as JSON and as compressed-tensors has parsed it."""
+    spelled = with_presets(written.get("config_groups"))
+    found = []
+    for name, group in parsed.config_groups.items():
+        fmt = _value(group.format) or _value(parsed.format)
+        found.append(Group(name, tuple(group.targets), _scheme(name, group, fmt, is_ordered(spelled.get(name))), group, fmt))
+    return tuple(found)
 
 
-def _scheme(name: str, group: QuantizationScheme) -> Scheme:
+def runs_here(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether hf_fp8 can run a group of a compressed-tensors config, FP8 or not. A config that cannot be read has none."""
+    try:
+        return any(group.scheme is not None for group in read_groups(checkpoint, parse(dict(checkpoint))))
+    except FP8Error:
+        return False
+
+
+def _scheme(name: str, group: QuantizationScheme, fmt: Any, ordered: bool) -> Scheme | None:
+    """The scheme of a group; None if transformers runs it. Raises UnsupportedError for FP8 that hf_fp8 does not run."""
+    weights = None if group.weights is None else group.weights.model_dump(mode="json")
+    if is_fp8(weights) and _is_plain(_value(group.format)):
+        return _fp8_scheme(name, group)
+    return None if weights is None else _integer_scheme(group, fmt, ordered)
+
+
+def _integer_scheme(group: QuantizationScheme, fmt: Any, ordered: bool) -> Scheme | None:
+    """The scheme of a group of int4 or int8 weights; None for kinds of them that hf_fp8 does not run."""
+    weights, inputs = group.weights, group.input_activations
+    packed = fmt == PACKED_FORMAT
+    strategy = _value(weights.strategy)
+    dtype = {(4, True): INT4, (8, True): INT8, (8, False): INT8}.get((weights.num_bits, packed))
+    if weights.type != "int" or dtype is None or weights.dynamic or group.output_activations is not None:
+        return None
+    if not packed and (fmt not in _INTEGER_FORMATS or not weights.symmetric or ordered):
+        return None
+    granularities = {"channel": ROW, "group": Granularity(1, weights.group_size or -1), "tensor": TENSOR}
+    if strategy not in granularities or (packed and strategy == "tensor") or (ordered and strategy != "group"):
+        return None
+    input_scheme = None if inputs is None else _input_scheme(inputs)
+    if inputs is not None and input_scheme is None:
+        return None
+    stored = TensorScheme(
+        granularities[strategy], dtype=dtype, packed=packed, has_zero_points=not weights.symmetric, is_ordered=ordered
+    )
+    return Scheme(stored, input_scheme)
+
+
+def _input_scheme(inputs: QuantizationArgs) -> TensorScheme | None:
+    """How inputs are quantized; None for a way that hf_fp8 does not run."""
+    dtype = {"float": FP8, "int": INT8}.get(_value(inputs.type))
+    kinds = {
+        ("tensor", True): TENSOR,
+        ("tensor", False): TENSOR,
+        ("token", True): ROW,
+        ("group", True): Granularity(1, inputs.group_size or -1),
+    }
+    kind = kinds.get((_value(inputs.strategy), inputs.dynamic))
+    if dtype is None or inputs.num_bits != 8 or not inputs.symmetric or kind is None:
+        return None
+    return TensorScheme(kind, dynamic=bool(inputs.dynamic), dtype=dtype)
+
+
+def _fp8_scheme(name: str, group: QuantizationScheme) -> Scheme:
     """The scheme of an FP8 group. Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
     where = f"quantization_config.config_groups[{name!r}]"
 
@@ -296,26 +368,15 @@ def _scheme(name: str, group: QuantizationScheme) -> Scheme:
         raise refuse("input_activations", f"{inputs.num_bits}-bit {inputs.type}", "8-bit float inputs, or none")
     if not inputs.symmetric:
         raise refuse("input_activations.symmetric", False, "symmetric inputs (no zero points)")
-    kinds = {
-        ("tensor", True): lambda: TENSOR,
-        ("tensor", False): lambda: TENSOR,
-        ("token", True): lambda: ROW,
-        ("group", True): lambda: Granularity(1, inputs.group_size),
-    }
-    kind = kinds.get((_value(inputs.strategy), inputs.dynamic))
-    if kind is None:
+    found = _input_scheme(inputs)
+    if found is None:
         how = "dynamic" if inputs.dynamic is True else _value(inputs.dynamic) or "static"
         raise refuse(
             "input_activations.strategy",
             f"{_value(inputs.strategy)} ({how})",
             "tensor (static or dynamic), token and group (dynamic)",
         )
-    return Scheme(stored, TensorScheme(kind(), dynamic=bool(inputs.dynamic)))
-
-
-def all_of(dtype: torch.dtype, groups: Iterable[Group]) -> bool:
-    """Whether the weights of all groups are codes of `dtype`."""
-    return all(group.scheme is not None and group.scheme.weight.dtype == dtype for group in groups)
+    return Scheme(stored, found)
 
 
 def asked_groups(
@@ -337,15 +398,26 @@ def asked_groups(
         group = next(name for name in map("group_{}".format, count()) if name not in written and name not in scheme)
         schemes[group] = found
         written[group] = write_group(found, [value] if isinstance(value, str) else list(value))
-    parsed = parse({"config_groups": written, "ignore": list(ignore)})
-    groups = (read_group(name, group, parsed) for name, group in parsed.config_groups.items())
+    request = {"config_groups": {name: _with_format(group) for name, group in written.items()}, "ignore": list(ignore)}
+    parsed = parse(request)
+    groups = read_groups(request, parsed)
     return parsed, tuple(replace(group, scheme=group.scheme or schemes.get(group.name)) for group in groups)
 
 
+def _with_format(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A requested group, as JSON, with the format in which llm-compressor would store it, if it has none."""
+    weights = group.get("weights")
+    if group.get("format") or not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
+        return dict(group)
+    one_byte = weights.get("num_bits") in (8, "8") and group.get("input_activations")
+    return {**group, "format": CompressionFormat.int_quantized.value if one_byte else PACKED_FORMAT}
+
+
 def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
-    """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_group` reads."""
-    # naive: as llm-compressor writes for W8A16
+    """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_groups` reads."""
     fmt = CompressionFormat.naive_quantized.value if scheme.input is None else scheme.weight.code.format
+    if scheme.weight.packed:
+        fmt = PACKED_FORMAT
     group = QuantizationScheme(
         targets=list(targets),
         weights=_arguments(scheme.weight, "channel"),
@@ -364,7 +436,9 @@ def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
     elif options["strategy"] == "group":
         options["group_size"] = granularity.cols
     code = operand.code
-    return QuantizationArgs(num_bits=code.bits, type=code.kind, symmetric=True, dynamic=operand.dynamic, **options)
+    return QuantizationArgs(
+        num_bits=code.bits, type=code.kind, symmetric=not operand.has_zero_points, dynamic=operand.dynamic, **options
+    )
 
 
 def written_config(groups: Mapping[str, dict[str, Any]], ignore: Iterable[str]) -> dict[str, Any]:

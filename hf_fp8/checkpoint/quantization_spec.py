@@ -12,8 +12,10 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from ..errors import ConfigError
+from ..formats.code_types import FP8
 from ..formats.scheme import INT8_DYNAMIC, Scheme, scheme_named
-from .config_groups import Group, asked_groups, groups_of, match, parse, read_group, with_presets, write_group, written_config
+from .config_groups import Group, asked_groups, groups_of, match, parse, read_groups, with_presets, write_group, written_config
+from .reader import DTYPE_NAMES
 
 LINEARS = ["Linear"]  # the targets of a scheme without any
 METHOD = "compressed-tensors"
@@ -42,8 +44,7 @@ class QuantizationSpec:
         """The spec of a checkpoint's `quantization_config`. Raises ConfigError or UnsupportedError, naming the key."""
         written = plain(config)
         parsed = parse(written)
-        groups = (read_group(name, group, parsed) for name, group in parsed.config_groups.items())
-        return cls(parsed, tuple(groups), written)
+        return cls(parsed, read_groups(written, parsed), written)
 
     @classmethod
     def asked(
@@ -64,12 +65,18 @@ class QuantizationSpec:
         return None if self.parsed is None else self.parsed.kv_cache_scheme
 
     @property
-    def fp8_groups(self) -> tuple[Group, ...]:
+    def our_groups(self) -> tuple[Group, ...]:
+        """The groups whose weights hf_fp8 runs."""
         return tuple(group for group in self.groups if group.scheme is not None)
 
     @property
+    def storages(self) -> set[str]:
+        """safetensors' names of the dtypes in which the codes of these are stored."""
+        return {DTYPE_NAMES[group.scheme.weight.storage] for group in self.groups if group.scheme is not None}
+
+    @property
     def host_groups(self) -> tuple[Group, ...]:
-        """The groups whose weights transformers runs: not FP8, and not for attention only."""
+        """The groups whose weights transformers runs: in other formats, and not for attention only."""
         return tuple(group for group in self.groups if group.scheme is None and group.parsed.weights is not None)
 
     def group_of(self, called: Iterable[str], classes: Iterable[str]) -> Group | None:
@@ -115,11 +122,12 @@ class QuantizationSpec:
         written = self.to_json()
         written["config_groups"] = with_presets(written["config_groups"])
         for group in self.groups:
-            if group.scheme is not None:
+            if group.scheme is not None and group.scheme.weight.dtype == FP8:
                 written["config_groups"][group.name] = write_group(INT8_DYNAMIC, group.targets)
-            elif group.parsed.weights is not None and self.fp8_groups:
+            elif group.parsed.weights is not None:
                 written["config_groups"][group.name]["format"] = group.format
-        written["format"] = "mixed-precision" if self.host_groups else "int-quantized"
+        formats = {group.get("format") for group in written["config_groups"].values()} - {None}
+        written["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
         written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
         return replace(self._saying(written), origin=self)
 
@@ -150,6 +158,16 @@ class QuantizationSpec:
         if not compressed:
             written["quantization_status"] = plain(self.parsed and self.parsed.quantization_status)
         return written
+
+
+def refuse_others(asked: QuantizationSpec) -> None:
+    """Raise ConfigError for a request to quantize to a format that hf_fp8 does not write."""
+    for group in asked.host_groups:
+        weights = group.parsed.weights
+        raise ConfigError(
+            f"config group {group.name!r} asks for {weights.num_bits}-bit {weights.type} weights ({weights.strategy}, "
+            f"{group.format}): hf_fp8 quantizes to FP8, int8 and int4, with 8-bit symmetric inputs or none"
+        )
 
 
 def refuse_two_targets(scheme: Any, targets: str | Sequence[str]) -> None:

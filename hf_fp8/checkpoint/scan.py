@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import ConfigError, FP8Error, MismatchError, UnsupportedError, UnusedTensorError
-from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from ..formats.storage import INPUT_SCALE, PACKED, WEIGHT, WEIGHT_SCALE, format_of
 from .config_groups import Group, classes_of, fits, groups_of, match, weight_name
 from .dense_by_default import is_router
 from .quantization_spec import QuantizationSpec
-from .reader import DENSE_DTYPES, Checkpoint
+from .reader import DENSE_DTYPES, DTYPE_NAMES, Checkpoint
 from .stored_weight import HOST_ROLES, SPELLINGS, StoredWeight, stored
 
 # Scales of `kv_cache_scheme`, such as `k_scale` and `v_scale`, in the spellings found in checkpoints.
@@ -30,7 +30,8 @@ STACK_SUFFIXES = {
 
 @dataclass
 class Scan:
-    """Quantized weights in the files. weights: of FP8 groups. host: of other groups. cache: keys of the KV cache's scales."""
+    """Quantized weights in the files. weights: of groups that hf_fp8 runs. host: of other groups. cache: keys of the KV cache's
+    scales."""
 
     weights: list[StoredWeight] = field(default_factory=list)
     host: list[StoredWeight] = field(default_factory=list)
@@ -87,10 +88,10 @@ def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Ow
                 found.host.append(stored(name, host, checkpoint, group))
                 used.update(host.values())
             continue
-        if key.endswith("weight_packed"):
+        if key.endswith(PACKED) and group is None:
             continue
         keys = companions(name, key, checkpoint)
-        if _is_fp8(key, keys, checkpoint, spec, group, names, owner):
+        if _is_stored(key, keys, checkpoint, spec, group, names, owner):
             assert group is not None
             found.weights.append(stored(name, keys, checkpoint, group))
             used.update(keys.values())
@@ -133,7 +134,7 @@ def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = Tr
 
     Raises UnusedTensorError for two spellings of one role, if `strict`.
     """
-    keys = {WEIGHT: key}
+    keys = {PACKED if key.endswith(PACKED) else WEIGHT: key}
     dot = f"{name}." if name else ""
     for role, spellings in SPELLINGS.items():
         candidates = [dot + spelling for spelling in spellings]
@@ -172,7 +173,7 @@ def _group_of(
 
 
 def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bool:
-    """Whether the scales of an FP8 weight are those of `group`, which hf_fp8 must run."""
+    """Whether the scales of a weight are those of `group`, which hf_fp8 must run."""
     if group.scheme is None:
         return False
     try:
@@ -185,14 +186,17 @@ def _scales_fit(group: Group, name: str, key: str, checkpoint: Checkpoint) -> bo
 
 
 def _stores(group: Group, key: str, dtype: str) -> bool:
-    """Whether a group stores weights as this one is stored: E4M3 codes under ".weight", or something else."""
+    """Whether a group stores weights as this one is stored: the same codes, packed or not."""
+    if group.scheme is not None:
+        scheme = group.scheme.weight
+        return DTYPE_NAMES[scheme.storage] == dtype and scheme.packed == key.endswith("_packed")
     if dtype == "F8_E4M3" and not key.endswith("_packed"):
         weights = group.parsed.weights  # formats that transformers runs may have E4M3 codes with other scales
-        return group.scheme is not None or (weights.type == "float" and weights.num_bits == 8)
-    return group.scheme is None
+        return bool(weights.type == "float" and weights.num_bits == 8)
+    return True
 
 
-def _is_fp8(
+def _is_stored(
     key: str,
     keys: dict[str, str],
     checkpoint: Checkpoint,
@@ -201,9 +205,12 @@ def _is_fp8(
     names: tuple[str, ...],
     owner: Owner,
 ) -> bool:
-    """Whether a weight is stored in FP8. Raises MismatchError if that contradicts the config."""
+    """Whether a weight is stored as its group, which hf_fp8 runs, says; False if it is dense. Raises MismatchError if that
+    contradicts the config."""
     info = checkpoint.tensors[key]
     scale = keys.get(WEIGHT_SCALE)
+    if group is not None and _stores(group, key, info.dtype):
+        return True
     if info.dtype == "F8_E4M3":
         if group is None:
             ignored = " (it is in `ignore`)" if match(names, (), spec.ignore) else ""
@@ -211,8 +218,7 @@ def _is_fp8(
                 f"{key} is stored in FP8 ({info}), but no config group quantizes {names[0]}{ignored}: its E4M3 codes would be "
                 "used as values. Correct `targets` or `ignore` in config.json"
             )
-        return True
-    if info.dtype in DENSE_DTYPES:
+    elif info.dtype in DENSE_DTYPES:
         if scale is not None:
             raise MismatchError(
                 f"{key} is stored dense ({info}), but the files also have {scale}: either the weight was dequantized and its "
@@ -220,13 +226,23 @@ def _is_fp8(
             )
         if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, owner)):
             raise MismatchError(
-                f"{key} is stored dense ({info}), but config group {group.name!r} says FP8 for {names[0]}: "
+                f"{key} is stored dense ({info}), but config group {group.name!r} says {_codes(group)} for {names[0]}: "
                 "add it to `ignore` in config.json if it is meant to be dense, otherwise quantize it again"
             )
         return False
-    if group is not None or scale is not None or info.dtype.startswith("F8_"):
+    if group is not None and group.scheme is not None:
+        wanted = f"{DTYPE_NAMES[group.scheme.weight.storage]} under {format_of(group.scheme.weight).codes!r}"
+        raise MismatchError(
+            f"{key} is stored as {info}, but config group {group.name!r} has the format {group.format}, which stores {names[0]} "
+            f"as {wanted} ({_codes(group)}): its codes would be misread. Correct `targets`, `ignore` or `format` in config.json"
+        )
+    if scale is not None or info.dtype.startswith("F8_"):
         raise MismatchError(f"{key} is stored as {info}; hf_fp8 reads FP8 weights stored as F8_E4M3 (float8_e4m3fn)")
     return False
+
+
+def _codes(group: Group) -> str:
+    return "other weights" if group.scheme is None else group.scheme.weight.code.label
 
 
 def _may_be_dense(names: tuple[str, ...], owner: Owner) -> bool:

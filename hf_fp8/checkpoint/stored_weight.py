@@ -8,23 +8,36 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from ..formats.packing import words
 from ..formats.scheme import Scheme
-from ..formats.storage import INPUT_SCALE, SCALAR, WEIGHT, WEIGHT_SCALE, Shape, accepted_of_stack, format_of
+from ..formats.storage import (
+    COLUMN_GROUPS,
+    INPUT_SCALE,
+    PACKED,
+    SCALAR,
+    SHAPE,
+    WEIGHT,
+    WEIGHT_SCALE,
+    ZERO_POINT,
+    Shape,
+    accepted_of_stack,
+    format_of,
+)
 from .config_groups import Group
-from .reader import SCALE_DTYPES, Checkpoint
+from .reader import DTYPE_NAMES, SCALE_DTYPES, Checkpoint
 
-ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+ZERO_POINTS = (ZERO_POINT, "input_zero_point")
 
 # Spellings of the same scales. In DeepSeek-style files the factor for dequantization is named `weight_scale_inv`; the other
 # names are from older quantizers.
 SPELLINGS = {
     WEIGHT_SCALE: ("weight_scale", "weight_scale_inv", "scale_weight"),
     INPUT_SCALE: ("input_scale", "act_scale", "activation_scale", "input_activation_scale", "scale_input"),
-    **{name: (name,) for name in ZERO_POINTS},
+    **{name: (name,) for name in (*ZERO_POINTS, SHAPE, COLUMN_GROUPS)},
 }
-# Tensors that a weight of a group that is not FP8 may have (compressed-tensors' compressors).
+# Tensors that a weight of a group that transformers runs may have (compressed-tensors' compressors).
 HOST_ROLES = (
-    WEIGHT, "weight_packed", WEIGHT_SCALE, "weight_zero_point", "weight_shape", "weight_g_idx",
+    WEIGHT, PACKED, WEIGHT_SCALE, ZERO_POINT, SHAPE, COLUMN_GROUPS,
     "weight_global_scale", INPUT_SCALE, "input_global_scale",
 )  # fmt: skip
 
@@ -81,7 +94,8 @@ class StoredWeight:
     key after transformers' renamings. target: the parameter of the model that it fills, "" if the model has none. pattern: the
     source pattern of the transformers converter that takes it there, None if there is no converter. saved: role -> the name
     under which it is written back, before transformers reverses its renamings. transposed: (in, out) instead of (out, in).
-    part: for a weight that is not quantized yet, the source of its values, by the renamed key.
+    part: for a weight that is not quantized yet, the source of its values, by the renamed key. extents: N and K of packed
+    codes, which the headers need not tell exactly (`takes`).
     """
 
     name: str
@@ -95,6 +109,7 @@ class StoredWeight:
     saved: dict[str, str] = field(default_factory=dict)
     transposed: bool = False
     part: TensorSlice | None = None
+    extents: tuple[int, ...] | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -104,11 +119,35 @@ class StoredWeight:
     @property
     def primary(self) -> str:
         """The role of the tensor with the values: packed formats have no "weight"."""
-        return WEIGHT if WEIGHT in self.keys else "weight_packed"
+        return WEIGHT if WEIGHT in self.keys else PACKED
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.shapes[WEIGHT]
+        """The shape of the weight; as far as it is known, of packed codes."""
+        if self.primary == WEIGHT or self.group.scheme is None or len(self.shapes[PACKED]) != 2:
+            return self.shapes[self.primary]
+        if self.extents is not None:
+            return self.extents
+        scheme, (n, count) = self.group.scheme.weight, self.shapes[PACKED]
+        scales = self.shapes.get(WEIGHT_SCALE, ())
+        if scheme.granularity.cols == -1 or len(scales) < 2:
+            return n, count * scheme.per_element
+        return n, scales[1] * scheme.granularity.cols
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is a weight of this shape; then its packed codes are known to be of it."""
+        if self.group.scheme is None or not self.group.scheme.weight.packed or len(self.shapes[PACKED]) != 2:
+            return self.shape == shape
+        scheme = self.group.scheme.weight
+        fits = len(shape) == 2 and self.shapes[PACKED] == (shape[0], words(shape[1], scheme.code.bits))
+        if fits and self.extents is None:
+            self.extents = tuple(shape)
+        return self.extents == tuple(shape)
+
+    @property
+    def zeros(self) -> list[str]:
+        """The roles of zero points that files have although the scheme has none: all of them are zero."""
+        return [r for r in ZERO_POINTS if r in self.keys and not (r == ZERO_POINT and self.scheme.weight.has_zero_points)]
 
     @property
     def module(self) -> str:
@@ -117,7 +156,7 @@ class StoredWeight:
     @property
     def is_expert(self) -> bool:
         """Whether it goes into a stack of experts, not into the `weight` of a module."""
-        merged = self.pattern is not None or len(self.shapes.get(WEIGHT, ())) == 3
+        merged = self.pattern is not None or len(self.shapes[self.primary]) == 3
         return merged and bool(self.target) and not self.target.endswith(f".{WEIGHT}")
 
     def matrices(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -139,11 +178,26 @@ class StoredWeight:
 
         A static input scale may be missing, as it is not always needed (`wrong_input_scales`).
         """
-        if WEIGHT_SCALE not in self.keys:
-            raise MissingTensorError(
-                f"{self.name}.{WEIGHT_SCALE} is not in the files, but {self.keys[WEIGHT]} is stored in FP8 "
-                f"({self.scheme.describe()}) and cannot be dequantized without it: download or export the checkpoint again."
-            )
+        scheme = self.scheme.weight
+        needed = format_of(scheme).forms(scheme, 1, 1, torch.float32)
+        for role in needed:
+            if role not in self.keys:
+                raise MissingTensorError(
+                    f"{self.name}.{role} is not in the files, but {self.keys[self.primary]} is stored in {scheme.code.label} "
+                    f"({self.scheme.describe()}) and cannot be dequantized without it: download or export the checkpoint again."
+                )
+        for role in (SHAPE, COLUMN_GROUPS):
+            if role in self.keys and role not in needed:
+                raise UnusedTensorError(
+                    f"{self.keys[role]} is in the files, but config group {self.group.name!r} ({self.scheme.describe()}) has "
+                    "no use for it: its format, or `actorder`, in config.json may be wrong"
+                )
+        for role in (PACKED, SHAPE, ZERO_POINT, COLUMN_GROUPS):
+            if role in needed and self.dtypes[role] not in (wanted := {DTYPE_NAMES[needed[role].dtype], _INTEGERS[role]}):
+                raise MismatchError(
+                    f"{self.keys[role]} has dtype {self.dtypes[role]}, and must be {' or '.join(sorted(wanted))} in "
+                    f"{self.group.format} weights"
+                )
         if not self.scheme.has_static_input and INPUT_SCALE in self.keys:
             raise UnusedTensorError(
                 f"{self.keys[INPUT_SCALE]} is in the files, but config group {self.group.name!r} has no static inputs "
@@ -154,13 +208,17 @@ class StoredWeight:
                 raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; supported are {', '.join(SCALE_DTYPES)}")
 
     def check_shapes(self) -> None:
-        """Raise ScaleError, naming the tensor, for scales of a wrong shape."""
-        allowed = self._accepted(WEIGHT_SCALE)
-        if self.shapes[WEIGHT_SCALE] not in allowed:
-            raise ScaleError(
-                f"{self.keys[WEIGHT_SCALE]} has shape {list(self.shapes[WEIGHT_SCALE])}; for a weight of shape "
-                f"{list(self.shape)} and {self.scheme.describe()} it must be {' or '.join(str(list(s)) for s in allowed)}"
-            )
+        """Raise ScaleError, naming the tensor, for scales, zero points and groups of a wrong shape."""
+        scheme = self.scheme.weight
+        for role in format_of(scheme).forms(scheme, 1, 1, torch.float32):
+            if role == WEIGHT:
+                continue
+            allowed = self._accepted(role)
+            if self.shapes[role] not in allowed:
+                raise ScaleError(
+                    f"{self.keys[role]} has shape {list(self.shapes[role])}; for a weight of shape "
+                    f"{list(self.shape)} and {self.scheme.describe()} it must be {' or '.join(str(list(s)) for s in allowed)}"
+                )
         scalars: tuple[Shape, ...] = (SCALAR, (1,), (1, 1))
         if len(self.shape) == 3:
             scalars += ((self.shape[0],), (self.shape[0], 1), (self.shape[0], 1, 1))
@@ -171,13 +229,16 @@ class StoredWeight:
 
     def _accepted(self, role: str) -> list[Shape]:
         scheme = self.scheme.weight
-        if len(self.shape) == 2:
+        if len(self.shapes[self.primary]) == 2:
             return format_of(scheme).accepted(scheme, role, *self.shape)
-        if len(self.shape) == 3:
+        if len(self.shape) == 3 and not scheme.packed:
             return accepted_of_stack(scheme, role, self.shape, self.transposed)
-        raise UnsupportedError(
-            f"{self.keys[WEIGHT]} has {len(self.shape)} dimensions; hf_fp8 reads FP8 matrices and stacks of them"
-        )
+        kinds = "packed matrices" if scheme.packed else "FP8 matrices and stacks of them"
+        raise UnsupportedError(f"{self.keys[self.primary]} has {len(self.shape)} dimensions; hf_fp8 reads {kinds}")
+
+
+# Another dtype that a role may have in files.
+_INTEGERS = {PACKED: "I32", SHAPE: "I32", ZERO_POINT: "I32", COLUMN_GROUPS: "I64"}
 
 
 def companion(pattern: str, role: str) -> str:
@@ -197,22 +258,43 @@ def name_beside(target: str, renamed: str, prefix: str) -> str:
 
 
 def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read the scales and zero points of all weights to CPU memory (they are small); return them by key.
+    """Read what belongs to the codes of all weights to CPU memory (it is small), and return it by key.
 
-    Raises ScaleError for the first weight scale that is not finite and positive, UnsupportedError for zero points.
-    `wrong_input_scales` checks input scales.
+    Raises ScaleError for the first weight scale that is not finite and positive, and for a column of no group;
+    UnsupportedError for zero points of symmetric weights; MismatchError for another `weight_shape`. `wrong_input_scales`
+    checks input scales.
     """
-    names = [w.keys[role] for w in weights for role in (WEIGHT_SCALE, INPUT_SCALE, *ZERO_POINTS) if role in w.keys]
-    found = checkpoint.read(names)
-    for name, scale in found.items():
-        if "zero_point" in name and scale.float().count_nonzero():
-            raise UnsupportedError(f"{name} is not zero: hf_fp8 runs symmetric FP8, without zero points")
-    for key in (weight.keys[WEIGHT_SCALE] for weight in weights if WEIGHT_SCALE in weight.keys):
-        if (wrong := _wrong_values(found[key])) is not None:
+    found = checkpoint.read([key for weight in weights for role, key in weight.keys.items() if role != weight.primary])
+    for weight in weights:
+        for role in weight.zeros:
+            if found[weight.keys[role]].float().count_nonzero():
+                raise UnsupportedError(
+                    f"{weight.keys[role]} is not zero: config group {weight.group.name!r} is symmetric, without zero points"
+                )
+        key = weight.keys.get(WEIGHT_SCALE)
+        if key is not None and (wrong := _wrong_values(found[key])) is not None:
             raise ScaleError(
                 f"{key} {wrong}: the dequantized weights would be wrong. The checkpoint is damaged or badly calibrated."
             )
+        _check_shape_and_groups(weight, found)
     return found
+
+
+def _check_shape_and_groups(weight: StoredWeight, found: Mapping[str, torch.Tensor]) -> None:
+    key = weight.keys.get(SHAPE)
+    if key is not None and not weight.takes(tuple(found[key].tolist())):
+        raise MismatchError(
+            f"{key} is {found[key].tolist()}, but {weight.keys[PACKED]} and its scales are of a weight of shape "
+            f"{list(weight.shape)}"
+        )
+    key = weight.keys.get(COLUMN_GROUPS)
+    if key is not None:
+        groups, size = found[key], weight.scheme.weight.granularity.cols
+        counts = torch.bincount(groups[groups >= 0]) if groups.numel() else groups
+        if bool((groups < 0).any()) or len(counts) * size != len(groups) or bool((counts != size).any()):
+            raise ScaleError(
+                f"{key} does not put the {len(groups)} columns into groups of {size}: the dequantized weights would be wrong"
+            )
 
 
 def wrong_input_scales(weights: list[StoredWeight], scales: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -254,7 +336,7 @@ def check_host_shapes(weights: list[StoredWeight], held: Mapping[str, torch.Tens
 def stored(name: str, keys: Mapping[str, str], checkpoint: Checkpoint, group: Group) -> StoredWeight:
     """The StoredWeight of the module `name`, from its keys by role."""
     infos = {role: checkpoint.tensors[key] for role, key in keys.items()}
-    if WEIGHT not in keys and group.scheme is not None:
+    if WEIGHT not in keys and PACKED not in keys and group.scheme is not None:
         raise CheckpointError(f"{name} has no weight")
     return StoredWeight(
         name,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..formats import numerics
+from ..formats.storage import format_of
 from ..kernels import torch_grouped as grouped_mm
 from ..nn.base import QuantizedModule
 from ..nn.expert_weights import rows_as_held, weights_of
@@ -167,13 +168,12 @@ def _weights(pair: Pair) -> list[Row]:
     weight: Any = layer.original if pair.reference is None else pair.reference.weight
     if weight is None:
         return [dataclasses.replace(row, note="not comparable: its float weight was not kept")]
-    codes = layer.held_codes("weight")
-    if codes.is_meta or weight.is_meta:
+    if layer.coded.is_meta or weight.is_meta:
         return [dataclasses.replace(row, note="weights not comparable: they are offloaded")]
-    sums, weight = Sums(), weight.detach().reshape(codes.shape)
-    granularity = layer.scheme.weight.granularity
-    for piece, scale, start in numerics.pieces(codes, layer.weight_scale, granularity, numerics.chunk(codes.device)):
-        sums.add(weight[start : start + len(piece)], numerics.dequantize(piece, scale, granularity))
+    sums, weight, scheme = Sums(), weight.detach().reshape(row.shape), layer.scheme.weight
+    held, elements = layer.tensors(), numerics.chunk(layer.coded.device)
+    for dense, start in format_of(scheme).pieces(held, scheme, layer.in_features, torch.float32, elements):
+        sums.add(weight[start : start + len(dense)], dense)
     return [_measured(row, sums)]
 
 
@@ -188,7 +188,7 @@ def _projection(pair: Pair, experts: QuantizedExperts, projection: Projection) -
     total, each = Sums(), []
     for number, rows in enumerate(rows_as_held(experts, projection, stack)):
         sums = Sums()
-        for dense, first, last in grouped_mm.pieces(held, number, torch.float32):
+        for dense, first, last in grouped_mm.pieces(held, number, projection.shape[2], torch.float32):
             sums.add(rows[first:last], dense)
         total.merge(sums)
         each.append(sums.sqnr)

@@ -12,27 +12,30 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 INT8 = torch.int8
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # a name only: torch has no operations on it
 
 
 @dataclass(frozen=True)
 class CodeType:
     """A type of codes.
 
-    dtype: the dtype by which schemes name it. storage: that of the tensors that hold the codes, `per_element` of them in an
-    element. largest: the largest magnitude that is used. mantissa, least_exponent: of a floating-point type, the bits after
+    dtype: the dtype by which schemes name it. storage: that of tensors with one code in each element. least, largest: the range
+    of codes. weight_range: the code, not rounded, to which the amax of a weight is scaled. mantissa, least_exponent: of a
+    floating-point type, the bits after
     the leading one and the exponent of the smallest normal number; None for integers. kind, bits, format: compressed-tensors'
     `type`, `num_bits` and `format`. label: for messages. suffix: in `Scheme.text`.
     """
 
     dtype: torch.dtype
     storage: torch.dtype
+    least: float
     largest: float
+    weight_range: float
     kind: str
     bits: int
     format: str
     label: str
     suffix: str
-    per_element: int = 1
     mantissa: int | None = None
     least_exponent: int | None = None
 
@@ -55,14 +58,17 @@ class CodeType:
         return torch.ldexp(step, exponent)
 
 
+_LARGEST = float(torch.finfo(FP8).max)
 CODE_TYPES = {
     found.dtype: found
     for found in (
         CodeType(
-            FP8, FP8, float(torch.finfo(FP8).max), kind="float", bits=8, format="float-quantized", label="FP8", suffix="",
+            FP8, FP8, -_LARGEST, _LARGEST, _LARGEST, kind="float", bits=8, format="float-quantized", label="FP8", suffix="",
             mantissa=3, least_exponent=-6,
         ),
-        # Symmetric: -128 is not used.
-        CodeType(INT8, INT8, 127.0, kind="int", bits=8, format="int-quantized", label="int8", suffix="i"),
+        # compressed-tensors scales the amax of a weight to half of the range of codes (calculate_qparams), so that the largest
+        # weights are rounded by half a step. Inputs are quantized to -127..127, as vLLM's kernels do.
+        CodeType(INT8, INT8, -128.0, 127.0, 127.5, kind="int", bits=8, format="int-quantized", label="int8", suffix="i"),
+        CodeType(INT4, INT8, -8.0, 7.0, 7.5, kind="int", bits=4, format="pack-quantized", label="int4", suffix="q"),
     )
 }  # fmt: skip

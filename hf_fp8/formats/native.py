@@ -116,7 +116,9 @@ class Prepared:
         self._before = WEIGHTS_FIELDS.pack(*fields)
         self._after = self._addresses[2], 0 if bias is None else DTYPES[bias.dtype]
 
-    def reads(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    def reads(
+        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, zero_point: torch.Tensor | None = None
+    ) -> bool:
         """Whether the tensors that it was prepared for are still in the same memory."""
         return (codes.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr()) == self._addresses
 

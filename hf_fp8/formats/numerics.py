@@ -51,7 +51,7 @@ def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype 
 def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """The amax of each block of a non-empty x (rows, cols): `granularity.grid`, in the dtype of x."""
     if (
-        granularity.rows != -1 and x.dtype in native.DTYPES and _in_library(x)
+        granularity.rows != -1 and x.dtype in native.DTYPES and in_library(x)
     ):  # a tensor is one block, which one thread would do
         return native.amax(x, granularity).to(x.dtype)
     rows, cols = x.shape
@@ -68,7 +68,7 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     return tiles.amax(dim=(1, 3))
 
 
-def _in_library(*tensors: torch.Tensor) -> bool:
+def in_library(*tensors: torch.Tensor) -> bool:
     """Whether the library of CPU kernels takes them: plain tensors of a CPU, where nothing traces or differentiates."""
     return (
         all(type(t) in _PLAIN and t.is_cpu and t.dtype != torch.float64 for t in tensors)
@@ -115,7 +115,7 @@ def quantize(
     (`stochastic_round`).
     """
     code = CODE_TYPES[dtype]
-    if generator is None and x.dtype in native.DTYPES and dtype in native.CODES and _in_library(x, scale):
+    if generator is None and x.dtype in native.DTYPES and dtype in native.CODES and in_library(x, scale):
         return native.quantize(x, scale, granularity, dtype)
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
     # Clamp before the cast: eager casts did not saturate before torch 2.12.
@@ -140,13 +140,13 @@ def stochastic_round(x: torch.Tensor, dtype: torch.dtype, generator: torch.Gener
 def dequantize(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """q (rows, cols) in E4M3 or int8 times its scales, multiplied in their `wide` dtype and rounded once to `dtype`."""
+    """q (rows, cols) in E4M3 or integers times its scales, multiplied in their `wide` dtype and rounded once to `dtype`."""
     q, computed = codes_of(q), wide(scale.dtype)
+    if q.dtype in native.CODES and dtype in native.DTYPES and in_library(q, scale):
+        return native.dequantize(q, scale, granularity, torch.empty(q.shape, dtype=dtype, device=q.device))
     if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
         return q.to(computed).mul_(expand_scale(scale, granularity, *q.shape)).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    if dtype in native.DTYPES and _in_library(q, scale):
-        return native.dequantize(q, scale, granularity, out)
     for piece, part, start in pieces(q, scale, granularity, CPU_CHUNK):
         multiply_out(piece, expand_scale(part.float(), granularity, *piece.shape), out[start : start + len(piece)])
     return out

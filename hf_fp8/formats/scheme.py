@@ -1,6 +1,7 @@
 """Quantization schemes of weights and inputs: Granularity, TensorScheme, Scheme, and their names.
 
-A scale is always the factor by which a code (a stored 8-bit value) is multiplied: ``real = stored * scale``.
+A scale is always the factor by which a code (a stored value of 8 or 4 bits) is multiplied: ``real = stored * scale``, or, with
+zero points, ``real = (stored - zero_point) * scale``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import cache
 import torch
 
 from ..errors import ConfigError
-from .code_types import CODE_TYPES, FP8, INT8, CodeType
+from .code_types import CODE_TYPES, FP8, INT4, INT8, CodeType
 
 # The largest magnitude of a code, by the dtype of its type.
 CODE_MAX = {dtype: code.largest for dtype, code in CODE_TYPES.items()}
@@ -62,31 +63,91 @@ ROW = Granularity(1, -1)
 
 @dataclass(frozen=True)
 class TensorScheme:
-    """One operand: codes of `dtype` (E4M3 or int8) with scales of one granularity.
+    """One operand: codes of `dtype` (E4M3, int8 or int4) with scales of one granularity.
 
-    `dynamic` scales are computed from each input.
+    dynamic: scales are computed from each input. packed: several codes lie in each int32 (always for int4). has_zero_points:
+    each scale has a zero point, which is subtracted from codes. is_ordered: the columns of a group need not lie next to each
+    other; the group of each column is stored (`weight_g_idx`). The last three are for weights only.
     """
 
     granularity: Granularity
     dynamic: bool = False
     dtype: torch.dtype = FP8
+    packed: bool = False
+    has_zero_points: bool = False
+    is_ordered: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in CODE_TYPES:
             raise ConfigError(f"codes are {' or '.join(map(str, CODE_TYPES))}, got {self.dtype}")
+        if self.dtype == INT4 and not self.packed:
+            object.__setattr__(self, "packed", True)
+        if self.packed and (self.dtype == FP8 or self.granularity.rows != 1 or self.dynamic):
+            raise ConfigError(f"packed codes are int4 or int8 weights with scales per channel or group, not {self}")
+        if not self.packed and (self.has_zero_points or self.is_ordered):
+            raise ConfigError("zero points, and groups of columns in any order, are supported for packed codes only")
+        if self.is_ordered and self.granularity.cols == -1:
+            raise ConfigError("the columns of a channel are one group: there is nothing to order")
 
     @property
     def code(self) -> CodeType:
         """The type of the codes."""
         return CODE_TYPES[self.dtype]
 
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype of the tensor with the codes."""
+        return torch.int32 if self.packed else self.code.storage
+
+    @property
+    def per_element(self) -> int:
+        """How many codes are in an element of that tensor."""
+        return 32 // self.code.bits if self.packed else 1
+
     def __str__(self) -> str:
-        return f"{self.granularity}{'d' if self.dynamic else 's'}{self.code.suffix}"
+        # int4 is packed anyway
+        flags = ("p", self.packed and self.dtype != INT4), ("z", self.has_zero_points), ("o", self.is_ordered)
+        marks = "".join(letter for letter, is_set in flags if is_set)
+        return f"{self.granularity}{'d' if self.dynamic else 's'}{self.code.suffix}{marks}"
+
+    @staticmethod
+    def parse(text: str) -> TensorScheme:
+        """The TensorScheme that is written as `text`. Raises ValueError."""
+        found = _WRITTEN.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is not a TensorScheme")
+        rows, cols, scales, suffix, marks = found.groups()
+        return TensorScheme(
+            Granularity(int(rows), int(cols)), scales == "d", _BY_SUFFIX[suffix],
+            packed="p" in marks, has_zero_points="z" in marks, is_ordered="o" in marks,
+        )  # fmt: skip
+
+    @property
+    def kind(self) -> str:
+        """A readable description of codes and scales of a weight, e.g. ``int4 group 128``."""
+        granularity = self.granularity
+        found = {TENSOR: "tensor", ROW: "channel"}.get(granularity)
+        if found is None:
+            found = f"group {granularity.cols}" if granularity.rows == 1 else f"block {granularity}"
+        found = found if self.code.is_float else f"{self.code.label} {found}"
+        extra = ", ".join(
+            said
+            for said, is_so in (
+                ("packed", self.packed and self.dtype != INT4),
+                ("zero points", self.has_zero_points),
+                ("columns in the order of weight_g_idx", self.is_ordered),
+            )
+            if is_so
+        )
+        return f"{found} ({extra})" if extra else found
+
+
+_WRITTEN = re.compile(r"(-?\d+)x(-?\d+)([ds])([iq]?)([pzo]*)")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The scheme of a linear layer: 8-bit weights (N, K) and, unless `input` is None (weight-only), 8-bit inputs (M, K).
+    """The scheme of a linear layer: weights (N, K) of 8 or 4 bits; inputs (M, K) of 8 bits, or not quantized (`input` is None).
 
     ``Scheme.parse(scheme.text)`` returns the scheme, so that a scheme can be passed to a custom op as a string.
     """
@@ -103,6 +164,8 @@ class Scheme:
             raise ConfigError(f"weights have scales per tensor, channel, group or block, not {self.weight.granularity}")
         if self.input is not None and not self.input.dynamic and not self.input.granularity.is_tensor:
             raise ConfigError(f"static inputs have one scale per tensor, not one per {self.input.granularity}")
+        if self.input is not None and self.input.storage not in (FP8, INT8):
+            raise ConfigError(f"inputs are quantized to 8 bits, not to {self.input.code.label}")
         object.__setattr__(self, "text", f"{self.weight}|{self.input if self.input else '-'}")
 
     def __str__(self) -> str:
@@ -112,14 +175,8 @@ class Scheme:
     @cache
     def parse(text: str) -> Scheme:
         """The scheme whose ``text`` is `text`, e.g. ``1x-1s|1x-1d`` (channel weights, per-token inputs)."""
-
-        def operand(part: str) -> TensorScheme:
-            extents, scales, suffix = re.split("([ds])", part)
-            rows, cols = extents.split("x")
-            return TensorScheme(Granularity(int(rows), int(cols)), dynamic=scales == "d", dtype=_BY_SUFFIX[suffix])
-
         weight, activation = text.split("|")
-        return Scheme(operand(weight), None if activation == "-" else operand(activation))
+        return Scheme(TensorScheme.parse(weight), None if activation == "-" else TensorScheme.parse(activation))
 
     @property
     def has_static_input(self) -> bool:
@@ -127,13 +184,7 @@ class Scheme:
 
     def describe(self) -> str:
         """A readable description, e.g. ``channel x token (dynamic)``."""
-        weight = {"-1x-1": "tensor", "1x-1": "channel"}.get(str(self.weight.granularity))
-        if weight is None:
-            weight = ("group " if self.weight.granularity.rows == 1 else "block ") + (
-                str(self.weight.granularity.cols) if self.weight.granularity.rows == 1 else str(self.weight.granularity)
-            )
-        if not self.weight.code.is_float:
-            weight = f"{self.weight.code.label} {weight}"
+        weight = self.weight.kind
         if self.input is None:
             return f"{weight} weights, inputs not quantized"
         kind = {"-1x-1": "tensor", "1x-1": "token"}.get(str(self.input.granularity), f"group {self.input.granularity.cols}")
@@ -161,6 +212,12 @@ FP8_TENSOR = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR, dynamic=True))
 # backend="int8" re-quantizes FP8 layers to this; compressed-tensors calls it W8A8 or INT8.
 INT8_DYNAMIC = Scheme(TensorScheme(ROW, dtype=INT8), TensorScheme(ROW, dynamic=True, dtype=INT8))
 INT8_WEIGHT_ONLY = Scheme(TensorScheme(ROW, dtype=INT8))
+_GROUP = Granularity(1, 128)
+W4A16 = Scheme(TensorScheme(_GROUP, dtype=INT4))
+W4A16_ASYM = Scheme(TensorScheme(_GROUP, dtype=INT4, has_zero_points=True))
+W4A8 = Scheme(TensorScheme(_GROUP, dtype=INT4), TensorScheme(ROW, dynamic=True, dtype=INT8))
+W4AFP8 = Scheme(TensorScheme(_GROUP, dtype=INT4), _DYNAMIC_TOKEN)
+W8A16 = Scheme(TensorScheme(_GROUP, dtype=INT8, packed=True))
 
 # Names of schemes in arguments, with aliases.
 SCHEMES = {
@@ -173,7 +230,11 @@ SCHEMES = {
     "INT8": INT8_DYNAMIC,
     "W8A8": INT8_DYNAMIC,
     "INT8_WEIGHT_ONLY": INT8_WEIGHT_ONLY,
-    "W8A16": INT8_WEIGHT_ONLY,
+    "W8A16": W8A16,
+    "W4A16": W4A16,
+    "W4A16_ASYM": W4A16_ASYM,
+    "W4A8": W4A8,
+    "W4AFP8": W4AFP8,
 }
 
 

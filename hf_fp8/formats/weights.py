@@ -1,16 +1,17 @@
-"""Quantization of float weights to codes (8-bit values) and scales in plain torch; and Change, which measures how much of a
-change to a weight (for example a merged adapter) is left after it is quantized again."""
+"""Quantization of float weights to codes (values of 8 or 4 bits) and scales in plain torch; and Change, which measures how much
+of a change to a weight (for example a merged adapter) is left after it is quantized again."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import ScaleError
 from .code_types import CODE_TYPES, FP8
 from .numerics import amax_of, chunk, compute_scale, dequantize, expand_scale, pieces, quantize, stochastic_round
-from .scheme import CODE_MAX, ROW, Granularity, scale_shape
+from .scheme import ROW, Granularity, TensorScheme, scale_shape
 
 
 def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
@@ -22,11 +23,11 @@ def weight_scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tenso
     """The scale of weights with the given `amax` (`amax_of`), computed and rounded in its dtype.
 
     This is compressed-tensors' arithmetic (quantization/utils/helpers.py, calculate_qparams), bit for bit: a block of zeros
-    gets the dtype's eps. The only difference: if amax / 448 underflows, which compressed-tensors treats as zero, the scale
-    is the smallest positive number, so that the block is not lost.
+    gets the dtype's eps. The only difference: if amax / `CodeType.weight_range` underflows, which compressed-tensors treats
+    as zero, the scale is the smallest positive number, so that the block is not lost.
     """
     info = torch.finfo(amax.dtype)
-    return torch.where(amax == 0, info.eps, (amax / CODE_MAX[dtype]).clamp(min=least_scale(amax.dtype)))
+    return torch.where(amax == 0, info.eps, (amax / CODE_TYPES[dtype].weight_range).clamp(min=least_scale(amax.dtype)))
 
 
 def least_scale(dtype: torch.dtype) -> float:
@@ -42,7 +43,7 @@ def quantize_weight(
     held: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a float weight (N, K): (codes (N, K) of `dtype`, scale in the shape of `scheme.scale_shape`).
+    """Quantize a float weight (N, K): (codes (N, K), one in each element, scale in the shape of `scheme.scale_shape`).
 
     Scale and quotient are computed in the dtype of the weight and rounded to it, as compressed-tensors does in plain torch
     (quantization/lifecycle/forward_helpers.py, _quantize), so that the same weights give the same bytes. The weight is
@@ -56,15 +57,15 @@ def quantize_weight(
     """
     rows, cols = weight.shape
     compute = scale_dtype_of(weight.dtype)
-    codes = torch.empty((rows, cols), dtype=dtype, device=weight.device)
+    code = CODE_TYPES[dtype]
+    codes = torch.empty((rows, cols), dtype=code.storage, device=weight.device)
     shape = scale_shape(granularity, rows, cols)
     scale = torch.zeros(granularity.grid(rows, cols), dtype=compute, device=weight.device)
     elements = chunk(weight.device)
     for piece, part, _ in pieces(weight, scale, granularity, elements):
         if piece.numel():
             torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
-    if not bool(scale.isfinite().all()):
-        raise ScaleError(f"a weight of shape {(rows, cols)} has values that are NaN or infinite: it cannot be quantized")
+    _refuse_non_finite(scale, weight)
     scale.copy_(weight_scale_of(scale, dtype))
     if held is not None:
         fresh = scale.to(held.dtype)
@@ -72,15 +73,75 @@ def quantize_weight(
         low = fresh.to(compute) < scale * (1 - 2**-7)
         fresh = torch.where(low, fresh + least_scale(held.dtype), fresh).to(compute)
         before = held.reshape(scale.shape).to(compute)
-        # Keep the held scale unless it is too small, or so large that int8 would lose more than one bit.
-        scale.copy_(torch.where((scale <= before) & (scale >= before / 2), before, fresh))
-    code = CODE_TYPES[dtype]
+        # Keep the held scale unless it is too small, or so large that integers would lose more than one bit.
+        fits = scale <= before if code.is_float else _fits(weight, before, granularity, dtype)
+        scale.copy_(torch.where(fits & (scale >= before / 2), before, fresh))
     for piece, part, start in pieces(weight, scale, granularity, elements):
-        scaled = (piece.to(compute) / expand_scale(part, granularity, *piece.shape)).clamp_(-code.largest, code.largest)
+        scaled = (piece.to(compute) / expand_scale(part, granularity, *piece.shape)).clamp_(code.least, code.largest)
         if generator is not None:
             scaled = stochastic_round(scaled.float(), dtype, generator)
         codes[start : start + len(piece)] = code.round(scaled)
     return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
+
+
+def _fits(weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
+    """For each scale, whether all values of its block are between the least and the largest code, which differ in magnitude."""
+    code, found = CODE_TYPES[dtype], torch.ones_like(scale, dtype=torch.bool)
+    for (piece, part, _), (_, fits, _) in zip(
+        pieces(weight, scale, granularity, chunk(weight.device)),
+        pieces(weight, found, granularity, chunk(weight.device)),
+        strict=True,
+    ):
+        if piece.numel():
+            high, low = (amax_of(half.clamp(min=0).to(scale.dtype), granularity) for half in (piece, -piece))
+            fits &= (high <= part * code.largest) & (low <= part * -code.least)
+    return found
+
+
+def _refuse_non_finite(scale: torch.Tensor, weight: torch.Tensor) -> None:
+    if not bool(scale.isfinite().all()):
+        raise ScaleError(f"a weight of shape {(*weight.shape,)} has values that are NaN or infinite: it cannot be quantized")
+
+
+def quantize_with_zero_points(
+    weight: torch.Tensor,
+    scheme: TensorScheme,
+    held: tuple[torch.Tensor, torch.Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize a float weight (N, K) asymmetrically: (codes (N, K), scale, zero points, both (N, groups)); int8 but for scales.
+
+    compressed-tensors' arithmetic, as in `quantize_weight`: the range of a group, which always contains 0, is mapped to that of
+    the codes. held: scale and zero points before a small change, which groups keep that they still fit. generator: as in
+    `quantize_weight`. Raises ScaleError for weights with NaN or infinity.
+    """
+    cols = weight.shape[1]
+    code, granularity, compute = scheme.code, scheme.granularity, scale_dtype_of(weight.dtype)
+    width = cols if granularity.cols == -1 else granularity.cols
+    padded = F.pad(weight.to(compute), (0, -cols % width))  # the last group may be partial; zeros are in every range
+    grouped = padded.view(len(weight), -1, width)
+    low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+    _refuse_non_finite(high - low, weight)
+    scale = (high - low) / (code.largest - code.least)
+    point = (code.least - low / scale).clamp_(code.least, code.largest).nan_to_num_(0.0).round_()
+    scale = torch.where(high == low, torch.finfo(compute).eps, scale.clamp(min=least_scale(compute)))
+    if held is not None:
+        before, of_before = held[0].reshape(scale.shape).to(compute), held[1].to(compute)
+        fits = ((code.least - of_before) * before <= low) & ((code.largest - of_before) * before >= high)
+        fits &= scale >= before / 2
+        scale, point = torch.where(fits, before, scale.to(held[0].dtype).to(compute)), torch.where(fits, of_before, point)
+    scaled = (grouped / scale.unsqueeze(2)).add_(point.unsqueeze(2)).clamp_(code.least, code.largest).flatten(1)[:, :cols]
+    if generator is not None:
+        scaled = stochastic_round(scaled.float(), scheme.dtype, generator)
+    return code.round(scaled), scale.to(compute if held is None else held[0].dtype), point.to(code.storage)
+
+
+def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """The codes of a float weight (N, K) for a given scale, one in each element. NaN and infinity are NaN in E4M3."""
+    if scheme.code.is_float:
+        return quantize(weight, scale, scheme.granularity, scheme.dtype)
+    scaled = weight.float() / expand_scale(scale.float(), scheme.granularity, *weight.shape)
+    return scheme.code.round(scaled.clamp_(scheme.code.least, scheme.code.largest).nan_to_num_(0.0))
 
 
 def requantize(

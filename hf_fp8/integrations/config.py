@@ -11,10 +11,9 @@ from typing import Any
 
 from transformers import CompressedTensorsConfig
 
-from ..checkpoint.config_groups import Group, all_of
-from ..checkpoint.quantization_spec import METHOD, METHODS, QuantizationSpec, plain
+from ..checkpoint.config_groups import Group
+from ..checkpoint.quantization_spec import METHOD, METHODS, QuantizationSpec, plain, refuse_others
 from ..errors import ConfigError
-from ..formats.code_types import FP8
 from ..formats.scheme import Scheme
 from .options import DEFAULTS, LOADING, settled
 
@@ -84,11 +83,7 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
             self.spec = QuantizationSpec.read(checkpoint)
         elif self.scheme is not None:
             asked = QuantizationSpec.asked(self.scheme, self.targets, self._ignore)
-            if not all_of(FP8, asked.groups):
-                raise ConfigError(
-                    f"scheme={scheme!r} is not FP8: FP8Config and `hf-fp8 quantize` make FP8 only; for int8 use "
-                    "hf_fp8.quantize_model(model, 'INT8')"
-                )
+            refuse_others(asked)
             self.spec = asked
 
     @property

@@ -25,7 +25,7 @@ from ..loading.conversions import KeyRenaming, RoutedConverter, build_conversion
 from ..loading.dtypes import dtype_of
 from ..loading.extra_tensors import Unplaced, any_number, belong_to, by_pattern, keep_names
 from ..loading.facts import ModelFacts
-from ..loading.key_map import KeyMap
+from ..loading.key_map import KeyMap, plain_weight
 from ..loading.layout import NOTES, Layout
 from ..loading.matching import match_checkpoint
 from ..loading.ops import NoOp
@@ -128,7 +128,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._host_conversions = list(weight_conversions)
             checkpoint = Checkpoint(self._files)
             dtypes = {info.dtype for info in checkpoint.tensors.values()}
-            if self.quantization_config.of_another_load and "F8_E4M3" not in dtypes:
+            if self.quantization_config.of_another_load and not self.quantization_config.spec.storages & dtypes:
                 if "I8" in dtypes:
                     raise ConfigError(
                         "the `config` that was passed is of a model loaded from FP8, but the files hold int8 codes, which it "
@@ -150,7 +150,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         target = converter.target_patterns[0]
         module, _, role = target.rpartition(".")
-        if self.layout is not None and module in self.layout.kept and role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE):
+        if self.layout is not None and module in self.layout.kept and role != "bias":
             return None
         return dtype  # also for integers, as the host does without a quantizer
 
@@ -186,7 +186,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.planned is None or self.layout is None or self._is_sharded:
             return False
         targets = {stack.target for plan in self.layout.experts.values() for stack in plan.stacks}
-        return param_name in targets or param_name.removesuffix(f".{WEIGHT}") in self.layout.kept
+        return param_name in targets or plain_weight(param_name).removesuffix(f".{WEIGHT}") in self.layout.kept
 
     def sharded_sources(self, model: PreTrainedModel) -> tuple[dict[str, Any], list[WeightTransform]] | None:
         """What the host loads a sharded model from, instead of the files and its conversions; None for any other model."""
@@ -244,6 +244,12 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{first(sorted(name for names in modules_of_host(layout).values() for name in names))} are in formats that "
                 "transformers runs, and it cannot shard those (tp_size, ep_size, fsdp_size): load with "
                 "FP8Config(dequantize=True), or with a device_map"
+            )
+        packed = [weight.name for weight in layout.scan.weights if weight.target and weight.scheme.weight.packed]
+        if packed and sharding.will_shard(model) and not config.dequantize:
+            raise UnsupportedError(
+                f"{first(packed)} are packed, several codes in each element, and hf_fp8 cannot shard those over processes yet "
+                "(tp_size, ep_size, fsdp_size): load with FP8Config(dequantize=True), or with a device_map"
             )
         carried = self._dense_because is None and config.backend != "int8" and belong_to(model, self._files)
         if (self._dense_because is None or self.host is not None) and self._read_values:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
@@ -10,7 +10,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from ..checkpoint.config_groups import concerns_fp8
+from ..checkpoint.config_groups import concerns_fp8, runs_here
 from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, METHODS, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
@@ -76,7 +76,7 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
         written, before = written or before, None
     if written is None and before is not None and not concerns_fp8(before):
         config.quantization_config = written = before  # codes that transformers runs, which it would take for values
-    if written is not None and concerns_fp8(written):
+    if written is not None and (concerns_fp8(written) or (_is_asked(quantization_config) and runs_here(written))):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):
             for key in CONFIG_KEYS:
@@ -98,9 +98,14 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
     return host(config, quantization_config, *args, **kwargs)
 
 
+def _is_asked(passed: Any) -> bool:
+    """Whether hf_fp8 is asked for by name, so that it also runs checkpoints without FP8 (int4, int8)."""
+    return isinstance(passed, FP8Config) or (isinstance(passed, Mapping) and is_for_us(passed))
+
+
 def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, asked: FP8Config) -> CompressedTensorsConfig:
-    """The config with which the host loads a checkpoint that is not FP8: dense, or in the host's formats (`written`)."""
-    if asked.scheme is not None or asked.spec.fp8_groups:
+    """The config with which the host loads a checkpoint that hf_fp8 does not run: dense, or in its own formats (`written`)."""
+    if asked.scheme is not None or asked.spec.our_groups:
         return _for_quantizing(config, asked)
     if written is None:
         raise ConfigError(
@@ -109,9 +114,9 @@ def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, 
         )
     if asked.backend != "auto":
         raise ConfigError(
-            f"FP8Config(backend={asked.backend!r}) was passed, but no config group of the checkpoint is FP8 "
+            f"FP8Config(backend={asked.backend!r}) was passed, but hf_fp8 runs no config group of the checkpoint "
             f"({', '.join(written.get('config_groups') or ['none'])}): that backend has nothing to run. "
-            "transformers itself runs int8 and int4 checkpoints: load them without a backend"
+            "transformers runs this checkpoint: load it without a backend"
         )
     return CompressedTensorsConfig(dequantize=asked.dequantize)
 
@@ -172,6 +177,6 @@ def merge(written: dict[str, Any], passed: Any) -> FP8Config:
         refuse_other_groups(asked.spec, found.spec)
     elif asked.scheme is not None:
         raise ConfigError(
-            f"scheme={asked.scheme!r} quantizes dense checkpoints, and this one is FP8 already: leave the scheme out"
+            f"scheme={asked.scheme!r} quantizes dense checkpoints, and this one is quantized already: leave the scheme out"
         )
     return found

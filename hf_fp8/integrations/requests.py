@@ -89,7 +89,7 @@ def asks_to_quantize(passed: Any) -> bool:
     if isinstance(passed, FP8Config):
         return passed.scheme is not None and passed.checkpoint is None
     asked = asked_for(passed)
-    return asked.scheme is not None or bool(asked.spec.fp8_groups)
+    return asked.scheme is not None or bool(asked.spec.our_groups)
 
 
 def for_quantizing(asked: FP8Config) -> FP8Config:
@@ -119,7 +119,7 @@ def refuse_other_groups(asked: QuantizationSpec, found: QuantizationSpec) -> Non
     for group in said.groups:
         if _meaning(group) not in map(_meaning, found.groups):
             raise ConfigError(
-                f"the quantization_config that was passed has {_describe(group)}, but the checkpoint is FP8 already, with "
+                f"the quantization_config that was passed has {_describe(group)}, but the checkpoint is quantized already, with "
                 f"{'; '.join(map(_describe, found.groups))}: leave config_groups out to load it unchanged, or quantize the "
                 "dense checkpoint that it was quantized from"
             )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from ..formats.code_types import INT8
-from ..formats.scheme import CODE_MAX, Scheme
+from ..formats.code_types import CODE_TYPES, INT8
+from ..formats.scheme import Scheme
+from ..formats.storage import COLUMN_GROUPS, WEIGHT_SCALE, ZERO_POINT, format_of
 
-# Largest K for which a sum of products of int8 codes always fits into int32.
-LARGEST_K = (2**31 - 1) // int(CODE_MAX[INT8]) ** 2
+# Largest K for which a sum of products of int8 codes always fits into int32: inputs are -127..127, weights -128..127.
+LARGEST_K = (2**31 - 1) // (int(CODE_TYPES[INT8].largest) * -int(CODE_TYPES[INT8].least))
 
 
 class Input(NamedTuple):
@@ -38,12 +39,27 @@ class Input(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """Operands of a layer as the checkpoint stores them: codes (N, K), scales, bias (N,), and their scheme."""
+    """Operands of a layer as the checkpoint stores them: codes (N, K), or packed (N, words), scales, bias (N,), their scheme.
+
+    zero_point, column_groups: as stored, if the scheme has them (`formats.storage.PackedCodes`).
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None
     scheme: Scheme
+    zero_point: torch.Tensor | None = None
+    column_groups: torch.Tensor | None = None
+
+    def pieces(self, k: int, dtype: torch.dtype, elements: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """`WeightFormat.pieces` of the weight (N, K)."""
+        return format_of(self.scheme.weight).pieces(self.tensors(), self.scheme.weight, k, dtype, elements)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By their role in the format."""
+        codes = format_of(self.scheme.weight).codes
+        held = {codes: self.codes, WEIGHT_SCALE: self.scale, ZERO_POINT: self.zero_point, COLUMN_GROUPS: self.column_groups}
+        return {role: tensor for role, tensor in held.items() if tensor is not None}
 
 
 class ExpertWeights(NamedTuple):
@@ -51,19 +67,40 @@ class ExpertWeights(NamedTuple):
 
     parts: number of matrices concatenated along N, each with a separate grid of scales (gate and up: one grid over both
     would have fewer rows if the block does not divide N / 2). scale: (E, N, 1) per channel,
-    (E, parts) per tensor, else (E, parts * ceil(N / parts / rows), ceil(K / cols)).
+    (E, parts) per tensor, else (E, parts * ceil(N / parts / rows), ceil(K / cols)). Packed codes: (E, N, words), and the
+    others as in `Weight`, those of each part one above the other.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     scheme: Scheme
     parts: int = 1
+    zero_point: torch.Tensor | None = None
+    column_groups: torch.Tensor | None = None
 
     def part(self, index: int) -> ExpertWeights:
         """One of the parts, as views."""
-        rows, grid = (size // self.parts for size in (self.codes.shape[1], self.scale.shape[1]))
-        codes = self.codes[:, index * rows : (index + 1) * rows]
-        return ExpertWeights(codes, self.scale[:, index * grid : (index + 1) * grid], self.scheme)
+        of = (self.codes, self.scale, self.zero_point, self.column_groups)
+        codes, scale, zero_point, groups = (
+            None if t is None else t.view(len(t), self.parts, -1, *t.shape[2:])[:, index] for t in of
+        )
+        assert codes is not None and scale is not None
+        return ExpertWeights(codes, scale, self.scheme, 1, zero_point, groups)
+
+    def matrix(self, expert: int) -> Weight:
+        """The weight of one expert; its parts must not need separate treatment."""
+        zero_point, groups = (None if t is None else t[expert] for t in (self.zero_point, self.column_groups))
+        return Weight(self.codes[expert], self.scale[expert], None, self.scheme, zero_point, groups)
+
+    def pieces(self, expert: int, k: int, dtype: torch.dtype, elements: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """`WeightFormat.pieces` of the weight (N, K) of one expert."""
+        base, rows = 0, self.codes.shape[1] // self.parts
+        # With separate scales for each row, parts need no separate treatment.
+        apart = self.parts > 1 and (self.scheme.weight.granularity.rows != 1 or self.scheme.weight.packed)
+        for part in map(self.part, range(self.parts)) if apart else [self]:
+            for piece, start in part.matrix(expert).pieces(k, dtype, elements):
+                yield piece, base + start
+            base += rows
 
 
 class Routing(NamedTuple):

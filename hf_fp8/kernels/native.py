@@ -12,7 +12,7 @@ import torch
 
 from ..formats import native
 from ..formats.code_types import FP8, INT8
-from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, Granularity, Scheme
+from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, Scheme
 from . import torch_fp8, torch_grouped, torch_int8
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, has_bfloat16_units, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
@@ -49,16 +49,22 @@ def multiply_int8(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     return native.multiply_int8(x.x, x.scale, w.codes, w.scale, dtype, bias=w.bias, added=added)
 
 
-def times_weight(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity) -> torch.Tensor | None:
+def times_weight(x: torch.Tensor, w: Weight) -> torch.Tensor | None:
     """x (M, N) times a weight (N, K), not its transpose: (M, K) in the dtype of x; None if torch is to do it."""
-    if why_not_here(codes.device, x.dtype) is not None or x.shape[0] > native_limit(x.dtype):  # 0 rows without vectors
+    if w.scheme.weight.packed or why_not_here(w.codes.device, x.dtype) is not None:
         return None
-    return native.multiply(x, codes, scale, granularity, transposed=True)
+    if x.shape[0] > native_limit(x.dtype):  # 0 rows without vectors
+        return None
+    return native.multiply(x, w.codes, w.scale, w.scheme.weight.granularity, transposed=True)
 
 
 def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> torch.Tensor | None:
     """grad (S, N), sorted by expert, times the weights of the experts: (S, K) in float32; None if torch is to do it."""
-    if why_not_here(w.codes.device, grad.dtype) is not None or routing.rows_each(w.codes.shape[0]) > native_limit(grad.dtype):
+    if (
+        w.scheme.weight.packed
+        or why_not_here(w.codes.device, grad.dtype) is not None
+        or routing.rows_each(w.codes.shape[0]) > native_limit(grad.dtype)
+    ):
         return None
     return native.multiply(
         grad, w.codes, w.scale, w.scheme.weight.granularity, parts=w.parts, dtype=torch.float32, transposed=True,
@@ -99,6 +105,8 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_scheme(scheme: Scheme) -> str | None:
     """The reason why the weight-only kernels do not support `scheme`; None if they do."""
+    if scheme.weight.packed:
+        return "it takes codes of one byte"
     return None if scheme.weight.dtype in (FP8, INT8) else "it takes E4M3 or int8 weights"
 
 

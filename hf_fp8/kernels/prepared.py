@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 
 from ..formats import native
-from ..formats.scheme import Scheme
 from . import native as native_kernels
 from . import selection
-from .base import Problem
+from .base import Problem, Weight
 from .thresholds import native_limit
 
 # Address, shape, strides, dtype, and whether the numbers are the negatives of what is stored.
@@ -47,23 +46,22 @@ _calls: dict[tuple[object, ...], Call | None] = {}
 native.on_change(_calls.clear)
 
 
-def prepared(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: str, backend: str
-) -> Call | None:
+def prepared(x: torch.Tensor, w: Weight, scheme: str, backend: str) -> Call | None:
     """For inputs like x (..., K); None if another kernel is selected for them, or operands would be converted first.
 
     Takes 4 us on an AMD EPYC 7003, where selecting a kernel and describing its operands takes 22.
     """
-    if not (x.is_cpu and codes.is_cpu and scale.is_cpu and (bias is None or bias.is_cpu)):
+    used = (w.codes, w.scale, w.bias, w.zero_point)
+    if not x.is_cpu or w.column_groups is not None or not all(t is None or t.is_cpu for t in used):
         return None
-    operands = (_memory(codes), _memory(scale), None if bias is None else _memory(bias))
-    key = (x.dtype, scheme, backend, selection.forced(), native.state(), *operands)
+    operands = tuple(None if t is None else _memory(t) for t in used)
+    key = (x.dtype, x.shape[-1], scheme, backend, selection.forced(), native.state(), *operands)
     try:
         return _calls[key]
     except KeyError:
         if len(_calls) >= _MOST:
             _calls.clear()
-        found = _calls[key] = _prepare(x.dtype, codes, scale, bias, Scheme.parse(scheme), backend)
+        found = _calls[key] = _prepare(x.dtype, x.shape[-1], w, backend)
         return found
 
 
@@ -71,17 +69,15 @@ def _memory(tensor: torch.Tensor) -> Memory:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg()
 
 
-def _prepare(
-    dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, backend: str
-) -> Call | None:
+def _prepare(dtype: torch.dtype, k: int, w: Weight, backend: str) -> Call | None:
     # Fake tensors, and such whose memory was freed, have the address 0.
-    if dtype not in native.DTYPES or not all(t is None or t.data_ptr() for t in (codes, scale, bias)):
+    if dtype not in native.DTYPES or not all(t is None or t.data_ptr() for t in (w.codes, w.scale, w.bias, w.zero_point)):
         return None
-    choice = selection.select(Problem(codes.device, scheme, codes.shape[0], codes.shape[1], dtype), backend)
+    choice = selection.select(Problem(w.codes.device, w.scheme, w.codes.shape[0], k, dtype), backend)
     if native_kernels.WEIGHT_ONLY not in (choice.kernel, choice.small):
         return None
     limit = native_limit(dtype) if choice.kernel is native_kernels.WEIGHT_ONLY else min(choice.limit, native_limit(dtype))
     try:
-        return Call(native.Prepared(codes, scale, scheme.weight.granularity, bias, dtype), limit)
+        return Call(native.Prepared(w.codes, w.scale, w.scheme.weight.granularity, w.bias, dtype), limit)
     except ValueError:
         return None

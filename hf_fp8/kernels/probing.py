@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..formats import numerics
+from ..formats import numerics, packing
 from ..formats.code_types import INT8
 from ..formats.scheme import Scheme
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Routing, Weight
@@ -165,4 +165,6 @@ def exact_operands(
     x = x * row_factor
     wide = numerics.expand_scale(weight_scale, scheme.weight.granularity, n, k)
     expected = (x.double() @ (w.double() * wide.double()).t()).to(dtype)
-    return x.to(dtype), w.to(scheme.weight.dtype), weight_scale, static, expected
+    stored = scheme.weight
+    codes = packing.pack(w.to(torch.int8), stored.code.bits) if stored.packed else w.to(stored.storage)
+    return x.to(dtype), codes, weight_scale, static, expected

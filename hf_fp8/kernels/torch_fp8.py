@@ -75,13 +75,14 @@ def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Sch
 
 def dequantize(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Dequantize the weight some rows at a time; the matmul (in `product_dtype`) of each piece gives columns of the result."""
-    granularity, elements = w.scheme.weight.granularity, elements_at_once(w.codes.device)
+    elements, (m, k), n = elements_at_once(w.codes.device), x.x.shape, w.codes.shape[0]
     values = x.x.to(product_dtype(x.x.dtype, x.x.device))
-    if w.codes.numel() <= elements:
-        return add_bias(F.linear(values, numerics.dequantize(w.codes, w.scale, granularity, values.dtype)), w.bias).to(dtype)
-    out = values.new_empty((values.shape[0], w.codes.shape[0]))
-    for codes, scale, start in numerics.pieces(w.codes, w.scale, granularity, elements):
-        out[:, start : start + len(codes)] = F.linear(values, numerics.dequantize(codes, scale, granularity, values.dtype))
+    pieces = w.pieces(k, values.dtype, elements)
+    if 0 < n * k <= elements:
+        return add_bias(F.linear(values, next(pieces)[0]), w.bias).to(dtype)
+    out = values.new_empty((m, n))
+    for dense, start in pieces:
+        out[:, start : start + len(dense)] = F.linear(values, dense)
     return add_bias(out, w.bias).to(dtype)
 
 

@@ -107,43 +107,34 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
         if end > start:
             given = values[start:end] if rows is None else values[rows[start:end]]
             place = slice(start, end) if routing.slots is None else routing.slots[start:end]
-            for dense, first, last in pieces(w, expert, values.dtype):
+            for dense, first, last in pieces(w, expert, values.shape[1], values.dtype):
                 out[place, first:last] = F.linear(given, dense)
         start = end
     return out.to(dtype)
 
 
-def pieces(w: ExpertWeights, expert: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
+def pieces(w: ExpertWeights, expert: int, k: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
     """Yield (dequantized rows of one expert's weight, index of the first row, index after the last row)."""
-    granularity = w.scheme.weight.granularity
-    chunk = numerics.chunk(w.codes.device)
-    # With separate scales for each row, parts need no separate treatment.
-    parts = [w] if granularity.rows == 1 else [w.part(index) for index in range(w.parts)]
-    base = 0
-    for part in parts:
-        codes = part.codes[expert]
-        for piece, scale, start in numerics.pieces(codes, part.scale[expert], granularity, chunk):
-            first = base + start
-            yield numerics.dequantize(piece, scale, granularity, dtype), first, first + piece.shape[0]
-        base += codes.shape[0]
+    for piece, first in w.pieces(expert, k, dtype, numerics.chunk(w.codes.device)):
+        yield piece, first, first + len(piece)
 
 
-def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> torch.Tensor:
+def times_weights(grad: torch.Tensor, w: ExpertWeights, k: int, routing: Routing) -> torch.Tensor:
     """grad (S, N), sorted by expert, times the dequantized weights of the experts: (S, K) in float32 (float64 for float64).
 
     In bfloat16 on GPUs all experts are computed at once, a few columns at a time, without waiting for the GPU; otherwise
     one expert after the other.
     """
     assert routing.offsets is not None
-    _, n, k = w.codes.shape
+    n = w.codes.shape[1]
     found = torch.zeros((grad.shape[0], k), dtype=numerics.wide(grad.dtype), device=grad.device)
-    aligned = n % 8 == 0 and k % 8 == 0  # rows of 16 bytes
+    aligned = n % 8 == 0 and k % 8 == 0 and not w.scheme.weight.packed  # rows of 16 bytes
     if aligned and grad.is_cuda and grad.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grad.device) >= (8, 0):
         return _times_columns(grad.contiguous(), w, routing, found)
     start, grad = 0, grad.to(product_dtype(grad.dtype, grad.device))
     for expert, end in enumerate(routing.offsets.tolist()):
         if end > start:
-            for dense, first, last in pieces(w, expert, grad.dtype):
+            for dense, first, last in pieces(w, expert, k, grad.dtype):
                 found[start:end] += grad[start:end, first:last] @ dense
         start = end
     return found

@@ -137,7 +137,7 @@ def _ones(n: int) -> torch.Tensor:
 
 def why_not_scheme(scheme: Scheme) -> str | None:
     """The reason why the int8 kernels do not support `scheme`; None if they do."""
-    if scheme.weight.dtype != INT8 or scheme.weight.granularity != ROW:
+    if scheme.weight != INT8_DYNAMIC.weight:
         return "it takes int8 weights with a scale per row"
     if scheme.input is None or scheme.input.dtype != INT8 or scheme.input.granularity != ROW or not scheme.input.dynamic:
         return "it takes inputs quantized to int8 per token"

@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from ..checkpoint.stored_weight import StoredWeight, companion
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, format_of
 from .expert_ops import PATTERNS, ROLES, QuantizeExperts, SplitExperts, StackExperts, pattern
-from .key_map import converters
+from .key_map import converters, plain_weight
 from .layout import Layout, Stack
 from .ops import AsInBase, Dequantize, QuantizeWeights, Requantize, Reshape, plain_pattern
 
@@ -53,7 +53,7 @@ def _plain_converters(layout: Layout, op: Dequantize, back: Requantize) -> list[
             continue
         (weight,) = parameter.weights
         # The host adds or strips the base model's prefix after this.
-        target = weight.renamed[weight.primary].removesuffix("_packed")
+        target = plain_weight(weight.renamed[weight.primary])
         for role, key in weight.renamed.items():
             routes[key] = (target, companion(WEIGHT, role))
             roles.add(role)
@@ -77,7 +77,7 @@ def _merged_converter(
     roles: dict[str, None] = {}
     for weight in through:
         assert weight.pattern is not None
-        renamed = probe.rename_source_key(weight.renamed[weight.primary].removesuffix("_packed"))[0]
+        renamed = probe.rename_source_key(plain_weight(weight.renamed[weight.primary]))[0]
         for role, key in weight.renamed.items():
             if role != WEIGHT:
                 routes[key] = (renamed, companion(weight.pattern, role))
@@ -113,10 +113,11 @@ def _fresh_converters(layout: Layout) -> list[WeightTransform]:
 
     Not renamings: with those, weights that transformers offloads to disk would stay unquantized.
     """
-    fresh = {f"{name}.{WEIGHT}": weight for name, weight in layout.kept.items() if weight.part is not None}
+    fresh = {f"{name}.{weight.primary}": weight for name, weight in layout.kept.items() if weight.part is not None}
     if not fresh:
         return []
-    routes = {weight.part.key: (weight.part.key, WEIGHT) for weight in fresh.values() if weight.part is not None}
+    parts = [(weight.part.key, weight.primary) for weight in fresh.values() if weight.part is not None]
+    routes = {key: (companion(key, role), WEIGHT) for key, role in parts}
     nothing = RoutedConverter({}, [WEIGHT], [WEIGHT], [Reshape({})])  # saved under their current names
     return [RoutedConverter(routes, [WEIGHT], [WEIGHT], [QuantizeWeights(fresh, layout.broken)], reverse=nothing)]
 
@@ -134,7 +135,7 @@ def _experts_converters(layout: Layout, stacks: dict[str, Stack]) -> list[Weight
                     routes[weight.part.key] = (target, pattern(0 if weight.part.expert is not None else part, WEIGHT))
                     continue
                 routes |= {weight.renamed[role]: (target, pattern(part, role)) for role in ROLES if role in weight.keys}
-        back.update({stack.name_of(role): (target, pattern(0, role)) for role in ROLES})
+        back.update({stack.name_of(role): (target, pattern(0, role)) for role in stack.possible_roles})
     patterns = [pattern(0, role) for role in ROLES]
     reverse = RoutedConverter(back, patterns, ["hf_fp8_experts"], [SplitExperts(stacks)])
     if fresh:

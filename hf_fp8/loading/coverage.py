@@ -9,7 +9,7 @@ from ..checkpoint.scan import Scan
 from ..errors import MismatchError, MissingTensorError
 from ..formats.storage import WEIGHT
 from .facts import ModelFacts
-from .key_map import KeyMap
+from .key_map import KeyMap, plain_weight
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -28,6 +28,7 @@ def check_coverage(model: ModelFacts, keymap: KeyMap, checkpoint: Checkpoint, sc
         if pattern is not None and "*" in pattern and target in model.params:
             numbered.setdefault((target, pattern), []).append(key)
         filled.update((target, *keymap.others(keymap.rename(key), pattern)))
+    filled |= {weight.target for weight in scanned.weights if weight.target}  # packed codes have another name
     filled |= {weight.module + f".{WEIGHT}" for weight in scanned.host}
     filled |= {keymap.resolve(f"{weight.name}.{WEIGHT}")[0] for weight in scanned.host}
     missing = _missing(model, filled)
@@ -97,13 +98,14 @@ def _check_siblings(missing: list[str], scanned: Scan) -> None:
 def _check_names(model: ModelFacts, missing: list[str], scanned: Scan) -> None:
     """Raise if FP8 weights match no module while modules lack weights: then their names do not correspond."""
     extra = [re.compile(pattern) for pattern in model.ignore_unexpected]
-    unmatched = [w.keys[WEIGHT] for w in scanned.weights if not w.target and not any(p.search(w.keys[WEIGHT]) for p in extra)]
+    keys = [plain_weight(weight.keys[weight.primary]) for weight in scanned.weights if not weight.target]
+    unmatched = [key for key in keys if not any(pattern.search(key) for pattern in extra)]
     # Not an error by itself: a head in the files that this class lacks, or a head that it adds.
     if unmatched and missing and not any(weight.target for weight in scanned.weights):
         raise MissingTensorError(
-            f"none of the {len(unmatched)} FP8 weights of the files (such as {unmatched[0]}) matches a module of {model.cls}, "
-            f"and {len(missing)} of its parameters have no tensor in the files (such as {missing[0]}): their names do not fit "
-            "together. Check the `model_type` in config.json and the model class"
+            f"none of the {len(unmatched)} quantized weights of the files (such as {unmatched[0]}) matches a module of "
+            f"{model.cls}, and {len(missing)} of its parameters have no tensor in the files (such as {missing[0]}): their "
+            "names do not fit together. Check the `model_type` in config.json and the model class"
         )
     prefix = f"{model.prefix}."
     inside = [name for name in missing if name.startswith(prefix)]
@@ -114,8 +116,9 @@ def _check_names(model: ModelFacts, missing: list[str], scanned: Scan) -> None:
             other = inside[0]
         if other is not None:
             raise MissingTensorError(
-                f"{len(unmatched)} FP8 weights of the files match no module of {model.cls} (such as {key}), and {len(missing)} "
-                f"of its parameters have no tensor in the files (such as {other}): their names do not fit together"
+                f"{len(unmatched)} quantized weights of the files match no module of {model.cls} (such as {key}), and "
+                f"{len(missing)} of its parameters have no tensor in the files (such as {other}): their names do not fit "
+                "together"
             )
 
 

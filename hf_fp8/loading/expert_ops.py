@@ -9,12 +9,13 @@ import torch
 
 from ..checkpoint.stored_weight import companion
 from ..errors import UnsupportedError
-from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from ..formats.storage import COLUMN_GROUPS, INPUT_SCALE, PACKED, SHAPE, WEIGHT, WEIGHT_SCALE, ZERO_POINT
 from ..nn.experts_layout import suffix_of
+from .key_map import plain_weight
 from .layout import Stack
 from .ops import SharedOp, only, quantize_or_note
 
-ROLES = (WEIGHT, WEIGHT_SCALE, INPUT_SCALE)
+ROLES = (WEIGHT, PACKED, WEIGHT_SCALE, SHAPE, ZERO_POINT, COLUMN_GROUPS, INPUT_SCALE)
 
 
 def pattern(part: int, role: str) -> str:
@@ -26,7 +27,10 @@ PATTERNS = [pattern(part, role) for part in (0, 1) for role in ROLES]
 
 
 class StackExperts(SharedOp):
-    """Fills a stack and its scales expert by expert; each expert's tensor is freed once copied, so no stack is held twice."""
+    """Fills a stack and its scales expert by expert.
+
+    Each expert's tensor is freed once copied, so no stack is held twice.
+    """
 
     def __init__(self, stacks: Mapping[str, Stack]) -> None:
         self.stacks = stacks
@@ -123,7 +127,9 @@ class SplitExperts(SharedOp):
                     if role in weight.keys:
                         found[weight.saved[role]] = values.reshape(weight.shapes[role])
                     elif values.isfinite().all():
-                        found[companion(weight.saved[WEIGHT], role)] = values.reshape(1)  # calibrated since
+                        found[companion(plain_weight(weight.saved[weight.primary]), role)] = values.reshape(
+                            1
+                        )  # calibrated since
         return found
 
 

@@ -83,7 +83,7 @@ def _check_one_by_one(target: str, weights: list[StoredWeight | DenseTensor], n_
                 f"{key} is in the files, but one of the experts before it is not: the checkpoint is incomplete (a shard may be "
                 "missing)"
             )
-        if weight.group.scheme is not None and weight.shape != shape:
+        if weight.group.scheme is not None and not weight.takes(shape):
             raise MismatchError(
                 f"{key} has shape {list(weight.shape)} in the files, but an expert of the model's {target} has {list(shape)}: "
                 "the config of the model does not match the checkpoint"
@@ -107,7 +107,7 @@ def _stack(target: str, keymap: KeyMap, layout: ExpertsLayout, parameters: dict[
     leaf = target.rpartition(".")[2]
     parameter = parameters.get(target)
     if parameter is None or not parameter.sources:
-        raise Unfit(f"the files hold no FP8 weights for {leaf}")
+        raise Unfit(f"the files hold no quantized weights for {leaf}")
     patterns = list(parameter.sources)
     weights = parameter.weights
     _check_alike(leaf, weights, sum(map(len, parameter.sources.values())))
@@ -132,7 +132,7 @@ def _check_alike(leaf: str, weights: Sequence[StoredWeight], count: int) -> None
     if len(weights) < count:
         raise Unfit(f"some experts of {leaf} are dense in the files")
     if any(weight.group.scheme is None for weight in weights):
-        raise Unfit("not an FP8 group")
+        raise Unfit("its format is one that transformers runs")
     first, *rest = weights
     for weight in rest:
         if weight.scheme != first.scheme:

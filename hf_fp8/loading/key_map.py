@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from ..checkpoint.scan import Owner, names_of
-from ..formats.storage import WEIGHT
+from ..formats.storage import PACKED, WEIGHT
 from ..nn.experts_layout import ExpertsLayout
 from .facts import ModelFacts
 
@@ -167,8 +167,7 @@ class KeyMap:
 
     def owner(self, key: str, called: str, model: ModelFacts) -> Owner:
         """The module of the model to which the weight `key` of the files belongs. called: the name of its module there."""
-        if key.endswith("weight_packed"):
-            key = key.removesuffix("_packed")
+        key = plain_weight(key)
         target, pattern = self.resolve(key)
         name = target.removesuffix(f".{WEIGHT}")
         places = (name, name.rpartition(".")[0]) if target in self.shapes else (name,)
@@ -183,6 +182,11 @@ class KeyMap:
     def _with_prefix(self, name: str) -> str:
         completed: str = rename_source_key(name, [], [], self.prefix, self.shapes)[0]
         return completed
+
+
+def plain_weight(key: str) -> str:
+    """The name that a weight would have if its codes were not packed; other keys are returned unchanged."""
+    return key.removesuffix(PACKED) + WEIGHT if key.endswith(PACKED) else key
 
 
 def hub_name(key: str) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.scan import Scan
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight
-from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from ..formats.storage import INPUT_SCALE, format_of
 from ..nn.experts_layout import ExpertsLayout, Projection, suffix_of
 
 # Attribute of the model in which the loader stores its decisions: module or parameter name -> (scheme, reason).
@@ -58,7 +58,13 @@ class Stack:
     @property
     def roles(self) -> list[str]:
         """The roles that the files have; static input scales of single experts may be missing."""
-        return [role for role in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE) if any(role in weight.keys for weight in self.weights)]
+        return [role for role in self.possible_roles if any(role in weight.keys for weight in self.weights)]
+
+    @property
+    def possible_roles(self) -> list[str]:
+        """The roles that its scheme has, and that of static input scales."""
+        scheme = self.projection.scheme.weight
+        return [*format_of(scheme).forms(scheme, 1, 1, torch.float32), INPUT_SCALE]
 
     def name_of(self, role: str) -> str:
         """The parameter of the model for a role of the weights."""

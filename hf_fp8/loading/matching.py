@@ -17,7 +17,6 @@ from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DENSE_DTYPES, INTEGER_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.scan import scan, weights_of
 from ..checkpoint.stored_weight import (
-    ZERO_POINTS,
     DenseTensor,
     StoredWeight,
     TensorSlice,
@@ -33,7 +32,7 @@ from .coverage import check_coverage
 from .experts_plan import Unfit, check_experts, plan_experts
 from .extra_tensors import unplaced
 from .facts import ModelFacts
-from .key_map import KeyMap
+from .key_map import KeyMap, plain_weight
 from .layout import Layout, Parameter
 
 
@@ -83,12 +82,14 @@ def match_checkpoint(
         _place(weight, keymap, layout.aliases)
         weight.transposed = _is_transposed(model, weight, keymap)
     for weight in scanned.weights if parts is not None else ():
-        part = parts[weight.keys[WEIGHT]]  # type: ignore[index]
+        part = parts[plain_weight(weight.keys[weight.primary])]  # type: ignore[index]
         weight.part = replace(part, key=keymap.rename(part.key))
-    # The host runs weights of other formats in its own modules; those merged into one parameter are dequantized here.
+    # The host runs weights of its formats in its own modules; those merged into one parameter are dequantized here.
     layout.weights = scanned.weights + [w for w in scanned.host if policy.dequantize or w.pattern is not None]
     for weight in scanned.weights:
         weight.check()
+        if weight.pattern is None and weight.target:
+            weight.takes(model.params[weight.target].shape)
         if weight.target or len(weight.shape) != 3:  # otherwise the orientation of a stack is unknown
             weight.check_shapes()
     reads = policy.read_values and parts is None
@@ -115,7 +116,7 @@ def _sort_out(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Policy,
             continue  # this class of model has no such module: the host reports the key as unexpected
         resized = None
         if weight.group.scheme is not None and weight.pattern is None:
-            resized = _why_resized(weight, model.params[weight.target].shape, policy.other_sizes)
+            resized = _why_resized(weight, tuple(model.params[weight.target].shape), policy.other_sizes)
         tied = _why_tied(model.tied, weight.target, filled)
         reason = policy.dense_because or resized or tied or _why_not_kept(model, weight)
         if reason is None:
@@ -123,7 +124,7 @@ def _sort_out(layout: Layout, model: ModelFacts, keymap: KeyMap, policy: Policy,
             continue
         layout.reasons[weight.module] = reason
         if weight.target not in layout.dense:
-            renamed = weight.renamed[weight.primary].removesuffix("_packed")
+            renamed = plain_weight(weight.renamed[weight.primary])
             layout.dense[weight.target] = _dense(weight.target, model, keymap.others(renamed, weight.pattern))
 
 
@@ -158,7 +159,7 @@ def _scales_of_dense(
     in_experts = {stack.target for plan in layout.experts.values() for stack in plan.stacks}
     dense = [w for w in layout.weights if w.module not in layout.kept and w.target not in in_experts]
     host = [key for w in dense if w.group.scheme is None for role, key in w.keys.items() if role != w.primary]
-    found = {**scales, **checkpoint.read(host)}
+    found = {**scales, **checkpoint.read(host)}  # those of the other weights have been read
     return {w.name: {role: found[key] for role, key in w.keys.items() if role != w.primary} for w in dense}
 
 
@@ -167,26 +168,26 @@ def _carry_extra(layout: Layout, keymap: KeyMap, checkpoint: Checkpoint) -> None
     layout.extra = {keymap.rename(key): key for key in layout.scan.cache}
     layout.unplaced = {keymap.rename(key): key for key in unplaced(checkpoint, layout.scan, keymap)}
     for name, weight in layout.kept.items():
-        layout.extra.update({f"{name}.{r}": weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+        layout.extra.update({f"{name}.{role}": weight.keys[role] for role in weight.zeros})
     for weight in (weight for plan in layout.experts.values() for stack in plan.stacks for weight in stack.weights):
-        layout.extra.update({weight.renamed[r]: weight.keys[r] for r in ZERO_POINTS if r in weight.keys})
+        layout.extra.update({weight.renamed[role]: weight.keys[role] for role in weight.zeros})
 
 
 def _place(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> None:
     """Set the parameter and the renamed keys of a weight; add to `late` the keys whose renaming differs from the weight's."""
-    if WEIGHT in weight.keys:
-        target, weight.pattern = keymap.resolve(weight.keys[WEIGHT])
+    if WEIGHT in weight.keys or weight.group.scheme is not None:
+        target, weight.pattern = keymap.resolve(plain_weight(weight.keys[weight.primary]))
         weight.renamed = _renamed(weight, keymap, late if target in keymap.shapes else {})
     else:
         weight.renamed = {role: keymap.rename(key) for role, key in weight.keys.items()}
-        target, weight.pattern = keymap.convert(weight.renamed[weight.primary].removesuffix("_packed"))
+        target, weight.pattern = keymap.convert(plain_weight(weight.renamed[weight.primary]))
     weight.target = target if target in keymap.shapes else ""
     weight.saved = {role: name_beside(target, name, keymap.prefix) for role, name in weight.renamed.items()}
 
 
 def _renamed(weight: StoredWeight, keymap: KeyMap, late: dict[str, str]) -> dict[str, str]:
-    renamed = keymap.rename(weight.keys[WEIGHT])
-    found = {WEIGHT: renamed}
+    renamed = keymap.rename(plain_weight(weight.keys[weight.primary]))
+    found = {WEIGHT: renamed} if weight.primary == WEIGHT else {}
     for role, key in weight.keys.items():
         if role == WEIGHT:
             continue
@@ -222,7 +223,7 @@ def _check_input_scales(layout: Layout) -> None:
 def _is_transposed(model: ModelFacts, weight: StoredWeight, keymap: KeyMap) -> bool:
     """Whether a stack of experts is (experts, in, out) in the files: as in the model, or not, if transformers transposes it."""
     layout = model.experts(weight.target.rpartition(".")[0])
-    if layout is None or len(weight.shapes.get(WEIGHT, ())) != 3:
+    if layout is None or len(weight.shapes[weight.primary]) != 3:
         return False
     return layout.is_transposed is not keymap.turns(weight.target, weight.pattern, weight.shape)
 
@@ -232,11 +233,11 @@ def _why_resized(weight: StoredWeight, expected: tuple[int, ...], other_sizes: b
 
     Raises MismatchError unless `other_sizes`.
     """
-    if weight.shape == expected:
+    if weight.takes(expected):
         return None
     if other_sizes:
         return "the model gives it another size than the files (ignore_mismatched_sizes)"
-    raise _mismatch(weight.keys[WEIGHT], weight.shape, weight.target, expected)
+    raise _mismatch(weight.keys[weight.primary], weight.shape, weight.target, expected)
 
 
 def _why_tied(tied: Mapping[str, str], target: str, filled: set[str]) -> str | None:
@@ -252,7 +253,7 @@ def _why_tied(tied: Mapping[str, str], target: str, filled: set[str]) -> str | N
 def _why_not_kept(model: ModelFacts, weight: StoredWeight) -> str | None:
     module = model.modules.get(weight.module)
     if weight.group.scheme is None:
-        return "not an FP8 group"
+        return "its format is one that transformers runs"
     if weight.pattern is not None or module is None:
         return "merged with others into one parameter of the model"
     if module.cls is not nn.Linear:

@@ -16,11 +16,10 @@ from ..checkpoint.quantization_spec import plain
 from ..checkpoint.reader import TORCH_DTYPES, Checkpoint
 from ..checkpoint.stored_weight import DenseTensor, StoredWeight, companion
 from ..errors import FP8Error, ScaleError, UnsupportedError
-from ..formats import numerics
 from ..formats.scheme import TensorScheme
-from ..formats.storage import WEIGHT, WEIGHT_SCALE, format_of
-from ..formats.weights import quantize_weight
+from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, dequantize, format_of
 from . import options as load_options
+from .key_map import plain_weight
 from .layout import Parameter
 
 logger = logging.get_logger(__name__)
@@ -179,7 +178,7 @@ class Requantize(SharedOp):
                 if isinstance(source, DenseTensor):
                     out[source.saved] = as_read(dense, TORCH_DTYPES[source.dtype])
                 else:
-                    lies = source.shapes.get(WEIGHT, ())
+                    lies = source.shape
                     if len(lies) == 3 and dense.shape != lies:  # the host transposes only if the shape does not fit the model
                         dense = dense.transpose(1, 2)
                     out.update(self._codes(dense, source, parameter.dtype))
@@ -201,7 +200,7 @@ class Requantize(SharedOp):
             packed = packed_again(weight.name, {WEIGHT: dense, **scales}, weight.group.parsed, weight.group.format, dtype)
             parts = {**scales, **{role: packed[role] for role in weight.keys if role in packed and role not in scales}}
         else:
-            parts = {WEIGHT: codes_from(weight, dense, scales), **scales}
+            parts = {weight.primary: codes_from(weight, dense, scales), **scales}
             # Via the dtype it was loaded in, in case the model has been cast since.
             if not torch.equal(weight_from(weight, parts, dtype).to(dense), dense):
                 self.changed.append(weight.name)
@@ -222,7 +221,7 @@ def _generator(name: str, dense: torch.Tensor) -> torch.Generator:
 class QuantizeWeights(SharedOp):
     """Quantizes the weights of Linears as they arrive: codes, scale, and NaN for an input scale that is not calibrated yet.
 
-    weights: name of a parameter -> the weight that fills it. broken: errors are appended to it.
+    weights: name of a parameter with codes -> the weight that fills it. broken: errors are appended to it.
     """
 
     def __init__(self, weights: Mapping[str, StoredWeight], broken: list[str]) -> None:
@@ -232,6 +231,7 @@ class QuantizeWeights(SharedOp):
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
         stored = self.weights[full_layer_name]
         made = quantize_or_note(stored.name, only(input_dict.pop(WEIGHT)), stored.scheme.weight, self.broken)
+        full_layer_name = plain_weight(full_layer_name)
         found = {companion(full_layer_name, role): tensor for role, tensor in made.items()}
         if stored.scheme.has_static_input:
             scale = made["weight_scale"]
@@ -274,13 +274,13 @@ def weight_from(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: 
     if weight.group.scheme is None:
         dense: torch.Tensor = compressor(weight).decompress(dict(parts), weight.group.parsed)[WEIGHT]
         return dense.to(dtype)
-    home, stored = parts[WEIGHT].device, format_of(weight.scheme.weight)
+    home, scheme, k = parts[weight.primary].device, weight.scheme.weight, weight.shape[-1]
     each = weight.matrices({role: tensor.to(home) for role, tensor in parts.items()})
     if len(weight.shape) == 2:
-        return stored.dequantize(next(each), weight.scheme.weight, dtype)
+        return dequantize(next(each), scheme, k, dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=home)
     for place, tensors in zip(weight.matrices({WEIGHT: out}), each, strict=True):
-        place[WEIGHT].copy_(stored.dequantize(tensors, weight.scheme.weight, dtype))
+        place[WEIGHT].copy_(dequantize(tensors, scheme, k, dtype))
     return out
 
 
@@ -347,29 +347,33 @@ def changed_from(
     before: codes and scales that it had. Unchanged experts of a stack keep theirs. Raises ScaleError for NaN or infinity.
     """
     scheme, scale = weight.scheme.weight, before[WEIGHT_SCALE]
-    old = {WEIGHT: before[WEIGHT], WEIGHT_SCALE: scale.to(dense.device)}
+    old = {role: tensor.to(dense.device) for role, tensor in before.items() if role != INPUT_SCALE}
     new = {role: tensor.clone() for role, tensor in old.items()}
     generator = _generator(weight.name, dense)
     if len(weight.shape) == 3 and scale.numel() == 1:  # shared by all experts
-        stacks = zip(*([{**each, WEIGHT: each[WEIGHT].flatten(0, 1)}] for each in (new, old, {WEIGHT: dense})), strict=True)
+        flat = ([{**each, WEIGHT: each[WEIGHT].flatten(0, 1)}] for each in (new, old, {WEIGHT: dense}))
+        stacks = zip(*flat, strict=True)
     else:
         stacks = zip(*(weight.matrices(each) for each in (new, old, {WEIGHT: dense})), strict=True)
     for place, was, wanted in stacks:
-        if torch.equal(format_of(scheme).dequantize(was, scheme, dtype).to(dense), wanted[WEIGHT]):
+        if torch.equal(dequantize(was, scheme, wanted[WEIGHT].shape[-1], dtype).to(dense), wanted[WEIGHT]):
             continue
         try:
-            made = quantize_weight(wanted[WEIGHT].float(), scheme.granularity, scheme.dtype, was[WEIGHT_SCALE], generator)
+            made = format_of(scheme).quantize(wanted[WEIGHT].float(), scheme, was, generator)
         except ScaleError as error:
             raise ScaleError(f"{weight.name} was changed since loading: {error}") from None
-        for role, tensor in zip((WEIGHT, WEIGHT_SCALE), made, strict=True):
+        for role, tensor in made.items():
             place[role].copy_(tensor.reshape(place[role].shape))
-    return {**new, WEIGHT_SCALE: new[WEIGHT_SCALE].to(scale.device)}
+    return {role: tensor.to(before[role].device) for role, tensor in new.items()}
 
 
 def codes_from(weight: StoredWeight, dense: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The nearest codes of a dense weight, shaped as in the files, for the scale in `parts`."""
-    scheme, out = weight.scheme.weight, torch.empty(dense.shape, dtype=weight.scheme.weight.code.storage, device=dense.device)
-    given = {WEIGHT: dense, WEIGHT_SCALE: parts[WEIGHT_SCALE].to(dense.device)}
-    for place, each in zip(weight.matrices({WEIGHT: out}), weight.matrices(given), strict=True):
-        place[WEIGHT].copy_(numerics.quantize(each[WEIGHT], each[WEIGHT_SCALE], scheme.granularity, scheme.dtype))
+    scheme, stored = weight.scheme.weight, format_of(weight.scheme.weight)
+    held = {role: tensor.to(dense.device) for role, tensor in parts.items()}
+    if len(weight.shape) == 2:
+        return stored.encode(dense, scheme, held)
+    out = torch.empty(dense.shape, dtype=scheme.storage, device=dense.device)
+    for place, each in zip(weight.matrices({WEIGHT: out}), weight.matrices({**held, WEIGHT: dense}), strict=True):
+        place[WEIGHT].copy_(stored.encode(each[WEIGHT], scheme, each))
     return out

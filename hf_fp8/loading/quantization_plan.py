@@ -287,6 +287,8 @@ class _Planner:
         else:
             info = self.checkpoint.tensors[plan.parts[matrix.key].key]
             plan.groups[matrix.key] = group
+            if group.scheme.weight.packed:
+                del plan.written.tensors[matrix.key]  # its codes have another name
             plan.written.tensors |= _quantized(matrix.module, info, matrix.shape, group, self.cast_to)
 
     def _note_head(self, explicit: Sequence[str], plan: Plan) -> None:

@@ -23,27 +23,40 @@ BACKWARDS = ("exact", "quantized")
 
 
 def _run(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scheme: str,
+    transposed: bool,
+    how: str,
+    columns: int = 0,
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (M, N) @ (N, K), or x (M, K) @ (K, N) if `transposed`, in the dtype of x."""
-    parsed = Scheme.parse(scheme)
+    """x (M, N) @ (N, K), or x (M, K) @ (K, N) if `transposed`, in the dtype of x. columns: K, if codes are packed."""
+    w = Weight(weight, weight_scale, None, Scheme.parse(scheme), zero_point, column_groups)
     if transposed:
-        return torch_mm.dequantize(Input(x), Weight(weight, weight_scale, None, parsed), x.dtype)
-    if x.shape[0] and how == "quantized" and (turned := _turned(parsed)) is not None:
-        return _quantized(x, weight, weight_scale, parsed, turned)
-    return _exact(x, weight, weight_scale, parsed)
+        return torch_mm.dequantize(Input(x), w, x.dtype)
+    if x.shape[0] and how == "quantized" and (turned := _turned(w.scheme)) is not None:
+        return _quantized(x, w, turned)
+    return _exact(x, w, columns or weight.shape[1])
 
 
-def _exact(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """x @ dequantized weight, a block of columns at a time: the same sums, without a float copy of the whole weight."""
-    if (found := native.times_weight(x, weight, weight_scale, scheme.weight.granularity)) is not None:
+def _exact(x: torch.Tensor, w: Weight, k: int) -> torch.Tensor:
+    """x @ dequantized weight, a piece at a time: the same sums, without a float copy of the whole weight."""
+    if (found := native.times_weight(x, w)) is not None:
         return found
-    elements = torch_mm.elements_at_once(weight.device)
-    granularity, values = scheme.weight.granularity, x.to(product_dtype(x.dtype, x.device))
-    if weight.numel() <= elements:
-        return (values @ numerics.dequantize(weight, weight_scale, granularity, values.dtype)).to(x.dtype)
-    out = x.new_empty((x.shape[0], weight.shape[1]))
-    for codes, scale, start in numerics.pieces_of_columns(weight, weight_scale, granularity, elements):
+    elements = torch_mm.elements_at_once(w.codes.device)
+    values = x.to(product_dtype(x.dtype, x.device))
+    if 0 < w.codes.shape[0] * k <= elements:
+        return (values @ next(w.pieces(k, values.dtype, elements))[0]).to(x.dtype)
+    if w.scheme.weight.packed:  # in pieces of rows, whose products are added
+        sums = x.new_zeros((x.shape[0], k), dtype=numerics.wide(x.dtype))
+        for dense, start in w.pieces(k, values.dtype, elements):
+            sums += values[:, start : start + len(dense)] @ dense
+        return sums.to(x.dtype)
+    out, granularity = x.new_empty((x.shape[0], k)), w.scheme.weight.granularity
+    for codes, scale, start in numerics.pieces_of_columns(w.codes, w.scale, granularity, elements):
         out[:, start : start + codes.shape[1]] = values @ numerics.dequantize(codes, scale, granularity, values.dtype)
     return out
 
@@ -54,6 +67,8 @@ def _turned(scheme: Scheme) -> Scheme | None:
     Scales per row of W would be scales per column of its transpose: the gradient is multiplied by them before it is rounded.
     """
     granularity = scheme.weight.granularity
+    if scheme.weight.packed:
+        return None
     if granularity == ROW:
         return {FP8: FP8_DYNAMIC, INT8: INT8_DYNAMIC}.get(scheme.weight.dtype)
     if scheme.weight.dtype != FP8 or granularity.rows == 1:
@@ -64,15 +79,14 @@ def _turned(scheme: Scheme) -> Scheme | None:
     return Scheme(TensorScheme(Granularity(cols, rows)), TensorScheme(Granularity(1, rows), dynamic=True))
 
 
-def _quantized(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: Scheme, turned: Scheme
-) -> torch.Tensor:
+def _quantized(x: torch.Tensor, w: Weight, turned: Scheme) -> torch.Tensor:
     """A quantized matmul with the transposed weight if the device has a kernel for it, else `_exact`."""
+    weight, weight_scale, scheme = w.codes, w.scale, w.scheme
     backend = "int8" if turned == INT8_DYNAMIC else "scaled_mm"
     kernel = kernel_for(x, weight.t(), turned.text, backend)
     # No `quantize`: the weight-only kernel for few rows, where reading the weight takes most of the time.
     if kernel.quantize is None or kernel.quantize is torch_mm.fake_quantize:
-        return _exact(x, weight, weight_scale, scheme)
+        return _exact(x, w, weight.shape[1])
     # All kernels except the int8 kernel for CPUs need contiguous rows.
     codes = weight.t() if turned == INT8_DYNAMIC and weight.device.type == "cpu" else weight.t().contiguous()
     if scheme.weight.granularity == ROW:
@@ -83,17 +97,29 @@ def _quantized(
     return kernel.multiply(kernel.quantize(given, None, turned, None), Weight(codes, scale, None, turned), x.dtype)
 
 
-def _fake(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, scheme: str, transposed: bool, how: str) -> Any:
-    return x.new_empty((x.shape[0], weight.shape[0 if transposed else 1]))
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    scheme: str,
+    transposed: bool,
+    how: str,
+    columns: int = 0,
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
+) -> Any:
+    return x.new_empty((x.shape[0], weight.shape[0] if transposed else columns or weight.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, weight, weight_scale, ctx.scheme, ctx.transposed, _ = inputs
-    ctx.save_for_backward(weight, weight_scale)
+    _, weight, weight_scale, ctx.scheme, ctx.transposed, _, ctx.columns, zero_point, column_groups = inputs
+    ctx.save_for_backward(weight, weight_scale, zero_point, column_groups)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return times_weight(grad, *ctx.saved_tensors, ctx.scheme, not ctx.transposed, "exact"), *[None] * 5
+    weight, weight_scale, *rest = ctx.saved_tensors
+    again = times_weight(grad, weight, weight_scale, ctx.scheme, not ctx.transposed, "exact", ctx.columns, *rest)
+    return again, *[None] * 8
 
 
 times_weight = custom_op.define("times_weight", _run, fake=_fake, backward=_backward, setup_context=_setup_context)

@@ -53,11 +53,14 @@ class QuantizedModule(nn.Module):
 
     # codes parameter -> its scales: the weight's scale first, then the input's; any of them may be None
     holds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # packed codes -> what else belongs to them: shape, zero points, groups of columns (`formats.storage.PackedCodes`)
+    beside: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """Names of all codes and scales."""
-        return tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
+        """Names of all codes and scales, and of what belongs to packed codes."""
+        scales = tuple(name for codes, scales in self.holds.items() for name in (codes, *scales))
+        return scales + tuple(name for others in self.beside.values() for name in others)
 
     def of_codes(self) -> list[torch.Tensor]:
         """All codes and scales that it holds."""
@@ -132,6 +135,8 @@ class QuantizedModule(nn.Module):
     def _as_held(self, name: str, param: Any) -> Any:
         if param is None or name not in self.quantized:
             return param
+        if name in self.beside or any(name in others for others in self.beside.values()):
+            return param  # integers, which no cast changes, and no code takes for values
         if name in self.holds:
             return held_by(self, name, param)
         return scale_held(param)
@@ -389,16 +394,17 @@ class QuantizedModule(nn.Module):
                     f"{prefix}{name} is {codes.dtype}: this layer holds codes in {held_as}, and a cast would not quantize it. "
                     "Call hf_fp8.dequantize_model(model), load the state dict, then call hf_fp8.quantize_model(model)"
                 )
-            if codes is not None and prefix + scales[0] not in state_dict:
+            needed = [scales[0], *self.beside.get(name, ())]
+            if codes is not None and (lacking := [one for one in needed if prefix + one not in state_dict]):
                 raise StateDictError(
-                    f"{prefix}{name} comes without its {prefix}{scales[0]}: a state dict of a quantized layer needs both"
+                    f"{prefix}{name} comes without its {prefix}{lacking[0]}: a state dict of a quantized layer needs both"
                 )
             if type(codes) is QuantizedWeight and not self._fits(codes, state_dict[prefix + scales[0]]):
                 raise StateDictError(
                     f"{prefix}{name} does not belong to {prefix}{scales[0]}: it is another weight, a part of one, or in "
                     "another order. Take both from one state dict, or compute with hf_fp8.dequantize_model(model)"
                 )
-            if type(codes) is torch.Tensor:  # from a file or from user code
+            if type(codes) is torch.Tensor and name not in self.beside:  # from a file or from user code
                 largest, ratio = self._compared(scales[0], state_dict[prefix + scales[0]])
                 refuse_values(codes, self.held_codes(name), prefix + name, largest, ratio)
             for scale_name in scales:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.integrations import moe
 
 from ..errors import ScaleError, UnsupportedError
-from ..formats.weights import Change, quantize_weight
+from ..formats.storage import COLUMN_GROUPS, WEIGHT_SCALE, ZERO_POINT, format_of
+from ..formats.weights import Change
 from ..kernels import ExpertWeights, Routing
 from ..kernels import torch_grouped as grouped_mm
 
@@ -24,8 +25,9 @@ ALIGNED = 8
 
 def weights_of(experts: Any, projection: Any) -> ExpertWeights:
     """Codes and scales of a stack, as kernels need them."""
-    scale = getattr(experts, projection.scale)
-    return ExpertWeights(experts.held_codes(projection.name), scale, projection.scheme, projection.parts)
+    scale, others = getattr(experts, projection.scale), (ZERO_POINT, COLUMN_GROUPS)
+    beside = [experts._parameters.get(projection.parameter(role)) for role in others]
+    return ExpertWeights(experts.held_codes(projection.name), scale, projection.scheme, projection.parts, *beside)
 
 
 def is_interleaved(experts: Any, projection: Any) -> bool:
@@ -46,7 +48,7 @@ def rebuilt(experts: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
         projection = next((p for p in experts.projections if p.name == name), None)
         if projection is not None:
             values = _empty(experts, projection, dtype) if empty else _dense(experts, projection, dtype)
-            dense.register_parameter(name, nn.Parameter(values))
+            dense.register_parameter(projection.name, nn.Parameter(values))
         elif name not in experts.quantized:
             dense.register_parameter(name, nn.Parameter(getattr(experts, name).detach().to(dtype, copy=True)))
     dense.train(experts.training)
@@ -77,7 +79,7 @@ def decode(
     w = ExpertWeights(codes[rows], scale[rows], projection.scheme, projection.parts)
     out = torch.empty(w.codes.shape, dtype=dtype, device=codes.device)
     for expert in range(len(out)):
-        for piece, first, last in grouped_mm.pieces(w, expert, dtype):
+        for piece, first, last in grouped_mm.pieces(w, expert, projection.shape[2], dtype):
             out[expert, first:last] = piece
     return out
 
@@ -94,14 +96,14 @@ def _empty(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _dense(experts: Any, projection: Any, dtype: torch.dtype) -> torch.Tensor:
     """The dequantized stack in the family's layout."""
-    w = weights_of(experts, projection)
+    w, k = weights_of(experts, projection), projection.shape[2]
     out = torch.empty(_shape(experts, projection), dtype=dtype, device=w.codes.device)
     for expert, rows in enumerate(_rows(experts, out)):
         if is_interleaved(experts, projection):
-            whole = torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, dtype)])
+            whole = torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, k, dtype)])
             rows[::2], rows[1::2] = whole.chunk(2)
         else:
-            for piece, first, last in grouped_mm.pieces(w, expert, dtype):
+            for piece, first, last in grouped_mm.pieces(w, expert, k, dtype):
                 rows[first:last] = piece
     return out
 
@@ -119,9 +121,9 @@ def rows_as_held(experts: Any, projection: Any, values: torch.Tensor) -> Iterato
 
 def _is_unchanged(experts: Any, projection: Any, values: torch.Tensor) -> bool:
     """Whether a stack is what `rebuilt` returned: no adapter was merged into it."""
-    w = weights_of(experts, projection)
+    w, k = weights_of(experts, projection), projection.shape[2]
     for expert, rows in enumerate(rows_as_held(experts, projection, values)):
-        if not all(torch.equal(rows[a:b], piece) for piece, a, b in grouped_mm.pieces(w, expert, values.dtype)):
+        if not all(torch.equal(rows[a:b], piece) for piece, a, b in grouped_mm.pieces(w, expert, k, values.dtype)):
             return False
     return True
 
@@ -136,24 +138,26 @@ def requantized(experts: Any, dense: nn.Module, generator: torch.Generator | Non
         values: Any = getattr(dense, projection.name).detach()
         if _is_unchanged(experts, projection, values):
             continue
-        codes, scales = torch.empty_like(held.codes), torch.empty_like(held.scale)
-        new = ExpertWeights(codes, scales, projection.scheme, projection.parts)
+        scheme, k, stored = projection.scheme.weight, projection.shape[2], format_of(projection.scheme.weight)
+        roles = {stored.codes: held.codes, WEIGHT_SCALE: held.scale, ZERO_POINT: held.zero_point}
+        tensors = {role: torch.empty_like(tensor) for role, tensor in roles.items() if tensor is not None}
+        new = held._replace(codes=tensors[stored.codes], scale=tensors[WEIGHT_SCALE], zero_point=tensors.get(ZERO_POINT))
         for expert, rows in enumerate(rows_as_held(experts, projection, values)):
             for part, wanted in enumerate(rows.chunk(projection.parts)):
-                place, was = (w.part(part) if projection.parts > 1 else w for w in (new, held))
+                place, was = (w.part(part).matrix(expert) if projection.parts > 1 else w.matrix(expert) for w in (new, held))
                 try:
-                    made = quantize_weight(
-                        wanted.float(), projection.scheme.weight.granularity, codes.dtype, was.scale[expert], generator
-                    )
+                    made = stored.quantize(wanted.float(), scheme, was.tensors(), generator)
                 except ScaleError as error:
                     raise ScaleError(f"{projection.name} of expert {expert}: {error}") from None
-                place.codes[expert], place.scale[expert] = made[0], made[1].reshape(place.scale[expert].shape)
-            before = grouped_mm.pieces(held, expert, torch.float32)
-            after = grouped_mm.pieces(new, expert, torch.float32)
+                for role, into in place.tensors().items():
+                    if role in tensors:
+                        into.copy_(made[role].reshape(into.shape))
+            before = grouped_mm.pieces(held, expert, k, torch.float32)
+            after = grouped_mm.pieces(new, expert, k, torch.float32)
             for (old, first, last), (made_of, _, _) in zip(before, after, strict=True):
                 change.add(old, rows[first:last].float(), made_of)
-        for name, tensor in ((projection.name, codes), (projection.scale, scales)):
-            found[name] = nn.Parameter(tensor, requires_grad=False)
+        for role, tensor in tensors.items():
+            found[projection.parameter(role)] = nn.Parameter(tensor, requires_grad=False)
     for name in experts._parameters:
         if name not in experts.quantized:
             parameter = getattr(experts, name)

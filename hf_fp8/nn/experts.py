@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..formats.quantized_weight.casts import codes_for_certain
 from ..formats.quantized_weight.source import Decoder
+from ..formats.storage import COLUMN_GROUPS, SHAPE, ZERO_POINT, format_of
 from ..formats.weights import Change
 from ..kernels import Routing
 from . import expert_weights as stacks
@@ -38,6 +39,7 @@ IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 class QuantizedExperts(QuantizedModule):
     """Merged experts with stacked E4M3 weights: `gate_up_proj` (or `up_proj`) (E, N, K) and `down_proj` (E, H, I).
 
+    Or with integers: int8, or packed ones (with `gate_up_proj_shape` and the others of `formats.storage.PackedCodes`).
     Each stack has `<name>_scale` (see `Projection.scale_shape`) and, for static schemes, `<name>_input_scale` (E, parts), NaN
     for experts that were not calibrated: kernels that quantize inputs return NaN for their rows.
     For every family, rows are outputs, and gate rows come before up rows; they are interleaved only if the file stores them so
@@ -106,7 +108,13 @@ class QuantizedExperts(QuantizedModule):
     def holds(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         return {p.name: (p.scale, p.input_scale) for p in self.projections}
 
+    @property
+    def beside(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        names = ((p, [p.parameter(role) for role in (SHAPE, ZERO_POINT, COLUMN_GROUPS)]) for p in self.projections)
+        return {p.name: tuple(n for n in each if n in self._parameters) for p, each in names if p.scheme.weight.packed}
+
     def _projection(self, name: str) -> Projection:
+        """The stack called `name`."""
         return self.first if name == self.first.name else self.second
 
     def take_part(self, name: str, shard: Shard) -> None:
@@ -121,7 +129,7 @@ class QuantizedExperts(QuantizedModule):
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         projection = self._projection(name)
-        return projection.scheme.weight.code.storage, projection.shape
+        return projection.forms()[format_of(projection.scheme.weight).codes]
 
     def scale_count(self, name: str) -> int:
         shard, projection = self.shards.get(name), self._projection(name)
@@ -216,6 +224,8 @@ class QuantizedExperts(QuantizedModule):
             parts=projection.parts,
             backend=self.backend if self.observer is None else "weight_only",
             across=projection.across,
+            zero_point=self._parameters.get(projection.parameter(ZERO_POINT)),
+            column_groups=self._parameters.get(projection.parameter(COLUMN_GROUPS)),
         )
         for factors in self.low_rank.get(projection.name, ()):
             y = y + product(x, factors, routing)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..formats.scheme import Scheme
-from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, TensorForm, forms_of_stack
+from ..formats.storage import INPUT_SCALE, PACKED, WEIGHT, WEIGHT_SCALE, TensorForm, forms_of_stack
 from .grouped import scale_shape_of_experts
 
 
@@ -52,7 +52,9 @@ class Projection:
 
 
 def suffix_of(role: str) -> str:
-    """The end of a stack's parameter for a role: "" for the weight, "_scale", "_input_scale"."""
+    """The end of a stack's parameter for a role: "" for codes, packed or not, "_scale", "_input_scale"."""
+    if role == PACKED:
+        return ""  # the family's name, by which adapters are given to it
     return role.removeprefix(WEIGHT) if role.startswith(WEIGHT) else f"_{role}"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ..errors import InputError
+from ..formats.packing import words
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme
 from ..kernels import Input, Weight, kernel_for
@@ -38,10 +39,12 @@ def _run(
     original: torch.Tensor | None = None,
     made_of: torch.Tensor | None = None,  # this name stays: what inductor has in its cache calls the op by it
     across: str = "",
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if original is not None:
-        refuse_changed(original, made_of, f"a linear layer of {weight.shape[1]} to {weight.shape[0]} features")
-    return _run_inference(x, weight, weight_scale, input_scale, bias, scheme, backend, across)
+        refuse_changed(original, made_of, f"a linear layer of {x.shape[1]} to {weight.shape[0]} features")
+    return _run_inference(x, weight, weight_scale, input_scale, bias, scheme, backend, across, zero_point, column_groups)
 
 
 def _run_inference(
@@ -53,14 +56,16 @@ def _run_inference(
     scheme: str,
     backend: str,
     across: str = "",
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_zeros((0, weight.shape[0]))
-    call = prepared(x, weight, weight_scale, bias, scheme, backend)
+    w = Weight(weight, weight_scale, bias, Scheme.parse(scheme), zero_point, column_groups)
+    call = prepared(x, w, scheme, backend)
     if call is not None and call.takes(x):
         return call.run(x)
-    kernel = kernel_for(x, weight, scheme, backend)
-    return kernel.run(x, input_scale, Weight(weight, weight_scale, bias, Scheme.parse(scheme)), reducer(across))
+    return kernel_for(x, weight, scheme, backend).run(x, input_scale, w, reducer(across))
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -68,8 +73,10 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward, *_ = inputs
-    ctx.save_for_backward(weight, weight_scale)  # references: no new tensor of size (N, K) or (M, K)
+    x, weight, weight_scale, _, bias, ctx.scheme, _, ctx.backward, _, _, _, zero_point, column_groups = inputs
+    # References: no new tensor of size (N, K) or (M, K).
+    ctx.save_for_backward(weight, weight_scale, zero_point, column_groups)
+    ctx.columns = x.shape[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -79,13 +86,13 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             "FP8 weights and their scales have no gradient. Train adapters (LoRA) on top of them, or load with "
             "FP8Config(dequantize=True) to train the weights themselves."
         )
-    weight, weight_scale = ctx.saved_tensors
+    weight, weight_scale, *rest = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = times_weight(grad, weight, weight_scale, ctx.scheme, False, ctx.backward)
+        grad_x = times_weight(grad, weight, weight_scale, ctx.scheme, False, ctx.backward, ctx.columns, *rest)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, *[None] * 6
+    return grad_x, None, None, None, grad_bias, *[None] * 8
 
 
 _scaled_linear = custom_op.define("scaled_linear", _run, fake=_fake, backward=_backward, setup_context=_setup_context)
@@ -105,12 +112,15 @@ def scaled_linear(
     layer: Any = None,
     kept: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     across: str = "",
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ (weight * weight_scale).T + bias`` with the input quantized as `scheme` says.
 
     x: (..., K) in bf16, fp16, float32 or float64, any strides, M = 0 allowed; per-token scales are one per
-    row of the last dimension. weight: (N, K), E4M3 or int8. weight_scale: `scale_shape` elements in bf16,
-    fp16 or float32. input_scale: one element, for static schemes; None if it is not known. bias: (N,). Returns (..., N) in
+    row of the last dimension. weight: (N, K), E4M3 or int8; packed codes (N, words), int32 (`formats.packing`), with their
+    zero_point and column_groups as stored, if the scheme has them. weight_scale: `scale_shape` elements in bf16, fp16 or
+    float32. input_scale: one element, for static schemes; None if it is not known. bias: (N,). Returns (..., N) in
     the dtype of x. Gradients flow to x (through the dequantized weight) and to bias. backward: "exact", or "quantized" to
     round the gradient to 8 bits and multiply it with the codes. layer: the calling QuantizedLinear, if siblings share its
     quantized input (`shared_input`). kept: the original float weight and its snapshot (`originals`), compared when compiled
@@ -121,6 +131,37 @@ def scaled_linear(
     if the original in `kept` was changed.
     """
     weight = codes_of(weight)
+    _refuse_what_does_not_fit(x, weight, scheme)
+    # Reshaped outside of the op: under autograd, a view returned by an op cannot be changed in place.
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] and can_bypass_dispatcher(x, weight, weight_scale, bias):
+        kernel = kernel_for(rows, weight, scheme.text, backend)
+        given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer, across)
+        out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme, zero_point, column_groups), x.dtype)
+    elif kept[0] is None and custom_op.is_traced_without_gradients():
+        out = _scaled_linear_inference(
+            rows, weight, weight_scale, input_scale, bias, scheme.text, backend, across, zero_point, column_groups
+        )
+    else:
+        out = _scaled_linear(
+            rows,
+            weight,
+            weight_scale,
+            input_scale,
+            bias,
+            scheme.text,
+            backend,
+            backward,
+            *kept,
+            across,
+            zero_point,
+            column_groups,
+        )
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _refuse_what_does_not_fit(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> None:
+    """Raise InputError for an x that a weight of `scheme` does not take."""
     refuse_layout(x)
     if x.dtype not in FLOATS:
         hint = " The model's code cast it to the dtype of the layer's weight." if x.dtype == weight.dtype else ""
@@ -128,20 +169,10 @@ def scaled_linear(
             f"an FP8 linear takes inputs in bfloat16, float16, float32 or float64, got {x.dtype}.{hint} "
             "If the model's code cannot be changed, load with FP8Config(dequantize=True)."
         )
-    if x.shape[-1] != weight.shape[1]:
-        raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {weight.shape[1]}")
+    if words(x.shape[-1], 32 // scheme.weight.per_element) != weight.shape[1]:
+        taken = f"{weight.shape[1]}" if not scheme.weight.packed else f"up to {weight.shape[1] * scheme.weight.per_element}"
+        raise InputError(f"the input has {x.shape[-1]} columns, a weight {tuple(weight.shape)} takes {taken}")
     refuse_forward_mode(x)
-    # Reshaped outside of the op: under autograd, a view returned by an op cannot be changed in place.
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] and can_bypass_dispatcher(x, weight, weight_scale, bias):
-        kernel = kernel_for(rows, weight, scheme.text, backend)
-        given = Input(rows) if kernel.quantize is None else quantize_once(kernel, x, rows, input_scale, scheme, layer, across)
-        out = kernel.multiply(given, Weight(weight, weight_scale, bias, scheme), x.dtype)
-    elif kept[0] is None and custom_op.is_traced_without_gradients():
-        out = _scaled_linear_inference(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, across)
-    else:
-        out = _scaled_linear(rows, weight, weight_scale, input_scale, bias, scheme.text, backend, backward, *kept, across)
-    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def refuse_layout(x: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..formats.packing import words
 from ..formats.quantized_weight.tensor import codes_of
 from ..formats.scheme import Scheme, scale_shape
 from ..formats.storage import stacked
@@ -59,19 +60,21 @@ def _run(
     scheme: str,
     backend: str,
     across: str = "",
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+    held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts, zero_point, column_groups)
     return _multiply(x, held, input_scale, Routing(experts, rows, offsets, slots, expected, share), backend, across)
 
 
 def _multiply(
     x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, routing: Routing, backend: str, across: str = ""
 ) -> torch.Tensor:
-    n_experts, n, k = w.codes.shape
+    n_experts, n, _ = w.codes.shape
     s = routing.experts.shape[0]
     if s == 0:
         return x.new_zeros((0, n))
-    choice = select_grouped(Problem(x.device, w.scheme, n, k, x.dtype), backend)
+    choice = select_grouped(Problem(x.device, w.scheme, n, x.shape[1], x.dtype), backend)
     kernel = choice.at(routing.rows_each(n_experts))
     if not kernel.quantizes or w.scheme.input is None:
         return kernel.multiply(Input(x), w, routing, x.dtype)
@@ -90,9 +93,9 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, weight_scale, _, experts, rows, offsets, slots, _, share, parts, scheme, *_ = inputs
-    ctx.save_for_backward(weight, weight_scale, experts, rows, offsets, slots)  # references, no copies
-    ctx.rest = (share, parts, scheme, x.shape[0])
+    x, weight, weight_scale, _, experts, rows, offsets, slots, _, share, parts, scheme, _, _, *others = inputs
+    ctx.save_for_backward(weight, weight_scale, experts, rows, offsets, slots, *others)  # references, no copies
+    ctx.rest = (share, parts, scheme, *x.shape)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -103,8 +106,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         )
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _scaled_grouped_linear_grad(grad, *ctx.saved_tensors, *ctx.rest)
-    return grad_x, *[None] * 13
+        *saved, zero_point, column_groups = ctx.saved_tensors
+        grad_x = _scaled_grouped_linear_grad(grad, *saved, *ctx.rest, zero_point, column_groups)
+    return grad_x, *[None] * 15
 
 
 def _grad_x(
@@ -119,23 +123,42 @@ def _grad_x(
     parts: int,
     scheme: str,
     n_rows: int,
+    columns: int = 0,
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of x (R, K), computed with the dequantized weights."""
-    w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts)
+    """The gradient of x (R, K), computed with the dequantized weights. columns: K, which packed codes do not tell."""
+    w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts, zero_point, column_groups)
+    k = columns or weight.shape[2]
     routing = Routing(experts, rows, offsets, slots, share=share)
     routing = routing if routing.offsets is not None else grouped_mm.sort(routing, weight.shape[0])
     grad = grad if routing.slots is None else grad[routing.slots]
     found = native.times_weights(grad, w, routing)
     if found is None:
-        found = grouped_mm.times_weights(grad, w, routing)
+        found = grouped_mm.times_weights(grad, w, k, routing)
     of_rows = routing.row_numbers()
     if of_rows is None:
         return found.to(grad.dtype)
-    return found.new_zeros((n_rows, weight.shape[2])).index_add_(0, of_rows, found).to(grad.dtype)
+    return found.new_zeros((n_rows, k)).index_add_(0, of_rows, found).to(grad.dtype)
 
 
-def _fake_grad(grad: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return grad.new_empty((rest[-1], weight.shape[2]))
+def _fake_grad(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    experts: torch.Tensor,
+    rows: Any,
+    offsets: Any,
+    slots: Any,
+    share: int,
+    parts: int,
+    scheme: str,
+    n_rows: int,
+    columns: int = 0,
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return grad.new_empty((n_rows, columns or weight.shape[2]))
 
 
 def _no_second(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
@@ -160,10 +183,13 @@ def scaled_grouped_linear(
     parts: int = 1,
     backend: str = "auto",
     across: str = "",
+    zero_point: torch.Tensor | None = None,
+    column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row of x times the weight of its expert, inputs quantized as `scheme` says.
 
-    x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3. weight_scale: per tensor (E, parts), per channel
+    x: (R, K) in bf16, fp16, float32 or float64. weight: (E, N, K) in E4M3 or int8; packed codes (E, N, words), int32, with
+    their zero_point and column_groups as stored, if the scheme has them. weight_scale: per tensor (E, parts), per channel
     (E, N, 1), else (E, parts * ceil(N / parts / rows), ceil(K / cols)); parts: number of matrices concatenated along N, each
     with a separate grid of scales (2 for gate and up). input_scale: (E, parts), for static schemes. groups: (R,)
     integers, the expert of each row (outside 0..E-1: no expert); or an `hf_fp8.kernels.Routing`, which says how rows
@@ -178,7 +204,11 @@ def scaled_grouped_linear(
             raise InputError(f"groups has shape {tuple(groups.shape)} for {x.shape[0]} rows; it needs one expert for each row")
         first, second = route(known(groups, weight.shape[0])[0].unsqueeze(1), weight.shape[0], sort=True)
         groups = first._replace(slots=second.slots)
-    n_experts, n, k = weight.shape
+    n_experts, n, columns = weight.shape
+    k = x.shape[-1]
+    if words(k, 32 // scheme.weight.per_element) != columns or x.ndim != 2:
+        taken = f"{columns}" if not scheme.weight.packed else f"up to {columns * scheme.weight.per_element}"
+        raise InputError(f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {taken})")
     expected = scale_shape_of_experts(scheme, n_experts, n, k, parts)
     if weight_scale.shape != expected:
         raise InputError(
@@ -187,15 +217,12 @@ def scaled_grouped_linear(
         )
     if x.dtype not in FLOATS:
         raise InputError(f"FP8 experts take inputs in bfloat16, float16, float32 or float64, got {x.dtype}")
-    if x.ndim != 2 or x.shape[1] != weight.shape[2]:
-        raise InputError(
-            f"the input has shape {tuple(x.shape)}, experts of shape {tuple(weight.shape)} take (R, {weight.shape[2]})"
-        )
     refuse_forward_mode(x)
     if can_bypass_dispatcher(x, weight, weight_scale):
-        return _multiply(x, ExpertWeights(weight, weight_scale, scheme, parts), input_scale, groups, backend, across)
+        w = ExpertWeights(weight, weight_scale, scheme, parts, zero_point, column_groups)
+        return _multiply(x, w, input_scale, groups, backend, across)
     found: torch.Tensor = _scaled_grouped_linear(
         x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.offsets, groups.slots, groups.expected,
-        groups.share, parts, scheme.text, backend, across,
+        groups.share, parts, scheme.text, backend, across, zero_point, column_groups,
     )  # fmt: skip
     return found

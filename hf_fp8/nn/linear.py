@@ -1,4 +1,7 @@
-"""QuantizedLinear: an `nn.Linear` with codes (stored 8-bit values) and scales, loaded or quantized from a float weight."""
+"""QuantizedLinear: an `nn.Linear` with codes (values of 8 or 4 bits) and scales, loaded or quantized from a float weight.
+
+PackedLinear is the same with several codes in each element.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedError
 from ..formats import numerics
-from ..formats.code_types import INT8
+from ..formats.code_types import FP8, INT8
 from ..formats.quantized_weight.casts import codes_for_certain
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import INT8_DYNAMIC, Scheme, scale_shape
-from ..formats.storage import format_of
-from ..formats.weights import Change, quantize_weight, requantize, scale_dtype_of
+from ..formats.storage import COLUMN_GROUPS, PACKED, SHAPE, WEIGHT, WEIGHT_SCALE, ZERO_POINT, TensorForm, dequantize, format_of
+from ..formats.weights import Change, requantize, scale_dtype_of
 from .base import QuantizedModule, moved_as_it_is
 from .dtensors import local
 from .functional import scaled_linear
@@ -64,7 +67,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     _prepared: PreparedCall | None = None
     _across: str = ""  # see `scaled_linear`
     _hf_quantized_needs_local_tp = True  # transformers: under tensor parallelism inputs are plain tensors, also for training
-    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("weight_scale", "input_scale")}
+    codes_name: ClassVar[str] = WEIGHT  # of the parameter with the codes
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {WEIGHT: ("weight_scale", "input_scale")}
     weight_scale: nn.Parameter
 
     def __init__(
@@ -81,6 +85,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear.__init__ would initialise the weight, which fails for E4M3
+        if format_of(scheme.weight).codes != self.codes_name:
+            raise ConfigError(
+                f"a {type(self).__name__} cannot hold weights of {scheme.describe()}: their codes are "
+                f"{'packed (PackedLinear)' if scheme.weight.packed else 'not packed (QuantizedLinear)'}"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.backend = scheme, backend
         # Name of the parent module, if this layer and its siblings may share one quantized input.
@@ -97,8 +106,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
-        for name, form in format_of(scheme.weight).forms(scheme.weight, out_features, in_features, scale_dtype).items():
+        forms = format_of(scheme.weight).forms(scheme.weight, out_features, in_features, scale_dtype)
+        for name, form in forms.items():
             self.register_parameter(name, frozen(form.shape, form.dtype))
+        self._codes_form = forms[self.codes_name]
         self._scale_count = self.weight_scale.numel()
         if scheme.has_static_input:
             self.input_scale = frozen((1,), input_scale_dtype or scale_dtype)
@@ -111,7 +122,18 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def form_of(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         shard = self.shards.get(name)
-        return self.scheme.weight.code.storage, (self.out_features, self.in_features) if shard is None else shard.part.shape
+        return self._codes_form if shard is None else (self._codes_form.dtype, shard.part.shape)
+
+    @property
+    def coded(self) -> nn.Parameter:
+        """The parameter with the codes, which layers that share a weight share."""
+        found: nn.Parameter = getattr(self, self.codes_name)
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Role -> tensor of the weight that this process holds, as its format (`formats.storage`) takes them."""
+        others = {name: getattr(self, name).detach() for name in self.beside.get(self.codes_name, ())}
+        return {self.codes_name: self.held_codes(self.codes_name), WEIGHT_SCALE: self.held_scale(self.codes_name), **others}
 
     def take_part(self, shard: Shard) -> None:
         """Hold only a part of the weight. Sharding the parameters is up to the caller; in_features and out_features stay."""
@@ -156,7 +178,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def share_weight(self, other: QuantizedLinear) -> None:
         """Share the weight of `other`: codes, scale and, if kept, the original. The input scale is not shared."""
-        self.weight, self.weight_scale = other.weight, other.weight_scale
+        for name in format_of(self.scheme.weight).forms(self.scheme.weight, 1, 1, torch.float32):
+            setattr(self, name, getattr(other, name))
         self.original, self.originals = other.original, other.originals
         self._made_of = other._made_of
         if self.input_scale is not None and self.input_scale.is_meta and other.input_scale is not None:
@@ -218,7 +241,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         Exported programs have no original; an original on another device than the codes would disable CUDA graphs.
         """
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiled and self.original is not None and self.original.device == self.held_codes("weight").device:
+        if compiled and self.original is not None and self.original.device == self.coded.device:
             return self.original, self._made_of
         return None, None
 
@@ -229,7 +252,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """
         if self.original is None:
             raise UnsupportedError("the float weight was not kept: quantize with originals='keep' or 'offload'")
-        home, original, originals = self.weight.device, self.original, self.originals
+        home, original, originals = self.coded.device, self.original, self.originals
         self.quantize_from(original.to(home), originals=originals)
         self._keep(original)
 
@@ -266,8 +289,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             input = input.to(self.compute_dtype)
         out = scaled_linear(
             input,
-            self.held_codes("weight"),
-            self.held_scale("weight"),
+            self.held_codes(self.codes_name),
+            self.held_scale(self.codes_name),
             self.scheme,
             input_scale=None if self.unmeasured else plain_scale(local(self.input_scale)),
             bias=self.bias,
@@ -276,50 +299,48 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             layer=self if self.shares_input is not None else None,
             kept=self._to_compare(),
             across=self._across,
+            zero_point=self._parameters.get(ZERO_POINT),
+            column_groups=self._parameters.get(COLUMN_GROUPS),
         )
         return out.to(dtype) if self.cast_output and out.dtype != dtype else out
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K), or the part that this process holds, dequantized in float32 and rounded once to `dtype`."""
-        granularity = self.scheme.weight.granularity
-        return numerics.dequantize(self.held_codes("weight"), self.held_scale("weight"), granularity, dtype)
+        return dequantize(self.tensors(), self.scheme.weight, self.in_features, dtype)
 
     def restored_weight(self, dtype: torch.dtype, *, copy: bool = False) -> torch.Tensor:
         """`original` (with `copy`: a copy of it) if it was kept, else the dequantized weight."""
         if self.original is None:
             return self.dequantized_weight(dtype)
-        return self.original.to(self.weight.device, dtype, copy=copy)
+        return self.original.to(self.coded.device, dtype, copy=copy)
 
     @torch.no_grad()
     def requantized(self, dense: nn.Module, generator: torch.Generator | None = None) -> tuple[Self, Change]:
         """As in `QuantizedModule`. If the original was kept, it is replaced by the new weight."""
         self.refuse_sharded("changed")
         changed: torch.Tensor = dense.weight.detach().flatten(1)  # type: ignore[operator]
-        granularity = self.scheme.weight.granularity
-        codes, scale = quantize_weight(changed, granularity, self.scheme.weight.dtype, self.weight_scale, generator)
+        stored, scheme, held = format_of(self.scheme.weight), self.scheme.weight, self.tensors()
+        made = stored.quantize(changed, scheme, held, generator)
         new, change = self._twin(), Change()
         with codes_for_certain():
-            new.weight = nn.Parameter(codes, requires_grad=False)
-        new.weight_scale = nn.Parameter(scale, requires_grad=False)
+            for name, tensor in made.items():
+                setattr(new, name, nn.Parameter(tensor, requires_grad=False))
         if self.bias is not None:
             bias: torch.Tensor = dense.bias.detach()  # type: ignore[operator]
             if not torch.equal(bias.to(self.bias.dtype), self.bias):
                 new.bias = nn.Parameter(bias.to(self.bias.dtype, copy=True), requires_grad=self.bias.requires_grad)
         if self.original is not None:
             new._keep(changed.to(self.original))
-        for after, part, start in numerics.pieces(codes, scale, granularity, numerics.chunk(codes.device)):
-            rows = slice(start, start + len(after))
-            change.add(self._rows(rows), changed[rows].float(), numerics.dequantize(after, part, granularity))
-        return new, change
-
-    def _rows(self, rows: slice) -> torch.Tensor:
-        """Rows of the weight in float32; `rows` covers whole blocks."""
-        if self.original is not None:
-            return self.original[rows].to(self.weight.device, torch.float32)
-        granularity = self.scheme.weight.granularity
-        return numerics.dequantize_rows(
-            self.held_codes("weight"), self.weight_scale, rows, torch.float32, granularity=granularity
+        before, after = (
+            stored.pieces(tensors, scheme, self.in_features, torch.float32, numerics.chunk(changed.device))
+            for tensors in (held, made)
         )
+        for (old, start), (rounded, _) in zip(before, after, strict=True):
+            rows = slice(start, start + len(rounded))
+            if self.original is not None:
+                old = self.original[rows].to(old)
+            change.add(old, changed[rows].float(), rounded)
+        return new, change
 
     @torch.no_grad()
     def requantize_int8(self) -> None:
@@ -327,18 +348,18 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
         E4M3 codes have 4 significant bits and an exponent; int8 has 8 bits relative to the largest value of a row. On
         SmolLM2 int8 weights add 0.15% of perplexity, int8 inputs another 0.1 to 0.4% (docs/accuracy.md). An
-        `input_scale` is dropped. Raises UnsupportedError for an offloaded layer.
+        `input_scale` is dropped. Weights that are not FP8 stay as they are. Raises UnsupportedError for an offloaded layer.
         """
-        if self.scheme.weight.dtype == INT8:
+        if self.scheme.weight.dtype != FP8:
             return
         self.refuse_stale()
         self.refuse_sharded("re-quantized to int8")
-        if self.weight.is_meta:
+        if self.coded.is_meta:
             raise UnsupportedError(
                 "backend='int8' re-quantizes weights after loading, and cannot read the weight of an offloaded layer: "
                 "load onto one device, or with backend='weight_only'"
             )
-        self._take_int8(*requantize(self.held_codes("weight"), self.weight_scale, self.scheme.weight.granularity, INT8))
+        self._take_int8(*requantize(self.held_codes(WEIGHT), self.weight_scale, self.scheme.weight.granularity, INT8))
 
     def expect_int8(self) -> None:
         """Become an empty int8 layer: for a layer on the meta device, whose weight is re-quantized while it is loaded."""
@@ -352,6 +373,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.register_parameter("input_scale", None)
         self.unmeasured = ()
         self.scheme, self.backend, self._scale_count = INT8_DYNAMIC, "int8", scale.numel()
+        self._codes_form = TensorForm(codes.dtype, tuple(codes.shape))
 
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -360,7 +382,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         Raises UnsupportedError for an offloaded layer, as its weight cannot be read, and for a part of a weight.
         """
         self.refuse_sharded("made dense")
-        if self.weight.is_meta:
+        if self.coded.is_meta:
             raise UnsupportedError(
                 "an offloaded QuantizedLinear cannot be dequantized in place: load the model with FP8Config(dequantize=True)"
             )
@@ -376,7 +398,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=dtype)
         linear.requires_grad_(False)
         for name, held in linear.named_parameters():
-            values = torch.full((), torch.nan, dtype=dtype, device=self.weight.device).expand(held.shape)
+            values = torch.full((), torch.nan, dtype=dtype, device=self.coded.device).expand(held.shape)
             setattr(linear, name, nn.Parameter(values))
         return linear.train(self.training)
 
@@ -408,11 +430,32 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}weight" in state_dict:
+        if prefix + self.codes_name in state_dict:
             self.original = None  # it belongs to the weight before
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"
+
+
+class PackedLinear(QuantizedLinear):
+    """A QuantizedLinear with several codes in each element of `weight_packed` (N, words), int32 (`formats.packing`).
+
+    Its parameters are those of compressed-tensors' `pack-quantized`: `weight_scale`, `weight_shape`, and, if the scheme has
+    them, `weight_zero_point` and `weight_g_idx` (`formats.storage.PackedCodes`). It has no `weight`, which could only be a
+    copy: `dequantized_weight()` is one.
+    """
+
+    codes_name: ClassVar[str] = PACKED
+    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {PACKED: ("weight_scale", "input_scale")}
+
+    @property
+    def beside(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        return {PACKED: tuple(name for name in (SHAPE, ZERO_POINT, COLUMN_GROUPS) if name in self._parameters)}
+
+
+def linear_of(scheme: Scheme) -> type[QuantizedLinear]:
+    """The class of layers whose weights are stored as `scheme` says."""
+    return PackedLinear if scheme.weight.packed else QuantizedLinear
 
 
 def refuse_torn(layers: Iterable[QuantizedLinear]) -> None:
@@ -423,7 +466,7 @@ def refuse_torn(layers: Iterable[QuantizedLinear]) -> None:
     changed: dict[int, torch.Tensor] = {}
     for layer in layers:
         if layer.original is not None and layer.is_stale:
-            first = changed.setdefault(id(layer.weight), layer.original)
+            first = changed.setdefault(id(layer.coded), layer.original)
             if first is not layer.original and not torch.equal(first, layer.original):
                 raise UnsupportedError(
                     f"{layer.name_in_model or 'a layer'} shares its weight with another layer, and their float weights "

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ..formats import native
+from ..formats.storage import COLUMN_GROUPS, ZERO_POINT
 from ..kernels import selection
+from ..kernels.base import Weight
 from ..kernels.prepared import Call, prepared
 from .functional import is_plain_call
 
@@ -21,9 +23,9 @@ class PreparedCall:
 
     __slots__ = ("_call", "_operands", "_state")
 
-    def __init__(self, call: Call, codes: torch.Tensor, scale: torch.Tensor, layer: Any) -> None:
+    def __init__(self, call: Call, w: Weight, layer: Any) -> None:
         self._call, self._state = call, self._depends(layer)
-        self._operands = codes, scale, layer.bias
+        self._operands = w.codes, w.scale, w.bias, w.zero_point
 
     @staticmethod
     def _depends(layer: Any) -> tuple[Any, ...]:
@@ -40,13 +42,16 @@ class PreparedCall:
         """For inputs like x (..., K) of `layer`; None if another kernel is chosen for them, or operands are to be converted."""
         if not x.is_cpu or torch.is_grad_enabled() or not cls.may_be_used(layer) or not is_plain_call(x, x):
             return None
-        codes, scale = layer.held_codes("weight"), layer.held_scale("weight")
-        call = prepared(x, codes, scale, layer.bias, layer.scheme.text, layer.backend)
-        return None if call is None else cls(call, codes, scale, layer)
+        w = Weight(
+            layer.held_codes(layer.codes_name), layer.held_scale(layer.codes_name), layer.bias, layer.scheme,
+            layer._parameters.get(ZERO_POINT), layer._parameters.get(COLUMN_GROUPS),
+        )  # fmt: skip
+        call = prepared(x, w, layer.scheme.text, layer.backend)
+        return None if call is None else cls(call, w, layer)
 
     def takes(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether it computes what the layer would: for this input, and if nothing has changed since."""
-        codes, scale, bias = self._operands
+        codes, scale, bias, zero_point = self._operands
         held = layer._parameters
         return (
             not torch.is_grad_enabled()
@@ -55,10 +60,11 @@ class PreparedCall:
             and not torch.is_autocast_enabled("cpu")
             and self.may_be_used(layer)
             and self._depends(layer) == self._state
-            and getattr(weight := held.get("weight"), "codes", weight) is codes
+            and getattr(weight := held.get(layer.codes_name), "codes", weight) is codes
+            and held.get(ZERO_POINT) is zero_point
             and getattr(held_scale := held.get("weight_scale"), "plain", held_scale) is scale
             and held.get("bias", layer) is bias  # it may be a buffer, parametrized or pruned
-            and self._call.run.reads(codes, scale, bias)
+            and self._call.run.reads(*self._operands)
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from .base import QuantizedModule, foreign_attributes, holds_codes
 from .dense import release
 from .experts import QuantizedExperts
 from .experts_layout import Projection
-from .linear import QuantizedLinear, refuse_torn
+from .linear import QuantizedLinear, linear_of, refuse_torn
 
 # Attributes in which nn.Module stores hooks and flags of hooks.
 _HOOKS = (
@@ -41,7 +41,7 @@ def swap_linear(
     """Replace the `nn.Linear` called `name` by an empty QuantizedLinear on the meta device."""
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
-    new = QuantizedLinear(
+    new = linear_of(scheme)(
         old.in_features,
         old.out_features,
         scheme,
@@ -175,7 +175,7 @@ def swap_back(model: nn.Module, dtype: torch.dtype | str | None = None, default:
             if id(module) not in made:
                 made[id(module)] = new = dense_of(module)
                 if isinstance(module, QuantizedLinear):
-                    new.weight = weights.setdefault(id(module.weight), new.weight)  # type: ignore[arg-type]
+                    new.weight = weights.setdefault(id(module.coded), new.weight)  # type: ignore[arg-type]
             model = replace_module(model, name, made[id(module)])
     choose_fused_paths(model)
     release(model)

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.config_groups import Group, all_of, classes_of, match
+from ..checkpoint.config_groups import Group, classes_of, match
 from ..checkpoint.dense_by_default import explicit_targets, is_dense_by_default
 from ..errors import ConfigError, ScaleError, UnsupportedError, reasons_of
-from ..formats.code_types import FP8
 from ..formats.scheme import FP8_DYNAMIC, Scheme
 from ..formats.weights import scale_dtype_of
 from ..integrations.config import FP8Config
@@ -25,7 +24,7 @@ from ..loading.quantization_plan import why_unfit
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, QuantizedConv1x1
 from ..nn.dense import DenseLinear
-from .transformers_model import plan_in_place, plan_int8, transformers_models
+from .transformers_model import plan_in_place, transformers_models
 
 Filter = Callable[[str, nn.Module], bool]
 logger = logging.getLogger(__name__)
@@ -131,7 +130,6 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
     choice = Choice()
     planned: list[str] = []
-    is_fp8 = all_of(FP8, config.spec.groups)
     used: set[str] = set()
 
     def accepted(group: Group | None, name: str, module: nn.Module) -> Group | None:
@@ -149,7 +147,7 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         return group
 
     parts = dict(transformers_models(model))
-    for path, part in parts.items() if is_fp8 else ():
+    for path, part in parts.items():
         planned.append(path)
         _plan(path, part, config, accepted, choice)
     by_default = {name for name, candidate in found.items() if config.spec.dense_by_default and _stays_dense(candidate, parts)}
@@ -166,11 +164,6 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         group = config.spec.group_of(called, {"Linear", *classes_of(type(module))})
         if any(accepted(group, name, module) for name in called) and group is not None and group.scheme is not None:
             choice.layers.update(dict.fromkeys(called, group.scheme))
-    if not is_fp8:
-        for path, part in parts.items():
-            inside = {name[len(path) + 1 if path else 0 :] for name in choice.layers if _within(name, path)}
-            if inside:
-                choice.quantizers[path] = plan_int8(part, config, inside)
     _check(model, config, choice, used)
     choice.names += [(name,) for name in found]
     for entry in config.spec.unmatched_ignore(choice.names):

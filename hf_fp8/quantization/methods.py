@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from ..checkpoint.config_groups import concerns_fp8
+from ..checkpoint.config_groups import concerns_fp8, runs_here
 from ..checkpoint.files import is_there, read_json
 from ..checkpoint.quantization_spec import METHOD, METHODS
 from ..errors import FP8Error
@@ -46,7 +46,7 @@ def how_stored(source: Source) -> Stored | None:
     if written is None:
         return _unsaid(source)
     method = written.get("quant_method")
-    if method in (None, *METHODS) and concerns_fp8(written):
+    if method in (None, *METHODS) and (concerns_fp8(written) or runs_here(written)):
         return Stored(METHOD, HF_FP8)
     if method is None and "config_groups" in written:
         method = METHOD
@@ -57,7 +57,9 @@ def how_stored(source: Source) -> Stored | None:
         return Stored(f"something unknown (the quant_method of its config.json is {reprlib.repr(method)})", None)
     algorithm = f" ({written['quant_algo']})" if isinstance(written.get("quant_algo"), str) else ""
     known = method in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "hf_fp8"
-    return Stored(method + algorithm + (", with no FP8 group" if method in METHODS else ""), TRANSFORMERS if known else None)
+    return Stored(
+        method + algorithm + (", with no group that hf-fp8 runs" if method in METHODS else ""), TRANSFORMERS if known else None
+    )
 
 
 def _unsaid(source: Source) -> Stored | None:

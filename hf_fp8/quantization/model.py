@@ -19,7 +19,7 @@ from ..integrations.weight_readers import guard_readers
 from ..nn.base import QuantizedModule
 from ..nn.conv import QuantizedConv1x1
 from ..nn.dtensors import is_dtensor
-from ..nn.linear import ORIGINALS, QuantizedLinear, refuse_torn
+from ..nn.linear import ORIGINALS, QuantizedLinear, linear_of, refuse_torn
 from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module
 from .candidates import Choice, Filter, choose
 from .transformers_model import attach_quantizer, fill_experts
@@ -148,7 +148,7 @@ def requantize_model(model: nn.Module) -> nn.Module:
     keep: list[torch.Tensor] = []  # so that no id is reused
     # Layers without an original come first, and raise; of layers that share codes, the one with a changed original comes first.
     for layer in sorted(layers, key=lambda layer: (layer.original is not None, not layer.is_stale)):
-        before = layer.weight
+        before = layer.coded
         twin = done.setdefault(id(before), layer)
         if twin is layer:
             layer.requantize()
@@ -161,7 +161,7 @@ def requantize_model(model: nn.Module) -> nn.Module:
 def _layer(
     old: nn.Module, scheme: Scheme, by_weight: dict[tuple[int, Scheme], QuantizedLinear], how: dict[str, Any]
 ) -> QuantizedLinear:
-    kind = QuantizedLinear if isinstance(old, nn.Linear) else QuantizedConv1x1
+    kind = linear_of(scheme) if isinstance(old, nn.Linear) else QuantizedConv1x1
     twin = by_weight.get((id(old.weight), scheme))
     if twin is None:
         new = by_weight[id(old.weight), scheme] = kind.from_linear(old, scheme, **how)
@@ -176,7 +176,7 @@ def _copy(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """A copy of `model` with the new layers in `made` (by id of the old one); only unchanged parts are copied."""
     memo: dict[int, Any] = {}
     for new in made.values():
-        for held in (new.weight, new.weight_scale):
+        for held in new.of_codes():  # type: ignore[operator]
             memo[id(held)] = held  # created for the copy: not copied again
     for old, new in made.items():
         memo[old] = copy.deepcopy(new, memo)  # biases, kept originals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from ..integrations.quantizer import FP8HfQuantizer
 from ..loading.apply import swap_planned
 from ..loading.dtypes import DtypePlan, dtype_of
 from ..loading.expert_ops import quantize_stack
-from ..loading.key_map import KeyMap, PlainMerge
+from ..loading.key_map import PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
 from ..nn.base import holds_codes
@@ -41,25 +40,6 @@ def plan_in_place(model: PreTrainedModel, config: FP8Config, choose: Choose) -> 
     dtypes = DtypePlan(model, dtype)
     layout.file_dtypes = {name: dtype for name in layout.file_dtypes if dtypes.wanted(name) not in (None, dtype)}
     return quantizer
-
-
-def plan_int8(model: PreTrainedModel, config: FP8Config, layers: set[str]) -> FP8HfQuantizer:
-    """The quantizer for saving `model`, whose Linears named `layers` become int8, which needs no conversions.
-
-    Raises UnsupportedError for a model that is quantized already.
-    """
-    _refuse_quantized(model)
-    written = copy.copy(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    keymap = KeyMap(shapes, model.base_model_prefix, _conversions(model))
-    matrices = [key for key, info in _headers(model).tensors.items() if key.endswith(".weight") and len(info.shape) == 2]
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    inside = {f"{name}.weight" for name in layers}
-    dense = [key.removesuffix(".weight") for key in matrices if keymap.resolve(key)[0] not in inside | embeddings]
-    if (head := model.get_output_embeddings()) is not None:
-        dense += [name for name, module in model.named_modules() if module is head and name not in layers]
-    written.spec = config.spec.restricted_to({group.name for group in config.spec.groups}, dense)
-    return FP8HfQuantizer(written, pre_quantized=False)
 
 
 def _refuse_quantized(model: PreTrainedModel) -> None:

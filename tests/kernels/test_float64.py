@@ -101,7 +101,7 @@ def test_grouped(kernel: str, name: str, size: float) -> None:
 
 
 def gradient(w: ExpertWeights, ids: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    dense = [torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, WIDE)]) for expert in range(4)]
+    dense = [torch.cat([piece for piece, _, _ in grouped_mm.pieces(w, expert, w.codes.shape[2], WIDE)]) for expert in range(4)]
     found = torch.zeros(len(ids), w.codes.shape[2], dtype=WIDE)
     for slot, expert in enumerate(ids.flatten().tolist()):
         if expert < 4:

@@ -178,14 +178,14 @@ def test_float64_and_gradients_of_the_op() -> None:
         held = ExpertWeights(weight, scale, FP8_DYNAMIC)
         out = call(x)
         for slot, e in enumerate(ids.flatten().tolist()):
-            whole = torch.cat([p for p, _, _ in grouped_mm.pieces(held, e, torch.float64)]) if e < 3 else torch.zeros(8, 16)
+            whole = torch.cat([p for p, _, _ in grouped_mm.pieces(held, e, 16, torch.float64)]) if e < 3 else torch.zeros(8, 16)
             assert torch.allclose(out[slot], whole.double() @ x[slot // 2], rtol=1e-12)
         grad = torch.randn(6, 8, dtype=torch.float64)
         (found,) = torch.autograd.grad(out, x, grad)
         wanted = torch.zeros(3, 16, dtype=torch.float64)
         for slot, e in enumerate(ids.flatten().tolist()):
             if e < 3:
-                wanted[slot // 2] += grad[slot] @ torch.cat([p for p, _, _ in grouped_mm.pieces(held, e, torch.float64)])
+                wanted[slot // 2] += grad[slot] @ torch.cat([p for p, _, _ in grouped_mm.pieces(held, e, 16, torch.float64)])
         assert error(found, wanted) < 1e-6
     torch.library.opcheck(
         torch.ops.hf_fp8.scaled_grouped_linear.default,

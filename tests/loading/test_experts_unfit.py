@@ -33,7 +33,7 @@ UNFIT = {
     "scale dtypes": ({"edit": lambda s: {n: t.float() if "experts.1.up_proj.weight_scale" in n else t for n, t in s.items()}},
                      "differ in the dtypes of their scales"),
     "down dense": ({"quantized": lambda n: is_linear(n) and ("down" not in n or "experts" not in n),
-                    "ignore": ["lm_head", "re:.*experts.*down_proj"]}, "no FP8 weights for down_proj"),
+                    "ignore": ["lm_head", "re:.*experts.*down_proj"]}, "no quantized weights for down_proj"),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from support.build import (
     copies,
     differing,
     error,
+    is_linear,
     load,
     logits,
     stock_transformers,
@@ -26,6 +27,7 @@ from support.build import (
     write,
 )
 from support.checkpoints import checkpoint
+from support.other_floats import write_beside
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_fp8
@@ -158,7 +160,9 @@ def test_the_config_of_a_dequantized_model(first: Any, second: Any, fp8: Path, t
 
 
 def test_an_edited_weight_of_another_format_is_not_lost(tmp_path: Path) -> None:
-    model = load(checkpoint("llama-mixed", tmp_path))
+    attention = {"mine": lambda name: "self_attn" in name and is_linear(name), "theirs": lambda name: "mlp" in name}
+    write_beside(tiny_llama(), tmp_path / "mixed", "nvfp4", **attention, their_targets=["re:.*mlp.*"], targets=["re:.*attn.*"])
+    model = load(tmp_path / "mixed", dtype=torch.bfloat16)
     logits(model)  # the host decompresses
     model.model.layers[0].mlp.gate_proj.weight.data.mul_(2)
     with pytest.raises(hf_fp8.errors.UnsupportedError, match=r"layers\.0\.mlp\.gate_proj"):

@@ -11,10 +11,10 @@ from compressed_tensors.quantization import QuantizationScheme
 from hf_fp8.checkpoint.config_groups import Group
 from hf_fp8.checkpoint.stored_weight import StoredWeight
 from hf_fp8.formats.scheme import SCHEMES, Scheme
-from hf_fp8.formats.storage import WEIGHT, WEIGHT_SCALE, accepted_of_stack, format_of
+from hf_fp8.formats.storage import WEIGHT, WEIGHT_SCALE, accepted_of_stack, dequantize, format_of
 from hf_fp8.loading.ops import codes_from, weight_from
 
-EVERY = sorted(set(SCHEMES.values()), key=str)
+EVERY = sorted({scheme for scheme in SCHEMES.values() if not scheme.weight.packed}, key=str)
 
 
 @pytest.mark.parametrize("scheme", EVERY, ids=str)
@@ -23,7 +23,7 @@ def test_stacks_in_files_are_dequantized_from_every_shape_of_their_scales(scheme
     """And quantized back to the same codes."""
     stored, n, k = format_of(scheme.weight), 72, 150
     made = [stored.quantize(torch.randn(n, k), scheme.weight) for _ in range(3)]
-    wanted = torch.stack([stored.dequantize(each, scheme.weight, torch.float32) for each in made])
+    wanted = torch.stack([dequantize(each, scheme.weight, k, torch.float32) for each in made])
     codes = torch.stack([each[WEIGHT] for each in made])
     if transposed:
         wanted, codes = wanted.transpose(1, 2), codes.transpose(1, 2)

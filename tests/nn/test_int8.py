@@ -202,9 +202,9 @@ def test_its_config_passed_on_finds_the_fp8_checkpoint_again(fp8: Path, tmp_path
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8", config=load(fp8, copy.deepcopy(INT8_CONFIG)).config)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", config=copy.deepcopy(model.config), dtype=torch.float32)
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32)
-    assert torch.equal(logits(again), logits(wanted))
-    with pytest.raises(ConfigError, match="load them without a backend"):
-        load(tmp_path / "int8", copy.deepcopy(INT8_CONFIG))
+    wanted_logits = logits(wanted)
+    assert torch.equal(logits(again), wanted_logits)
+    assert sqnr(logits(load(tmp_path / "int8", copy.deepcopy(INT8_CONFIG))), wanted_logits) > 25
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from hf_fp8.formats import native, numerics
 from hf_fp8.formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC
 from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import prepared
+from hf_fp8.kernels.base import Weight
 
 pytestmark = [
     pytest.mark.hostless,
@@ -242,7 +243,8 @@ def test_calls_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch, layer:
     monkeypatch.setattr(prepared, "_MOST", 3)
     codes, scale, bias = layer.held_codes("weight"), layer.held_scale("weight"), layer.bias
     for n in range(1, 10):
-        call = prepared.prepared(torch.ones(1, 64), codes[:n], scale[:n], bias[:n], layer.scheme.text, "auto")
+        weight = Weight(codes[:n], scale[:n], bias[:n], layer.scheme)
+        call = prepared.prepared(torch.ones(1, 64), weight, layer.scheme.text, "auto")
         assert call is not None and call.run.n == n and len(prepared._calls) <= 3
 
 

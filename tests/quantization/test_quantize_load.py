@@ -341,14 +341,17 @@ def test_one_config_for_several_loads(dense: Path, tmp_path: Path) -> None:
     assert config.checkpoint is None and config.ignore == ()
 
 
+W2 = {"group": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 2, "type": "int", "strategy": "channel"}}}
+
+
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: FP8Config(scheme="FP9"), "FP9"), (lambda: FP8Config(scheme=""), "one of"), (lambda: FP8Config(scheme=8), "8"),
-    (lambda: FP8Config(scheme="INT8"), "not FP8"), (lambda: FP8Config(scheme="W8A16"), "not FP8"),
+    (lambda: FP8Config(scheme="INT8", backend="int8"), "int8"), (lambda: FP8Config(scheme=W2), "2-bit int weights"),
     (lambda: FP8Config(scheme="FP8", dequantize=True), "dequantize=True"), (lambda: FP8Config(targets="Foo"), "pass a scheme"),
     (lambda: FP8Config(scheme="FP8_DYNAMIC", backend="int8"), "int8"), (lambda: FP8Config(ignore=[]), "pass a scheme"),
     (lambda: FP8Config(scheme="FP8", ignore="re:("), "regular expression"), (lambda: FP8Config(scheme={}), "config_groups"),
     (lambda: FP8Config(scheme={"FP8_DYNAMIC": []}), "targets"),
-    (lambda: FP8Config(scheme={"FP8_DYNAMIC": "Linear", "INT8": "lm_head"}), "not FP8"),
+    (lambda: FP8Config(scheme={"FP8_DYNAMIC": ["Linear"], **W2}), "2-bit int weights"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_for(make: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -381,7 +384,7 @@ def test_what_is_quantized_already(dense: Path, tmp_path: Path) -> None:
     quantized(dense).save_pretrained(tmp_path / "ours")
     write(tiny_llama(), tmp_path / "fp8")
     for path in (tmp_path / "ours", tmp_path / "fp8"):
-        with pytest.raises(ConfigError, match="FP8 already"):
+        with pytest.raises(ConfigError, match="quantized already"):
             quantized(path)
     text = json.loads((tmp_path / "fp8" / "config.json").read_text())
     text.pop("quantization_config")

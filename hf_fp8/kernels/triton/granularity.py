@@ -15,6 +15,8 @@ def columns(granularity: Granularity, most: int) -> int:
 
 def why_not_weight_only(scheme: Scheme) -> str | None:
     """The reason why the weight-only kernel does not support the weights of `scheme`; None if it does."""
+    if scheme.weight.packed:
+        return "it takes codes of one byte"
     if columns(scheme.weight.granularity, 128) < LEAST_16_BIT:
         return _odd(scheme.weight.granularity)
     return None
@@ -24,7 +26,7 @@ def why_not_scaled_mm(scheme: Scheme) -> str | None:
     """The reason why the scaled matmul does not support `scheme`; None if it does."""
     if scheme.input is None:
         return "the scheme does not quantize inputs"
-    if scheme.weight.dtype != scheme.input.dtype:
+    if scheme.weight.packed or scheme.weight.dtype != scheme.input.dtype:
         return "it takes codes of the same dtype on both sides"
     if scheme.input.granularity.rows not in (1, -1):
         return "it takes inputs with scales per tensor, row, or group of columns"
