@@ -38,6 +38,7 @@ from .nn.swap import dequantize_model
 from .quantization.calibration import apply_scales, calibrate
 from .quantization.model import quantize_model, requantize_model
 from .quantization.portable import load_quantized, save_quantized
+from .quantization.qat import convert_qat, prepare_qat
 from .version import __version__
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "apply_scales",
     "calibrate",
+    "convert_qat",
     "dequantize_model",
     "errors",
     "explain",
@@ -73,6 +75,7 @@ __all__ = [
     "load_quantized",
     "merging",
     "perplexity",
+    "prepare_qat",
     "quality",
     "quantize_model",
     "recipes",

@@ -401,7 +401,7 @@ def asked_groups(
     request = {"config_groups": {name: _with_format(group) for name, group in written.items()}, "ignore": list(ignore)}
     parsed = parse(request)
     groups = read_groups(request, parsed)
-    return parsed, tuple(replace(group, scheme=group.scheme or schemes.get(group.name)) for group in groups)
+    return parsed, tuple(replace(group, scheme=schemes.get(group.name, group.scheme)) for group in groups)
 
 
 def _with_format(group: Mapping[str, Any]) -> dict[str, Any]:

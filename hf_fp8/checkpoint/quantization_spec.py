@@ -102,8 +102,12 @@ class QuantizationSpec:
     def restricted_to(self, used: Iterable[str], dense: Iterable[str]) -> QuantizationSpec:
         """The spec of the checkpoint that this request produces: the groups in `used`, with the modules `dense` ignored."""
         used = set(used)
-        written = {g.name: write_group(g.scheme, g.targets) for g in self.groups if g.name in used and g.scheme is not None}
-        return self._saying(written_config(written, dense))
+        schemes = {group.name: group.scheme for group in self.groups if group.name in used and group.scheme is not None}
+        targets = {group.name: group.targets for group in self.groups}
+        written = {name: write_group(scheme, targets[name]) for name, scheme in schemes.items()}
+        new = self._saying(written_config(written, dense))
+        # The written ones lack the recipe.
+        return replace(new, groups=tuple(replace(group, scheme=schemes[group.name]) for group in new.groups))
 
     def ignoring(self, dense: Iterable[str], without: Iterable[str] = ()) -> QuantizationSpec:
         """The spec with the modules `dense` ignored and without the groups `without`."""

@@ -57,6 +57,8 @@ class Granularity:
 
 _BY_SUFFIX = {code.suffix: dtype for dtype, code in CODE_TYPES.items()}
 
+# The recipe of FBGEMM's kernels for int4 weights (`fbgemm`).
+FBGEMM = "fbgemm"
 TENSOR = Granularity(-1, -1)
 ROW = Granularity(1, -1)
 
@@ -67,7 +69,8 @@ class TensorScheme:
 
     dynamic: scales are computed from each input. packed: several codes lie in each int32 (always for int4). has_zero_points:
     each scale has a zero point, which is subtracted from codes. is_ordered: the columns of a group need not lie next to each
-    other; the group of each column is stored (`weight_g_idx`). The last three are for weights only.
+    other; the group of each column is stored (`weight_g_idx`). recipe: how scales and codes are computed from weights, "" as
+    compressed-tensors does, or FBGEMM (`fbgemm`); files do not tell. The last four are for weights only.
     """
 
     granularity: Granularity
@@ -76,6 +79,7 @@ class TensorScheme:
     packed: bool = False
     has_zero_points: bool = False
     is_ordered: bool = False
+    recipe: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in CODE_TYPES:
@@ -88,6 +92,8 @@ class TensorScheme:
             raise ConfigError("zero points, and groups of columns in any order, are supported for packed codes only")
         if self.is_ordered and self.granularity.cols == -1:
             raise ConfigError("the columns of a channel are one group: there is nothing to order")
+        if self.recipe and (self.recipe != FBGEMM or self.dtype != INT4 or self.is_ordered):
+            raise ConfigError(f"recipe={self.recipe!r} is not known for {self.code.label} weights; int4 has {FBGEMM!r}")
 
     @property
     def code(self) -> CodeType:
@@ -106,8 +112,8 @@ class TensorScheme:
 
     def __str__(self) -> str:
         # int4 is packed anyway
-        flags = ("p", self.packed and self.dtype != INT4), ("z", self.has_zero_points), ("o", self.is_ordered)
-        marks = "".join(letter for letter, is_set in flags if is_set)
+        flags = {"p": self.packed and self.dtype != INT4, "z": self.has_zero_points, "o": self.is_ordered, "f": self.recipe}
+        marks = "".join(letter for letter, is_set in flags.items() if is_set)
         return f"{self.granularity}{'d' if self.dynamic else 's'}{self.code.suffix}{marks}"
 
     @staticmethod
@@ -119,7 +125,7 @@ class TensorScheme:
         rows, cols, scales, suffix, marks = found.groups()
         return TensorScheme(
             Granularity(int(rows), int(cols)), scales == "d", _BY_SUFFIX[suffix],
-            packed="p" in marks, has_zero_points="z" in marks, is_ordered="o" in marks,
+            packed="p" in marks, has_zero_points="z" in marks, is_ordered="o" in marks, recipe=FBGEMM if "f" in marks else "",
         )  # fmt: skip
 
     @property
@@ -136,13 +142,14 @@ class TensorScheme:
                 ("packed", self.packed and self.dtype != INT4),
                 ("zero points", self.has_zero_points),
                 ("columns in the order of weight_g_idx", self.is_ordered),
+                ("as FBGEMM quantizes them", bool(self.recipe)),
             )
             if is_so
         )
         return f"{found} ({extra})" if extra else found
 
 
-_WRITTEN = re.compile(r"(-?\d+)x(-?\d+)([ds])([iq]?)([pzo]*)")
+_WRITTEN = re.compile(r"(-?\d+)x(-?\d+)([ds])([iq]?)([pzof]*)")
 
 
 @dataclass(frozen=True)
@@ -218,6 +225,10 @@ W4A16_ASYM = Scheme(TensorScheme(_GROUP, dtype=INT4, has_zero_points=True))
 W4A8 = Scheme(TensorScheme(_GROUP, dtype=INT4), TensorScheme(ROW, dynamic=True, dtype=INT8))
 W4AFP8 = Scheme(TensorScheme(_GROUP, dtype=INT4), _DYNAMIC_TOKEN)
 W8A16 = Scheme(TensorScheme(_GROUP, dtype=INT8, packed=True))
+# With the numerics of FBGEMM's (now MSLK's) kernels f8i4bf16 and bf16i4bf16. The second has a float instead of a zero point, which
+# no file can hold: it is for training only (`quantization.qat`).
+W4AFP8_FBGEMM = Scheme(TensorScheme(_GROUP, dtype=INT4, recipe=FBGEMM), _DYNAMIC_TOKEN)
+W4A16_FBGEMM = Scheme(TensorScheme(_GROUP, dtype=INT4, has_zero_points=True, recipe=FBGEMM))
 
 # Names of schemes in arguments, with aliases.
 SCHEMES = {
@@ -235,6 +246,7 @@ SCHEMES = {
     "W4A16_ASYM": W4A16_ASYM,
     "W4A8": W4A8,
     "W4AFP8": W4AFP8,
+    "W4AFP8_FBGEMM": W4AFP8_FBGEMM,
 }
 
 

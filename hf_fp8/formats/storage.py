@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from . import numerics, packing
+from . import fbgemm, numerics, packing
 from .scheme import Granularity, TensorScheme, scale_shape
 from .weights import nearest_codes, quantize_weight, quantize_with_zero_points
 
@@ -50,10 +50,11 @@ class WeightFormat(Protocol):
         scheme: TensorScheme,
         held: Tensors | None = None,
         generator: torch.Generator | None = None,
+        checked: bool = True,
     ) -> dict[str, torch.Tensor]:
-        """Role -> tensor, of a float weight (N, K). Raises ScaleError for NaN or infinity.
+        """Role -> tensor, of a float weight (N, K). Raises ScaleError for NaN or infinity, if `checked`.
 
-        held, generator: as in `quantize_weight`; held has the tensors of the weight before a small change.
+        held, generator, checked: as in `quantize_weight`; held has the tensors of the weight before a small change.
         """
 
     def encode(self, weight: torch.Tensor, scheme: TensorScheme, held: Tensors) -> torch.Tensor:
@@ -100,9 +101,10 @@ class OneByteCodes:
         scheme: TensorScheme,
         held: Tensors | None = None,
         generator: torch.Generator | None = None,
+        checked: bool = True,
     ) -> dict[str, torch.Tensor]:
         before = None if held is None else held[WEIGHT_SCALE]
-        codes, scale = quantize_weight(weight, scheme.granularity, scheme.dtype, before, generator)
+        codes, scale = quantize_weight(weight, scheme.granularity, scheme.dtype, before, generator, checked)
         return {WEIGHT: codes, WEIGHT_SCALE: scale}
 
     def encode(self, weight: torch.Tensor, scheme: TensorScheme, held: Tensors) -> torch.Tensor:
@@ -149,6 +151,7 @@ class PackedCodes:
         scheme: TensorScheme,
         held: Tensors | None = None,
         generator: torch.Generator | None = None,
+        checked: bool = True,
     ) -> dict[str, torch.Tensor]:
         bits, (n, k) = scheme.code.bits, weight.shape
         made = {SHAPE: torch.tensor([n, k], device=weight.device)}
@@ -156,13 +159,15 @@ class PackedCodes:
             assert held is not None, "the order of columns comes from a checkpoint"
             made[COLUMN_GROUPS] = held[COLUMN_GROUPS]
             weight = weight[:, held[COLUMN_GROUPS].long().argsort(stable=True)]
-        if scheme.has_zero_points:
+        if scheme.recipe:
+            codes, made[WEIGHT_SCALE] = fbgemm.quantize(weight, scheme, checked)
+        elif scheme.has_zero_points:
             before = None if held is None else (held[WEIGHT_SCALE], packing.unpack_rows(held[ZERO_POINT], bits, n))
-            codes, made[WEIGHT_SCALE], points = quantize_with_zero_points(weight, scheme, before, generator)
+            codes, made[WEIGHT_SCALE], points = quantize_with_zero_points(weight, scheme, before, generator, checked)
             made[ZERO_POINT] = packing.pack_rows(points, bits)
         else:
             scale = None if held is None else held[WEIGHT_SCALE]
-            codes, made[WEIGHT_SCALE] = quantize_weight(weight, scheme.granularity, scheme.dtype, scale, generator)
+            codes, made[WEIGHT_SCALE] = quantize_weight(weight, scheme.granularity, scheme.dtype, scale, generator, checked)
         if scheme.is_ordered:
             codes = torch.empty_like(codes).index_copy_(1, made[COLUMN_GROUPS].long().argsort(stable=True), codes)
         return {PACKED: packing.pack(codes, bits), **made}

@@ -42,6 +42,7 @@ def quantize_weight(
     dtype: torch.dtype = FP8,
     held: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    checked: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a float weight (N, K): (codes (N, K), one in each element, scale in the shape of `scheme.scale_shape`).
 
@@ -52,6 +53,7 @@ def quantize_weight(
     held: the scale of the weight before a small change. Blocks that it still fits keep it, as their unchanged values are
     exactly its codes; other blocks get a new scale of the same dtype.
     generator: round up or down at random (`stochastic_round`) instead of to the nearest code.
+    checked: look for NaN and infinity, which waits for a GPU; without it they become some codes, with NaN or infinite scales.
 
     Raises ScaleError for weights with NaN or infinity.
     """
@@ -65,7 +67,8 @@ def quantize_weight(
     for piece, part, _ in pieces(weight, scale, granularity, elements):
         if piece.numel():
             torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
-    _refuse_non_finite(scale, weight)
+    if checked:
+        refuse_non_finite(scale, weight)
     scale.copy_(weight_scale_of(scale, dtype))
     if held is not None:
         fresh = scale.to(held.dtype)
@@ -98,7 +101,7 @@ def _fits(weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, d
     return found
 
 
-def _refuse_non_finite(scale: torch.Tensor, weight: torch.Tensor) -> None:
+def refuse_non_finite(scale: torch.Tensor, weight: torch.Tensor) -> None:
     if not bool(scale.isfinite().all()):
         raise ScaleError(f"a weight of shape {(*weight.shape,)} has values that are NaN or infinite: it cannot be quantized")
 
@@ -108,12 +111,13 @@ def quantize_with_zero_points(
     scheme: TensorScheme,
     held: tuple[torch.Tensor, torch.Tensor] | None = None,
     generator: torch.Generator | None = None,
+    checked: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize a float weight (N, K) asymmetrically: (codes (N, K), scale, zero points, both (N, groups)); int8 but for scales.
 
     compressed-tensors' arithmetic, as in `quantize_weight`: the range of a group, which always contains 0, is mapped to that of
-    the codes. held: scale and zero points before a small change, which groups keep that they still fit. generator: as in
-    `quantize_weight`. Raises ScaleError for weights with NaN or infinity.
+    the codes. held: scale and zero points before a small change, which groups keep that they still fit. generator, checked:
+    as in `quantize_weight`. Raises ScaleError for weights with NaN or infinity.
     """
     cols = weight.shape[1]
     code, granularity, compute = scheme.code, scheme.granularity, scale_dtype_of(weight.dtype)
@@ -121,7 +125,8 @@ def quantize_with_zero_points(
     padded = F.pad(weight.to(compute), (0, -cols % width))  # the last group may be partial; zeros are in every range
     grouped = padded.view(len(weight), -1, width)
     low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
-    _refuse_non_finite(high - low, weight)
+    if checked:
+        refuse_non_finite(high - low, weight)
     scale = (high - low) / (code.largest - code.least)
     point = (code.least - low / scale).clamp_(code.least, code.largest).nan_to_num_(0.0).round_()
     scale = torch.where(high == low, torch.finfo(compute).eps, scale.clamp(min=least_scale(compute)))

@@ -34,8 +34,9 @@ OF_A_LAYER = frozenset(
 
 def foreign_attributes(module: nn.Module) -> tuple[str, ...]:
     """Names of attributes that user code set on a float layer, or on the float layer that a quantized one replaces."""
-    if isinstance(module, QuantizedModule):
-        return module.foreign
+    if hasattr(type(module), "foreign"):  # one of ours
+        found: tuple[str, ...] = module.foreign  # type: ignore[assignment]
+        return found
     return tuple(name for name in vars(module) if name not in OF_A_LAYER)
 
 

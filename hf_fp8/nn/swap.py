@@ -219,8 +219,8 @@ def copy_hooks(old: nn.Module, new: nn.Module) -> None:
     """Copy from `old` to `new`: user attributes, hooks, and accelerate's hook, which moves inputs to the device."""
     for name in (foreign := foreign_attributes(old)):
         setattr(new, name, getattr(old, name))
-    if isinstance(new, QuantizedModule):
-        new.foreign = foreign
+    if hasattr(type(new), "foreign"):
+        new.foreign = foreign  # type: ignore[assignment]
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))  # the same dicts, as hook handles remove from them
     if (hook := getattr(old, "_hf_hook", None)) is not None:

@@ -20,6 +20,7 @@ from ...nn.conv import QuantizedConv1x1
 from ...nn.experts import QuantizedExperts
 from ...nn.linear import QuantizedLinear
 from ..patches import bind, bind_once, original
+from . import qat
 from .forward import activate_lora, dora_forward, move_adapter
 from .merge import merge, reported, unload_and_optionally_merge, unload_stack, unmerge, unmerge_adapter
 from .merge_policy import finalize_merge, reporting
@@ -58,6 +59,14 @@ _OF_STACKS: dict[str, Callable[..., Any]] = {
 
 def inject_adapter(host: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     """PEFT's method; on quantized layers `_create` creates each adapter, and the tuner logs what it merges into them."""
+    if qat.is_prepared(model):
+        qat.refuse(self.peft_config[adapter_name])
+    found = _inject(host, self, model, adapter_name, *args, **kwargs)
+    qat.merge_in_forward(model)
+    return found
+
+
+def _inject(host: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     if not any(isinstance(module, QuantizedModule) or RECORD in vars(module) for module in model.modules()):
         return host(self, model, adapter_name, *args, **kwargs)
     for name, method in _OF_TUNERS.items():
