@@ -233,8 +233,9 @@ def _is_stored(
     if group is not None and group.scheme is not None:
         wanted = f"{DTYPE_NAMES[group.scheme.weight.storage]} under {format_of(group.scheme.weight).codes!r}"
         raise MismatchError(
-            f"{key} is stored as {info}, but config group {group.name!r} has the format {group.format}, which stores {names[0]} "
-            f"as {wanted} ({_codes(group)}): its codes would be misread. Correct `targets`, `ignore` or `format` in config.json"
+            f"{key} is stored as {info}, but config group {group.name!r} has the format {group.format}, which stores "
+            f"{names[0]} as {wanted} ({_codes(group)}): its codes would be misread. Correct `targets`, `ignore` or `format` in "
+            "config.json"
         )
     if scale is not None or info.dtype.startswith("F8_"):
         raise MismatchError(f"{key} is stored as {info}; hf_fp8 reads FP8 weights stored as F8_E4M3 (float8_e4m3fn)")

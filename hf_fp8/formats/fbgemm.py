@@ -1,8 +1,8 @@
 """int4 weights as FBGEMM's kernels have them (today MSLK's: quantize/shuffle.py and quantize/triton/fp8_quantize.py).
 
-For inputs in FP8 (f8i4bf16), weights are rounded to E4M3 with a scale per row first, as if their scales of groups were applied to
-FP8 numbers, and then to int4 with a scale per group. For inputs in bfloat16 (bf16i4bf16), the range of a group, from its least to
-its largest value, is mapped to 0..15. The codes are stored 8 less, and the value of code 0 is stored instead of a zero point.
+For inputs in FP8 (f8i4bf16), weights are rounded to E4M3 with a scale per row first, as if their scales of groups were applied
+to FP8 numbers, and then to int4 with a scale per group. For inputs in bfloat16 (bf16i4bf16), the range of a group, from its
+least to its largest value, is mapped to 0..15. The codes are stored 8 less, and instead of a zero point the value of code 0.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LEAST_AMAX, LEAST = 1e-12, 1e-6
 def quantize(weight: torch.Tensor, scheme: TensorScheme, checked: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (N, K) in int8 and scales (N, groups) of a float weight (N, K), for inputs in FP8.
 
-    Scales are in the dtype of the weight, and exact, as they are an eighth of an amax. Raises UnsupportedError for the kernel with
-    inputs in bfloat16, which `with_minimum` computes; ScaleError for NaN or infinity, if `checked`.
+    Scales are in the dtype of the weight, and exact, as they are an eighth of an amax. Raises UnsupportedError for the kernel
+    with inputs in bfloat16, which `with_minimum` computes; ScaleError for NaN or infinity, if `checked`.
     """
     if scheme.has_zero_points:
         raise UnsupportedError(
@@ -42,8 +42,8 @@ def quantize(weight: torch.Tensor, scheme: TensorScheme, checked: bool = True) -
 
 
 def with_minimum(weight: torch.Tensor, scheme: TensorScheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (N, groups, columns) of -8 to 7, scales and offsets (N, groups, 1) of a float weight (N, K), all in float32, for inputs
-    in bfloat16: its values are codes x scale + offset."""
+    """Codes (N, groups, columns) of -8 to 7, scales and offsets (N, groups, 1) of a float weight (N, K), all in float32, for
+    inputs in bfloat16: its values are codes x scale + offset."""
     grouped = weight.float().view(len(weight), -1, _width(weight, scheme))
     least, largest = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
     levels = scheme.code.largest - scheme.code.least

@@ -225,8 +225,8 @@ W4A16_ASYM = Scheme(TensorScheme(_GROUP, dtype=INT4, has_zero_points=True))
 W4A8 = Scheme(TensorScheme(_GROUP, dtype=INT4), TensorScheme(ROW, dynamic=True, dtype=INT8))
 W4AFP8 = Scheme(TensorScheme(_GROUP, dtype=INT4), _DYNAMIC_TOKEN)
 W8A16 = Scheme(TensorScheme(_GROUP, dtype=INT8, packed=True))
-# With the numerics of FBGEMM's (now MSLK's) kernels f8i4bf16 and bf16i4bf16. The second has a float instead of a zero point, which
-# no file can hold: it is for training only (`quantization.qat`).
+# With the numerics of FBGEMM's (now MSLK's) kernels f8i4bf16 and bf16i4bf16. The second has a float instead of a zero point,
+# which no file can hold: it is for training only (`quantization.qat`).
 W4AFP8_FBGEMM = Scheme(TensorScheme(_GROUP, dtype=INT4, recipe=FBGEMM), _DYNAMIC_TOKEN)
 W4A16_FBGEMM = Scheme(TensorScheme(_GROUP, dtype=INT4, has_zero_points=True, recipe=FBGEMM))
 

@@ -119,9 +119,9 @@ def refuse_other_groups(asked: QuantizationSpec, found: QuantizationSpec) -> Non
     for group in said.groups:
         if _meaning(group) not in map(_meaning, found.groups):
             raise ConfigError(
-                f"the quantization_config that was passed has {_describe(group)}, but the checkpoint is quantized already, with "
-                f"{'; '.join(map(_describe, found.groups))}: leave config_groups out to load it unchanged, or quantize the "
-                "dense checkpoint that it was quantized from"
+                f"the quantization_config that was passed has {_describe(group)}, but the checkpoint is quantized already, "
+                f"with {'; '.join(map(_describe, found.groups))}: leave config_groups out to load it unchanged, or quantize "
+                "the dense checkpoint that it was quantized from"
             )
     if said.kv_cache_scheme is not None and found.kv_cache_scheme is None:
         raise ConfigError(

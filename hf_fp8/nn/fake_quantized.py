@@ -1,4 +1,4 @@
-"""FakeQuantizedLinear: a float Linear that computes as the QuantizedLinear that it will become, for quantization-aware training.
+"""FakeQuantizedLinear: for quantization-aware training, a float Linear that computes as the quantized layer that it becomes.
 
 Its weight is quantized anew in each forward, by the function that makes checkpoints, and multiplied by the kernel that the
 quantized layer would use: so both give the same numbers. Gradients pass the rounding unchanged (straight-through).
@@ -145,8 +145,8 @@ _fake_quantized_linear = custom_op.define(
 class FakeQuantizedLinear(nn.Linear):
     """A Linear whose float weight (N, K) is quantized and dequantized in each forward, as inputs are if its scheme says so.
 
-    Outputs are those of the QuantizedLinear, or PackedLinear, that `hf_fp8.convert_qat` makes of it. `weight` and `bias` are the
-    parameters of the Linear that it replaces, and their names and state dict are the same.
+    Outputs are those of the QuantizedLinear, or PackedLinear, that `hf_fp8.convert_qat` makes of it. `weight` and `bias` are
+    the parameters of the Linear that it replaces, and their names and state dict are the same.
 
     Attributes:
         scheme: how weight and input are quantized. backend: of the quantized layer; "scaled_mm" quantizes inputs as the scheme

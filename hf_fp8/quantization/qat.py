@@ -109,26 +109,31 @@ def _report(choice: Choice) -> None:
 def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str = "discard") -> nn.Module:
     """Quantize the layers that `prepare_qat` has prepared, in place: codes and scales are those of the last forward.
 
-    Adapters are merged first. A transformers model is then saved as a checkpoint of compressed-tensors (`save_pretrained`), other
-    models with `save_quantized`. Layers of "W4A16_FBGEMM" become Linears whose float weights are the quantized values, as no
-    checkpoint of compressed-tensors can hold their float offsets: torchao packs them without another error.
+    Adapters are merged first. A transformers model is then saved as a checkpoint of compressed-tensors (`save_pretrained`),
+    other models with `save_quantized`. Layers of "W4A16_FBGEMM" become Linears whose float weights are the quantized values, as
+    no checkpoint of compressed-tensors can hold their float offsets: torchao packs them without another error.
 
     Args:
         backend: of the quantized layers; by default that of `prepare_qat`, so that outputs stay the same.
         originals: as in `quantize_model`.
 
-    Returns `model` (or the new layer; without adapters, the model inside of a PeftModel). Raises ConfigError for a model without
-    prepared layers; CalibrationError for a layer with static inputs that saw none in training; ScaleError for NaN or infinity.
+    Returns `model` (or the new layer; without adapters, the model inside of a PeftModel). Raises ConfigError for a model
+    without prepared layers; CalibrationError for a layer with static inputs that saw none in training; ScaleError for NaN or
+    infinity.
     """
     if not any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} has no layers that prepare_qat has prepared")
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantizedLinear)}
+    modules = list(model.named_modules(remove_duplicate=False))
+    layers = {name: module for name, module in modules if isinstance(module, FakeQuantizedLinear)}
     scales = _input_scales(layers)
     request, backends = next((layer.request, layer.backend) for layer in layers.values())
+    made: dict[int, nn.Linear] = {}  # a shared layer stays shared
     for name, layer in layers.items():
-        model = replace_module(model, name, _plain(layer))
+        if id(layer) not in made:
+            made[id(layer)] = _plain(layer)
+        model = replace_module(model, name, made[id(layer)])
     choose_fused_paths(model)
     if all(has_float_offsets(layer.scheme.weight) for layer in layers.values()):
         return model

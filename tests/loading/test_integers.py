@@ -10,8 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.build import State, is_linear, tensors, tiny_llama
+from support.checkpoints import checkpoint
 from support.integers import KINDS, stored, write_integers
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 import hf_fp8
@@ -33,11 +41,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(IDS).logits
 
 
-def dense_logits(model: PreTrainedModel, path: Path, dense: State) -> torch.Tensor:
+def dense_logits(model: PreTrainedModel, path: Path, dense: State, cls: Any = AutoModelForCausalLM) -> torch.Tensor:
     """Those of the family's own model, with weights multiplied out by hand."""
     model.save_pretrained(path)
     save_file({name: tensor.contiguous() for name, tensor in dense.items()}, path / "model.safetensors", {"format": "pt"})
-    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    return logits(cls.from_pretrained(path, dtype=torch.float32))
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -115,6 +123,30 @@ def tiny_moe() -> Qwen3MoeForCausalLM:
     )  # fmt: skip
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("kind", ["W4A16", "W4A16 asymmetric", "W4A16 ordered", "W8A8"])
+def test_a_vision_language_model(kind: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen2vl-dyn", tmp_path)
+    edit = json.loads((folder / "config.json").read_text())
+    del edit["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(edit))
+    torch.manual_seed(0)
+    cls = AutoModelForImageTextToText
+    model = cls.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
+
+    def leave_vision(config: dict[str, Any]) -> None:
+        config["quantization_config"]["ignore"] = ["lm_head", "re:.*visual.*"]
+
+    written, dense = write_integers(
+        model, tmp_path / "model", kind, lambda name: is_linear(name) and "visual" not in name, leave_vision
+    )
+    wanted = dense_logits(model, tmp_path / "dense", dense, cls)
+    found = cls.from_pretrained(tmp_path / "model", quantization_config=FP8Config(**KEPT), dtype=torch.float32)
+    assert sum(isinstance(module, QuantizedLinear) for module in found.modules()) == 14
+    assert difference(logits(found), wanted) <= 1e-5
+    kept = cls.from_pretrained(tmp_path / "model", quantization_config=FP8Config(**KEPT), dtype=torch.bfloat16)
+    assert_saved(kept, tmp_path / "again", written)
 
 
 @pytest.mark.parametrize("kind", KINDS)

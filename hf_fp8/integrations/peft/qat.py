@@ -29,8 +29,8 @@ def refuse(config: Any) -> None:
     if found := [name for name, is_set in wrong.items() if is_set]:
         raise UnsupportedError(
             f"adapters with {', '.join(found)} on layers that are prepared for quantization-aware training: the weight with "
-            "adapters merged into it is quantized, which takes plain LoRA without dropout. Use LoraConfig(lora_dropout=0.0), or "
-            "train the weights themselves"
+            "adapters merged into it is quantized, which takes plain LoRA without dropout. Use LoraConfig(lora_dropout=0.0), "
+            "or train the weights themselves"
         )
 
 
