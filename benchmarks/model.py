@@ -36,7 +36,12 @@ CONTENDERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "hf_fp8 weight_only": (True, {"backend": "weight_only"}),
     "hf_fp8 int8": (True, {"backend": "int8"}),
 }
-NAMES = (*CONTENDERS, *peers.TORCHAO, *llamacpp.CONTENDERS)
+# Made of the dequantized model: name -> arguments of `quantize_model`.
+MADE: dict[str, dict[str, Any]] = {
+    "hf_fp8 W4A16": {"scheme": "W4A16"},
+    "hf_fp8 W4A16, head too": {"scheme": "W4A16", "targets": ["Linear", "lm_head"]},
+}
+NAMES = (*CONTENDERS, *MADE, *peers.TORCHAO, *llamacpp.CONTENDERS)
 ON_CPU_NAMES = (
     "stock", "stock dequantize=True", "hf_fp8 auto", "hf_fp8 dequantize=True", "hf_fp8 int8",
     "torchao int8 weight-only, bfloat16, compiled", "llama.cpp Q8_0", "llama.cpp Q8_0, not repacked",
@@ -56,7 +61,8 @@ def load(path: str, name: str, dtype: str, device: str) -> tuple[Any, dict[str, 
 
     import hf_fp8
 
-    ours, options = CONTENDERS[name if name in CONTENDERS else "stock dequantize=True"]
+    base = "hf_fp8 dequantize=True" if name in MADE else "stock dequantize=True"
+    ours, options = CONTENDERS[name if name in CONTENDERS else base]
     if not ours:
         hf_fp8.unregister()
     config = (hf_fp8.FP8Config if ours else CompressedTensorsConfig)(**options) if options or ours else None
@@ -65,6 +71,8 @@ def load(path: str, name: str, dtype: str, device: str) -> tuple[Any, dict[str, 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map=device, **given).eval()
         if name in peers.TORCHAO:
             peers.quantize(model, name)
+        if name in MADE:
+            hf_fp8.quantize_model(model, **MADE[name])
     peak_gb = torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else memory.used
     taken = {"load_s": memory.seconds, "load_cpu_s": memory.cpu_seconds, "load_peak_gb": peak_gb}
     return model, {**taken, "held_gb": held_bytes(model) / 1e9, "dtype": dtype, "note": ""}

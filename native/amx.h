@@ -739,7 +739,7 @@ struct AmxMatmul {
     // Whether it multiplies: weights of one byte, whose scales are those of whole steps of the reduction, by enough rows.
     static bool takes(const Product &p) {
         const Weights &g = p.weights;
-        if (is_float(g.code)) return false;
+        if (is_float(g.code) || g.code == INT4) return false;
         if (p.transposed) return g.block_cols >= g.k || (g.block_rows % STEP == 0 && (g.parts == 1 || g.n / g.parts % STEP == 0));
         int64_t used = 1;
         if (p.ends) {

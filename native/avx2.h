@@ -34,6 +34,17 @@ struct Avx2Base : X86 {
     }
     template <int64_t C, int64_t J>
     INLINE F widen_half_of(Bytes b) { return widen_half<C>(J % 2 ? _mm256_extracti128_si256(b, 1) : _mm256_castsi256_si128(b)); }
+    typedef __m256i Lanes;
+    INLINE Lanes lanes(int64_t shift) { return _mm256_srl_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm_cvtsi64_si128(shift)); }
+    INLINE F load_lanes(const float *p, const Lanes &l) { return _mm256_permutevar8x32_ps(load(p), l); }
+    // With the bits of 2^23, or 2^7, above it, a nibble at bit 0, or 16, is a float32 that is this power too large.
+    template <int64_t J>
+    INLINE F nibble(Bytes b) {
+        const __m256i moved = J % 4 ? _mm256_srli_epi32(b, J % 4 * 4) : b;
+        const __m256i bits = _mm256_and_si256(moved, _mm256_set1_epi32(J < 4 ? 15 : 15 << 16));
+        const F one = _mm256_set1_ps(J < 4 ? 0x1p23f : 0x1p7f), more = _mm256_set1_ps(J < 4 ? 0x1p23f + 8 : 0x1p7f + 8);
+        return _mm256_sub_ps(_mm256_or_ps(_mm256_castsi256_ps(bits), one), more);
+    }
     // The bits of an E4M3 code, moved to those of a float32, are the code divided by 2^120 (biases 7 and 127), subnormal codes too.
     template <int64_t C>
     INLINE F widen8(const uint8_t *codes) {

@@ -42,6 +42,16 @@ struct Avx512 : X86 {
         else return widen16<C>(_mm512_extracti32x4_epi32(b, J));
     }
     INLINE void order(int64_t, const float *from, float *to) { memcpy(to, from, 64 * sizeof(float)); }
+    typedef __m512i Lanes;
+    INLINE Lanes lanes(int64_t shift) {
+        return _mm512_srl_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm_cvtsi64_si128(shift));
+    }
+    INLINE F load_lanes(const float *p, const Lanes &l) { return _mm512_permutexvar_ps(l, load(p)); }
+    template <int64_t J>
+    INLINE F nibble(Bytes b) {
+        const F numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm512_permutexvar_ps(J ? _mm512_srli_epi32(b, 4 * J) : b, numbers);  // an index is the lowest 4 bits
+    }
     template <int64_t C>
     INLINE void widen_row(const uint8_t *codes, const float *scales, float *to) {
         F f;

@@ -18,8 +18,8 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Code : int64_t { E4M3 = 0, INT8 = 1, BF16 = 2, F16 = 3 };
-constexpr bool is_float(int64_t code) { return code >= BF16; }  // numbers of 16 bits that were never quantized
+enum Code : int64_t { E4M3 = 0, INT8 = 1, BF16 = 2, F16 = 3, INT4 = 4 };  // INT4: see int4.h
+constexpr bool is_float(int64_t code) { return code == BF16 || code == F16; }  // numbers of 16 bits that were never quantized
 constexpr int64_t size_of(int64_t code) { return is_float(code) ? 2 : 1; }
 
 // Weights (count, n, k), each matrix times its scales. Everything is 64 bits wide, so that any language can fill it in.
@@ -32,6 +32,7 @@ struct Weights {
     int64_t row_stride, stride;      // bytes from one row to the next, and from one matrix to the next
     int64_t parts;                   // matrices one above the other in n rows, each with a grid of scales of its own
     int64_t block_rows, block_cols;  // of one scale, at most n / parts and k
+    const int32_t *zero_points;      // of INT4, for each row and block of columns: (count, parts, (n / parts) / 8, blocks); null: none
 
     // Always inlined: of a function that several files hold the linker keeps one, perhaps that of an instruction set that is missing.
     ALWAYS_INLINE int64_t grid_rows() const { return (n / parts + block_rows - 1) / block_rows; }
@@ -41,6 +42,16 @@ struct Weights {
     ALWAYS_INLINE int64_t scale_of(int64_t matrix, int64_t r) const {
         int64_t each = n / parts, part = r / each;
         return ((matrix * parts + part) * grid_rows() + (r - part * each) / block_rows) * grid_cols();
+    }
+    // Zero points of row r: `blocks` numbers of 4 bits, one in each word, from bit `shift` on. Eight rows share their words.
+    struct ZeroPoints {
+        const int32_t *words;
+        int64_t shift;
+        ALWAYS_INLINE int32_t operator[](int64_t block) const { return words[block] >> shift & 15; }
+    };
+    ALWAYS_INLINE ZeroPoints zero_points_of(int64_t matrix, int64_t r, int64_t blocks) const {
+        const int64_t each = n / parts, part = parts == 1 ? 0 : r / each, in_part = r - part * each;
+        return {zero_points + ((matrix * parts + part) * divide_up(each, 8) + in_part / 8) * blocks, in_part % 8 * 4};
     }
 };
 
@@ -76,6 +87,12 @@ INLINE uint32_t as_bits(float f) {
     memcpy(&bits, &f, 4);
     return bits;
 }
+// Bits of the magnitude of a number, 0 for an infinite one and for NaN; and the larger of two, both as compilers make vectors of them.
+INLINE int32_t finite_magnitude(float f) {
+    const int32_t magnitude = (int32_t)(as_bits(f) & 0x7FFFFFFF);
+    return magnitude < 0x7F800000 ? magnitude : 0;
+}
+INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 INLINE float from_bfloat16(uint16_t b) { return as_float((uint32_t)b << 16); }
 INLINE uint16_t to_bfloat16(float f) {
     uint32_t u = as_bits(f);
@@ -187,10 +204,18 @@ struct ScaleRange {
     double up = 1.0;
     ALWAYS_INLINE ScaleRange() {}
     ALWAYS_INLINE ScaleRange(const Weights &g, int64_t index, int64_t blocks) {
-        uint32_t largest = 0;
-        for (int64_t b = 0; b < blocks; b++) {
-            uint32_t magnitude = as_bits(read_float(g.scales, g.scale_dtype, index + b)) & 0x7FFFFFFF;
-            if (magnitude > largest && magnitude < 0x7F800000) largest = magnitude;
+        int32_t largest = 0;  // bits of a magnitude, of which those of 16 bits are in the same order as their numbers
+        if (g.scale_dtype == FLOAT32) {
+            const float *scales = (const float *)g.scales + index;
+            for (int64_t b = 0; b < blocks; b++) largest = larger(largest, finite_magnitude(scales[b]));
+        } else {
+            const uint16_t *scales = (const uint16_t *)g.scales + index;
+            const int32_t infinite = g.scale_dtype == BFLOAT16 ? 0x7F80 : 0x7C00;
+            for (int64_t b = 0; b < blocks; b++) {
+                const int32_t magnitude = scales[b] & 0x7FFF;
+                largest = larger(largest, magnitude < infinite ? magnitude : 0);
+            }
+            largest = (int32_t)as_bits(g.scale_dtype == BFLOAT16 ? from_bfloat16((uint16_t)largest) : from_float16((uint16_t)largest));
         }
         int64_t exponent = (int64_t)(largest >> 23) - 127;
         exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
@@ -247,6 +272,7 @@ struct Kernels {
     int (*amax)(const Rounding *);
     int (*quantize_tokens)(const Tokens *);
     int (*columns)(const Columns *);
+    int (*unpack)(const Weights *, int8_t *out, int64_t threads);
 };
 
 // Codes of inputs (m, k) times codes of weights (n, k), both int8, exact in int32, times both scales.

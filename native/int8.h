@@ -137,7 +137,7 @@ struct Int8Matmul {
 template <class I>
 constexpr Kernels kernels_of(const char *name, int (*supported)()) {
     return {name, supported, nullptr, Matmul<I>::multiply, Matmul<I>::dequantize, Int8Matmul<I>::multiply,
-            Quantize<I>::quantize, Quantize<I>::amax, Quantize<I>::tokens, Quantize<I>::columns};
+            Quantize<I>::quantize, Quantize<I>::amax, Quantize<I>::tokens, Quantize<I>::columns, Int4<I>::unpack};
 }
 
 }  // namespace hf_fp8

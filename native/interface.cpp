@@ -44,7 +44,7 @@ static Function find(Function Kernels::*function) {
 using namespace hf_fp8;
 
 // Changes whenever arguments do.
-HF_FP8_EXPORT int64_t hf_fp8_version() { return 4; }
+HF_FP8_EXPORT int64_t hf_fp8_version() { return 5; }
 
 // The name of instruction set number `index` that this library was built with, in order of preference; null after the last.
 HF_FP8_EXPORT const char *hf_fp8_name(int64_t index) { return index < COUNT ? all[index]->name : nullptr; }
@@ -73,6 +73,9 @@ HF_FP8_EXPORT int64_t hf_fp8_multiply_int8(const Int8Product *product) { return 
 HF_FP8_EXPORT int64_t hf_fp8_dequantize(const Weights *weights, void *out, int64_t out_dtype, int64_t threads) {
     return find(&Kernels::dequantize)(weights, out, out_dtype, threads);
 }
+
+// Codes of INT4 less their zero points; scales are not read. out: (count, n, k)
+HF_FP8_EXPORT int64_t hf_fp8_unpack(const Weights *weights, int8_t *out, int64_t threads) { return find(&Kernels::unpack)(weights, out, threads); }
 
 // Codes (rows, cols) of x, next to each other.
 HF_FP8_EXPORT int64_t hf_fp8_quantize(const Rounding *rounding) { return find(&Kernels::quantize)(rounding); }

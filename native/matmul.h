@@ -1,4 +1,4 @@
-// Inputs times weights of 8 or 16 bits, for any instruction set. `I` describes one: see scalar.h, which is the plainest.
+// Inputs times weights of 4, 8 or 16 bits, for any instruction set. `I` describes one: see scalar.h, which is the plainest.
 //
 // Few rows of input: `dots`. A few rows of weights at a time are widened in registers and multiplied by up to six rows of inputs, so
 // each code is read once. Sums are scaled in the end, or after each block of columns.
@@ -6,6 +6,7 @@
 // a tile of MR rows times one panel is then a sum of outer products that stays in registers.
 #pragma once
 #include "common.h"
+#include "int4.h"
 #include "parallel.h"
 
 namespace hf_fp8 {
@@ -36,33 +37,38 @@ struct Matmul {
         int64_t stride;
     };
 
+    template <int64_t C>
     static bool prepare(const Product &p, Inputs &in) {
-        const int64_t k = p.weights.k, shift = I::shift(p.weights.code);
+        constexpr int64_t CHUNK = C == INT4 ? Int4<I>::CHUNK : Matmul::CHUNK;
+        const int64_t k = p.weights.k, shift = I::shift(C);
         in.stride = divide_up(k, CHUNK) * CHUNK;
         size_t bytes = p.x_rows * (in.stride * sizeof(float) + sizeof(double));
-        char *at = (char *)memory(INPUTS, bytes);
-        if (!at) return false;
-        in.factor = (double *)at;
-        in.x = (float *)(in.factor + p.x_rows);
+        // From the start of a line of the cache on: vectors that lie in two lines take twice as long to load.
+        in.x = (float *)memory(INPUTS, bytes);
+        if (!in.x) return false;
+        in.factor = (double *)(in.x + p.x_rows * in.stride);
         auto row = [&](int64_t r) {
             float *to = in.x + r * in.stride;
             int64_t start = r * p.x_stride;
-            uint32_t largest = 0;
+            int32_t largest = 0;
             for (int64_t i = 0; i < in.stride; i += CHUNK) {
                 float values[CHUNK];
                 int64_t count = least(CHUNK, k - i);
-                I::read(p.x, p.x_dtype, start + i, count, values);
+                if (count == CHUNK)  // a number that the compiler knows
+                    I::read(p.x, p.x_dtype, start + i, CHUNK, values);
+                else
+                    I::read(p.x, p.x_dtype, start + i, count, values);
                 for (int64_t j = count; j < CHUNK; j++) values[j] = 0.0f;
-                for (int64_t j = 0; j < CHUNK; j++) {
-                    uint32_t magnitude = as_bits(values[j]) & 0x7FFFFFFF;
-                    largest = magnitude < 0x7F800000 && magnitude > largest ? magnitude : largest;
-                }
-                I::order(p.weights.code, values, to + i);
+                for (int64_t j = 0; j < CHUNK; j++) largest = larger(largest, finite_magnitude(values[j]));
+                if (C == INT4)
+                    Int4<I>::order(values, to + i);
+                else
+                    I::order(C, values, to + i);
             }
             // Up to 2^126 if codes are 2^120 times smaller, so that products are about 1 to 2^15; else up to 2^90. The exponent of a
             // subnormal number is taken to be that of the smallest normal one.
             // Numbers that were never quantized are multiplied as they are.
-            const int64_t up = is_float(p.weights.code) ? 0 : (shift > 100 ? 126 : 90) - ((int64_t)(largest >> 23) - 127);
+            const int64_t up = is_float(C) ? 0 : (shift > 100 ? 126 : 90) - ((int64_t)(largest >> 23) - 127);
             in.factor[r] = two_to(shift - up);
             // Two steps, as 2^up may be more than float32 holds.
             float a = as_float((uint32_t)(127 + up / 2) << 23), b = as_float((uint32_t)(127 + up - up / 2) << 23);
@@ -195,14 +201,18 @@ struct Matmul {
         for (int m = 0; m < M; m++) to[m] = p.target(first + m) * g.n;
         for (int64_t i = n0; i < n0 + part; i++) {
             const uint8_t *w[R];
-            int64_t scale_of[R];
+            int64_t rows[R], scale_of[R];
             for (int r = 0; r < R; r++) {
-                const int64_t row = least(i + r * part, n1 - 1);
-                w[r] = g.row(matrix, row);
-                scale_of[r] = scale_rows[r].of(row);
+                rows[r] = least(i + r * part, n1 - 1);
+                w[r] = g.row(matrix, rows[r]);
+                scale_of[r] = scale_rows[r].of(rows[r]);
             }
             double found[R * M];
-            dots<C, R, M>(w, in.x + x0 * in.stride, in.stride, g, scale_rows[0].blocks, scale_of, found);
+            const float *x = in.x + x0 * in.stride;
+            if constexpr (C == INT4)
+                Int4<I>::template dots<R, M>(w, x, in.stride, g, matrix, rows, scale_rows[0].blocks, scale_of, found);
+            else
+                dots<C, R, M>(w, x, in.stride, g, scale_rows[0].blocks, scale_of, found);
             for (int r = 0; r < R && i + r * part < n1; r++) {
                 const int64_t row = i + r * part;
                 double bias = p.bias ? read_float(p.bias, p.bias_dtype, row) : 0.0;
@@ -220,13 +230,15 @@ struct Matmul {
             int64_t count = 1, x = p.source(first);
             while (count < MOST && first + count < s.last && p.source(first + count) == x + count) count++;
             // Rows of codes at a time, the fastest of 1 to 4 on a Zen 3 (2048 x 2048): as many as there are registers for their sums.
+            // Inputs that are not in the nearest cache are waited for less often if more rows share them; codes of 4 bits leave time for it.
+            constexpr int ROWS = C == INT4 ? (MR * NV >= 24 ? 4 : 3) : is_float(C) ? 1 : 2;
             switch (count) {
                 case 1: few_rows<C, 4, 1>(p, in, s.matrix, first, n0, n1); break;
                 case 2: few_rows<C, 4, 2>(p, in, s.matrix, first, n0, n1); break;
-                case 3: few_rows<C, is_float(C) ? 1 : 3, 3>(p, in, s.matrix, first, n0, n1); break;
-                case 4: few_rows<C, is_float(C) ? 1 : 2, 4>(p, in, s.matrix, first, n0, n1); break;
-                case 5: few_rows<C, is_float(C) ? 1 : 2, 5>(p, in, s.matrix, first, n0, n1); break;
-                default: few_rows<C, is_float(C) ? 1 : 2, 6>(p, in, s.matrix, first, n0, n1);
+                case 3: few_rows<C, C == INT4 ? 4 : is_float(C) ? 1 : 3, 3>(p, in, s.matrix, first, n0, n1); break;
+                case 4: few_rows<C, ROWS, 4>(p, in, s.matrix, first, n0, n1); break;
+                case 5: few_rows<C, ROWS, 5>(p, in, s.matrix, first, n0, n1); break;
+                default: few_rows<C, ROWS, 6>(p, in, s.matrix, first, n0, n1);
             }
             first += count;
         }
@@ -393,6 +405,7 @@ struct Matmul {
 
     static bool runs_few(const Product &p, int64_t rows) {
         const Weights &g = p.weights;
+        if (g.code == INT4) return true;
         return rows <= I::FEW && !p.transposed && (g.block_cols >= g.k || g.block_cols % CHUNK == 0);
     }
 
@@ -440,7 +453,7 @@ struct Matmul {
             }
         });
         Inputs in = {};
-        if (few_used && !prepare(p, in)) return -1;
+        if (few_used && !prepare<C>(p, in)) return -1;
         float *x = nullptr;
         if (many_used) {
             x = (float *)memory(NATURAL, rows * divide_up(depth, FOUR) * FOUR * sizeof(float));
@@ -457,8 +470,8 @@ struct Matmul {
             const Item &item = list[i];
             if (item.is_few)
                 few<C>(p, in, item.segment, item.from, item.from + item.count);
-            else if (!many<C>(p, x, item.segment, item.from, item.count))
-                __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+            else if constexpr (C != INT4)
+                if (!many<C>(p, x, item.segment, item.from, item.count)) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         });
         return failed ? -1 : 0;
     }
@@ -475,7 +488,7 @@ struct Matmul {
 
     static int multiply(const Product *p) {
         typename I::Mode mode;
-        int found = of_code(p->weights.code, [&](auto code) { return run<decltype(code)::value>(*p); });
+        int found = p->weights.code == INT4 ? run<INT4>(*p) : of_code(p->weights.code, [&](auto code) { return run<decltype(code)::value>(*p); });
         release_large();
         return found;
     }

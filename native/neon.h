@@ -26,6 +26,20 @@ struct Neon : Scalar {
     INLINE void mark(Mark &m, Bytes b) { m = vmaxq_u8(m, vshlq_n_u8(b, 1)); }
     INLINE bool marked(Mark m) { return vmaxvq_u8(m) == 0xFE; }
 
+    typedef uint8x16_t Lanes;
+    INLINE Lanes lanes(int64_t shift) {
+        uint8_t bytes[16];
+        for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)(4 * ((int64_t)(i / 4) >> shift) + i % 4);
+        return vld1q_u8(bytes);
+    }
+    INLINE F load_lanes(const float *p, const Lanes &l) { return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(load(p)), l)); }
+    // With the bits of 2^23, or 2^7, above it, a nibble at bit 0, or 16, is a float32 that is this power too large.
+    template <int64_t J>
+    INLINE F nibble(Bytes b) {
+        const uint32x4_t words = vreinterpretq_u32_u8(b), moved = J % 4 ? vshrq_n_u32(words, J % 4 ? J % 4 * 4 : 1) : words;
+        const F one = vdupq_n_f32(J < 4 ? 0x1p23f : 0x1p7f), more = vdupq_n_f32(J < 4 ? 0x1p23f + 8 : 0x1p7f + 8);
+        return vsubq_f32(vbslq_f32(vdupq_n_u32(J < 4 ? 15 : 15 << 16), vreinterpretq_f32_u32(moved), one), more);
+    }
     // Codes become float16 numbers (the code divided by 2^8), which the processor widens exactly, subnormal ones too.
     static int64_t shift(int64_t code) { return code == E4M3 ? 8 : 0; }
     template <int64_t C>

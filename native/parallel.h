@@ -22,7 +22,7 @@ void for_each(int64_t count, int64_t threads, const Work &work) {
     }, &shared);
 }
 
-// Memory of this thread that is reused between calls; null if there is none. Each slot is one use.
+// Memory of this thread that is reused between calls, from a line of the cache on; null if there is none. Each slot is one use.
 enum Slot { INPUTS, NATURAL, PANEL, SUMS, ITEMS, SLOTS };
 void *memory(Slot slot, size_t bytes);
 // Frees what this thread keeps for large inputs: one use of it, or all.

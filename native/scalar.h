@@ -57,6 +57,27 @@ struct Scalar {
         for (int i = 0; i < W; i++) f.v[i] = widen_one(C, b.v, (is_float(C) ? J % 2 : J) * W + i);
         return f;
     }
+    // The numbers, -8 to 7, of the nibbles of words from bit 4 J on.
+    template <int64_t J>
+    static F nibble(Bytes b) {
+        F f;
+        for (int i = 0; i < W; i++) f.v[i] = (float)((b.v[4 * i + J / 2] >> (J % 2 * 4) & 15) - 8);
+        return f;
+    }
+    // Lane i of a vector that `load_lanes` loads is number i >> shift from p on, of W that are read.
+    struct Lanes {
+        int v[W];
+    };
+    static Lanes lanes(int64_t shift) {
+        Lanes found;
+        for (int i = 0; i < W; i++) found.v[i] = (int)((int64_t)i >> shift);
+        return found;
+    }
+    static F load_lanes(const float *p, const Lanes &l) {
+        F f;
+        for (int i = 0; i < W; i++) f.v[i] = p[l.v[i]];
+        return f;
+    }
     static int64_t shift(int64_t) { return 0; }
     // One chunk of inputs in the order in which `widen` gives codes.
     static void order(int64_t, const float *from, float *to) { memcpy(to, from, 4 * W * sizeof(float)); }

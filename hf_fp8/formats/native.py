@@ -27,17 +27,19 @@ from .native_library import (
     use,
     why_not,
 )
-from .scheme import TENSOR, Granularity
+from .scheme import ROW, TENSOR, Granularity
 
 __all__ = [
     "CODES", "DTYPES", "FILE", "VARIABLE", "Prepared", "amax", "columns_of", "depends", "dequantize", "multiply",
-    "multiply_int8", "names", "on_change", "quantize", "quantize_tokens", "state", "use", "why_not",
+    "multiply_int8", "names", "on_change", "quantize", "quantize_tokens", "state", "unpack", "use", "why_not",
 ]  # fmt: skip
 
 # As native/common.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES = {FP8: 0, INT8: 1}
-WEIGHTS = {**CODES, torch.bfloat16: 2, torch.float16: 3}
+# Eight codes of 4 bits: the first in the lowest bits, each less 8 (`pack-quantized` of compressed-tensors).
+PACKED = torch.int32
+WEIGHTS = {**CODES, torch.bfloat16: 2, torch.float16: 3, PACKED: 4}
 
 
 def multiply(
@@ -55,6 +57,7 @@ def multiply(
     sources: torch.Tensor | None = None,
     targets: torch.Tensor | None = None,
     share: int = 1,
+    zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x (M, K) times the dequantized weight, transposed, (N, K): (M, N) in `dtype` (by default that of x), summed in float32.
 
@@ -64,8 +67,17 @@ def multiply(
     ends (E,), int32, contiguous: the number of outputs, of `rows` in total, up to and including each expert; those after
     the last are 0. sources, targets (S,) int64: row of x (times `share`) of each output, and where it is written. Raises
     MemoryError if there is not enough for a copy of x.
+
+    codes may also be packed, eight of 4 bits in an int32: (N, K / 8, rounded up). Then scales are of whole rows, or of groups
+    of a multiple of 8 columns, `transposed` is refused, and there may be zero_points, int32, eight rows in each, for each of
+    `parts`: (N / 8, groups), rounded up.
     """
     n, k = codes.shape[-2:]
+    columns = None
+    if codes.dtype == PACKED:
+        if transposed:
+            raise InputError("packed weights are multiplied as they are, not transposed")
+        columns = k = x.shape[1]
     width, depth = (k, n) if transposed else (n, k)
     _on_cpu(x, bias)
     rows = _checked_rows(x, codes, rows, ends, sources, targets, share)
@@ -73,6 +85,7 @@ def multiply(
     if not used or not width:
         return out
     if not depth:
+        _require_words(codes, columns)
         return out.zero_() if bias is None else out.copy_(bias)
     _require(bias, "numbers of a bias", width)
     if x.shape[1] != depth:
@@ -81,7 +94,7 @@ def multiply(
     if x.stride(1) != 1 and depth > 1:
         x = x.contiguous()
     bias = _as_read(bias)
-    held, codes, scale = _weights(codes, scale, granularity, parts)
+    held, codes, scale, zero_points = _weights(codes, scale, granularity, parts, columns, zero_points)
     arguments = PRODUCT_FIELDS.pack(
         *held,
         x.data_ptr(), DTYPES[x.dtype], x.stride(0),
@@ -97,30 +110,43 @@ def multiply(
 class Prepared:
     """`multiply` for one weight (N, K), with everything but the input prepared: a third of the time of a small call.
 
-    It has the addresses of codes, scale and bias, not the tensors: the caller has to keep these, in the same memory.
+    It has the addresses of codes, scale, bias and zero points, not the tensors: the caller has to keep these in their memory.
     """
 
     __slots__ = ("_addresses", "_after", "_before", "dtype", "k", "n")
 
     def __init__(
-        self, codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity, bias: torch.Tensor | None, dtype: torch.dtype
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        granularity: Granularity,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        *,
+        k: int | None = None,
+        zero_points: torch.Tensor | None = None,
     ) -> None:
-        """dtype: that of inputs and outputs. Raises ValueError for tensors that `multiply` would convert first."""
-        fields, *used = _weights(codes, scale, granularity, 1)
+        """dtype: that of inputs and outputs. k: columns of packed codes. Raises ValueError for tensors that `multiply` would
+        convert first."""
+        fields, *used = _weights(codes, scale, granularity, 1, k, zero_points)
         _on_cpu(bias)
         _require(bias, "numbers of a bias", codes.shape[0])
-        if used[0] is not codes or used[1].data_ptr() != scale.data_ptr() or _as_read(bias) is not bias:
+        if used[0] is not codes or _at(used[1]) != scale.data_ptr() or used[2] is not zero_points or _as_read(bias) is not bias:
             raise ValueError("not as the library reads it")
-        self.dtype, (self.n, self.k) = dtype, codes.shape
-        self._addresses = codes.data_ptr(), scale.data_ptr(), _at(bias)
+        self.dtype, self.n, self.k = dtype, codes.shape[0], codes.shape[1] if k is None else k
+        self._addresses = codes.data_ptr(), scale.data_ptr(), _at(bias), _at(zero_points)
         self._before = WEIGHTS_FIELDS.pack(*fields)
         self._after = self._addresses[2], 0 if bias is None else DTYPES[bias.dtype]
 
     def reads(
-        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, zero_point: torch.Tensor | None = None
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        zero_points: torch.Tensor | None = None,
     ) -> bool:
         """Whether the tensors that it was prepared for are still in the same memory."""
-        return (codes.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr()) == self._addresses
+        return (codes.data_ptr(), scale.data_ptr(), _at(bias), _at(zero_points)) == self._addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) in `dtype` on the CPU, contiguous, at least one row -> (..., N)."""
@@ -202,8 +228,27 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, granularity: Granularit
     """Codes (N, K) in E4M3 or int8 times their scales in float32, rounded once to the dtype of `out` (N, K), contiguous."""
     _on_cpu(out)
     if out.numel():
-        held, codes, scale = _weights(codes, scale, granularity, 1)
+        held, codes, _scale, _ = _weights(codes, scale, granularity, 1)
         library().hf_fp8_dequantize(WEIGHTS_FIELDS.pack(*held), out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
+    return out
+
+
+def unpack(
+    codes: torch.Tensor,
+    k: int,
+    *,
+    parts: int = 1,
+    zero_points: torch.Tensor | None = None,
+    granularity: Granularity = ROW,
+) -> torch.Tensor:
+    """int8 codes (N, K) of packed ones, or of a stack of them, as `multiply` takes these: less 8, less their zero points.
+
+    granularity: that of the zero points.
+    """
+    held, codes, _, zero_points = _weights(codes, None, granularity, parts, k, zero_points)
+    out = torch.empty((*codes.shape[:-1], k), dtype=INT8, device="cpu")
+    if out.numel():
+        library().hf_fp8_unpack(WEIGHTS_FIELDS.pack(*held), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -288,32 +333,58 @@ def columns_of(codes: torch.Tensor, scale: torch.Tensor, columns: torch.Tensor) 
 
 
 def _weights(
-    codes: torch.Tensor, scale: torch.Tensor | None, granularity: Granularity, parts: int
-) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
-    """The fields of `Weights`, and the tensors that they point to, which the caller has to keep until the call returns."""
-    n, k = codes.shape[-2:]
-    if scale is None:
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    granularity: Granularity,
+    parts: int,
+    k: int | None = None,
+    zero_points: torch.Tensor | None = None,
+) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The fields of `Weights`, and the tensors that they point to, which the caller has to keep until the call returns.
+
+    k: columns of packed codes. scale: None for codes that have none, or whose scales are not read.
+    """
+    _require_words(codes, k)
+    n, words = codes.shape[-2:]
+    k = words if k is None else k
+    is_packed = codes.dtype == PACKED
+    if scale is None and not is_packed:
         scale, granularity = _ones(codes.shape[0] * parts if codes.ndim == 3 else parts), TENSOR
-    _on_cpu(codes, scale)
+    _on_cpu(codes, scale, zero_points)
     _require_memory(codes, "a weight")
-    _require_memory(scale, "the scales of a weight")
     codes = codes.resolve_neg()
-    if codes.stride(-1) != 1 and k > 1:
+    if codes.stride(-1) != 1 and words > 1:
         codes = codes.contiguous()
-    if scale.dtype not in DTYPES:
-        scale = scale.float()
-    scale = scale.contiguous()
     count, stride = (codes.shape[0], codes.stride(0)) if codes.ndim == 3 else (1, 0)
     size = codes.element_size()
     grid_rows, grid_cols = granularity.grid(n // parts, k)
-    _require(scale, "scales of the weight", count * parts * grid_rows * grid_cols)
+    if scale is not None:
+        _require_memory(scale, "the scales of a weight")
+        scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
+        _require(scale, "scales of the weight", count * parts * grid_rows * grid_cols)
     rows, cols = granularity.rows, granularity.cols
+    if is_packed and (n % parts or (cols % 8 and -1 != cols < k)):
+        raise InputError(f"{n} rows of {k} packed codes: {parts} parts with scales of {granularity} are not supported")
+    if zero_points is not None:
+        if not is_packed or rows != 1 or zero_points.dtype != torch.int32:
+            raise InputError("only packed codes with scales of single rows have zero points, which are packed in int32")
+        _require_memory(zero_points, "the zero points of a weight")
+        zero_points = zero_points.contiguous()
+        _require(zero_points, "words of zero points", count * parts * -(-(n // parts) // 8) * grid_cols)
     fields = (
-        codes.data_ptr(), scale.data_ptr(), WEIGHTS[codes.dtype], DTYPES[scale.dtype], count, n, k,
+        codes.data_ptr(), _at(scale), WEIGHTS[codes.dtype], 0 if scale is None else DTYPES[scale.dtype], count, n, k,
         codes.stride(-2) * size, stride * size, parts,
-        max(n // parts, 1) if rows == -1 else rows, max(k, 1) if cols == -1 else cols,
+        max(n // parts, 1) if rows == -1 else rows, max(k, 1) if cols == -1 else cols, _at(zero_points),
     )  # fmt: skip
-    return fields, codes, scale
+    return fields, codes, scale, zero_points
+
+
+def _require_words(codes: torch.Tensor, k: int | None) -> None:
+    """Raise InputError if codes are packed and do not have k columns, or have k columns and are not packed."""
+    if (codes.dtype == PACKED) != (k is not None):
+        raise InputError(f"codes in {codes.dtype} are not as they are needed here: packed codes are in {PACKED}")
+    if k is not None and (k < 0 or codes.shape[-1] != -(-k // 8)):
+        raise InputError(f"a weight of {k} columns does not fit codes of shape {tuple(codes.shape)}, eight in each {PACKED}")
 
 
 @cache

@@ -24,10 +24,10 @@ VARIABLE = "HF_FP8_NATIVE"
 _OFF = ("0", "off", "no", "false")
 FILE = Path(__file__).with_name("_native.so")
 # `hf_fp8_version` of a library that takes these arguments.
-VERSION = 4
+VERSION = 5
 # Fields of the structures of native/common.h, all of 64 bits.
-WEIGHTS_FIELDS = Struct("=12q")
-PRODUCT_FIELDS = Struct("=27q")
+WEIGHTS_FIELDS = Struct("=13q")
+PRODUCT_FIELDS = Struct("=28q")
 INPUT_FIELDS = Struct("=15q")  # what follows Weights in Product
 INT8_PRODUCT_FIELDS = Struct("=16q")
 ROUNDING_FIELDS = Struct("=12q")
@@ -87,7 +87,7 @@ def _is_right(library: ctypes.CDLL) -> bool:
     stored = {0: codes, 2: b"".join(value[2:] for value in floats), 3: pack(f"<{n * k}e", *real)}
     held = {code: ctypes.create_string_buffer(number, len(number)) for code, number in stored.items()}
     packed = {
-        code: WEIGHTS_FIELDS.pack(at(buffer), at(scales), code, 0, 1, n, k, len(buffer) // n, 0, 1, n, k)
+        code: WEIGHTS_FIELDS.pack(at(buffer), at(scales), code, 0, 1, n, k, len(buffer) // n, 0, 1, n, k, 0)
         for code, buffer in held.items()
     }
     for transposed, width, depth in ((0, n, k), (1, k, n)):
@@ -105,7 +105,49 @@ def _is_right(library: ctypes.CDLL) -> bool:
     out, back = (ctypes.c_float * len(codes))(), ctypes.create_string_buffer(len(codes))
     library.hf_fp8_dequantize(weights, at(out), 0, 1)
     library.hf_fp8_quantize(ROUNDING_FIELDS.pack(at(values), 0, k, n, k, at(scales), 0, n, k, 0, at(back), 1))
-    return list(out) == list(values) and back.raw == codes
+    return list(out) == list(values) and back.raw == codes and _is_right_packed(library)
+
+
+def _is_right_packed(library: ctypes.CDLL) -> bool:
+    """The same for weights of 4 bits: with and without zero points, blocks that end within a vector of words or with it."""
+    n, k, at = 13, 283, ctypes.addressof
+    nibbles = [[(5 * row + 7 * column + column // 11) % 16 for column in range(k)] for row in range(n)]
+    x = [float(i % 5 - 2) for i in range(k)]
+    given = (ctypes.c_float * k)(*x)
+    codes = (ctypes.c_uint32 * (n * -(-k // 8)))(*(word for row in nibbles for word in _packed(row)))
+    for block in (8, 24, 32, 128, k):
+        blocks = -(-k // block)
+        scale = [2.0 ** ((row + b) % 3 - 1) for row in range(n) for b in range(blocks)]
+        zeros = [[(3 * row + 5 * b) % 16 for row in range(n)] for b in range(blocks)]
+        by_block = [_packed(rows) for rows in zeros]
+        scales = (ctypes.c_float * len(scale))(*scale)
+        packed = (ctypes.c_uint32 * (len(by_block[0]) * blocks))(
+            *(word for words in zip(*by_block, strict=True) for word in words)
+        )
+        for has_zeros in (False, True):
+            weights = WEIGHTS_FIELDS.pack(
+                at(codes), at(scales), 4, 0, 1, n, k, len(codes) // n * 4, 0, 1, 1, block, at(packed) if has_zeros else 0
+            )
+            less = [[zeros[b][row] if has_zeros else 8 for b in range(blocks)] for row in range(n)]
+            values = [[nibbles[row][c] - less[row][c // block] for c in range(k)] for row in range(n)]
+            wanted = [sum(x[c] * values[row][c] * scale[row * blocks + c // block] for c in range(k)) for row in range(n)]
+            for rows in (1, 2, 3, 4, 5, 6, 8):
+                out = (ctypes.c_float * (rows * n))()
+                library.hf_fp8_multiply(
+                    weights + INPUT_FIELDS.pack(at(given), 0, 0, rows, 0, 0, 0, 1, rows, 0, 0, at(out), 0, 0, 1)
+                )
+                if list(out) != wanted * rows:
+                    return False
+            back = (ctypes.c_int8 * (n * k))()
+            library.hf_fp8_unpack(weights, at(back), 1)
+            if list(back) != [value for row in values for value in row]:
+                return False
+    return True
+
+
+def _packed(nibbles: list[int]) -> list[int]:
+    """Words of eight nibbles, the first in the lowest bits."""
+    return [sum(nibble << 4 * i for i, nibble in enumerate(nibbles[at : at + 8])) for at in range(0, len(nibbles), 8)]
 
 
 def _value(code: int) -> float:
@@ -123,6 +165,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "hf_fp8_amax": [ctypes.c_char_p],
     "hf_fp8_quantize_tokens": [ctypes.c_char_p],
     "hf_fp8_columns": [ctypes.c_char_p],
+    "hf_fp8_unpack": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64],
     "hf_fp8_name": [ctypes.c_int64],
     "hf_fp8_used": [],
     "hf_fp8_use": [ctypes.c_int64],

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from . import native
 from .numerics import in_library
+from .scheme import Granularity
 
 
 def words(count: int, bits: int) -> int:
@@ -56,15 +57,16 @@ def differences(
     int16 for 8 bits with zero points. zero_points: as they are stored, those of the whole weight. group: columns of a scale, -1
     for all.
     """
-    height = packed.shape[0]
-    of_rows = packed[rows]
-    if zero_points is None:
-        return (
-            native.unpack(of_rows, cols)
-            if bits == 4 and hasattr(native, "unpack") and in_library(of_rows)
-            else unpack(of_rows, bits, cols)
-        )
-    points = unpack_rows(zero_points, bits, height)[rows]
-    wide = torch.int16 if bits == 8 else torch.int8
-    points = points.to(wide) if group == -1 else points.to(wide).repeat_interleave(group, 1)[:, :cols]
-    return unpack(of_rows, bits, cols).to(wide) - points
+    height, of_rows = packed.shape[0], packed[rows]
+    per_word = 32 // bits
+    first, last = rows.start // per_word, words(min(rows.stop, height), bits)
+    points = None if zero_points is None else zero_points[first:last]  # words that have those of the rows
+    aligned = points is None or rows.start % per_word == 0
+    if bits == 4 and aligned and (group == -1 or group % 8 == 0) and in_library(of_rows, *([] if points is None else [points])):
+        return native.unpack(of_rows, cols, zero_points=points, granularity=Granularity(1, group))
+    codes = unpack(of_rows, bits, cols)
+    if points is None:
+        return codes
+    skipped = rows.start - first * per_word
+    of_groups = unpack_rows(points, bits, skipped + len(codes))[skipped:].to(torch.int16 if bits == 8 else torch.int8)
+    return codes.to(of_groups) - (of_groups if group == -1 else of_groups.repeat_interleave(group, 1)[:, :cols])

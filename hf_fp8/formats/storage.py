@@ -194,7 +194,7 @@ class PackedCodes:
         order = tensors[COLUMN_GROUPS].long() if scheme.is_ordered else None
         if order is not None and points is not None:  # one for each column, as with scales below
             points = packing.pack_rows(packing.unpack_rows(points, bits, rows)[:, order], bits)
-        step = max(elements // max(k, 1), 1)
+        step = max(elements // max(k, 1) // 8, 1) * 8  # zero points of eight rows are in a word
         for start in range(0, rows, step):
             some = slice(start, start + step)
             codes = packing.differences(packed, points, bits, k, group if order is None else 1, some)

@@ -10,33 +10,68 @@ from functools import cache
 
 import torch
 
-from ..formats import native
-from ..formats.code_types import FP8, INT8
-from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, Scheme
+from ..formats import native, packing
+from ..formats.code_types import FP8, INT4, INT8
+from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, W4A16, W8A16, Scheme
 from . import torch_fp8, torch_grouped, torch_int8
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, has_bfloat16_units, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
 from .probing import int_mm_is_slow
-from .thresholds import native_limit
+from .thresholds import native_limit, packed_limit
 
 
 def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """x (M, K) times the weight; above `native_limit` rows the weight is dequantized in pieces for torch's matmul."""
-    if x.x.shape[0] > native_limit(dtype):
+    m = x.x.shape[0]
+    if m > native_limit(dtype):
         return torch_fp8.dequantize(x, w, dtype)
-    return native.multiply(x.x, w.codes, w.scale, w.scheme.weight.granularity, bias=w.bias)
+    if w.scheme.weight.packed and not (w.scheme.weight.dtype == INT4 and m <= packed_limit()):
+        return _unpacked(x.x, w)
+    return native.multiply(x.x, w.codes, w.scale, w.scheme.weight.granularity, bias=w.bias, zero_points=w.zero_point)
+
+
+def _unpacked(x: torch.Tensor, w: Weight) -> torch.Tensor:
+    """x (M, K) times a packed weight whose codes are unpacked to int8, some rows at a time."""
+    k, scheme = x.shape[1], w.scheme.weight
+    step = max(_ELEMENTS // max(k, 1) // 8, 1) * 8  # zero points of eight rows are in a word
+    found = []
+    for start in range(0, w.codes.shape[0], step):
+        rows = slice(start, start + step)
+        codes = packing.differences(w.codes, w.zero_point, scheme.code.bits, k, scheme.granularity.cols, rows)
+        bias = None if w.bias is None else w.bias[rows]
+        found.append(native.multiply(x, codes, w.scale.reshape(len(w.codes), -1)[rows], scheme.granularity, bias=bias))
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def multiply_grouped(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
     """The same for stacks of experts; only experts that have rows are read."""
+    n_experts, scheme = w.codes.shape[0], w.scheme.weight
     if routing.offsets is None:
-        routing = torch_grouped.sort(routing, w.codes.shape[0])
-    if routing.rows_each(w.codes.shape[0]) > native_limit(dtype):
+        routing = torch_grouped.sort(routing, n_experts)
+    rows_each = routing.rows_each(n_experts)
+    if rows_each > native_limit(dtype):
         return torch_grouped.dequantize(x, w, routing, dtype)
+    if scheme.packed and not (scheme.dtype == INT4 and rows_each <= packed_limit()):
+        return _grouped_unpacked(x.x, w, routing, dtype)
     return native.multiply(
-        x.x, w.codes, w.scale, w.scheme.weight.granularity, parts=w.parts, dtype=dtype,
+        x.x, w.codes, w.scale, scheme.granularity, parts=w.parts, dtype=dtype, zero_points=w.zero_point,
         rows=routing.experts.shape[0], ends=routing.offsets, sources=routing.rows, targets=routing.slots, share=routing.share,
     )  # fmt: skip
+
+
+def _grouped_unpacked(x: torch.Tensor, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
+    """Rows times packed weights, one expert after the other; outputs without an expert are 0."""
+    assert routing.offsets is not None
+    out = x.new_zeros((routing.experts.shape[0], w.codes.shape[1]), dtype=dtype)
+    rows, parts = routing.row_numbers(), [w.part(index) for index in range(w.parts)]
+    start = 0
+    for expert, end in enumerate(routing.offsets.tolist()):
+        if end > start:
+            given = x[start:end] if rows is None else x[rows[start:end]]
+            place = slice(start, end) if routing.slots is None else routing.slots[start:end]
+            out[place] = torch.cat([_unpacked(given, part.matrix(expert)) for part in parts], 1).to(dtype)
+        start = end
+    return out
 
 
 def multiply_int8(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -105,8 +140,15 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_scheme(scheme: Scheme) -> str | None:
     """The reason why the weight-only kernels do not support `scheme`; None if they do."""
-    if scheme.weight.packed:
-        return "it takes codes of one byte"
+    weight = scheme.weight
+    if weight.is_ordered:
+        return "it takes groups of columns that lie next to each other"
+    if weight.packed and weight.granularity.cols % 8 and weight.granularity.cols != -1:
+        return f"it takes packed codes in groups of a multiple of 8 columns, not {weight.granularity.cols}"
+    if weight.packed and weight.dtype == INT8 and weight.has_zero_points:
+        return "differences of 8-bit codes and zero points have 9 bits"
+    if weight.packed:
+        return None
     return None if scheme.weight.dtype in (FP8, INT8) else "it takes E4M3 or int8 weights"
 
 
@@ -146,7 +188,9 @@ def takes_int8(scheme: Scheme) -> str | None:
     return None if scheme == INT8_DYNAMIC else "it takes int8 weights with a scale per row, and inputs per token"
 
 
-_PROBES = (FP8_WEIGHT_ONLY, Scheme(FP8_BLOCK.weight))
+# Elements of a packed weight that are unpacked at a time, in int8.
+_ELEMENTS = 2**24
+_PROBES = (FP8_WEIGHT_ONLY, Scheme(FP8_BLOCK.weight), W4A16, W8A16)
 WEIGHT_ONLY = Kernel(
     name="native_weight_only", why_not_scheme=why_not_scheme, why_not_device=why_not_device, why_slow=why_slow, probes=_PROBES,
     multiply=multiply,

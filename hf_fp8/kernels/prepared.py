@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 
 from ..formats import native
+from ..formats.code_types import INT4
 from . import native as native_kernels
 from . import selection
 from .base import Problem, Weight
-from .thresholds import native_limit
+from .thresholds import native_limit, packed_limit
 
 # Address, shape, strides, dtype, and whether the numbers are the negatives of what is stored.
 Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
@@ -77,7 +78,12 @@ def _prepare(dtype: torch.dtype, k: int, w: Weight, backend: str) -> Call | None
     if native_kernels.WEIGHT_ONLY not in (choice.kernel, choice.small):
         return None
     limit = native_limit(dtype) if choice.kernel is native_kernels.WEIGHT_ONLY else min(choice.limit, native_limit(dtype))
+    granularity, columns = w.scheme.weight.granularity, None
+    if w.scheme.weight.packed:
+        if w.scheme.weight.dtype != INT4:
+            return None
+        limit, columns = min(limit, packed_limit()), k
     try:
-        return Call(native.Prepared(w.codes, w.scale, w.scheme.weight.granularity, w.bias, dtype), limit)
+        return Call(native.Prepared(w.codes, w.scale, granularity, w.bias, dtype, k=columns, zero_points=w.zero_point), limit)
     except ValueError:
         return None

@@ -23,6 +23,7 @@ from .torch_fp8 import ROWWISE, TENSORWISE
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 
+_PACKED = "weights stay packed, inputs are not quantized: no kernel multiplies packed codes with 8-bit ones"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _LINEAR_NAMES = {kernel.name: kernel for kernel in KERNELS}
 _GROUPED_NAMES = {kernel.name: kernel for kernel in GROUPED_KERNELS}
@@ -136,8 +137,10 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
     # Inputs in float64, which no fused kernel takes, are not quantized either where others are not.
     narrow = problem if dtype in _FLOATS else replace(problem, dtype=torch.float32)
-    auto = backend == "auto" and scheme.weight.dtype == FP8 and _first(WEIGHT_ONLY, narrow)[0] is not WEIGHT_ONLY[-1]
-    if reason is None and auto and (lacking := has_fp8_matmul(device)):
+    auto = backend == "auto" and _first(WEIGHT_ONLY, narrow)[0] is not WEIGHT_ONLY[-1]
+    if reason is None and auto and scheme.weight.packed:
+        reason = _PACKED
+    elif reason is None and auto and scheme.weight.dtype == FP8 and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:
         return Selection(fused, reason)
@@ -153,7 +156,9 @@ def _select_grouped(
     if backend not in ("auto", "scaled_mm", "weight_only"):
         raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")
     reason = _why_weight_only(problem.scheme, backend)
-    if reason is None and backend == "auto" and (lacking := has_fp8_matmul(device)):
+    if reason is None and backend == "auto" and problem.scheme.weight.packed:
+        reason = _PACKED
+    elif reason is None and backend == "auto" and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}"
     if reason is not None:
         return Selection(_first(GROUPED_WEIGHT_ONLY, problem)[0], reason)

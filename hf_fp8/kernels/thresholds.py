@@ -91,6 +91,7 @@ _AVX2_AMD = Int8Cost(34_000_000, 8, "measured on an AMD EPYC with AVX2", 2**21)
 # AMX 3.2, 1.7 to 2.1, 2.2, its AVX-512 alone 1.4, 1.0, 1.05. bfloat16: Xeon with AMX 1.7, 1.4, 1.3; its AVX-512, torch held to
 # VNNI, 2.6 and 4.1 (16, 512).
 _EVERY = 2**62
+_PACKED_ROWS = 6
 # Where torch may have better kernels: units for bfloat16 that the library has no code for, or what no one has measured.
 _NOT_MEASURED = 64
 
@@ -106,6 +107,13 @@ def native_limit(dtype: torch.dtype) -> int:
         return _EVERY
     measured = used == "avx2" or used.startswith("avx512")
     return _EVERY if measured and not (dtype == torch.bfloat16 and has_bfloat16_units()) else _NOT_MEASURED
+
+
+@native.depends
+@cache
+def packed_limit() -> int:
+    """Rows of input up to which the library multiplies with packed int4 codes as they are; for more, it unpacks them to int8."""
+    return _PACKED_ROWS
 
 
 @native.depends

@@ -3,6 +3,8 @@
 //     g++ -std=c++17 -O2 native/*.cpp native/check/check.cpp -pthread -o check && ./check
 #include <stdarg.h>
 #include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <thread>
 
@@ -18,6 +20,7 @@ int64_t hf_fp8_quantize(const Rounding *);
 int64_t hf_fp8_amax(const Rounding *);
 int64_t hf_fp8_quantize_tokens(const Tokens *);
 int64_t hf_fp8_columns(const Columns *);
+int64_t hf_fp8_unpack(const Weights *, int8_t *, int64_t);
 void hf_fp8_use_openmp(void *, void *, void *, void *);
 }
 
@@ -58,10 +61,54 @@ static bool agrees(const Case &c, const Numbers &out, int64_t at, double wanted,
     const char *kinds[] = {"", ", some NaN", ", all subnormal or the lowest", ", huge inputs", ", tiny inputs"};
     printf("%s: %s, m=%d n=%d k=%d, %d matrices, %d parts, scales of %d x %d, ", c.instructions, c.function, (int)c.m, (int)c.n, (int)c.k,
            (int)c.matrices, (int)c.parts, (int)c.block_rows, (int)c.block_cols);
-    const char *codes[] = {"E4M3", "int8", "bfloat16", "float16"};
+    const char *codes[] = {"E4M3", "int8", "bfloat16", "float16", "int4"};
     printf("%s%s%s: number %d, %s, is %.9g, not %.9g\n", codes[c.code], kinds[c.kind],
            c.transposed ? ", transposed" : "", (int)at, FORMATS[out.dtype].name, found, wanted);
     return false;
+}
+
+// The products of random inputs and a weight whose numbers are `dense`.
+static bool check_products(Case c, const Weights &weights, const std::vector<double> &dense) {
+    // Inputs, and where those of several matrices come from and go to.
+    c.function = "multiply";
+    const int64_t width = c.transposed ? c.k : c.n, depth = c.transposed ? c.n : c.k;
+    const bool moved = c.matrices > 1;
+    const int64_t share = moved ? 1 + pick(3) : 1, x_rows = moved ? c.m / share + 2 : c.m, out_rows = moved ? c.m + 3 : c.m;
+    const int64_t x_stride = depth + 3 * pick(2), middle = c.kind == HUGE_INPUTS ? 115 : c.kind == TINY_INPUTS ? -130 : 0;
+    const Numbers x(x_rows * x_stride - (x_stride - depth), pick(c.kind == HUGE_INPUTS ? 2 : 3), middle - 8, middle + 5), bias(width, pick(3), -3, 3);
+    Numbers out(out_rows * width, pick(3));
+    std::vector<int32_t> ends(c.matrices, (int32_t)c.m);  // of five the second has none
+    for (int64_t e = 0; e + 1 < c.matrices; e++)
+        ends[e] = e == 1 ? ends[0] : (int32_t)least(c.m, (e ? ends[e - 1] : 0) + pick(c.m / c.matrices + 2));
+    std::vector<int64_t> sources(c.m), targets(out_rows);
+    const bool in_order = pick(2);
+    for (int64_t i = 0; i < c.m; i++) sources[i] = in_order || !moved ? i : pick(x_rows * share);
+    for (int64_t i = 0; i < out_rows; i++) {
+        const int64_t other = moved ? pick(i + 1) : i;
+        targets[i] = targets[other], targets[other] = i;
+    }
+    const void *given_bias = pick(2) && !c.transposed ? bias.bytes.data() : nullptr;
+    const Product product = {weights, x.bytes.data(), x.dtype, x_stride, c.m, moved ? ends.data() : nullptr,
+                             moved ? sources.data() : nullptr, moved ? targets.data() : nullptr, share, x_rows,
+                             given_bias, bias.dtype, out.bytes.data(), out.dtype, c.transposed, 3};
+    hf_fp8_multiply(&product);
+    // AMX multiplies inputs of 16 bits here, times scales, where outputs have no more.
+    const double relative = c.transposed && out.dtype != FLOAT32 && !strcmp(c.instructions, "amx") ? 0x1p-15 : 2e-6;
+    std::vector<double> row(depth);
+    for (int64_t i = 0, e = 0; i < c.m; i++) {
+        while (ends[e] <= i) e++;
+        for (int64_t d = 0; d < depth; d++) row[d] = x[sources[i] / share * x_stride + d];
+        for (int64_t j = 0; j < width; j++) {
+            const double *w = &dense[e * c.n * c.k + (c.transposed ? j : j * c.k)];
+            double sum = given_bias ? bias[j] : 0, size = fabs(sum);
+            for (int64_t d = 0; d < depth; d++, w += c.transposed ? c.k : 1) sum += row[d] * *w, size += fabs(row[d] * *w);
+            if (!agrees(c, out, targets[i] * width + j, sum, size * relative)) return false;
+        }
+    }
+    for (int64_t i = c.m; i < out_rows; i++)  // nothing was written there
+        for (int64_t j = 0; j < width; j++)
+            if (!agrees(c, out, targets[i] * width + j, Numbers(1, out.dtype)[0], 0)) return false;
+    return true;
 }
 
 // dequantize and multiply
@@ -103,47 +150,58 @@ static bool check_weight(Case c) {
         for (int64_t i = 0; i < total; i++)
             if (!agrees(c, out, i, rounded(dense[i], FLOAT32), 0)) return false;
     }
+    return check_products(c, weights, dense);
+}
 
-    // Inputs, and where those of several matrices come from and go to.
-    c.function = "multiply";
-    const int64_t width = c.transposed ? c.k : c.n, depth = c.transposed ? c.n : c.k;
-    const bool moved = c.matrices > 1;
-    const int64_t share = moved ? 1 + pick(3) : 1, x_rows = moved ? c.m / share + 2 : c.m, out_rows = moved ? c.m + 3 : c.m;
-    const int64_t x_stride = depth + 3 * pick(2), middle = c.kind == HUGE_INPUTS ? 115 : c.kind == TINY_INPUTS ? -130 : 0;
-    const Numbers x(x_rows * x_stride - (x_stride - depth), pick(c.kind == HUGE_INPUTS ? 2 : 3), middle - 8, middle + 5), bias(width, pick(3), -3, 3);
-    Numbers out(out_rows * width, pick(3));
-    std::vector<int32_t> ends(c.matrices, (int32_t)c.m);  // of five the second has none
-    for (int64_t e = 0; e + 1 < c.matrices; e++)
-        ends[e] = e == 1 ? ends[0] : (int32_t)least(c.m, (e ? ends[e - 1] : 0) + pick(c.m / c.matrices + 2));
-    std::vector<int64_t> sources(c.m), targets(out_rows);
-    const bool in_order = pick(2);
-    for (int64_t i = 0; i < c.m; i++) sources[i] = in_order || !moved ? i : pick(x_rows * share);
-    for (int64_t i = 0; i < out_rows; i++) {
-        const int64_t other = moved ? pick(i + 1) : i;
-        targets[i] = targets[other], targets[other] = i;
+// Memory that ends where a page starts that cannot be read.
+struct Guarded {
+    size_t size, page = sysconf(_SC_PAGESIZE), pages;
+    char *all;
+    explicit Guarded(const std::vector<uint8_t> &bytes) : size(bytes.size()), pages((size + page - 1) / page * page) {
+        all = (char *)mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        memcpy(all + pages - size, bytes.data(), size);
+        mprotect(all + pages, page, PROT_NONE);
     }
-    const void *given_bias = pick(2) && !c.transposed ? bias.bytes.data() : nullptr;
-    const Product product = {weights, x.bytes.data(), x.dtype, x_stride, c.m, moved ? ends.data() : nullptr,
-                             moved ? sources.data() : nullptr, moved ? targets.data() : nullptr, share, x_rows,
-                             given_bias, bias.dtype, out.bytes.data(), out.dtype, c.transposed, 3};
-    hf_fp8_multiply(&product);
-    // AMX multiplies inputs of 16 bits here, times scales, where outputs have no more.
-    const double relative = c.transposed && out.dtype != FLOAT32 && !strcmp(c.instructions, "amx") ? 0x1p-15 : 2e-6;
-    std::vector<double> row(depth);
-    for (int64_t i = 0, e = 0; i < c.m; i++) {
-        while (ends[e] <= i) e++;
-        for (int64_t d = 0; d < depth; d++) row[d] = x[sources[i] / share * x_stride + d];
-        for (int64_t j = 0; j < width; j++) {
-            const double *w = &dense[e * c.n * c.k + (c.transposed ? j : j * c.k)];
-            double sum = given_bias ? bias[j] : 0, size = fabs(sum);
-            for (int64_t d = 0; d < depth; d++, w += c.transposed ? c.k : 1) sum += row[d] * *w, size += fabs(row[d] * *w);
-            if (!agrees(c, out, targets[i] * width + j, sum, size * relative)) return false;
-        }
+    ~Guarded() { munmap(all, pages + page); }
+    const void *data() const { return all + pages - size; }
+};
+
+// unpack and multiply, of words of eight codes of 4 bits
+static bool check_int4(Case c, bool has_zero_points) {
+    // Strides are of words here. Bits after the last column, and of rows after the last one of a part, are any.
+    const int64_t row_stride = divide_up(c.k, 8) + pick(3), stride = c.n * row_stride + pick(3), total = c.matrices * c.n * c.k;
+    const int64_t each = c.n / c.parts, across = divide_up(c.k, c.block_cols), words = divide_up(each, 8);
+    std::vector<uint8_t> codes(4 * ((c.matrices - 1) * stride + (c.n - 1) * row_stride + divide_up(c.k, 8)));
+    std::vector<uint8_t> zeros(4 * c.matrices * c.parts * words * across);
+    for (uint8_t &byte : codes) byte = (uint8_t)pick(256);
+    for (uint8_t &byte : zeros) byte = (uint8_t)pick(256);
+    const bool extreme = c.kind == HUGE_INPUTS || c.kind == TINY_INPUTS;
+    const int64_t power = c.kind == HUGE_INPUTS ? -40 : c.kind == TINY_INPUTS ? 40 : -8;
+    Numbers scales(c.matrices * c.parts * each * across, pick(extreme ? 2 : 3), power, power + 6);
+    if (c.kind == WITH_NAN)
+        for (int64_t i = pick(3 * across), size = FORMATS[scales.dtype].bytes; i < (int64_t)scales.bytes.size() / size; i += 1 + pick(9 * across))
+            memset(&scales.bytes[i * size], 0xFF, size);
+    const auto nibble = [](const std::vector<uint8_t> &bytes, int64_t word, int64_t i) { return bytes[4 * word + i / 2] >> (i % 2 * 4) & 15; };
+    std::vector<double> dense(total);
+    std::vector<int8_t> wanted(total), out(total, 99);
+    for (int64_t i = 0; i < total; i++) {
+        const int64_t matrix = i / c.k / c.n, row = i / c.k % c.n, column = i % c.k, part = matrix * c.parts + row / each, in_part = row % each;
+        const int64_t block = column / c.block_cols, of = nibble(codes, matrix * stride + row * row_stride + column / 8, column % 8);
+        const int64_t less = has_zero_points ? nibble(zeros, (part * words + in_part / 8) * across + block, in_part % 8) : 8;
+        wanted[i] = (int8_t)(of - less);
+        dense[i] = wanted[i] * scales[(part * each + in_part) * across + block];
     }
-    for (int64_t i = c.m; i < out_rows; i++)  // nothing was written there
-        for (int64_t j = 0; j < width; j++)
-            if (!agrees(c, out, targets[i] * width + j, Numbers(1, out.dtype)[0], 0)) return false;
-    return true;
+    const Guarded held_codes(codes), held_scales(scales.bytes), held_zeros(zeros);
+    const Weights weights = {(const uint8_t *)held_codes.data(), held_scales.data(), INT4, scales.dtype, c.matrices, c.n, c.k, 4 * row_stride,
+                             4 * stride, c.parts, 1, c.block_cols, has_zero_points ? (const int32_t *)held_zeros.data() : nullptr};
+    choose_threads();
+    hf_fp8_unpack(&weights, out.data(), 3);
+    checked += total;
+    for (int64_t i = 0; i < total; i++)
+        if (out[i] != wanted[i])
+            return printf("%s: unpack, n=%d k=%d, blocks of %d: number %d is %d, not %d\n", c.instructions, (int)c.n, (int)c.k, (int)c.block_cols,
+                          (int)i, out[i], wanted[i]), false;
+    return check_products(c, weights, dense);
 }
 
 // All numbers of 16 bits, and of float32 those around the halves between two of them, as scales of codes that are 1.
@@ -302,6 +360,18 @@ static bool check_all(const char *name) {
                 for (int64_t m : {1, 6, 31, 500})
                     for (int64_t code : {E4M3, pick(2) ? BF16 : F16})
                         if (!check_weight({name, "", m, n, k, 1, 1, k, code, transposed, 1, code == E4M3 ? (Kind)pick(5) : ANY})) return false;
+    }
+    for (bool has_zero_points : {false, true}) {
+        for (int64_t k : {1, 7, 8, 33, 127, 128, 260, 555, 2048, 4700})
+            for (int64_t cols : {k, (int64_t)8, (int64_t)16, (int64_t)24, (int64_t)32, (int64_t)64, (int64_t)128, (int64_t)384, (int64_t)4096})
+                for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 19}) {
+                    const int64_t parts = 1 + pick(2), n = parts * (1 + pick(k > 600 ? 9 : 40));
+                    if (!check_int4({name, "", m, n, k, parts, 1, least(cols, k), INT4, 0, 1, (Kind)(pick(3) ? 0 : pick(5))}, has_zero_points)) return false;
+                }
+        for (int64_t cols : {8, 16, 40, 128})
+            for (int64_t m : {1, 4, 9, 40, 90})
+                if (!check_int4({name, "", m, 34, 300, 1 + pick(2), 1, cols, INT4, 0, 5, (Kind)pick(2)}, has_zero_points)) return false;
+        if (!check_int4({name, "", 500, 270, 450, 2, 1, 64, INT4, 0, 1, ANY}, has_zero_points)) return false;  // several parts in every direction
     }
     for (int64_t code : {E4M3, INT8})
         for (int64_t k : {1, 37, 600})

@@ -31,8 +31,8 @@ for index in count():
         out = array("f", bytes(4 * m * N))
         c, s, i, o = (numbers.buffer_info()[0] for numbers in (codes, scales, x, out))
         # Weights, and Product after it, of common.h.
-        weights = (c, s, 0, 0, 1, N, K, K, 0, 1, 1, K)
-        assert library.hf_fp8_multiply(pack("=27q", *weights, i, 0, K, m, 0, 0, 0, 1, m, 0, 0, o, 0, 0, 1)) == 0
+        weights = (c, s, 0, 0, 1, N, K, K, 0, 1, 1, K, 0)
+        assert library.hf_fp8_multiply(pack("=28q", *weights, i, 0, K, m, 0, 0, 0, 1, m, 0, 0, o, 0, 0, 1)) == 0
         wanted = [
             scales[row] * sum(x[r * K + d] * values[codes[row * K + d]] for d in range(K)) for r in range(m) for row in range(N)
         ]

@@ -69,8 +69,8 @@ def test_codes_come_back(kind: str) -> None:
     assert torch.equal(form.encode(dense, scheme, wanted), wanted[form.codes])
     again = form.quantize(dense, scheme, wanted)
     assert all(torch.equal(again[role], tensor) for role, tensor in wanted.items())
-    pieces = [piece for piece, _ in form.pieces(wanted, scheme, 96, torch.float32, 96 * 3)]
-    assert [len(piece) for piece in pieces[:2]] == [3, 3]
+    pieces = [piece for piece, _ in form.pieces(wanted, scheme, 96, torch.float32, 96 * 9)]
+    assert len(pieces) in (1, 3)  # scales per tensor have no smaller blocks
     assert torch.equal(torch.cat(pieces), dense)
 
 
