@@ -5,6 +5,7 @@ from .probing import probe
 from .registry import GROUPED_KERNELS, KERNELS, WEIGHT_ONLY
 from .selection import (
     BACKENDS,
+    BACKENDS_OF_LAYERS,
     Selection,
     has_fp8_matmul,
     kernel_for,
@@ -17,7 +18,7 @@ from .selection import (
 )
 
 __all__ = [
-    "BACKENDS", "GROUPED_KERNELS", "KERNELS", "LARGEST_K", "WEIGHT_ONLY", "ExpertWeights", "GroupedKernel", "Input", "Kernel",
-    "Problem", "Routing", "Selection", "Weight", "has_fp8_matmul", "kernel_for", "probe", "select", "select_grouped", "use",
-    "why_not", "why_not_kept", "why_not_kept_experts",
+    "BACKENDS", "BACKENDS_OF_LAYERS", "GROUPED_KERNELS", "KERNELS", "LARGEST_K", "WEIGHT_ONLY", "ExpertWeights",
+    "GroupedKernel", "Input", "Kernel", "Problem", "Routing", "Selection", "Weight", "has_fp8_matmul", "kernel_for", "probe",
+    "select", "select_grouped", "use", "why_not", "why_not_kept", "why_not_kept_experts",
 ]  # fmt: skip

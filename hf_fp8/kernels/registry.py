@@ -18,6 +18,14 @@ QUANTIZED: tuple[Kernel, ...] = (
     triton.SCALED_MM,
     torch_fp8.DEQUANTIZE,
 )
+# The same without fast accumulation, for layers that ask for that. Triton's kernel is not among them: on Hopper its products
+# are accumulated fast, too.
+SLOW_ACCUM: tuple[Kernel, ...] = (
+    torch_fp8.SLOW_TENSORWISE,
+    torch_fp8.SLOW_ROWWISE,
+    torch_fp8.SLOW_BLOCKWISE,
+    torch_fp8.DEQUANTIZE,
+)
 # Kernels that do not quantize inputs.
 WEIGHT_ONLY: tuple[Kernel, ...] = (triton.WEIGHT_ONLY, native.WEIGHT_ONLY, torch_int8.WEIGHT_ONLY, torch_fp8.WEIGHT_ONLY)
 # The same for stacks of experts.

@@ -17,15 +17,18 @@ from ..formats.code_types import FP8
 from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from .base import BaseKernel, GroupedKernel, Kernel, Problem
 from .probing import probe
-from .registry import GROUPED_KERNELS, GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, KERNELS, QUANTIZED, WEIGHT_ONLY
+from .registry import GROUPED_KERNELS, GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, KERNELS, QUANTIZED, SLOW_ACCUM, WEIGHT_ONLY
 from .thresholds import weight_only_limit
 from .torch_fp8 import ROWWISE, TENSORWISE
+from .torch_fp8 import SLOW_ACCUM as SLOW
 
 BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
+# Those that one layer may have. The last two are as "auto" and "scaled_mm", but without fast accumulation on CUDA devices.
+BACKENDS_OF_LAYERS = (*BACKENDS, f"auto{SLOW}", f"scaled_mm{SLOW}")
 
 _PACKED = "weights stay packed, inputs are not quantized: no kernel multiplies packed codes with 8-bit ones"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_LINEAR_NAMES = {kernel.name: kernel for kernel in KERNELS}
+_LINEAR_NAMES = {kernel.name: kernel for kernel in (*KERNELS, *SLOW_ACCUM)}
 _GROUPED_NAMES = {kernel.name: kernel for kernel in GROUPED_KERNELS}
 _forced: ContextVar[str] = ContextVar("hf_fp8_forced_kernel", default="")
 
@@ -82,7 +85,8 @@ def select(problem: Problem, backend: str = "auto") -> Selection[Kernel]:
 
     backend: "scaled_mm" quantizes inputs as the checkpoint's scheme says; "weight_only" does not quantize
     inputs; "int8" is for layers re-quantized to int8. "auto" uses the fastest: the checkpoint's scheme for many rows of
-    input, and a weight-only kernel for few, if the device has a fused one.
+    input, and a weight-only kernel for few, if the device has a fused one. "auto_slow_accum", "scaled_mm_slow_accum": the same
+    without fast accumulation in `scaled_mm` on CUDA devices.
     """
     if forced := _LINEAR_NAMES.get(_forced.get()):
         return _honour(forced, problem)
@@ -130,8 +134,11 @@ def _honour(kernel: K, problem: Problem) -> Selection[K]:
 def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype, backend: str) -> Selection[Kernel]:
     problem = Problem(device, Scheme.parse(text), n, k, dtype)
     scheme = problem.scheme
-    if backend not in BACKENDS:
-        raise KernelError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS_OF_LAYERS:
+        raise KernelError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS_OF_LAYERS)}")
+    # int8 products are summed exactly by every kernel.
+    quantized = SLOW_ACCUM if backend.endswith(SLOW) and scheme.weight.dtype == FP8 else QUANTIZED
+    backend = backend.removesuffix(SLOW)
     if backend == "int8" and scheme != INT8_DYNAMIC:
         raise KernelError(f"backend='int8' is for layers that were re-quantized to int8, not {scheme.describe()}")
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
@@ -144,7 +151,7 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:
         return Selection(fused, reason)
-    return _by_rows(QUANTIZED, WEIGHT_ONLY, problem, backend, "M = {}")
+    return _by_rows(quantized, WEIGHT_ONLY, problem, backend, "M = {}")
 
 
 @native.depends

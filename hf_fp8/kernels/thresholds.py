@@ -112,7 +112,7 @@ def native_limit(dtype: torch.dtype) -> int:
 @native.depends
 @cache
 def packed_limit() -> int:
-    """Rows of input up to which the library multiplies with packed int4 codes as they are; for more, it unpacks them to int8."""
+    """Rows of input up to which the library multiplies with int4 codes as they are packed; more are unpacked to int8 first."""
     return _PACKED_ROWS
 
 

@@ -6,6 +6,8 @@ Each takes codes (8-bit values) and scales of a weight as the checkpoint stores 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from ..formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Gr
 from .base import Input, Kernel, Problem, Reduce, Weight, add_bias, product_dtype
 from .inputs import combined, quantize
 
+# The end of the names of kernels, and of backends of layers, that do without fast accumulation.
+SLOW_ACCUM = "_slow_accum"
 # Elements of a weight that are dequantized at a time for a matmul. On a CPU, 2 cores, gradients of inputs, ms at 2**19,
 # 2**20, 2**21, 2**22, all at once: 4096x4096 bfloat16, 128 rows 39, 42, 30, 28, 48; float32, 512 rows 123, 121, 124, 137,
 # 153; 14336x4096 float32, 128 rows 188, 180, 170, 254, 292. GPUs: 32 MB of bfloat16; not measured.
@@ -26,14 +30,16 @@ def elements_at_once(device: torch.device) -> int:
     return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
 
 
-def _scaled_mm(x: Input, w: Weight, w_scale: torch.Tensor, recipes: tuple[str, str], dtype: torch.dtype) -> torch.Tensor:
+def _scaled_mm(
+    x: Input, w: Weight, w_scale: torch.Tensor, recipes: tuple[str, str], dtype: torch.dtype, fast: bool
+) -> torch.Tensor:
     assert x.scale is not None
     types = torch.nn.functional.ScalingType
     # Hopper accumulates FP8 products in 14 bits; without fast accumulation they are added to float32 registers
     # every few steps, which costs up to a third of the speed. The error of fast accumulation stays well below that of the
-    # E4M3 rounding of the inputs (the gpu tests compare it with the scheme's threshold), so it is used here,
-    # as in torchao's inference. CPUs do not have this option.
-    fast = x.x.device.type == "cuda"
+    # E4M3 rounding of the inputs (the gpu tests compare it with the scheme's threshold), so it is used by default,
+    # as in torchao's inference. Layers with a backend that ends in SLOW_ACCUM do without. CPUs do not have this option.
+    fast = fast and x.x.device.type == "cuda"
     out: torch.Tensor = F.scaled_mm(
         x.x,
         w.codes.t(),
@@ -47,22 +53,22 @@ def _scaled_mm(x: Input, w: Weight, w_scale: torch.Tensor, recipes: tuple[str, s
     return add_bias(out, w.bias).to(dtype)
 
 
-def rowwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+def rowwise(x: Input, w: Weight, dtype: torch.dtype, fast: bool = True) -> torch.Tensor:
     """scaled_mm with scales of x (M, 1) and of the weight (1, N), both float32, for channel or tensor weights."""
     w_scale = w.scale.float().reshape(1, -1).expand(1, w.codes.shape[0]).contiguous()
-    return _scaled_mm(x, w, w_scale, ("RowWise", "RowWise"), dtype)
+    return _scaled_mm(x, w, w_scale, ("RowWise", "RowWise"), dtype, fast)
 
 
-def tensorwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+def tensorwise(x: Input, w: Weight, dtype: torch.dtype, fast: bool = True) -> torch.Tensor:
     """scaled_mm with one scale for x, which is repeated for each row, and one for the weight."""
     assert x.scale is not None
     one = x._replace(scale=x.scale[:1].reshape(1))
-    return _scaled_mm(one, w, w.scale.float().reshape(1), ("TensorWise", "TensorWise"), dtype)
+    return _scaled_mm(one, w, w.scale.float().reshape(1), ("TensorWise", "TensorWise"), dtype, fast)
 
 
-def blockwise(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+def blockwise(x: Input, w: Weight, dtype: torch.dtype, fast: bool = True) -> torch.Tensor:
     """scaled_mm with 1x128 scales of inputs and 128x128 scales of weights."""
-    return _scaled_mm(x, w, w.scale.float().t(), ("BlockWise1x128", "BlockWise128x128"), dtype)
+    return _scaled_mm(x, w, w.scale.float().t(), ("BlockWise1x128", "BlockWise128x128"), dtype, fast)
 
 
 def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, reduce: Reduce | None = None) -> Input:
@@ -129,5 +135,10 @@ BLOCKWISE = Kernel(
     name="scaled_mm_blockwise", why_not_scheme=why_not_blockwise, why_not_device=why_not_device, probes=(FP8_BLOCK,),
     quantize=quantize, multiply=blockwise,
 )  # fmt: skip
+# The same, without fast accumulation on CUDA devices.
+SLOW_TENSORWISE, SLOW_ROWWISE, SLOW_BLOCKWISE = (
+    replace(kernel, name=f"{kernel.name}{SLOW_ACCUM}", multiply=partial(multiply, fast=False))
+    for kernel, multiply in ((TENSORWISE, tensorwise), (ROWWISE, rowwise), (BLOCKWISE, blockwise))
+)
 DEQUANTIZE = Kernel(name="dequantize", quantize=fake_quantize, multiply=dequantize)
 WEIGHT_ONLY = Kernel(name="weight_only", multiply=dequantize)

@@ -21,6 +21,7 @@ from ..kernels import Weight, kernel_for
 from ..kernels.torch_fp8 import fake_quantize
 from . import custom_op
 from .backward import times_weight
+from .swap import copy_hooks
 
 # The share of the amax of earlier inputs in the moving average; 0.99 is what torch.ao.quantization's observer has.
 MOMENTUM = 0.99
@@ -207,6 +208,13 @@ class FakeQuantizedLinear(nn.Linear):
         if self.input_amax is None or not bool(self.input_amax > 0):
             return None
         return self._scale_of(self.input_amax)
+
+    def to_linear(self) -> nn.Linear:
+        """The Linear that it replaces, with the same parameters and hooks."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        copy_hooks(self, linear)
+        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fake-quantized: {self.scheme.describe()}, backend={self.backend}"

@@ -49,7 +49,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         scheme: how the weight is stored and the input quantized.
         bias: whether there is a bias, of dtype `bias_dtype`.
         scale_dtype, input_scale_dtype: dtypes of the scales (bf16, fp16 or float32).
-        backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; see `kernels.select`.
+        backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; or "auto_slow_accum" or
+            "scaled_mm_slow_accum", without fast accumulation; see `kernels.select`.
 
     Other attributes:
         compute_dtype: the dtype to which inputs are cast first; None does not cast them. cast_output: whether
@@ -58,6 +59,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         original: the float weight that the layer was quantized from, if it was kept, on the layer's device
             (`originals` "keep") or on the CPU ("offload"). Not part of a state dict; `requantize` and `to_linear` read it. If
             it was changed, running and saving the layer raise StaleError until `requantize`; see `originals.is_changed`.
+        follows_original: if True, calls and saving quantize a changed `original` again instead (compiled code raises).
         name_in_model: its name in the model, for error messages.
         original_dtype, trainable: the dtype of that weight (or of the model that the layer was loaded into), and its
             requires_grad; the layer of `to_linear` has both.
@@ -100,6 +102,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.original: torch.Tensor | None = None
         self._made_of: torch.Tensor | None = None
         self.originals = "discard"
+        self.follows_original = False
         self.trainable = True
         self.observer: Callable[[torch.Tensor], Any] | None = None
 
@@ -256,6 +259,23 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.quantize_from(original.to(home), originals=originals)
         self._keep(original)
 
+    def invalidate_weight_cache(self) -> None:
+        """Take the codes to be out of date: the name that layers of `recipes.enable_fp8_gemm` have for it elsewhere.
+
+        Raises UnsupportedError if the original was not kept.
+        """
+        if self.original is None:
+            raise UnsupportedError("the float weight was not kept: quantize with originals='keep' or 'offload'")
+        self._made_of = None
+
+    @torch.inference_mode(False)
+    def materialize_fp8_weight(self, device: torch.device | str | None = None) -> None:
+        """`requantize` if the original was changed, then move the layer to `device`: the name for it elsewhere, as above."""
+        if self.is_stale:
+            self.requantize()
+        if device is not None:
+            self.to(device)
+
     def reset_parameters(self) -> None:
         """Do nothing: FP8 weights come from a checkpoint or from a float weight."""
 
@@ -269,6 +289,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         if torch.compiler.is_compiling():
             return self._computed(input)
         if self.original is not None:
+            if self.follows_original:
+                self.materialize_fp8_weight()
             self.refuse_stale()
         if self._prepared is not None and self._prepared.takes(self, input):
             return self._prepared(input)
@@ -425,6 +447,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self._keep(self.original)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.follows_original:
+            self.materialize_fp8_weight()
         self.refuse_stale(prefix.removesuffix("."))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -25,7 +25,7 @@ from ..errors import (
 from ..formats.scheme import Scheme
 from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
-from ..kernels import BACKENDS
+from ..kernels import BACKENDS_OF_LAYERS
 from ..nn.backward import BACKWARDS
 from ..nn.base import QuantizedModule
 from ..nn.conv import Convolution, QuantizedConv1x1
@@ -254,7 +254,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if (
             not isinstance(entry, dict)
             or entry.get("kind") not in ("linear", "conv1x1")
-            or entry.get("backend") not in BACKENDS
+            or entry.get("backend") not in BACKENDS_OF_LAYERS
         ):
             raise CheckpointError(f"{path}: modules[{name!r}] is {entry!r}, which is not a layer that hf_fp8 supports")
         compute, backward = entry.get("compute_dtype"), entry.get("backward", "exact")

@@ -132,7 +132,9 @@ def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str 
     made: dict[int, nn.Linear] = {}  # a shared layer stays shared
     for name, layer in layers.items():
         if id(layer) not in made:
-            made[id(layer)] = _plain(layer)
+            made[id(layer)] = layer.to_linear()
+            if has_float_offsets(layer.scheme.weight):
+                layer.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
         model = replace_module(model, name, made[id(layer)])
     choose_fused_paths(model)
     if all(has_float_offsets(layer.scheme.weight) for layer in layers.values()):
@@ -154,14 +156,3 @@ def _input_scales(layers: Mapping[str, FakeQuantizedLinear]) -> dict[str, torch.
             "training mode (model.train()), or prepare it with a dynamic scheme, for example FP8_DYNAMIC"
         )
     return {name: scale for name, scale in static.items() if scale is not None}
-
-
-def _plain(layer: FakeQuantizedLinear) -> nn.Linear:
-    """The Linear of a prepared layer, with the same parameters."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    if has_float_offsets(layer.scheme.weight):
-        linear.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
-    linear.train(layer.training)
-    copy_hooks(layer, linear)
-    return linear

@@ -90,7 +90,9 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
 
 def test_pages_have_snippets() -> None:
     # That of distributed.md runs in tests/distributed.
-    assert {path.name for path in PAGES if python(path)} == {"README.md", "quantizing.md", "training.md", "distributed.md"}
+    assert {path.name for path in PAGES if python(path)} == {
+        "README.md", "quantizing.md", "torchao.md", "training.md", "distributed.md",
+    }  # fmt: skip
 
 
 def is_fp8(path: Path) -> bool:
@@ -117,9 +119,16 @@ def training(names: dict[str, Any]) -> None:
     PeftModel.from_pretrained(names["dense_model"], "adapter")  # "loads on the BF16 base, too"
 
 
+def torchao(names: dict[str, Any]) -> None:
+    assert {m.scheme.text for m in names["dense_model"].modules() if isinstance(m, QuantizedLinear)} == {"1x32sqz|-"}
+
+
 @pytest.mark.parametrize(
-    ("page", "check"), [("README.md", readme), ("docs/quantizing.md", quantizing), ("docs/training.md", training)]
-)
+    ("page", "check"),
+    [
+        ("README.md", readme), ("docs/quantizing.md", quantizing), ("docs/torchao.md", torchao), ("docs/training.md", training),
+    ],
+)  # fmt: skip
 def test_snippets_run(
     page: str, check: Callable[[dict[str, Any]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

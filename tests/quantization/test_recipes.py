@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import enum
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -98,6 +100,7 @@ PlainLayout = dataclass(type("PlainLayout", (), {}))
 class KernelPreference(str, enum.Enum):
     AUTO = "auto"
     TORCH = "torch"
+    MSLK = "mslk"
 
 
 class MappingType(enum.Enum):
@@ -147,11 +150,17 @@ def test_a_recipe_is_its_scheme(made: Recipe, scheme: Scheme, dtype: torch.dtype
         assert (theirs(x) - exact).norm() < 0.06 * exact.norm()
 
 
+@pytest.fixture
+def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not imported torchao, which other tests may have done."""
+    monkeypatch.delitem(sys.modules, "torchao", raising=False)
+
+
 def test_names() -> None:
     for name, kind in recipes.RECIPES.items():
         assert getattr(recipes, name) is getattr(recipes, f"{name}Config") is kind
         assert type(recipe(name)) is type(recipe(f"{name}Config")) is kind
-    assert len(recipes.RECIPES) == 5
+    assert len(recipes.RECIPES) == 11
     assert type(recipe("float8_dynamic_activation_float8_weight")) is Float8DynamicActivationFloat8Weight
     assert recipe("Float8DynamicActivationFloat8WeightConfig", granularity=PerRow()).scheme == FP8_DYNAMIC
     model = net()
@@ -165,18 +174,21 @@ def test_names() -> None:
         ("Float8DynamicActivationFloat8SemiSparseWeightConfig", "cuSPARSELt.*wrong numbers.*dense Float8Dynamic"),
         ("float8_dynamic_activation_float8_semi_sparse_weight", "SM90"),
         ("SemiSparseWeightConfig", "cuSPARSELt"),
-        ("Int4WeightOnly", "8 bits"),
-        ("Int4WeightOnlyConfig", "8 bits"),
-        ("Float8DynamicActivationInt4WeightConfig", "8 bits"),
-        ("IntxWeightOnlyConfig", "8 bits"),
-        ("UIntXWeightOnlyConfig", "8 bits"),
+        ("UIntXWeightOnlyConfig", "4 or 8 bits"),
+        ("uintx_weight_only", "4 or 8 bits"),
+        ("fpx_weight_only", "Float8WeightOnlyConfig"),
+        ("gemlite_uintx_weight_only", "UIntxWeightOnlyConfig"),
+        ("int4_dynamic_activation_int4_weight", "inputs of 4 bits"),
+        ("autoquant", "hf_fp8.quality"),
+        ("Int4WeightOnlyGPTQQuantizer", "GPTQ checkpoint"),
+        ("GPTQConfig", "fits weights to data"),
         ("MXDynamicActivationMXWeightConfig", "powers of two"),
         ("MXFPInferenceConfig", "powers of two"),
         ("NVFP4InferenceConfig", "two levels"),
         ("NVFP4DynamicActivationNVFP4WeightConfig", "two levels"),
-        ("Int8StaticActivationInt8WeightConfig", "static int8"),
     ],
 )
+@pytest.mark.usefixtures("without_torchao")
 def test_refused_names(name: str, why: str) -> None:
     model = net()
     for refused in (lambda: recipe(name), lambda: quantize_(model, name)):
@@ -206,20 +218,21 @@ def test_unknown_recipes() -> None:
         (Float8DynamicActivationFloat8Weight, {"granularity": (PerRow(),)}),
         (Float8DynamicActivationFloat8Weight, {"granularity": PerBlock((128, 128))}),
         (Float8DynamicActivationFloat8Weight, {"granularity": "PerRow"}),
-        (Float8DynamicActivationFloat8Weight, {"kernel_preference": KernelPreference.TORCH}),
+        (Float8DynamicActivationFloat8Weight, {"kernel_preference": KernelPreference.MSLK}),
         (Float8DynamicActivationFloat8Weight, {"mm_config": "Float8MMConfig(emulate=True)"}),
         (Float8DynamicActivationFloat8Weight, {"activation_value_ub": 1200.0}),
         (Float8DynamicActivationFloat8Weight, {"packing_format": "sparse_cutlass"}),
-        (Float8DynamicActivationFloat8Weight, {"set_inductor_config": True}),
+        (Float8DynamicActivationFloat8Weight, {"set_inductor_config": "often"}),
+        (Float8DynamicActivationFloat8Weight, {"alg_id": 3}),
         (Float8DynamicActivationFloat8Weight, {"version": 3}),
         (Float8DynamicActivationFloat8Weight, {"group_size": 128}),
         (Float8StaticActivationFloat8Weight, {"granularity": PerRow()}),
-        (Float8StaticActivationFloat8Weight, {"step": "prepare"}),
+        (Float8StaticActivationFloat8Weight, {"step": "observe"}),
         (Float8StaticActivationFloat8Weight, {"quantize_and_dequantize_output": True}),
         (Int8WeightOnly, {"granularity": PerBlock((128, 128))}),
         (Int8DynamicActivationInt8Weight, {"act_mapping_type": MappingType.ASYMMETRIC}),
         (Int8DynamicActivationInt8Weight, {"weight_only_decode": True}),
-        (Int8DynamicActivationInt8Weight, {"granularity": (PerRow(), PerTensor())}),
+        (Int8DynamicActivationInt8Weight, {"granularity": (PerRow(), PerAxis(0))}),
         (Int8DynamicActivationInt8Weight, {"layout": "SemiSparseLayout()"}),
     ],
     ids=str,
@@ -298,7 +311,7 @@ def test_device_is_where_it_is_quantized_and_then_stays(monkeypatch: pytest.Monk
         steps.append(("to", device, type(model.first)))
         return model
 
-    monkeypatch.setattr(recipes, "quantize_model", quantize)
+    monkeypatch.setattr(recipes.apply, "quantize_model", quantize)
     monkeypatch.setattr(model, "to", to)
     quantize_(model, Float8WeightOnly(), None, "cpu")
     assert steps == [("quantize", torch.device("cpu"), nn.Linear), ("to", torch.device("cpu"), QuantizedLinear)]
@@ -430,6 +443,107 @@ def test_gemm_leaves_layers_that_were_quantized() -> None:
     enable_fp8_gemm(model)
     assert (model.first.scheme, model.first.compute_dtype) == (INT8_DYNAMIC, None)
     assert (model.second.scheme, model.second.compute_dtype) == (FP8_DYNAMIC, BF16)
+
+
+@pytest.mark.parametrize("storage", ["keep", "cpu_offload"])
+@pytest.mark.parametrize("on_wrap", [True, False])
+def test_gemm_follows_kept_weights(storage: Any, on_wrap: bool) -> None:
+    """A change is seen at the next call, as in the original utility; `materialize_fp8_on_wrap=False` is for later values."""
+    model = enable_fp8_gemm(net(), options=FP8GemmOptions(fp16_weight_storage=storage, materialize_fp8_on_wrap=on_wrap))
+    x, other = torch.randn(5, 64).to(BF16), torch.randn(32, 64).to(BF16)
+    before = model.first(x)
+    assert not model.first.is_stale
+    model.first.original.copy_(other)
+    with torch.inference_mode():
+        changed = model.first(x)
+    exact = x @ other.T + net().first.bias
+    assert (changed - exact).norm() < 0.06 * exact.norm() and not torch.equal(changed, before)
+    assert not model.first.is_stale
+    model.first.original.copy_(net().first.weight)
+    assert same(model, enable_fp8_gemm(net())), "saving sees it, too"
+    model.first.original.copy_(other).mul_(2)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.first(x), enable_fp8_gemm(_with(other * 2)).first(x))
+
+
+def _with(weight: torch.Tensor) -> Net:
+    model = net()
+    model.first.weight = nn.Parameter(weight)
+    return model
+
+
+def test_gemm_weights_by_hand() -> None:
+    model = enable_fp8_gemm(net(), options={"fp16_weight_storage": "keep"})
+    codes = model.first.weight
+    model.first.materialize_fp8_weight("cpu")
+    assert model.first.weight is codes, "nothing has changed"
+    model.first.invalidate_weight_cache()
+    assert model.first.is_stale and not model.second.is_stale
+    recipes.materialize_fp8_weight(model)
+    assert not model.first.is_stale and model.first.weight is not codes and same(model, enable_fp8_gemm(net()))
+    recipes.invalidate_weight_cache(model)
+    assert model.first.is_stale and model.second.is_stale
+    model(torch.randn(2, 64).to(BF16))
+    assert not model.first.is_stale
+    discarded = enable_fp8_gemm(net())
+    for refused in (lambda: recipes.invalidate_weight_cache(discarded), discarded.first.invalidate_weight_cache):
+        with pytest.raises(UnsupportedError, match="not kept"):
+            refused()
+    recipes.materialize_fp8_weight(discarded, "cpu")
+    for function in (recipes.materialize_fp8_weight, recipes.invalidate_weight_cache):
+        with pytest.raises(ConfigError, match="no quantized layers"):
+            function(net())
+
+
+@pytest.mark.parametrize(("mode", "scheme"), [("int8", INT8_DYNAMIC), ("fp8", FP8_DYNAMIC)])
+def test_w8a8(mode: str, scheme: Scheme) -> None:
+    model = net()
+    assert recipes.apply_w8a8_monkey_patch(model, mode) is model
+    assert model.first.scheme == model.second.scheme == scheme
+    some = recipes.apply_w8a8_monkey_patch(net(), w8a8_mode=mode, module_filter=lambda name, module: name == "first")
+    assert type(some.second) is nn.Linear
+    quantized = quantize_model(net(), "FP8_DYNAMIC")
+    recipes.apply_w8a8_monkey_patch(quantized, mode)
+    assert quantized.first.scheme == scheme
+    x = torch.randn(40, 64).to(BF16).requires_grad_()
+    for one in (model, quantized):
+        out = one(x)
+        assert (out - net()(x)).norm() < 0.06 * out.norm()
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(("mode", "scheme"), [("int8", INT8_DYNAMIC), ("fp8", FP8_DYNAMIC)])
+def test_w8a8_under_adapters(mode: str, scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(net(FP32), LoraConfig(target_modules=["first"], init_lora_weights=False))
+    x, before = torch.randn(40, 64), copy.deepcopy(model)
+    recipes.apply_w8a8_monkey_patch(model, mode)
+    layer = model.base_model.model.first
+    assert type(layer.base_layer) is QuantizedLinear and layer.base_layer.scheme == scheme
+    assert type(model.base_model.model.second) is nn.Linear, "it has no adapter"
+    assert (model(x) - before(x)).norm() < 0.06 * before(x).norm()
+    model(x).sum().backward()
+    grads = [p.grad for name, p in model.named_parameters() if "lora" in name]
+    assert grads and all(grad is not None for grad in grads)
+    merged, dense = model.merge_and_unload(), before.merge_and_unload()
+    assert type(merged.first) is QuantizedLinear and merged.first.scheme == scheme
+    assert (merged(x) - dense(x)).norm() < 0.06 * dense(x).norm()
+
+
+def test_w8a8_refused() -> None:
+    with pytest.raises(ConfigError, match=r"w8a8_mode='int4'.*int8, fp8"):
+        recipes.apply_w8a8_monkey_patch(net(), "int4")
+    config = MixtralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    model = quantize_model(MixtralForCausalLM(config).to(BF16), "FP8_DYNAMIC")
+    with pytest.raises(UnsupportedError, match="backend='int8'"):
+        recipes.apply_w8a8_monkey_patch(model)
+    peft = get_peft_model(net(), LoraConfig(target_modules=["first"]))
+    with pytest.raises(ConfigError, match="no plain Linear under one"):
+        recipes.apply_w8a8_monkey_patch(peft, module_filter=lambda name, module: False)
+    peft.merge_adapter()
+    with pytest.raises(UnsupportedError, match="unmerge_adapter"):
+        recipes.apply_w8a8_monkey_patch(peft)
 
 
 def test_gemm_options() -> None:

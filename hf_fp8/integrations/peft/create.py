@@ -136,6 +136,29 @@ def _create_on_copy(
         raise
 
 
+def put_under_adapters(model: nn.Module, made: dict[str, QuantizedLinear]) -> None:
+    """Replace the base layers of adapters, which exist already, by the quantized layers `made`: name of the adapter -> layer.
+
+    Raises UnsupportedError, before anything is changed, for kinds of adapters that would read codes as weights, and for merged
+    ones.
+    """
+    tuners: list[Any] = [module for module in model.modules() if hasattr(module, "_create_and_replace")]
+    holders: dict[str, Any] = {name: model.get_submodule(name) for name in made}
+    for name, holder in holders.items():
+        for tuner in tuners:
+            for config in getattr(tuner, "peft_config", {}).values():
+                _refuse(config, made[name], name, None)
+        if getattr(holder, "merged", False):
+            raise UnsupportedError(f"an adapter is merged into {name}: call unmerge_adapter() first")
+    for tuner in tuners:
+        for bound, method in _OF_TUNERS.items():
+            bind_once(tuner, bound, method)
+    for name, holder in holders.items():
+        holder.base_layer = made[name].requires_grad_(False)
+        vars(holder).setdefault(RECORD, Record(name))
+        _keep(vars(holder)[RECORD], holder)
+
+
 def _keep(record: Record, layer: Any) -> None:
     """Record the adapters from `layer` inwards, and bind this package's methods to them."""
     while hasattr(layer, "base_layer"):
