@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..formats import numerics, packing
 from ..formats.code_types import INT8
-from ..formats.scheme import Scheme
+from ..formats.scheme import Scheme, TensorScheme
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Routing, Weight
 from .torch_grouped import quantize, sort
 
@@ -77,7 +77,9 @@ def _fastest(call: Callable[[], object], calls: int) -> float:
 def _linear(kernel: Kernel, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str | None:
     x, weight, weight_scale, input_scale, expected = exact_operands(scheme, dtype, loud=kernel.splits_outliers)
     static = None if input_scale is None else input_scale.to(device)
-    found = kernel.run(x.to(device), static, Weight(weight.to(device), weight_scale.to(device), None, scheme))
+    weight, zero_point = with_zero_points(weight, scheme.weight, x.shape[1])
+    points = None if zero_point is None else zero_point.to(device)
+    found = kernel.run(x.to(device), static, Weight(weight.to(device), weight_scale.to(device), None, scheme, points))
     return _wrong(found, expected)
 
 
@@ -92,7 +94,9 @@ def _grouped(kernel: GroupedKernel, scheme: Scheme, device: torch.device, dtype:
         moved = Input(given.x.to(device), None if given.scale is None else given.scale.to(device))
         # If N has two rows of blocks, test them as two parts concatenated along N.
         parts = 2 if scheme.weight.granularity.rows == N // 2 else 1
-        held = ExpertWeights(weights.to(device), scales.to(device), scheme, parts)
+        weights, zero_point = with_zero_points(weights, scheme.weight, x.shape[1])
+        points = None if zero_point is None else zero_point.to(device)
+        held = ExpertWeights(weights.to(device), scales.to(device), scheme, parts, points)
         for routed in (routing, routing._replace(offsets=None), routing._replace(expected=len(ids))):
             found = kernel.multiply(moved, held, routed.to(device), dtype)
             if reason := _wrong(found, expected):
@@ -116,14 +120,34 @@ def exact_experts(
     m = len(ids) // 2
     x, weight, scale, _, _ = exact_operands(scheme, dtype, m, n, k)
     # Experts have the same rows in another order, and other scales.
-    weights = torch.stack([weight.float().roll(e, 0) for e in range(5)]).to(weight.dtype)
+    order = torch.arange(n)
+    weights = torch.stack([weight[order.roll(e)] for e in range(5)])
     scales = torch.stack([scale * 2.0**-e for e in range(5)])
     flat = torch.tensor(ids)
     routing = sort(Routing(flat, share=2), 5)
     of_w = scheme.weight.granularity
-    wide = [numerics.expand_scale(s, of_w, n, k).double() * w.double() for s, w in zip(scales, weights, strict=True)]
+    plain = [packing.unpack(w, scheme.weight.code.bits, k) if scheme.weight.packed else w for w in weights]
+    wide = [numerics.expand_scale(s, of_w, n, k).double() * w.double() for s, w in zip(scales, plain, strict=True)]
     rows = [torch.zeros(n, dtype=torch.float64) if e == 5 else wide[e] @ x[i // 2].double() for i, e in enumerate(ids)]
     return x, weights, scales, routing, torch.stack(rows).to(dtype)
+
+
+def with_zero_points(packed: torch.Tensor, scheme: TensorScheme, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(codes, zero points) of the weights that `packed`, (N, words) or (E, N, words), stands for without zero points.
+
+    Zero points differ between rows and groups, and take any value from which codes of -1 to 1 do not leave the range. None for
+    a scheme without them.
+    """
+    if not scheme.has_zero_points:
+        return packed, None
+    if packed.ndim == 3:
+        made = [with_zero_points(one, scheme, k) for one in packed]
+        return torch.stack([codes for codes, _ in made]), torch.stack([points for _, points in made if points is not None])
+    n, bits = len(packed), scheme.code.bits
+    grid, least, largest = scheme.granularity.grid(n, k), int(scheme.code.least), int(scheme.code.largest)
+    points = torch.randint(least + 1, largest, grid, generator=torch.Generator("cpu").manual_seed(n + k)).to(torch.int8)
+    codes = packing.unpack(packed, bits, k) + numerics.expand_scale(points, scheme.granularity, n, k)
+    return packing.pack(codes, bits), packing.pack_rows(points, bits)
 
 
 def exact_operands(

@@ -16,6 +16,7 @@ QUANTIZED: tuple[Kernel, ...] = (
     torch_int8.OUTLIERS,
     torch_int8.ROWWISE,
     triton.SCALED_MM,
+    triton.PACKED_FAKE_QUANTIZED,
     torch_fp8.DEQUANTIZE,
 )
 # The same without fast accumulation, for layers that ask for that. Triton's kernel is not among them: on Hopper its products
@@ -27,15 +28,23 @@ SLOW_ACCUM: tuple[Kernel, ...] = (
     torch_fp8.DEQUANTIZE,
 )
 # Kernels that do not quantize inputs.
-WEIGHT_ONLY: tuple[Kernel, ...] = (triton.WEIGHT_ONLY, native.WEIGHT_ONLY, torch_int8.WEIGHT_ONLY, torch_fp8.WEIGHT_ONLY)
+WEIGHT_ONLY: tuple[Kernel, ...] = (
+    triton.WEIGHT_ONLY,
+    triton.PACKED,
+    native.WEIGHT_ONLY,
+    torch_int8.WEIGHT_ONLY,
+    torch_fp8.WEIGHT_ONLY,
+)
 # The same for stacks of experts.
 GROUPED_QUANTIZED: tuple[GroupedKernel, ...] = (
     torch_grouped.SCALED_GROUPED_MM,
     triton.GROUPED_SCALED_MM,
+    triton.GROUPED_PACKED_FAKE_QUANTIZED,
     torch_grouped.DEQUANTIZE,
 )
 GROUPED_WEIGHT_ONLY: tuple[GroupedKernel, ...] = (
     triton.GROUPED_WEIGHT_ONLY,
+    triton.GROUPED_PACKED,
     native.GROUPED_WEIGHT_ONLY,
     torch_grouped.WEIGHT_ONLY,
 )

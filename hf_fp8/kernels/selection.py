@@ -26,7 +26,6 @@ BACKENDS = ("auto", "scaled_mm", "weight_only", "int8")
 # Those that one layer may have. The last two are as "auto" and "scaled_mm", but without fast accumulation on CUDA devices.
 BACKENDS_OF_LAYERS = (*BACKENDS, f"auto{SLOW}", f"scaled_mm{SLOW}")
 
-_PACKED = "weights stay packed, inputs are not quantized: no kernel multiplies packed codes with 8-bit ones"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _LINEAR_NAMES = {kernel.name: kernel for kernel in (*KERNELS, *SLOW_ACCUM)}
 _GROUPED_NAMES = {kernel.name: kernel for kernel in GROUPED_KERNELS}
@@ -139,15 +138,15 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     # int8 products are summed exactly by every kernel.
     quantized = SLOW_ACCUM if backend.endswith(SLOW) and scheme.weight.dtype == FP8 else QUANTIZED
     backend = backend.removesuffix(SLOW)
+    if backend == "int8" and scheme.weight.dtype != FP8 and scheme != INT8_DYNAMIC:
+        backend = "auto"  # packed, or of other inputs: not re-quantized
     if backend == "int8" and scheme != INT8_DYNAMIC:
         raise KernelError(f"backend='int8' is for layers that were re-quantized to int8, not {scheme.describe()}")
     fused, reason = _first(WEIGHT_ONLY, problem)[0], _why_weight_only(scheme, backend)
     # Inputs in float64, which no fused kernel takes, are not quantized either where others are not.
     narrow = problem if dtype in _FLOATS else replace(problem, dtype=torch.float32)
-    auto = backend == "auto" and _first(WEIGHT_ONLY, narrow)[0] is not WEIGHT_ONLY[-1]
-    if reason is None and auto and scheme.weight.packed:
-        reason = _PACKED
-    elif reason is None and auto and scheme.weight.dtype == FP8 and (lacking := has_fp8_matmul(device)):
+    auto = backend == "auto" and scheme.weight.dtype == FP8 and _first(WEIGHT_ONLY, narrow)[0] is not WEIGHT_ONLY[-1]
+    if reason is None and auto and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:
         return Selection(fused, reason)
@@ -163,9 +162,7 @@ def _select_grouped(
     if backend not in ("auto", "scaled_mm", "weight_only"):
         raise KernelError(f"experts run with backend 'auto', 'scaled_mm' or 'weight_only', not {backend!r}")
     reason = _why_weight_only(problem.scheme, backend)
-    if reason is None and backend == "auto" and problem.scheme.weight.packed:
-        reason = _PACKED
-    elif reason is None and backend == "auto" and (lacking := has_fp8_matmul(device)):
+    if reason is None and backend == "auto" and not problem.scheme.weight.packed and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}"
     if reason is not None:
         return Selection(_first(GROUPED_WEIGHT_ONLY, problem)[0], reason)
@@ -184,6 +181,8 @@ def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Prob
     kernel, declined = _first(quantized, problem)
     codes = problem.scheme.weight.code.label
     found = "no 8-bit kernel takes such scales" if kernel is quantized[-1] else f"{codes} matmul on {problem.device.type}"
+    if problem.scheme.weight.packed:
+        found = "no 8-bit kernel takes packed codes"
     reason, few = declined or found, _first(weight_only, problem)[0]
     if backend == "scaled_mm" or few is weight_only[-1]:
         return Selection(kernel, reason)

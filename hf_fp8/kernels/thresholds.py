@@ -121,6 +121,8 @@ def packed_limit() -> int:
 def weight_only_limit(problem: Problem) -> Limit:
     """The limit for a device, the dtype of the codes and that of inputs; with int8 on CPUs also for the size of the weight."""
     device = problem.device
+    if problem.scheme.weight.packed:
+        return Limit(_EVERY, "no kernel multiplies packed codes with 8-bit inputs, so rounding these gains nothing")
     if problem.scheme.weight.dtype == INT8:
         return _int8_limit_on_cpu(problem) if device.type == "cpu" else _INT8_CUDA
     if device.type == "cuda" and torch.version.hip is None:

@@ -97,10 +97,7 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
     n_experts, n, _ = w.codes.shape
     routing = routing if routing.offsets is not None else sort(routing, n_experts)
     assert routing.offsets is not None
-    values = x.x
-    if x.scale is not None:
-        values = numerics.dequantize_input(x.x, x.scale, _of_input(w, x.scale), dtype)
-    values = values.to(product_dtype(dtype, values.device))
+    values = floats_of(x, w, dtype).to(product_dtype(dtype, x.x.device))
     out, rows = values.new_zeros((routing.experts.shape[0], n)), routing.row_numbers()
     start = 0
     for expert, end in enumerate(routing.offsets.tolist()):
@@ -111,6 +108,11 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
                 out[place, first:last] = F.linear(given, dense)
         start = end
     return out.to(dtype)
+
+
+def floats_of(x: Input, w: ExpertWeights, dtype: torch.dtype) -> torch.Tensor:
+    """x (R, K) in floats: codes times their scales, in `dtype`."""
+    return x.x if x.scale is None else numerics.dequantize_input(x.x, x.scale, _of_input(w, x.scale), dtype)
 
 
 def pieces(w: ExpertWeights, expert: int, k: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:

@@ -13,7 +13,8 @@ from hf_fp8.formats import numerics
 from hf_fp8.formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, TENSOR, Granularity, Scheme, TensorScheme
 from hf_fp8.formats.weights import quantize_weight
 from hf_fp8.kernels import WEIGHT_ONLY, Problem, select
-from hf_fp8.kernels.probing import exact_operands
+from hf_fp8.kernels.probing import exact_operands, with_zero_points
+from hf_fp8.kernels.triton import entries
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear
 
@@ -36,6 +37,26 @@ def test_exact(name: str, m: int) -> None:
             with kernels.use(kernel):
                 found = scaled_linear(*moved[:3], scheme, input_scale=moved[3]).cpu()
             assert torch.equal(found, wanted), (kernel, n, k, dtype)
+
+
+@pytest.mark.parametrize("scheme", entries.PACKED_FAKE_QUANTIZED.probes, ids=str)
+@pytest.mark.parametrize("m", ROWS)
+def test_packed_codes_are_exact(scheme: Scheme, m: int) -> None:
+    for n, k, dtype in (
+        (256, 512, torch.bfloat16),
+        (72, 384, torch.float16),
+        (33, 421, torch.bfloat16),
+        (33, 421, torch.float32),
+    ):
+        x, weight, weight_scale, _, wanted = exact_operands(scheme, dtype, m, n, k)
+        weight, zero_point = with_zero_points(weight, scheme.weight, k)
+        there = None if zero_point is None else zero_point.to(DEVICE)
+        taking = runs(scheme, n, k, dtype, DEVICE)
+        assert "triton_packed" in taking and (scheme.input is None or "triton_packed_fake_quantized" in taking)
+        for kernel in taking:
+            with kernels.use(kernel):
+                found = scaled_linear(x.to(DEVICE), weight.to(DEVICE), weight_scale.to(DEVICE), scheme, zero_point=there)
+            assert torch.equal(found.cpu(), wanted), (kernel, n, k, dtype)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -14,7 +14,8 @@ from support.moe import is_linear, qwen3_moe
 from hf_fp8 import FP8Config, kernels
 from hf_fp8.formats.scheme import FP8_BLOCK, FP8_DYNAMIC, Scheme
 from hf_fp8.kernels import GROUPED_KERNELS, Problem
-from hf_fp8.kernels.probing import exact_experts
+from hf_fp8.kernels.probing import exact_experts, with_zero_points
+from hf_fp8.kernels.triton import entries
 from hf_fp8.nn.grouped import route, scaled_grouped_linear
 
 if not torch.accelerator.is_available():
@@ -43,6 +44,24 @@ def test_exact(name: str, case: str) -> None:
                         x.to(DEVICE), weights.to(DEVICE), grid(scales, scheme).to(DEVICE), scheme, given.to(DEVICE),
                         input_scale=static,
                     )  # fmt: skip
+                assert torch.equal(found.cpu(), wanted), (kernel, n, k, dtype, given.offsets is None)
+
+
+@pytest.mark.parametrize("scheme", entries.PACKED_FAKE_QUANTIZED.probes, ids=str)
+@pytest.mark.parametrize("case", IDS)
+def test_packed_codes_are_exact(scheme: Scheme, case: str) -> None:
+    for n, k, dtype in ((256, 384, torch.bfloat16), (72, 384, torch.float16), (33, 421, torch.float32)):
+        x, weights, scales, routing, wanted = exact_experts(scheme, dtype, n, k, IDS[case])
+        weights, zero_point = with_zero_points(weights, scheme.weight, k)
+        there = None if zero_point is None else zero_point.to(DEVICE)
+        taking = runs(scheme, n, k, dtype)
+        assert "triton_grouped_packed" in taking
+        for kernel in taking:
+            for given in (routing, routing._replace(offsets=None)):
+                with kernels.use(kernel):
+                    found = scaled_grouped_linear(
+                        x.to(DEVICE), weights.to(DEVICE), scales.to(DEVICE), scheme, given.to(DEVICE), zero_point=there
+                    )
                 assert torch.equal(found.cpu(), wanted), (kernel, n, k, dtype, given.offsets is None)
 
 

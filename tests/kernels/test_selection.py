@@ -19,6 +19,11 @@ from hf_fp8.formats.scheme import (
     FP8_WEIGHT_ONLY,
     INT8_DYNAMIC,
     ROW,
+    W4A8,
+    W4A16,
+    W4A16_ASYM,
+    W4AFP8,
+    W8A16,
     Granularity,
     Scheme,
     TensorScheme,
@@ -176,6 +181,27 @@ def test_w8a16_never_quantizes_inputs(fake_gpu: Fake) -> None:
         assert str(choice) == "triton_weight_only"
     fake_gpu((9, 0), {"triton_weight_only": "it gave wrong numbers"})
     assert str(chosen(FP8_WEIGHT_ONLY)) == "weight_only"
+
+
+def test_packed_codes(fake_gpu: Fake) -> None:
+    """Multiplied with floats; inputs are rounded to 8 bits only on request, as that is no faster."""
+    for capability in ((8, 0), (9, 0)):
+        fake_gpu(capability)
+        for scheme in (W4A16, W4A16_ASYM, W8A16, W4A8, W4AFP8):
+            problem = Problem(GPU, scheme, 256, 512, BF16)
+            assert str(chosen(scheme)) == str(chosen(scheme, "weight_only")) == "triton_packed"
+            assert str(select_grouped(problem)) == str(select_grouped(problem, "weight_only")) == "triton_grouped_packed"
+            rounds = "_fake_quantized" if scheme.input is not None else ""
+            assert str(chosen(scheme, "scaled_mm")) == f"triton_packed{rounds}"
+            assert str(select_grouped(problem, "scaled_mm")) == f"triton_grouped_packed{rounds}"
+    assert "rounding these gains nothing" in chosen(W4AFP8).reason
+    assert chosen(W4A8, "scaled_mm").reason == "no 8-bit kernel takes packed codes"
+    ordered = Scheme(TensorScheme(Granularity(1, 128), dtype=W4A16.weight.dtype, is_ordered=True))
+    assert (
+        str(chosen(ordered)) == "weight_only" and select(Problem(GPU, W4A16, 8, 8, torch.float64)).kernel.name == "weight_only"
+    )
+    fake_gpu((9, 0), {"triton_packed": "it gave wrong numbers"})
+    assert str(chosen(W4A16)) == "weight_only" and str(chosen(FP8_WEIGHT_ONLY)) == "triton_weight_only"
 
 
 def test_experts(fake_gpu: Fake) -> None:

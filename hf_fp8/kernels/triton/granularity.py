@@ -17,9 +17,21 @@ def why_not_weight_only(scheme: Scheme) -> str | None:
     """The reason why the weight-only kernel does not support the weights of `scheme`; None if it does."""
     if scheme.weight.packed:
         return "it takes codes of one byte"
-    if columns(scheme.weight.granularity, 128) < LEAST_16_BIT:
-        return _odd(scheme.weight.granularity)
-    return None
+    return _why_narrow(scheme)
+
+
+def why_not_packed(scheme: Scheme) -> str | None:
+    """The same for weights with packed codes."""
+    if not scheme.weight.packed:
+        return "it takes packed codes"
+    if scheme.weight.is_ordered:
+        return "a tile has one scale, and the columns of a group need not lie next to each other"
+    return _why_narrow(scheme)
+
+
+def why_not_fake_quantized(scheme: Scheme) -> str | None:
+    """The same for packed weights and inputs that are quantized and dequantized."""
+    return "the scheme does not quantize inputs" if scheme.input is None else why_not_packed(scheme)
 
 
 def why_not_scaled_mm(scheme: Scheme) -> str | None:
@@ -34,6 +46,10 @@ def why_not_scaled_mm(scheme: Scheme) -> str | None:
         if columns(granularity, 128) < LEAST_8_BIT:
             return _odd(granularity)
     return None
+
+
+def _why_narrow(scheme: Scheme) -> str | None:
+    return _odd(scheme.weight.granularity) if columns(scheme.weight.granularity, 128) < LEAST_16_BIT else None
 
 
 def _odd(granularity: Granularity) -> str:
