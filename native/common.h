@@ -11,6 +11,7 @@
 #endif
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define INLINE static ALWAYS_INLINE
+#define NOT_INLINED __attribute__((noinline))
 
 namespace hf_fp8 {
 

@@ -75,8 +75,8 @@ def multiply(
     n, k = codes.shape[-2:]
     columns = None
     if codes.dtype == PACKED:
-        if transposed:
-            raise InputError("packed weights are multiplied as they are, not transposed")
+        if transposed or scale is None:
+            raise InputError("packed weights are multiplied as they are, not transposed, and have scales")
         columns = k = x.shape[1]
     width, depth = (k, n) if transposed else (n, k)
     _on_cpu(x, bias)

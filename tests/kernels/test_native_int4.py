@@ -273,7 +273,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     native.multiply(**given)
     for bad in (
         {"x": torch.ones(3, 96)}, {"x": torch.ones(3, 105)}, {"x": torch.ones(3, 0)}, {"scale": case.scale[:19]},
-        {"scale": case.scale[:, :3]}, {"zero_points": zeros[:2]}, {"zero_points": zeros[:, :3]}, {"zero_points": zeros.long()},
+        {"scale": None}, {"scale": case.scale[:, :3]},
+        {"zero_points": zeros[:2]}, {"zero_points": zeros[:, :3]}, {"zero_points": zeros.long()},
         {"granularity": Granularity(1, 12)}, {"granularity": Granularity(2, 32)}, {"granularity": TENSOR}, {"transposed": True},
         {"parts": 3}, {"parts": 2}, {"bias": torch.ones(19)}, {"codes": case.codes.view(torch.int8)},
         {"zero_points": zeros.to("meta")}, {"codes": case.codes.to("meta")},
