@@ -31,10 +31,13 @@ def quantize(weight: torch.Tensor, scheme: TensorScheme, checked: bool = True) -
             "use W4A16_ASYM, whose zero points are integers"
         )
     compute = scale_dtype_of(weight.dtype)
-    row = weight.abs().amax(1, keepdim=True).clamp(min=LEAST_AMAX) / CODE_MAX[FP8]
+    amax = weight.abs().amax(1, keepdim=True)
+    if weight.dtype == torch.float16:
+        amax = amax.float()  # in float16 the least amax is 0, and so are scales of small rows
+    row = (amax.clamp(min=LEAST_AMAX) / CODE_MAX[FP8]).float()
     if checked:
         refuse_non_finite(row, weight)
-    in_fp8 = (rounded(weight.float(), row.float(), ROW, FP8).float() * row.float()).to(compute)
+    in_fp8 = (rounded(weight.float(), row, ROW, FP8).float() * row).to(compute)
     grouped = in_fp8.view(len(weight), -1, _width(weight, scheme))
     scale = (grouped.abs().amax(2) / -scheme.code.least).clamp(min=LEAST)
     codes = (grouped / scale.unsqueeze(2)).round_().clamp_(scheme.code.least, scheme.code.largest)

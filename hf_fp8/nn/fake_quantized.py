@@ -147,13 +147,13 @@ class FakeQuantizedLinear(nn.Linear):
     """A Linear whose float weight (N, K) is quantized and dequantized in each forward, as inputs are if its scheme says so.
 
     Outputs are those of the QuantizedLinear, or PackedLinear, that `hf_fp8.convert_qat` makes of it. `weight` and `bias` are
-    the parameters of the Linear that it replaces, and their names and state dict are the same.
+    the parameters of the Linear that it replaces, under the same names.
 
     Attributes:
         scheme: how weight and input are quantized. backend: of the quantized layer; "scaled_mm" quantizes inputs as the scheme
             says, "weight_only" does not, "auto" as it is fastest on the device.
-        input_amax: for static input scales, a buffer: the moving average of the amax of inputs seen in training, 0 before the
-            first.
+        input_amax: for static input scales, a buffer, always float32: the moving average of the amax of inputs seen in
+            training, 0 before the first.
         name_in_model: its name in the model, for error messages.
     """
 
@@ -164,7 +164,8 @@ class FakeQuantizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, scheme: Scheme, *, backend: str = "scaled_mm", name: str = "") -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
         self.scheme, self.backend, self.name_in_model = scheme, backend, name
         amax = torch.zeros((), dtype=torch.float32, device=linear.weight.device) if scheme.has_static_input else None
         self.register_buffer("input_amax", amax)
@@ -202,6 +203,13 @@ class FakeQuantizedLinear(nn.Linear):
     def _scale_of(self, amax: torch.Tensor) -> torch.Tensor:
         assert self.scheme.input is not None
         return numerics.scale_of(amax.reshape(1).clone(), self.scheme.input.dtype).to(scale_dtype_of(self.weight.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantizedLinear:
+        before = self.input_amax
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.input_amax is not None and self.input_amax.dtype != before.dtype:
+            self.input_amax = before.to(self.input_amax.device)  # in 16 bits, a step of the average would be rounded away
+        return self
 
     def input_scale(self) -> torch.Tensor | None:
         """The static input scale (1,), in the dtype in which checkpoints have it; None if no input was seen in training."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.quantization_spec import QuantizationSpec
-from ..errors import CalibrationError, ConfigError, UnsupportedError, by_reason, first
+from ..errors import CalibrationError, ConfigError, ScaleError, UnsupportedError, by_reason, first, reasons_of
 from ..formats.scheme import SCHEMES, W4A16_FBGEMM, Scheme
 from ..integrations.config import FP8Config
 from ..nn.fake_quantized import FakeQuantizedLinear, fake_quantized, has_float_offsets
@@ -23,6 +23,7 @@ from ..nn.swap import choose_fused_paths, copy_hooks, replace_module
 from .calibration import apply_scales
 from .candidates import Choice, Filter, choose
 from .model import quantize_model
+from .transformers_model import transformers_models
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def prepare_qat(
         raise UnsupportedError(f"{type(model).__name__} is prepared already: call convert_qat first")
     config = FP8Config(backend=backend, experts="dequantize")
     asked = TRAINING_ONLY.get(scheme.upper(), scheme) if isinstance(scheme, str) else scheme
+    if isinstance(asked, Mapping):
+        _refuse_float_offsets(asked)
     request = Request(asked, targets, ignore)
     config.spec = QuantizationSpec.asked(_storable(asked), targets, ignore)
     choice = choose(model, config, filter_fn, False)
@@ -100,6 +103,16 @@ def _without_recipe(scheme: Scheme) -> Scheme:
     return Scheme.parse(scheme.text.replace("f", "").replace("z", ""))
 
 
+def _refuse_float_offsets(groups: Mapping[Any, Any]) -> None:
+    for key in groups:
+        float_offsets = isinstance(key, Scheme) and has_float_offsets(key.weight)
+        if float_offsets or (isinstance(key, str) and key.upper() in TRAINING_ONLY):
+            raise UnsupportedError(
+                "W4A16_FBGEMM cannot be one scheme of several: its layers become float Linears, which no checkpoint's config "
+                "describes. Prepare its layers by themselves, with prepare_qat(model, 'W4A16_FBGEMM', targets=[...])"
+            )
+
+
 def _report(choice: Choice) -> None:
     if choice.reasons:
         logger.warning(f"hf_fp8: not prepared for quantization-aware training: {by_reason(choice.reasons)}")
@@ -118,33 +131,102 @@ def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str 
         originals: as in `quantize_model`.
 
     Returns `model` (or the new layer; without adapters, the model inside of a PeftModel). Raises ConfigError for a model
-    without prepared layers; CalibrationError for a layer with static inputs that saw none in training; ScaleError for NaN or
-    infinity.
+    without prepared layers; CalibrationError for a layer with static inputs that saw none in training; ScaleError for a weight
+    with NaN or infinity; UnsupportedError for a layer that was changed since so that it would not compute the same. Layers stay
+    prepared then.
     """
     if not any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
-        raise ConfigError(f"{type(model).__name__} has no layers that prepare_qat has prepared")
+        raise ConfigError(
+            f"{type(model).__name__} has no layers that prepare_qat has prepared: call it first, and train. convert_qat "
+            "may have converted them already"
+        )
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()  # type: ignore[operator]
     modules = list(model.named_modules(remove_duplicate=False))
     layers = {name: module for name, module in modules if isinstance(module, FakeQuantizedLinear)}
     scales = _input_scales(layers)
-    request, backends = next((layer.request, layer.backend) for layer in layers.values())
-    made: dict[int, nn.Linear] = {}  # a shared layer stays shared
     for name, layer in layers.items():
-        if id(layer) not in made:
-            made[id(layer)] = layer.to_linear()
-            if has_float_offsets(layer.scheme.weight):
-                layer.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
-        model = replace_module(model, name, made[id(layer)])
-    choose_fused_paths(model)
-    if all(has_float_offsets(layer.scheme.weight) for layer in layers.values()):
-        return model
-    model = quantize_model(
-        model, request.scheme, targets=request.targets, ignore=request.ignore, filter_fn=lambda name, _: name in layers,
-        backend=backend or backends, experts="dequantize", originals=originals,
-    )  # fmt: skip
+        _refuse_unfit(name, layer)
+    linears = {id(layer): layer.to_linear() for layer in layers.values()}  # a shared layer stays shared
+    model = _swap(model, layers, linears)
+    floats = {name: layer for name, layer in layers.items() if has_float_offsets(layer.scheme.weight)}
+    kept = {name: layer for name, layer in layers.items() if name not in floats}
+    try:
+        for part in (floats, kept):
+            request = _request(model, part) if part else None
+        if request is not None:
+            mine = {id(linears[id(layer)]) for layer in kept.values()}
+            backends = backend or next(iter(kept.values())).backend
+            model = quantize_model(
+                model, request.scheme, targets=request.targets, ignore=request.ignore, originals=originals,
+                filter_fn=lambda _, module: id(module) in mine, backend=backends, experts="dequantize",
+            )  # fmt: skip
+    except Exception:
+        _swap(model, layers, {id(layer): layer for layer in layers.values()})
+        raise
+    for layer in dict.fromkeys(floats.values()):
+        layer.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
+    for name, layer in kept.items():
+        model.get_submodule(name).backend = backend or layer.backend  # type: ignore[assignment]
     apply_scales(model, scales)
     return model
+
+
+def _swap(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear], by_layer: Mapping[int, nn.Module]) -> nn.Module:
+    for name, layer in layers.items():
+        model = replace_module(model, name, by_layer[id(layer)])
+    choose_fused_paths(model)
+    return model
+
+
+def _refuse_unfit(name: str, layer: FakeQuantizedLinear) -> None:
+    """Raise for a layer whose quantized values would not be those it was trained with."""
+    called = name or "the layer"
+    if set(layer._parameters) != {"weight", "bias"} or layer._modules:
+        raise UnsupportedError(f"{called} was changed after prepare_qat, for example by a weight norm or pruning: undo that")
+    if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+        raise UnsupportedError(f"{called} had its forward replaced after prepare_qat, which would be lost: undo that")
+    try:
+        fake_quantized(layer.weight, layer.scheme.weight)
+    except ScaleError as error:
+        raise ScaleError(f"{called} cannot be quantized: {error}") from error
+
+
+def _request(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear]) -> Request:
+    """A request with which `quantize_model` gives each of `layers`, now Linears of `model`, its own scheme.
+
+    The one that they were prepared with, if there is one and it still chooses them (it reads as the user wrote it in the
+    checkpoint); else their names. Raises UnsupportedError if one cannot be quantized any more.
+    """
+    linears = {id(model.get_submodule(name)): _storable(layer.scheme) for name, layer in layers.items()}
+    called = {id(model.get_submodule(name)): name for name in layers}
+    asked = next(iter(layers.values())).request
+    for request in (Request(_storable(asked.scheme), asked.targets, asked.ignore), _by_name(model, layers)):
+        config, reasons = FP8Config(experts="dequantize"), {}
+        config.spec = QuantizationSpec.asked(request.scheme, request.targets, request.ignore)
+        try:
+            choice = choose(model, config, lambda _, module: id(module) in linears, False)
+        except ConfigError as error:
+            reasons = {"": str(error)}
+            continue
+        reasons = choice.reasons
+        if linears == {id(model.get_submodule(name)): scheme for name, scheme in choice.layers.items()}:
+            return request
+    raise UnsupportedError(
+        f"{first(list(called.values()))} cannot be quantized as in training, and nothing was converted: {reasons_of(reasons)}"
+    )
+
+
+def _by_name(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear]) -> Request:
+    """Layers by their names, also those within transformers models in `model`, whose configs they are written to."""
+    paths = [path for path, _ in transformers_models(model) if path]
+    schemes: dict[Scheme, list[str]] = {}
+    for name, layer in layers.items():
+        inner = [name.removeprefix(f"{path}.") for path in paths if name.startswith(f"{path}.")]
+        scheme = _storable(layer.scheme)
+        assert isinstance(scheme, Scheme)
+        schemes.setdefault(scheme, []).extend([name, *inner])
+    return Request(schemes, ("Linear",), ())
 
 
 def _input_scales(layers: Mapping[str, FakeQuantizedLinear]) -> dict[str, torch.Tensor]:

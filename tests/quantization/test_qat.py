@@ -301,16 +301,107 @@ def test_what_cannot_be_prepared_or_converted(dense: Path) -> None:
         prepare_qat(hf_fp8.quantize_model(load(dense), "FP8_DYNAMIC"), "W4A16")
 
 
+# -- each layer is converted as it was trained, or none is --
+
+
+def pair(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)).to(dtype)
+
+
+X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"scheme": "W4A16"}, {"scheme": "INT8"}),
+        ({"scheme": "W4A16_FBGEMM"}, {"scheme": "INT8"}),
+        ({"scheme": "FP8_DYNAMIC"}, {"scheme": "FP8"}),
+        ({"scheme": "FP8_DYNAMIC"}, {"scheme": "FP8_DYNAMIC", "backend": "weight_only"}),
+    ],
+    ids=["int4-int8", "float-int8", "dynamic-static", "backends"],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_parts_prepared_by_calls_of_their_own(first: dict[str, Any], second: dict[str, Any], swapped: bool) -> None:
+    model = pair()
+    how = (second, first) if swapped else (first, second)
+    model[0], model[2] = prepare_qat(model[0], **how[0]), prepare_qat(model[2], **how[1])
+    model.train()(X)
+    before = model.eval()(X)
+    assert torch.equal(convert_qat(model)(X), before)
+    assert not any(isinstance(module, fake_quantized.FakeQuantizedLinear) for module in model.modules())
+
+
+def test_names_of_another_root(dense: Path) -> None:
+    model = load(dense)
+    prepare_qat(model.model.layers[0], {"W4A16": ["mlp.up_proj", "re:.*down_proj"], "INT8": ["Linear"]})
+    before = logits(model)
+    assert torch.equal(logits(convert_qat(model)), before)
+    assert model.model.layers[0].mlp.up_proj.scheme == SCHEMES["W4A16"]
+    wrapped = nn.ModuleDict({"inner": prepare_qat(pair(), "W4A16", targets=["0", "re:.*2"])})
+    convert_qat(wrapped)
+    assert [type(module) for module in wrapped["inner"]] == [hf_fp8.PackedLinear, nn.ReLU, hf_fp8.PackedLinear]
+
+
+def test_conversion_that_fails_changes_nothing(dense: Path) -> None:
+    def prepared() -> Any:
+        model = load(dense)
+        prepare_qat(model, "W4A16")
+        return model
+
+    def nan(model: Any) -> None:
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+
+    def tie(model: Any) -> None:
+        model.model.embed_tokens.weight = model.model.layers[0].self_attn.o_proj.weight
+
+    def replace_forward(model: Any) -> None:
+        layer = model.model.layers[0].mlp.up_proj
+        layer.forward = lambda x: type(layer).forward(layer, x) * 2
+
+    def prune(model: Any) -> None:
+        torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (nan, ScaleError, "layers.1.mlp.up_proj cannot be quantized"),
+        (tie, UnsupportedError, "its weight is also model.embed_tokens"),
+        (replace_forward, UnsupportedError, "up_proj had its forward replaced"),
+        (prune, UnsupportedError, "up_proj was changed after prepare_qat"),
+    ]
+    for change, error, said in cases:
+        model = prepared()
+        change(model)
+        layers = {name for name, module in model.named_modules() if isinstance(module, fake_quantized.FakeQuantizedLinear)}
+        weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        with pytest.raises(error, match=said):
+            convert_qat(model)
+        assert layers == {n for n, module in model.named_modules() if isinstance(module, fake_quantized.FakeQuantizedLinear)}
+        assert all(torch.equal(weights[n].nan_to_num(), tensor.nan_to_num()) for n, tensor in model.named_parameters())
+    with pytest.raises(UnsupportedError, match="cannot be one scheme of several"):
+        prepare_qat(load(dense), {"W4A16_FBGEMM": ["re:.*mlp.*"], "INT8": ["Linear"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_inputs_stays_in_float32(dtype: torch.dtype) -> None:
+    model = prepare_qat(nn.Linear(16, 16), "FP8").to(dtype)
+    assert isinstance(model, fake_quantized.FakeQuantizedLinear) and model.input_amax is not None
+    for value in (1.0, *([1.25] * 1000)):
+        model(torch.full((1, 16), value, dtype=dtype))
+    assert model.input_amax.dtype == torch.float32
+    assert float(model.input_amax) == pytest.approx(1.25 - 0.25 * 0.99**1000, rel=1e-5)
+
+
 # -- FBGEMM's numerics, computed here in float64 --
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fbgemm_with_inputs_in_fp8(dtype: torch.dtype) -> None:
     weight = (torch.randn(40, 256, generator=torch.Generator().manual_seed(0)) * 0.03).to(dtype)
     weight[3], weight[5] = 0, 1e-9
     wide = weight.double()
-    row = wide.abs().amax(1, keepdim=True).clamp(min=1e-12).to(dtype).double() / 448
-    row = row.to(dtype).float().double()  # as the kernel has it
+    row = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    row = row.to(dtype if dtype == torch.bfloat16 else torch.float32).double()  # as torchao has it; in float16 it could be 0
     in_fp8 = ((wide / row).clamp(-448, 448).float().to(FP8).double() * row).to(dtype).double()
     groups = in_fp8.view(40, -1, 128)
     scale = (groups.abs().amax(2, keepdim=True) / 8).clamp(min=1e-6)
