@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, StateDictError, UnsupportedError
 from ..formats import numerics
 from ..formats.code_types import FP8, INT8
 from ..formats.quantized_weight.casts import codes_for_certain
@@ -475,6 +475,15 @@ class PackedLinear(QuantizedLinear):
     @property
     def beside(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         return {PACKED: tuple(name for name in (SHAPE, ZERO_POINT, COLUMN_GROUPS) if name in self._parameters)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        shape = state_dict.get(prefix + SHAPE)
+        if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
+            raise StateDictError(  # another K may take as many elements
+                f"{prefix}{SHAPE} says {shape.tolist()}, but the weight of {prefix.removesuffix('.') or 'this layer'} has "
+                f"shape {[self.out_features, self.in_features]}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def linear_of(scheme: Scheme) -> type[QuantizedLinear]:

@@ -140,6 +140,8 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
         if reason is None and candidate is not None and group.scheme is not None:
             weight: nn.Parameter = module.weight  # type: ignore[assignment]
             reason = why_unfit(group.scheme, weight.flatten(1).shape)
+            if group.scheme.weight.packed and isinstance(module, Convolution):
+                reason = "packed codes are for Linears, and it is a convolution"
         if reason is not None:
             choice.reasons[name] = reason
             return None

@@ -23,13 +23,14 @@ from ..errors import (
     UnsupportedError,
 )
 from ..formats.scheme import Scheme
+from ..formats.storage import SHAPE
 from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
 from ..kernels import BACKENDS_OF_LAYERS
 from ..nn.backward import BACKWARDS
 from ..nn.base import QuantizedModule
 from ..nn.conv import Convolution, QuantizedConv1x1
-from ..nn.linear import QuantizedLinear
+from ..nn.linear import QuantizedLinear, linear_of
 from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module, submodule
 from ..version import __version__
 
@@ -124,6 +125,10 @@ def load_quantized(
         module, _, leaf = name.rpartition(".")
         if module in layers and leaf.endswith("_scale") and not bool((tensor.isfinite() & (tensor > 0)).all()):
             raise ScaleError(f"{name} in {folder} has values that are not finite and positive: the file is damaged")
+        if module in layers and leaf == SHAPE and tensor.tolist() != [layers[module].out_features, layers[module].in_features]:
+            raise MismatchError(
+                f"{name} in {folder} says {tensor.tolist()}, but the model has {_module(model, module, folder)}"
+            )
     for name, layer in layers.items():
         layer.to_empty(device=_place(_module(model, name, folder).weight, device))
     for name, layer in layers.items():
@@ -151,7 +156,8 @@ def _describe(layer: QuantizedLinear) -> dict[str, Any]:
 
 
 def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
-    kind: type[QuantizedLinear] = QuantizedLinear
+    scheme = Scheme.parse(entry["scheme"])
+    kind = linear_of(scheme)
     if entry["kind"] == "conv1x1":
         kind = QuantizedConv1x1
         fits = isinstance(old, Convolution) and kind.why_not(old) is None and list(old.stride) == entry.get("stride")
@@ -162,7 +168,7 @@ def _empty(name: str, old: nn.Module, entry: dict[str, Any]) -> QuantizedLinear:
             f"{name} is {old} in the model, but was a {entry['kind']} with {entry} when it was quantized: build the float "
             "model as it was then"
         )
-    new = kind.like(old, Scheme.parse(entry["scheme"]), backend=entry["backend"])
+    new = kind.like(old, scheme, backend=entry["backend"])
     if new.bias is not None:
         # The bias of the model stays unchanged.
         new.bias = nn.Parameter(new.bias.detach().clone(), requires_grad=new.bias.requires_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_fp8.errors import (
     MismatchError,
     MissingTensorError,
     ScaleError,
+    StateDictError,
     UnsupportedError,
 )
 
@@ -94,6 +96,41 @@ def test_there_and_back(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None
         save_quantized(again, tmp_path / device)
         for file in ("model.safetensors", "quantization.json"):
             assert (tmp_path / device / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W4AFP8", "W8A16"])
+def test_packed_weights(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    def built() -> nn.Sequential:
+        first = nn.Linear(128, 17, dtype=dtype)
+        model = nn.Sequential(first, nn.Linear(17, 128, dtype=dtype), first, nn.Linear(17, 128, dtype=dtype))
+        model[3].weight = model[1].weight
+        return model
+
+    model = quantize_model(built(), scheme, filter_fn=lambda name, _: name in ("0", "2"))
+    save_quantized(model, tmp_path / "saved")
+    again = load_quantized(built(), tmp_path / "saved")
+    assert differing(dict(model.state_dict()), dict(again.state_dict())) == []
+    x = torch.randn(3, 128, dtype=dtype)
+    assert torch.equal(again(x), model(x)) and again[0] is again[2] and type(again[0]) is hf_fp8.PackedLinear
+    assert again[1].weight is again[3].weight
+
+
+def test_convolutions_hold_no_packed_weights() -> None:
+    model = quantize_model(nn.Sequential(nn.Linear(128, 128), nn.Conv2d(128, 128, 1)), "W4A16", conv1x1=True)
+    assert [type(module) for module in model] == [hf_fp8.PackedLinear, nn.Conv2d]
+
+
+def test_packed_weights_of_another_size(tmp_path: Path) -> None:
+    """17 columns take as many elements as 24."""
+    scheme = replace(hf_fp8.W4A16, weight=replace(hf_fp8.W4A16.weight, granularity=hf_fp8.Granularity(1, -1)))
+    small = quantize_model(nn.Sequential(nn.Linear(17, 8)), scheme)
+    save_quantized(small, tmp_path / "saved")
+    with pytest.raises(MismatchError, match=r"0.weight_shape .* says \[8, 17\], but the model has Linear\(in_features=24"):
+        load_quantized(nn.Sequential(nn.Linear(24, 8)), tmp_path / "saved")
+    large = quantize_model(nn.Sequential(nn.Linear(24, 8)), scheme)
+    with pytest.raises(StateDictError, match=r"0.weight_shape says \[8, 17\]"):
+        large.load_state_dict(small.state_dict())
 
 
 def test_another_dtype_of_the_model_is_the_files(tmp_path: Path) -> None:
