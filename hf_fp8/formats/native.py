@@ -88,11 +88,7 @@ def multiply(
         _require_words(codes, columns)
         return out.zero_() if bias is None else out.copy_(bias)
     _require(bias, "numbers of a bias", width)
-    if x.shape[1] != depth:
-        raise InputError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(codes.shape)}")
-    x = x.resolve_neg()
-    if x.stride(1) != 1 and depth > 1:
-        x = x.contiguous()
+    x = _input(x, codes, depth)
     bias = _as_read(bias)
     held, codes, scale, zero_points = _weights(codes, scale, granularity, parts, columns, zero_points)
     arguments = PRODUCT_FIELDS.pack(
@@ -105,6 +101,14 @@ def multiply(
     if library().hf_fp8_multiply(arguments):
         raise MemoryError(f"not enough memory to multiply an input of shape {tuple(x.shape)}")
     return out
+
+
+def _input(x: torch.Tensor, codes: torch.Tensor, depth: int) -> torch.Tensor:
+    """x, with rows whose values are one after the other in memory."""
+    if x.shape[1] != depth:
+        raise InputError(f"an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(codes.shape)}")
+    x = x.resolve_neg()
+    return x.contiguous() if x.stride(1) != 1 and depth > 1 else x
 
 
 class Prepared:

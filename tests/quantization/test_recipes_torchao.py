@@ -402,7 +402,6 @@ def test_refused_values(request: pytest.FixtureRequest, whose: str, name: str, f
         ("Float8DynamicActivationFloat8WeightConfig", {"mm_config": recipes.Float8MMConfig(pad_inner_dim=True)}, "any size"),
         ("Int8StaticActivationInt8WeightConfig", {"granularity": ROWS}, "one scale per tensor"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_does_nothing_is_said(name: str, fields: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
@@ -638,7 +637,6 @@ def test_configs_by_name_of_a_transformers_model() -> None:
         ({"layers.0.q": recipes.Float8StaticActivationFloat8Weight("prepare")}, UnsupportedError, "step"),
         ({"layers.0.q": recipes.QATConfig("int8_weight_only")}, UnsupportedError, "QATConfig"),
     ],
-    ids=str,
 )
 def test_refused_configs_by_name(table: dict[str, Any], error: type[Exception], said: str) -> None:
     model = blocks()
@@ -927,8 +925,6 @@ def test_refused_training(config: Callable[[], Any], error: type[Exception], sai
 
 
 def test_training_of_a_model() -> None:
-    """With `hf_fp8.quantization.qat`, where there is one."""
-    pytest.importorskip("hf_fp8.quantization.qat")
     model, base = net(torch.float32), recipes.IntxWeightOnly(INT4, recipes.PerGroup(64))
     quantize_(model, recipes.QATConfig(base, step="prepare"))
     assert not isinstance(model.second, QuantizedLinear) and type(model.second) is not nn.Linear
@@ -944,13 +940,6 @@ def test_training_of_a_model() -> None:
     assert type(back.second) is nn.Linear and torch.equal(back.second.weight, net(torch.float32).second.weight)
 
 
-def test_training_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "hf_fp8.quantization.qat", None)
-    for config in (recipes.QATConfig("int4_weight_only"), recipes.QATConfig("int4_weight_only", step="convert")):
-        with pytest.raises(UnsupportedError, match="no quantization-aware training"):
-            quantize_(net(), config)
-
-
 def test_steps_of_training_are_passed_to_hf_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_fp8.recipes import training
 
@@ -960,18 +949,16 @@ def test_steps_of_training_are_passed_to_hf_fp8(monkeypatch: pytest.MonkeyPatch)
         quantize_(peft, recipes.QATConfig("int4_weight_only", step="convert"))
     calls: list[Any] = []
 
-    class Module:
-        @staticmethod
-        def prepare_qat(model: nn.Module, scheme: Any, *, filter_fn: Any) -> nn.Module:
-            calls.append((scheme, None if filter_fn is None else filter_fn("second", model.second)))
-            return model
+    def prepare_qat(model: nn.Module, scheme: Any, *, filter_fn: Any) -> nn.Module:
+        calls.append((scheme, None if filter_fn is None else filter_fn("second", model.second)))
+        return model
 
-        @staticmethod
-        def convert_qat(model: nn.Module) -> nn.Module:
-            calls.append("convert")
-            return model
+    def convert_qat(model: nn.Module) -> nn.Module:
+        calls.append("convert")
+        return model
 
-    monkeypatch.setattr(training, "_module_of_qat", lambda: Module)
+    monkeypatch.setattr(training, "prepare_qat", prepare_qat)
+    monkeypatch.setattr(training, "convert_qat", convert_qat)
     model = net()
     quantize_(model, recipes.QATConfig("int4_weight_only"), lambda module, name: name == "second")
     quantize_(model, recipes.QATConfig("int4_weight_only", step=recipes.QATStep.CONVERT))
