@@ -63,7 +63,7 @@ def quantize(
     dst: Dst,
     scheme: Annotated[
         list[str],
-        typer.Option(help=f"One of {', '.join(n for n in SCHEMES if n.startswith('FP8'))}; or NAME=TARGET, several times."),
+        typer.Option(help=f"One of {', '.join(SCHEMES)}; or NAME=TARGET, several times."),
     ] = ["FP8_DYNAMIC"],  # noqa: B006 (typer's way)
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module that stays dense: its name, a re: pattern or a class. Several times.")
@@ -82,7 +82,7 @@ def quantize(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Quantize a dense checkpoint to FP8, tensor by tensor."""
+    """Quantize a dense checkpoint to FP8, int8 or int4, tensor by tensor."""
     from .errors import by_reason
     from .integrations.config import FP8Config
     from .quantization.calibration_text import measure
@@ -112,7 +112,7 @@ def quantize(
     if written.unmatched:
         err.print(f"--ignore {', '.join(written.unmatched)}: matches nothing")
     out.print(
-        f"{dst}: {written.weights:,} matrices in FP8, {_size(written.before)} -> {_size(written.after)} "
+        f"{dst}: {written.weights:,} matrices quantized, {_size(written.before)} -> {_size(written.after)} "
         f"({written.after / written.before:.2f}x), {time.perf_counter() - start:.1f} s"
     )
 

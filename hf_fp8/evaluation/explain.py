@@ -34,7 +34,7 @@ class Explanation(list[Row]):
 
     def __str__(self) -> str:
         if not self:
-            return "no FP8 modules"
+            return "no quantized modules"
         folded: dict[tuple[str, str, str, str], list[Row]] = {}
         for row in self:
             pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ..checkpoint.config_groups import concerns_fp8
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import nbytes
 from ..errors import FP8Error
@@ -106,4 +107,8 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
         one.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1
         one.bytes += sum(nbytes(checkpoint.tensors[key]) for key in weight.keys.values())
     found.explanation = explain(model, source.dtype, quantizer.compute_device)
-    found.summary = f"FP8 in the compressed-tensors format; from_pretrained on {quantizer.compute_device.type} would run:"
+    has_fp8 = concerns_fp8(source.quantization or {})
+    found.summary = (
+        f"{'FP8' if has_fp8 else 'int4 or int8'} in the compressed-tensors format; from_pretrained"
+        f"{'' if has_fp8 else ' with quantization_config=FP8Config()'} on {quantizer.compute_device.type} would run:"
+    )

@@ -22,12 +22,13 @@ STOCK_OPTIONS = ("run_compressed", "use_optimized_inference")  # of CompressedTe
 
 
 class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
-    """Options for loading a compressed-tensors FP8 checkpoint, or for quantizing a dense one while loading.
+    """Options for loading a compressed-tensors checkpoint in FP8 (or int4, int8), or for quantizing a dense one while loading.
 
     Args:
         scheme: how to quantize a dense checkpoint while loading: "FP8_DYNAMIC", "FP8" (static input scales, to be measured
-            with `hf_fp8.calibrate`), "FP8_BLOCK", "FP8_WEIGHT_ONLY", "FP8_TENSOR", or a `Scheme`. For several groups: a dict
-            from schemes to lists of targets, or `config_groups` as in compressed-tensors. None: the checkpoint is quantized.
+            with `hf_fp8.calibrate`), another name in `hf_fp8.SCHEMES` ("W4A16", "INT8", ...), or a `Scheme`. For several
+            groups: a dict from schemes to lists of targets, or the contents of compressed-tensors' `config_groups`. None: the
+            checkpoint is quantized.
         targets: which modules to quantize, as in compressed-tensors: names, "re:" patterns or classes.
         ignore: modules that stay dense even if a target matches them. The output embedding and routers also stay dense,
             unless a target matches nothing else ("lm_head", "re:.*router"), or `ignore` is an empty list.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from .config import OUR_METHOD, FP8Config
 from .peft import install as peft
 from .quantizer import FP8HfQuantizer
 from .requests import asked_for, asks_to_quantize, for_quantizing, is_for_us, is_request, is_stock, refuse_other_groups
+
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -93,6 +96,11 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
         config.quantization_config = merge(before, quantization_config)
         config.quantization_config.of_another_load = True
         return host(config, None, *args, **kwargs)
+    if written is not None and quantization_config is None and runs_here(written):
+        logger.warning(
+            "hf_fp8: the checkpoint has int4 or int8 weights and none in FP8, so transformers runs it, dequantized in the "
+            "first forward. To run it with hf_fp8, as it is stored, pass quantization_config=hf_fp8.FP8Config()"
+        )
     if is_for_us(quantization_config) and not (written is not None and is_stock(quantization_config)):
         quantization_config = _for_another_kind(config, written, asked_for(quantization_config))
     return host(config, quantization_config, *args, **kwargs)

@@ -58,7 +58,7 @@ def test_without_an_fp8_group_all_is_as_in_stock(name: str, options: dict[str, A
 
 
 def test_fp8_config_on_another_format(tmp_path: Path) -> None:
-    write_other(tmp_path / "model", "int4")
+    write_other(tmp_path / "model", "nvfp4")
     hf_fp8.unregister()
     try:
         stock = results(tmp_path / "model", tmp_path / "stock")

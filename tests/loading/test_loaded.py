@@ -259,7 +259,7 @@ def test_explain(fp8: Path) -> None:
     assert first.bytes == 96 * 64 + 96 * 2 and first.scheme == "channel x token (dynamic)"
     table = str(kept)
     assert "model.layers.*.mlp.up_proj" in table and f"{sum(row.bytes for row in kept):,}" in table
-    assert str(hf_fp8.explain(torch.nn.Linear(2, 2))) == "no FP8 modules"
+    assert str(hf_fp8.explain(torch.nn.Linear(2, 2))) == "no quantized modules"
 
 
 def test_explain_takes_the_dtype_of_dense_parameters() -> None:

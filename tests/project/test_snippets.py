@@ -22,6 +22,7 @@ LOCAL = {
     "a-compressed-tensors-fp8-checkpoint": "quantized",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "dense",
     "a-bf16-model": "dense",
+    "a-dense-model": "dense",
 }
 
 
@@ -91,7 +92,7 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
 def test_pages_have_snippets() -> None:
     # That of distributed.md runs in tests/distributed.
     assert {path.name for path in PAGES if python(path)} == {
-        "README.md", "quantizing.md", "torchao.md", "training.md", "distributed.md",
+        "README.md", "quantizing.md", "torchao.md", "qat.md", "training.md", "distributed.md",
     }  # fmt: skip
 
 
@@ -123,10 +124,17 @@ def torchao(names: dict[str, Any]) -> None:
     assert {m.scheme.text for m in names["dense_model"].modules() if isinstance(m, QuantizedLinear)} == {"1x32sqz|-"}
 
 
+def qat(names: dict[str, Any]) -> None:
+    assert {m.scheme.text for m in names["again"].modules() if isinstance(m, QuantizedLinear)} == {"1x32sq|-"}
+    with torch.no_grad():
+        assert torch.equal(names["again"](names["ids"][None]).logits, names["model"].eval()(names["ids"][None]).logits)
+
+
 @pytest.mark.parametrize(
     ("page", "check"),
     [
         ("README.md", readme), ("docs/quantizing.md", quantizing), ("docs/torchao.md", torchao), ("docs/training.md", training),
+        ("docs/qat.md", qat),
     ],
 )  # fmt: skip
 def test_snippets_run(
