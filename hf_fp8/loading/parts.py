@@ -174,6 +174,8 @@ def dequantized(weight: StoredWeight, files: LazyCheckpoint, dtype: torch.dtype)
 
     if weight.group.scheme is None:  # formats of compressed-tensors, which unpacks whole weights
         return LazyTensor(_unpacked_shape(weight, tensors), dtype, whole)
+    if weight.scheme.weight.packed:  # a word has codes, or zero points, of several columns or rows
+        return LazyTensor(weight.shape, dtype, whole)
     if len(weight.shape) != 2:
         return LazyTensor(weight.shape, dtype, lambda ranges: _of_stack(weight, tensors, dtype, ranges))
 

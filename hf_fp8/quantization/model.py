@@ -73,18 +73,28 @@ def quantize_model(
         raise ConfigError(f"originals={originals!r}: it must be one of {', '.join(ORIGINALS)}")
     if device is not None and torch.device(device).type == "meta":
         raise ConfigError("device='meta': weights cannot be quantized there; build the model on meta to change its structure")
-    _refuse_sharded(model)
+    refuse_sharded(model)
     config = FP8Config(backend=backend, experts=experts, backward=backward)
     config.spec = QuantizationSpec.asked(scheme, targets, ignore)
-    choice = choose(model, config, filter_fn, conv1x1)
     how = {"device": device, "originals": originals, "backend": backend}
     settings = {"compute_dtype": compute_dtype, "cast_output": cast_output, "backward": backward}
+    return quantize_chosen(model, choose(model, config, filter_fn, conv1x1), how, settings, inplace)
+
+
+def quantize_chosen(
+    model: nn.Module, choice: Choice, how: dict[str, Any], settings: dict[str, Any], inplace: bool = True
+) -> nn.Module:
+    """Quantize the layers of `choice`, as `quantize_model`.
+
+    how: arguments for creating them ("device", "originals", "backend"). settings: attributes to set on them.
+    """
     root = _replace(model, choice, how, settings, inplace)
-    _finish(root, choice, device)
+    _finish(root, choice, how["device"])
     return root
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise UnsupportedError, naming it, if a parameter is sharded over processes."""
     sharded = next((name for name, parameter in model.named_parameters() if is_dtensor(parameter)), None)
     if sharded is not None:
         raise UnsupportedError(
@@ -94,10 +104,7 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _replace(model: nn.Module, choice: Choice, how: dict[str, Any], settings: dict[str, Any], inplace: bool) -> nn.Module:
-    """Replace the layers of `choice` by quantized ones; return the model, copy or layer that `quantize_model` returns.
-
-    how: arguments for creating them. settings: attributes to set on them.
-    """
+    """Replace the layers of `choice` by quantized ones; return the model, copy or layer that `quantize_model` returns."""
     made, by_weight = dict[int, nn.Module](), dict[tuple[int, Scheme], QuantizedLinear]()
     root = model
     for name, scheme in choice.layers.items():

@@ -18,11 +18,13 @@ from ..checkpoint.quantization_spec import QuantizationSpec
 from ..errors import CalibrationError, ConfigError, ScaleError, UnsupportedError, by_reason, first, reasons_of
 from ..formats.scheme import SCHEMES, W4A16_FBGEMM, Scheme
 from ..integrations.config import FP8Config
+from ..integrations.peft.qat import merged_weight, without_adapters
 from ..nn.fake_quantized import FakeQuantizedLinear, fake_quantized, has_float_offsets
+from ..nn.linear import ORIGINALS
 from ..nn.swap import choose_fused_paths, copy_hooks, replace_module
 from .calibration import apply_scales
 from .candidates import Choice, Filter, choose
-from .model import quantize_model
+from .model import quantize_chosen, refuse_sharded
 from .transformers_model import transformers_models
 
 logger = logging.getLogger(__name__)
@@ -118,11 +120,12 @@ def _report(choice: Choice) -> None:
         logger.warning(f"hf_fp8: not prepared for quantization-aware training: {by_reason(choice.reasons)}")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str = "discard") -> nn.Module:
     """Quantize the layers that `prepare_qat` has prepared, in place: codes and scales are those of the last forward.
 
-    Adapters are merged first. A transformers model is then saved as a checkpoint of compressed-tensors (`save_pretrained`),
+    Adapters are merged first, however they were added to the model. A transformers model is then saved as a checkpoint of compressed-tensors (`save_pretrained`),
     other models with `save_quantized`. Layers of "W4A16_FBGEMM" become Linears whose float weights are the quantized values, as
     no checkpoint of compressed-tensors can hold their float offsets: torchao packs them without another error.
 
@@ -135,41 +138,48 @@ def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str 
     with NaN or infinity; UnsupportedError for a layer that was changed since so that it would not compute the same. Layers stay
     prepared then.
     """
-    if not any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
-        raise ConfigError(
-            f"{type(model).__name__} has no layers that prepare_qat has prepared: call it first, and train. convert_qat "
-            "may have converted them already"
-        )
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()  # type: ignore[operator]
-    modules = list(model.named_modules(remove_duplicate=False))
-    layers = {name: module for name, module in modules if isinstance(module, FakeQuantizedLinear)}
-    scales = _input_scales(layers)
+    if originals not in ORIGINALS:
+        raise ConfigError(f"originals={originals!r}: it must be one of {', '.join(ORIGINALS)}")
+    layers = _prepared(model)
+    refuse_sharded(model)
+    _input_scales(layers)
+    merged = {id(m.base_layer): m for m in model.modules() if isinstance(getattr(m, "base_layer", None), FakeQuantizedLinear)}
     for name, layer in layers.items():
-        _refuse_unfit(name, layer)
+        _refuse_unfit(name, layer, merged_weight(merged[id(layer)]) if id(layer) in merged else layer.weight)
+    model = without_adapters(model)
+    layers = _prepared(model)
+    scales = _input_scales(layers)
     linears = {id(layer): layer.to_linear() for layer in layers.values()}  # a shared layer stays shared
     model = _swap(model, layers, linears)
     floats = {name: layer for name, layer in layers.items() if has_float_offsets(layer.scheme.weight)}
     kept = {name: layer for name, layer in layers.items() if name not in floats}
     try:
-        for part in (floats, kept):
-            request = _request(model, part) if part else None
-        if request is not None:
-            mine = {id(linears[id(layer)]) for layer in kept.values()}
-            backends = backend or next(iter(kept.values())).backend
-            model = quantize_model(
-                model, request.scheme, targets=request.targets, ignore=request.ignore, originals=originals,
-                filter_fn=lambda _, module: id(module) in mine, backend=backends, experts="dequantize",
-            )  # fmt: skip
-    except Exception:
+        if floats:
+            _choice(model, floats, backend)
+        choice = _choice(model, kept, backend) if kept else None
+    except (ConfigError, UnsupportedError):
         _swap(model, layers, {id(layer): layer for layer in layers.values()})
         raise
+    if choice is not None:
+        how = {"device": None, "originals": originals, "backend": "auto"}
+        model = quantize_chosen(model, choice, how, {})
     for layer in dict.fromkeys(floats.values()):
         layer.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
     for name, layer in kept.items():
         model.get_submodule(name).backend = backend or layer.backend  # type: ignore[assignment]
     apply_scales(model, scales)
     return model
+
+
+def _prepared(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
+    """The prepared layers, under each of their names. Raises ConfigError if there are none."""
+    modules = model.named_modules(remove_duplicate=False)
+    if found := {name: module for name, module in modules if isinstance(module, FakeQuantizedLinear)}:
+        return found
+    raise ConfigError(
+        f"{type(model).__name__} has no layers that prepare_qat has prepared: call it first, and train. convert_qat "
+        "may have converted them already"
+    )
 
 
 def _swap(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear], by_layer: Mapping[int, nn.Module]) -> nn.Module:
@@ -179,30 +189,31 @@ def _swap(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear], by_layer:
     return model
 
 
-def _refuse_unfit(name: str, layer: FakeQuantizedLinear) -> None:
-    """Raise for a layer whose quantized values would not be those it was trained with."""
+def _refuse_unfit(name: str, layer: FakeQuantizedLinear, weight: torch.Tensor) -> None:
+    """Raise for a layer whose quantized values would not be those it was trained with. weight: it, with adapters merged."""
     called = name or "the layer"
     if set(layer._parameters) != {"weight", "bias"} or layer._modules:
         raise UnsupportedError(f"{called} was changed after prepare_qat, for example by a weight norm or pruning: undo that")
     if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
         raise UnsupportedError(f"{called} had its forward replaced after prepare_qat, which would be lost: undo that")
     try:
-        fake_quantized(layer.weight, layer.scheme.weight)
+        fake_quantized(weight, layer.scheme.weight)
     except ScaleError as error:
         raise ScaleError(f"{called} cannot be quantized: {error}") from error
 
 
-def _request(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear]) -> Request:
-    """A request with which `quantize_model` gives each of `layers`, now Linears of `model`, its own scheme.
+def _choice(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear], backend: str | None) -> Choice:
+    """The choice that gives each of `layers`, now Linears of `model`, its own scheme.
 
-    The one that they were prepared with, if there is one and it still chooses them (it reads as the user wrote it in the
-    checkpoint); else their names. Raises UnsupportedError if one cannot be quantized any more.
+    By the request that they were prepared with, if there is one and it still chooses them (it reads as the user wrote it in
+    the checkpoint); else by their names. Raises UnsupportedError if one cannot be quantized any more.
     """
     linears = {id(model.get_submodule(name)): _storable(layer.scheme) for name, layer in layers.items()}
     called = {id(model.get_submodule(name)): name for name in layers}
-    asked = next(iter(layers.values())).request
+    one = next(iter(layers.values()))
+    asked = one.request
     for request in (Request(_storable(asked.scheme), asked.targets, asked.ignore), _by_name(model, layers)):
-        config, reasons = FP8Config(experts="dequantize"), {}
+        config, reasons = FP8Config(experts="dequantize", backend=backend or one.backend), {}
         config.spec = QuantizationSpec.asked(request.scheme, request.targets, request.ignore)
         try:
             choice = choose(model, config, lambda _, module: id(module) in linears, False)
@@ -211,7 +222,7 @@ def _request(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear]) -> Req
             continue
         reasons = choice.reasons
         if linears == {id(model.get_submodule(name)): scheme for name, scheme in choice.layers.items()}:
-            return request
+            return choice
     raise UnsupportedError(
         f"{first(list(called.values()))} cannot be quantized as in training, and nothing was converted: {reasons_of(reasons)}"
     )

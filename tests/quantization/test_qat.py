@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from support.build import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -208,6 +208,37 @@ def test_under_adapters_the_merged_weight_is_quantized(scheme: str, dtype: torch
     converted = convert_qat(model)
     assert type(converted).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(converted), wanted)
+
+
+@pytest.mark.parametrize("how", ["inject_adapter_in_model", "add_adapter", "nested"])
+def test_adapters_that_were_added_in_other_ways(how: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers 5.24 asks for a PEFT that is not published, but works with the one that is
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
+    model = prepare_qat(load(dense), "W4A16")
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], init_lora_weights=False)
+    if how == "add_adapter":
+        model.add_adapter(config)
+    elif how == "nested":
+        model = nn.ModuleDict({"inner": get_peft_model(model, config)})
+    else:
+        model = inject_adapter_in_model(config, model)
+    wanted = logits(model["inner"] if how == "nested" else model)
+    converted = convert_qat(model)
+    converted = converted["inner"] if how == "nested" else converted
+    assert not any("lora" in name or "base_layer" in name for name, _ in converted.named_modules())
+    assert torch.equal(logits(converted), wanted)
+    converted.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved", quantization_config=FP8Config())), wanted)
+
+
+def test_adapters_stay_if_the_conversion_fails(dense: Path) -> None:
+    model = get_peft_model(prepare_qat(load(dense), "W4A16"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    model.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"].weight.data[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    with pytest.raises(ScaleError, match="layers.1.self_attn.q_proj.* cannot be quantized"):
+        convert_qat(model)
+    assert list(before) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(before[n].nan_to_num(), tensor.nan_to_num()) for n, tensor in model.named_parameters())
 
 
 def test_gradients_of_adapters(dense: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import UnsupportedError
 from ...nn.fake_quantized import FakeQuantizedLinear
+from ...nn.swap import replace_module
 from ..patches import bind_once, original
 
 
@@ -53,9 +54,33 @@ def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         return plain
     if kwargs.get("adapter_names") is not None:
         raise UnsupportedError("adapter_names: one batch with several adapters has no one weight to quantize")
-    weight = layer.base_layer.weight
+    found: torch.Tensor = layer.base_layer.with_weight(x, merged_weight(layer))
+    return found
+
+
+def merged_weight(layer: Any) -> torch.Tensor:
+    """The weight of a LoRA layer's base layer with its active adapters merged into it."""
+    weight: torch.Tensor = layer.base_layer.weight
+    if layer.merged:
+        return weight
     for name in layer.active_adapters:
         if name in layer.lora_A:
             weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)  # rounded once, as PEFT merges it
-    found: torch.Tensor = layer.base_layer.with_weight(x, weight)
-    return found
+    return weight
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """`model` with its adapters merged: without PEFT's modules around it or in it, however they were added."""
+    for name, module in list(model.named_modules()):
+        if any(kind.__name__ in ("PeftModel", "PeftMixedModel") for kind in type(module).__mro__):
+            model = replace_module(model, name, module.merge_and_unload())
+    for name, module in list(model.named_modules()):  # of inject_adapter_in_model, or of a model's own add_adapter
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            model = replace_module(model, name, module.unload_and_optionally_merge_module(True, False, None))
+        elif hasattr(module, "base_layer"):
+            module.merge()
+            model = replace_module(model, name, module.get_base_layer())
+        if getattr(module, "_hf_peft_config_loaded", False):  # transformers: save_pretrained would write adapters
+            module._hf_peft_config_loaded = False
+        vars(module).pop("peft_config", None)
+    return model
