@@ -12,6 +12,7 @@ from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.dtensors import local
 from ..nn.experts import QuantizedExperts
+from ..nn.fake_quantized import FakeQuantizedLinear
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import submodule
 from .rows import aligned
@@ -57,7 +58,7 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Explanation:
-    """For each FP8 module of `model`: its scheme, the kernel that is chosen for it, why, and its bytes.
+    """For each quantized module of `model`: its scheme, the kernel that is chosen for it, why, and its bytes.
 
     dtype: that of the inputs; by default that of the first dense parameter. device: as if the model were on it; by default
     the model's. Weights that were dequantized while loading are listed too, with the reason.
@@ -71,6 +72,10 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
             choice = select(Problem(place, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
+        elif isinstance(module, FakeQuantizedLinear):
+            kernel = "dense, rounded in each forward"
+            reason = "prepared for quantization-aware training: convert_qat quantizes it"
+            rows.append(Row(name, module.scheme.describe(), kernel, reason, _bytes(*module.parameters(recurse=False))))
         elif isinstance(module, QuantizedExperts):
             rows += _experts(name, module, dtype, asked or device_of(module))
     # Also inside wrappers of the model, and without modules that no longer exist.
@@ -101,7 +106,8 @@ def _experts(name: str, module: QuantizedExperts, dtype: torch.dtype, device: to
     for projection in module.projections:
         _, n, k = projection.shape
         choice = select_grouped(Problem(device, projection.scheme, n, k, dtype), module.backend)
-        held = [getattr(module, leaf) for leaf in (projection.name, projection.scale, projection.input_scale)]
+        leaves = projection.name, projection.scale, projection.input_scale, *module.beside.get(projection.name, ())
+        held = [getattr(module, leaf) for leaf in leaves]
         size = _bytes(*held, getattr(module, f"{projection.name}_bias", None))
         rows.append(Row(f"{name}.{projection.name}", projection.scheme.describe(), str(choice), choice.reason, size))
     return rows

@@ -125,9 +125,10 @@ def _report(choice: Choice) -> None:
 def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str = "discard") -> nn.Module:
     """Quantize the layers that `prepare_qat` has prepared, in place: codes and scales are those of the last forward.
 
-    Adapters are merged first, however they were added to the model. A transformers model is then saved as a checkpoint of compressed-tensors (`save_pretrained`),
-    other models with `save_quantized`. Layers of "W4A16_FBGEMM" become Linears whose float weights are the quantized values, as
-    no checkpoint of compressed-tensors can hold their float offsets: torchao packs them without another error.
+    Adapters are merged first, however they were added. A transformers model is then saved as a checkpoint of compressed-tensors
+    (`save_pretrained`), other models with `save_quantized`. Layers of "W4A16_FBGEMM" become Linears whose float weights are the
+    quantized values, as no checkpoint of compressed-tensors can hold their float offsets: torchao packs them without another
+    error.
 
     Args:
         backend: of the quantized layers; by default that of `prepare_qat`, so that outputs stay the same.

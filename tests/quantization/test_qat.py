@@ -160,6 +160,16 @@ def test_parameters_names_and_what_is_said(dense: Path) -> None:
     assert "model.layers.0.mlp.down_proj" in model.config.quantization_config.ignore
 
 
+def test_explain_shows_what_is_prepared(dense: Path) -> None:
+    model = prepare_qat(load(dense), {"W4A16": ["re:.*mlp.*"], "FP8_DYNAMIC": ["re:.*q_proj"]})
+    rows = {row.name: row for row in hf_fp8.explain(model)}
+    assert len(rows) == 2 * 4
+    row = rows["model.layers.1.mlp.up_proj"]
+    assert "int4" in row.scheme and "convert_qat" in row.reason and row.bytes == 4 * 128 * 256
+    convert_qat(model)
+    assert all(row.kernel != rows[row.name].kernel for row in hf_fp8.explain(model))
+
+
 def test_several_schemes_and_other_models() -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 8)).bfloat16()
@@ -235,7 +245,7 @@ def test_adapters_stay_if_the_conversion_fails(dense: Path) -> None:
     model = get_peft_model(prepare_qat(load(dense), "W4A16"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     model.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"].weight.data[0, 0] = torch.nan
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    with pytest.raises(ScaleError, match="layers.1.self_attn.q_proj.* cannot be quantized"):
+    with pytest.raises(ScaleError, match=r"layers\.1\.self_attn\.q_proj.* cannot be quantized"):
         convert_qat(model)
     assert list(before) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(before[n].nan_to_num(), tensor.nan_to_num()) for n, tensor in model.named_parameters())
