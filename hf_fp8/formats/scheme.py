@@ -164,6 +164,12 @@ class Scheme:
     text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for operand in (self.weight,) if self.input is None else (self.weight, self.input):
+            if not isinstance(operand, TensorScheme):
+                raise ConfigError(
+                    f"a Scheme is made of TensorSchemes, not of {operand!r}; functions that take a scheme take its name, "
+                    "too, and hf_fp8.SCHEMES has the Scheme of each name"
+                )
         if self.weight.dynamic:
             raise ConfigError("the TensorScheme of a weight cannot be dynamic: weights are quantized ahead of time")
         rows, cols = self.weight.granularity.rows, self.weight.granularity.cols

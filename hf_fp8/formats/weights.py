@@ -117,7 +117,7 @@ def quantize_with_zero_points(
 
     compressed-tensors' arithmetic, as in `quantize_weight`: the range of a group, which always contains 0, is mapped to that of
     the codes. held: scale and zero points before a small change, which groups keep that they still fit. generator, checked:
-    as in `quantize_weight`. Raises ScaleError for weights with NaN or infinity.
+    as in `quantize_weight`. Raises ScaleError for weights with NaN or infinity, and for a range that overflows.
     """
     cols = weight.shape[1]
     code, granularity, compute = scheme.code, scheme.granularity, scale_dtype_of(weight.dtype)
@@ -126,7 +126,13 @@ def quantize_with_zero_points(
     grouped = padded.view(len(weight), -1, width)
     low, high = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
     if checked:
-        refuse_non_finite(high - low, weight)
+        refuse_non_finite(low, weight)
+        refuse_non_finite(high, weight)
+        if not bool((high - low).isfinite().all()):
+            raise ScaleError(
+                f"a weight of shape {(*weight.shape,)} has a group whose range, from its least to its largest value, is more "
+                f"than {compute} can hold: use symmetric codes (W4A16), or a float32 weight"
+            )
     scale = (high - low) / (code.largest - code.least)
     point = (code.least - low / scale).clamp_(code.least, code.largest).nan_to_num_(0.0).round_()
     scale = torch.where(high == low, torch.finfo(compute).eps, scale.clamp(min=least_scale(compute)))

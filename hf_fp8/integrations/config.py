@@ -36,8 +36,9 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         backend: "auto" keeps FP8 weights if the device has FP8 matmuls, and else dequantizes them;
             "scaled_mm" keeps them on any device and quantizes inputs as the checkpoint says;
             "weight_only" keeps them on any device and does not quantize inputs (both apply to Linears; for merged
-            experts see below); "int8" re-quantizes Linears to int8
-            per channel after loading, with inputs quantized per token, for CPUs and for GPUs without FP8 units.
+            experts see below); "int8" re-quantizes FP8 Linears to int8
+            per channel after loading, with inputs quantized per token, for CPUs and for GPUs without FP8 units
+            (int4 and int8 weights stay as they are).
         experts: how experts are held that the model merges into one 3-D parameter: "fp8" keeps them in FP8 on any device,
             "dequantize" dequantizes them, "auto" keeps them in FP8 if the device has a kernel that gains from it: on
             GPUs, not on CPUs, whatever the backend. If they are kept, `backend` says whether their inputs are quantized.

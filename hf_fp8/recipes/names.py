@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
@@ -160,7 +161,14 @@ def _refusal(name: str) -> UnsupportedError | ConfigError:
     for part, why in _PARTS.items():
         if part in word:
             return Elsewhere(f"recipe {name!r}: {why}")
-    return ConfigError(f"recipe {name!r}: must be one of {', '.join(RECIPES)}; names of schemes are for quantize_model")
+    return ConfigError(
+        f"recipe {name!r}{_near(name)}: must be one of {', '.join(RECIPES)}; names of schemes are for quantize_model"
+    )
+
+
+def _near(name: str) -> str:
+    near = get_close_matches(name, OURS, 1, 0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def recipe(name: str, *positional: Any, **fields: Any) -> Recipe:
@@ -236,4 +244,4 @@ def attribute(name: str) -> Any:
             if isinstance(refusal, Elsewhere) and (found := in_torchao(name)) is not None:
                 return found
             raise refusal
-    raise AttributeError(f"module hf_fp8.recipes has no attribute {name!r}")
+    raise AttributeError(f"module hf_fp8.recipes has no attribute {name!r}{_near(name)}")

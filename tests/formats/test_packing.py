@@ -10,7 +10,7 @@ from support.integers import KINDS, stored
 from hf_fp8.errors import ConfigError, ScaleError
 from hf_fp8.formats import packing
 from hf_fp8.formats.code_types import INT4, INT8
-from hf_fp8.formats.scheme import ROW, TENSOR, Granularity, TensorScheme
+from hf_fp8.formats.scheme import ROW, SCHEMES, TENSOR, Granularity, Scheme, TensorScheme
 from hf_fp8.formats.storage import COLUMN_GROUPS, PACKED, WEIGHT_SCALE, dequantize, format_of
 
 pytestmark = pytest.mark.hostless
@@ -97,7 +97,19 @@ def test_no_number_no_weight(kind: str, wrong: float) -> None:
         format_of(scheme_of(kind)).quantize(weight, scheme_of(kind))
 
 
+def test_a_range_that_overflows_is_not_called_nan() -> None:
+    weight = torch.ones(4, 32, dtype=torch.float16)
+    weight[2, 3:5] = torch.tensor([60000.0, -60000.0])
+    scheme = scheme_of("W4A16 asymmetric")
+    with pytest.raises(ScaleError, match=r"more than torch\.float16 can hold: use symmetric"):
+        format_of(scheme).quantize(weight, scheme)
+    assert format_of(scheme).quantize(weight.float(), scheme)[WEIGHT_SCALE].isfinite().all()
+
+
 def test_schemes_that_there_are_not() -> None:
+    for arguments in ("W4A16",), (None,), (SCHEMES["W4A16"].weight, "FP8"):
+        with pytest.raises(ConfigError, match=r"hf_fp8\.SCHEMES has the Scheme of each name"):
+            Scheme(*arguments)  # type: ignore[arg-type]
     for arguments in (
         {"granularity": TENSOR, "dtype": INT4}, {"granularity": Granularity(8, 8), "dtype": INT4},
         {"granularity": ROW, "packed": True}, {"granularity": ROW, "dtype": INT8, "has_zero_points": True},

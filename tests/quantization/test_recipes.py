@@ -201,6 +201,10 @@ def test_refused_names(name: str, why: str) -> None:
 def test_unknown_recipes() -> None:
     with pytest.raises(ConfigError, match=r"'Float9'.*Float8WeightOnly.*Int8DynamicActivationInt8Weight"):
         recipe("Float9")
+    with pytest.raises(ConfigError, match=r"did you mean int4_weight_only\?"):
+        recipe("int4_wieght_only")
+    with pytest.raises(AttributeError, match=r"did you mean Int4WeightOnlyConfig\?"):
+        recipes.Int4WeightOnlyConfg  # noqa: B018
     for unknown in (FP8_DYNAMIC, object(), Float8WeightOnly):
         with pytest.raises(ConfigError, match="Float8WeightOnly"):
             quantize_(net(), unknown)  # type: ignore[arg-type]
