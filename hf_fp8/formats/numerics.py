@@ -71,9 +71,9 @@ def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
 def in_library(*tensors: torch.Tensor) -> bool:
     """Whether the library of CPU kernels takes them: plain tensors of a CPU, where nothing traces or differentiates."""
     return (
-        all(type(t) in _PLAIN and t.is_cpu and t.dtype != torch.float64 for t in tensors)
+        not torch.compiler.is_compiling()  # first, so that nothing else is traced
+        and all(type(t) in _PLAIN and t.is_cpu and t.dtype != torch.float64 for t in tensors)
         and native.why_not() is None
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

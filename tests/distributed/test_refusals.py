@@ -154,7 +154,7 @@ def other_formats(name: str, folder: Path) -> tuple[str, torch.Tensor]:
 def test_other_formats_beside_fp8(tmp_path: Path) -> None:
     wanted = causal(load(checkpoint("llama-mixed", tmp_path), "one", "dequantize"))
     for said, found in run(2, other_formats, ["tp2"], tmp_path)["tp2"]:
-        assert "are in formats that transformers runs, and it cannot shard those" in said
+        assert "are packed, several codes in each element, and hf_fp8 cannot shard those" in said
         assert error(found, wanted) <= 1e-5
 
 
