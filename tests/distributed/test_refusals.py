@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from support.build import differing, error, group_input, tensors, tiny_llama, wr
 from support.checkpoints import checkpoint
 from support.markdown import ROOT, blocks
 from support.moe import causal, is_linear, mixtral
-from support.ranks import LAYOUTS, load, make, run
+from support.other_floats import write_beside
+from support.ranks import LAYOUTS, llama, load, make, qwen3_moe, run
 from transformers import LlamaForCausalLM, MixtralForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_fp8
 from hf_fp8 import FP8Config
-from hf_fp8.formats.scheme import Granularity
+from hf_fp8.formats.scheme import SCHEMES, Granularity
 from hf_fp8.nn.linear import QuantizedLinear
 
 WEIGHT_ONLY = FP8Config(backend="weight_only")
@@ -147,15 +149,29 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
 
 
 def other_formats(name: str, folder: Path) -> tuple[str, torch.Tensor]:
-    return message(lambda: load(folder / "llama-mixed", name)), causal(load(folder / "llama-mixed", name, "dequantize"))
+    return message(lambda: load(folder / name, "tp2")), causal(load(folder / name, "tp2", "dequantize"))
 
 
 @pytest.mark.slow
-def test_other_formats_beside_fp8(tmp_path: Path) -> None:
-    wanted = causal(load(checkpoint("llama-mixed", tmp_path), "one", "dequantize"))
-    for said, found in run(2, other_formats, ["tp2"], tmp_path)["tp2"]:
-        assert "are packed, several codes in each element, and hf_fp8 cannot shard those" in said
-        assert error(found, wanted) <= 1e-5
+def test_other_formats(tmp_path: Path) -> None:
+    """They are refused by name, and dequantized in parts."""
+    checkpoint("llama-mixed", tmp_path)
+    options = {"targets": ["re:.*self_attn.*_proj"], "their_targets": ["re:.*mlp.*_proj"]}
+    for name in ("int4 asymmetric", "nvfp4"):
+        write_beside(
+            llama(), tmp_path / name, name, lambda n: "self_attn" in n and n.endswith("_proj.weight"),
+            lambda n: ".mlp." in n and n.endswith("_proj.weight"), **options,
+        )  # fmt: skip
+    for scheme in ("W4A16_ASYM", "W4A8"):
+        groups = {replace(SCHEMES[scheme], weight=replace(SCHEMES[scheme].weight, granularity=Granularity(1, 8))): ["Linear"]}
+        hf_fp8.quantize_model(qwen3_moe(), groups).save_pretrained(tmp_path / scheme)
+    names = ["llama-mixed", "int4 asymmetric", "nvfp4", "W4A16_ASYM", "W4A8"]
+    for name, results in run(2, other_formats, names, tmp_path).items():
+        wanted = causal(load(tmp_path / name, "one", "dequantize"))
+        why = "in formats that transformers runs" if name == "nvfp4" else "packed, several codes in each element"
+        for said, found in results:
+            assert f"are {why}, and " in said and "FP8Config(dequantize=True)" in said, name
+            assert error(found, wanted) <= 1e-5, name
 
 
 def quantized(name: str, folder: Path) -> None:
