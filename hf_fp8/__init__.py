@@ -33,7 +33,8 @@ from .integrations.peft.merge_policy import merging
 from .integrations.register import register, unregister
 from .nn.conv import QuantizedConv1x1
 from .nn.experts import QuantizedExperts
-from .nn.linear import PackedLinear, QuantizedLinear
+from .nn.linear import QuantizedLinear
+from .nn.packed_linear import PackedLinear
 from .nn.swap import dequantize_model
 from .quantization.calibration import apply_scales, calibrate
 from .quantization.model import quantize_model, requantize_model

@@ -13,6 +13,7 @@ from ..loading.layout import NOTES
 from ..nn.dtensors import local
 from ..nn.experts import QuantizedExperts
 from ..nn.fake_quantized import FakeQuantizedLinear
+from ..nn.fake_quantized_experts import FakeQuantizedExperts
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import submodule
 from .rows import aligned
@@ -72,10 +73,10 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
             choice = select(Problem(place, module.scheme, module.out_features, module.in_features, dtype), module.backend)
             size = _bytes(*module.parameters(recurse=False))
             rows.append(Row(name, module.scheme.describe(), str(choice), choice.reason, size))
-        elif isinstance(module, FakeQuantizedLinear):
-            kernel = "dense, rounded in each forward"
+        elif isinstance(module, FakeQuantizedLinear | FakeQuantizedExperts):
+            kernel, schemes = "dense, rounded in each forward", " and ".join({s.describe(): None for s in module.schemes})
             reason = "prepared for quantization-aware training: convert_qat quantizes it"
-            rows.append(Row(name, module.scheme.describe(), kernel, reason, _bytes(*module.parameters(recurse=False))))
+            rows.append(Row(name, schemes, kernel, reason, _bytes(*module.parameters(recurse=False))))
         elif isinstance(module, QuantizedExperts):
             rows += _experts(name, module, dtype, asked or device_of(module))
     # Also inside wrappers of the model, and without modules that no longer exist.

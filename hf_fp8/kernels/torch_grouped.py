@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import numerics
-from ..formats.scheme import FP8_DYNAMIC, ROW, Granularity, TensorScheme
+from ..formats.scheme import FP8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 from . import torch_fp8
 from .base import ExpertWeights, GroupedKernel, Input, Reduce, Routing, product_dtype
 from .inputs import combined, quantize_input
@@ -97,7 +97,7 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
     n_experts, n, _ = w.codes.shape
     routing = routing if routing.offsets is not None else sort(routing, n_experts)
     assert routing.offsets is not None
-    values = floats_of(x, w, dtype).to(product_dtype(dtype, x.x.device))
+    values = floats_of(x, w.scheme, dtype).to(product_dtype(dtype, x.x.device))
     out, rows = values.new_zeros((routing.experts.shape[0], n)), routing.row_numbers()
     start = 0
     for expert, end in enumerate(routing.offsets.tolist()):
@@ -110,9 +110,9 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
     return out.to(dtype)
 
 
-def floats_of(x: Input, w: ExpertWeights, dtype: torch.dtype) -> torch.Tensor:
+def floats_of(x: Input, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
     """x (R, K) in floats: codes times their scales, in `dtype`."""
-    return x.x if x.scale is None else numerics.dequantize_input(x.x, x.scale, _of_input(w, x.scale), dtype)
+    return x.x if x.scale is None else numerics.dequantize_input(x.x, x.scale, _of_input(scheme, x.scale), dtype)
 
 
 def pieces(w: ExpertWeights, expert: int, k: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, int, int]]:
@@ -166,10 +166,10 @@ def _times_columns(grad: torch.Tensor, w: ExpertWeights, routing: Routing, out: 
     return out
 
 
-def _of_input(w: ExpertWeights, scale: torch.Tensor) -> Granularity:
+def _of_input(scheme: Scheme, scale: torch.Tensor) -> Granularity:
     """The granularity of the scales of an input; per-tensor scales are repeated for each row here."""
-    assert w.scheme.input is not None
-    return ROW if scale.shape[1] == 1 else w.scheme.input.granularity
+    assert scheme.input is not None
+    return ROW if scale.shape[1] == 1 else scheme.input.granularity
 
 
 SCALED_GROUPED_MM = GroupedKernel(

@@ -37,13 +37,7 @@ def is_interleaved(experts: Any, projection: Any) -> bool:
 
 def rebuilt(experts: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
     """The family's float module, in its own layout, on the same device. empty: its weights take no memory and are NaN."""
-    dense: nn.Module = experts.family.__new__(experts.family)
-    nn.Module.__init__(dense)
-    vars(dense).update({name: getattr(experts, name) for name in experts.attributes})
-    for name, child in experts.named_children():
-        dense.add_module(name, child)
-    for name, buffer in experts.named_buffers(recurse=False):
-        dense.register_buffer(name, buffer, persistent=name not in experts._non_persistent_buffers_set)
+    dense: nn.Module = experts.of_family()
     for name in experts._parameters:
         projection = next((p for p in experts.projections if p.name == name), None)
         if projection is not None:
@@ -51,7 +45,6 @@ def rebuilt(experts: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
             dense.register_parameter(projection.name, nn.Parameter(values))
         elif name not in experts.quantized:
             dense.register_parameter(name, nn.Parameter(getattr(experts, name).detach().to(dtype, copy=True)))
-    dense.train(experts.training)
     return dense
 
 

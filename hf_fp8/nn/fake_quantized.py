@@ -217,7 +217,16 @@ class FakeQuantizedLinear(nn.Linear):
             return None
         return self._scale_of(self.input_amax)
 
-    def to_linear(self) -> nn.Linear:
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes of its weights: one."""
+        return (self.scheme,)
+
+    def refuse_non_finite(self, weight: torch.Tensor) -> None:
+        """Raise ScaleError if `weight` (N, K), with adapters merged into it, has NaN or infinity."""
+        fake_quantized(weight, self.scheme.weight)
+
+    def to_float(self) -> nn.Linear:
         """The Linear that it replaces, with the same parameters and hooks."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias

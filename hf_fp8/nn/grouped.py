@@ -13,6 +13,7 @@ from ..formats.scheme import Scheme, scale_shape
 from ..formats.storage import stacked
 from ..kernels import ExpertWeights, Input, Problem, Routing, native, select_grouped
 from ..kernels import torch_grouped as grouped_mm
+from ..kernels.base import GroupedKernel
 from . import custom_op
 from .across import reducer
 from .functional import FLOATS, can_bypass_dispatcher, refuse_forward_mode
@@ -64,23 +65,29 @@ def _run(
     column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     held = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts, zero_point, column_groups)
-    return _multiply(x, held, input_scale, Routing(experts, rows, offsets, slots, expected, share), backend, across)
+    return multiply(x, held, input_scale, Routing(experts, rows, offsets, slots, expected, share), backend, across)
 
 
-def _multiply(
+def kernel_of(x: torch.Tensor, scheme: Scheme, n: int, n_experts: int, routing: Routing, backend: str) -> GroupedKernel:
+    """The kernel that runs for inputs x (R, K)."""
+    choice = select_grouped(Problem(x.device, scheme, n, x.shape[1], x.dtype), backend)
+    return choice.at(routing.rows_each(n_experts))
+
+
+def multiply(
     x: torch.Tensor, w: ExpertWeights, input_scale: torch.Tensor | None, routing: Routing, backend: str, across: str = ""
 ) -> torch.Tensor:
+    """Each row of x (R, K) times the weight of its expert: `scaled_grouped_linear` without checks and gradients."""
     n_experts, n, _ = w.codes.shape
     s = routing.experts.shape[0]
     if s == 0:
         return x.new_zeros((0, n))
-    choice = select_grouped(Problem(x.device, w.scheme, n, x.shape[1], x.dtype), backend)
-    kernel = choice.at(routing.rows_each(n_experts))
+    kernel = kernel_of(x, w.scheme, n, n_experts, routing, backend)
     if not kernel.quantizes or w.scheme.input is None:
         return kernel.multiply(Input(x), w, routing, x.dtype)
     if input_scale is not None and w.parts > 1:
         # The parts (gate, up) may have different static scales.
-        each = [_multiply(x, w.part(i), input_scale[:, i : i + 1], routing, backend, across) for i in range(w.parts)]
+        each = [multiply(x, w.part(i), input_scale[:, i : i + 1], routing, backend, across) for i in range(w.parts)]
         return torch.cat(each, 1)
     given, routing = grouped_mm.quantize(x, routing, w.scheme.input, input_scale, n_experts, reducer(across))
     return kernel.multiply(given, w, routing, x.dtype)
@@ -127,11 +134,14 @@ def _grad_x(
     zero_point: torch.Tensor | None = None,
     column_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of x (R, K), computed with the dequantized weights. columns: K, which packed codes do not tell."""
     w = ExpertWeights(weight, weight_scale, Scheme.parse(scheme), parts, zero_point, column_groups)
-    k = columns or weight.shape[2]
     routing = Routing(experts, rows, offsets, slots, share=share)
-    routing = routing if routing.offsets is not None else grouped_mm.sort(routing, weight.shape[0])
+    return gradient_of_input(grad, w, routing, n_rows, columns or weight.shape[2])
+
+
+def gradient_of_input(grad: torch.Tensor, w: ExpertWeights, routing: Routing, n_rows: int, k: int) -> torch.Tensor:
+    """The gradient of the input (n_rows, K), computed with the dequantized weights. k: K, which packed codes do not tell."""
+    routing = routing if routing.offsets is not None else grouped_mm.sort(routing, w.codes.shape[0])
     grad = grad if routing.slots is None else grad[routing.slots]
     found = native.times_weights(grad, w, routing)
     if found is None:
@@ -220,7 +230,7 @@ def scaled_grouped_linear(
     refuse_forward_mode(x)
     if can_bypass_dispatcher(x, weight, weight_scale):
         w = ExpertWeights(weight, weight_scale, scheme, parts, zero_point, column_groups)
-        return _multiply(x, w, input_scale, groups, backend, across)
+        return multiply(x, w, input_scale, groups, backend, across)
     found: torch.Tensor = _scaled_grouped_linear(
         x, weight, weight_scale, input_scale, groups.experts, groups.rows, groups.offsets, groups.slots, groups.expected,
         groups.share, parts, scheme.text, backend, across, zero_point, column_groups,

@@ -1,7 +1,4 @@
-"""QuantizedLinear: an `nn.Linear` with codes (values of 8 or 4 bits) and scales, loaded or quantized from a float weight.
-
-PackedLinear is the same with several codes in each element.
-"""
+"""QuantizedLinear: an `nn.Linear` with codes (values of 8 or 4 bits) and scales, loaded or quantized from a float weight."""
 
 from __future__ import annotations
 
@@ -13,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import ConfigError, StateDictError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..formats import numerics
 from ..formats.code_types import FP8, INT8
 from ..formats.quantized_weight.casts import codes_for_certain
 from ..formats.quantized_weight.source import Decoder
 from ..formats.scheme import INT8_DYNAMIC, Scheme, scale_shape
-from ..formats.storage import COLUMN_GROUPS, PACKED, SHAPE, WEIGHT, WEIGHT_SCALE, ZERO_POINT, TensorForm, dequantize, format_of
+from ..formats.storage import COLUMN_GROUPS, WEIGHT, WEIGHT_SCALE, ZERO_POINT, TensorForm, dequantize, format_of
 from ..formats.weights import Change, requantize, scale_dtype_of
 from .base import QuantizedModule, moved_as_it_is
 from .dtensors import local
@@ -459,36 +456,6 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.describe()}, backend={self.backend}"
-
-
-class PackedLinear(QuantizedLinear):
-    """A QuantizedLinear with several codes in each element of `weight_packed` (N, words), int32 (`formats.packing`).
-
-    Its parameters are those of compressed-tensors' `pack-quantized`: `weight_scale`, `weight_shape`, and, if the scheme has
-    them, `weight_zero_point` and `weight_g_idx` (`formats.storage.PackedCodes`). It has no `weight`, which could only be a
-    copy: `dequantized_weight()` is one.
-    """
-
-    codes_name: ClassVar[str] = PACKED
-    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {PACKED: ("weight_scale", "input_scale")}
-
-    @property
-    def beside(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
-        return {PACKED: tuple(name for name in (SHAPE, ZERO_POINT, COLUMN_GROUPS) if name in self._parameters)}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        shape = state_dict.get(prefix + SHAPE)
-        if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
-            raise StateDictError(  # another K may take as many elements
-                f"{prefix}{SHAPE} says {shape.tolist()}, but the weight of {prefix.removesuffix('.') or 'this layer'} has "
-                f"shape {[self.out_features, self.in_features]}"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def linear_of(scheme: Scheme) -> type[QuantizedLinear]:
-    """The class of layers whose weights are stored as `scheme` says."""
-    return PackedLinear if scheme.weight.packed else QuantizedLinear
 
 
 def refuse_torn(layers: Iterable[QuantizedLinear]) -> None:

@@ -14,7 +14,8 @@ from .base import QuantizedModule, foreign_attributes, holds_codes
 from .dense import release
 from .experts import QuantizedExperts
 from .experts_layout import Projection
-from .linear import QuantizedLinear, linear_of, refuse_torn
+from .linear import QuantizedLinear, refuse_torn
+from .packed_linear import linear_of
 
 # Attributes in which nn.Module stores hooks and flags of hooks.
 _HOOKS = (

@@ -19,7 +19,8 @@ from ..integrations.weight_readers import guard_readers
 from ..nn.base import QuantizedModule
 from ..nn.conv import QuantizedConv1x1
 from ..nn.dtensors import is_dtensor
-from ..nn.linear import ORIGINALS, QuantizedLinear, linear_of, refuse_torn
+from ..nn.linear import ORIGINALS, QuantizedLinear, refuse_torn
+from ..nn.packed_linear import linear_of
 from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module
 from .candidates import Choice, Filter, choose
 from .transformers_model import attach_quantizer, fill_experts

@@ -30,7 +30,8 @@ from ..kernels import BACKENDS_OF_LAYERS
 from ..nn.backward import BACKWARDS
 from ..nn.base import QuantizedModule
 from ..nn.conv import Convolution, QuantizedConv1x1
-from ..nn.linear import QuantizedLinear, linear_of
+from ..nn.linear import QuantizedLinear
+from ..nn.packed_linear import linear_of
 from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module, submodule
 from ..version import __version__
 

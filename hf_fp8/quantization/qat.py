@@ -7,19 +7,23 @@ In between, the model is trained as any other: its parameters are the float ones
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..errors import CalibrationError, ConfigError, ScaleError, UnsupportedError, by_reason, first, reasons_of
 from ..formats.scheme import SCHEMES, W4A16_FBGEMM, Scheme
 from ..integrations.config import FP8Config
 from ..integrations.peft.qat import merged_weight, without_adapters
+from ..loading.layout import ExpertsPlan
 from ..nn.fake_quantized import FakeQuantizedLinear, fake_quantized, has_float_offsets
+from ..nn.fake_quantized_experts import FakeQuantizedExperts, Prepared, prepared, why_not
 from ..nn.linear import ORIGINALS
 from ..nn.swap import choose_fused_paths, copy_hooks, replace_module
 from .calibration import apply_scales
@@ -51,25 +55,27 @@ def prepare_qat(
     targets: str | Sequence[str] = ("Linear",),
     ignore: str | Sequence[str] | None = None,
     backend: str = "scaled_mm",
+    experts: str = "auto",
 ) -> nn.Module:
-    """Replace the Linears of `model` by FakeQuantizedLinears, in place, for training before it is quantized.
+    """Replace the Linears of `model`, and the experts of a transformers MoE model, in place, for training before quantizing.
 
-    The same layers that `quantize_model` would quantize with these arguments; the log names those that it could not. Parameters
-    stay the same objects, so an optimizer may be made before or after. Adapters (LoRA) are added afterwards: then the weight
-    with the adapters merged into it is quantized in each forward. Experts of MoE models stay as they are.
+    By FakeQuantizedLinears and FakeQuantizedExperts: the same layers that `quantize_model` would quantize with these arguments;
+    the log names those that it could not. Parameters stay the same objects, so an optimizer may be made before or after.
+    Adapters (LoRA) are added afterwards: then the weight with the adapters merged into it is quantized in each forward.
 
     Args:
         scheme: any of `SCHEMES`, a Scheme or a dict, as in `quantize_model`; and "W4A16_FBGEMM", the numerics of FBGEMM's int4
             kernel for inputs in bfloat16. Static input scales ("FP8") are moving averages over the inputs in training.
         filter_fn, targets, ignore: as in `quantize_model`.
         backend: which kernels train and run: "scaled_mm" quantizes inputs as the scheme says, on every device.
+        experts: "dequantize" leaves the experts of an MoE model as they are. So do schemes with static input scales.
 
     Returns `model` (or the new layer, if `model` is a Linear itself). Raises ConfigError if nothing in it can be quantized;
     UnsupportedError for a model that is quantized, prepared or has adapters already.
     """
-    if any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
+    if prepared(model):
         raise UnsupportedError(f"{type(model).__name__} is prepared already: call convert_qat first")
-    config = FP8Config(backend=backend, experts="dequantize")
+    config = FP8Config(backend=backend, experts=experts)
     asked = TRAINING_ONLY.get(scheme.upper(), scheme) if isinstance(scheme, str) else scheme
     if isinstance(asked, Mapping):
         _refuse_float_offsets(asked)
@@ -89,9 +95,40 @@ def prepare_qat(
             new.request = request
             copy_hooks(old, new)
         model = replace_module(model, name, new)
+    model = _prepare_experts(model, choice, request, backend)
+    if not prepared(model):
+        raise ConfigError(f"no layer of {type(model).__name__} can be prepared ({reasons_of(choice.reasons)})")
     choose_fused_paths(model)
     _report(choice)
     return model
+
+
+def _prepare_experts(model: nn.Module, choice: Choice, request: Request, backend: str) -> nn.Module:
+    """Replace the experts of `choice`; those that cannot be trained for their scheme are added to its reasons."""
+    asked = request.scheme
+    for name, plan in _plans(choice).items():
+        schemes = [asked] if isinstance(asked, Scheme) else [stack.projection.scheme for stack in plan.stacks]
+        if (reason := next(filter(None, map(why_not, schemes)), None)) is not None:
+            choice.reasons[name] = reason
+            continue
+        old = model.get_submodule(name)
+        new = FakeQuantizedExperts(
+            old, plan.first.projection, plan.second.projection,
+            interleaved=plan.interleaved, backend=backend, name=name,
+        )  # fmt: skip
+        new.request = request
+        copy_hooks(old, new)
+        model = replace_module(model, name, new)
+    return model
+
+
+def _plans(choice: Choice) -> dict[str, ExpertsPlan]:
+    """Name of an experts module -> how it would be quantized."""
+    found = {}
+    for path, quantizer in choice.quantizers.items():
+        for name, plan in quantizer.layout.experts.items() if quantizer.layout is not None else ():
+            found[f"{path}.{name}" if path else name] = plan
+    return found
 
 
 def _storable(scheme: str | Scheme | Mapping[Any, Any]) -> str | Scheme | Mapping[Any, Any]:
@@ -146,25 +183,25 @@ def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str 
     _input_scales(layers)
     merged = {id(m.base_layer): m for m in model.modules() if isinstance(getattr(m, "base_layer", None), FakeQuantizedLinear)}
     for name, layer in layers.items():
-        _refuse_unfit(name, layer, merged_weight(merged[id(layer)]) if id(layer) in merged else layer.weight)
+        _refuse_unfit(name, layer, merged.get(id(layer)))
     model = without_adapters(model)
     layers = _prepared(model)
     scales = _input_scales(layers)
-    linears = {id(layer): layer.to_linear() for layer in layers.values()}  # a shared layer stays shared
-    model = _swap(model, layers, linears)
-    floats = {name: layer for name, layer in layers.items() if has_float_offsets(layer.scheme.weight)}
-    kept = {name: layer for name, layer in layers.items() if name not in floats}
+    floats = {id(layer): layer.to_float() for layer in layers.values()}  # a shared layer stays shared
+    model = _swap(model, layers, floats)
+    stay = {name: layer for name, layer in layers.items() if has_float_offsets(layer.schemes[0].weight)}
+    kept = {name: layer for name, layer in layers.items() if name not in stay}
     try:
-        if floats:
-            _choice(model, floats, backend)
+        if stay:
+            _choice(model, stay, backend)
         choice = _choice(model, kept, backend) if kept else None
     except (ConfigError, UnsupportedError):
         _swap(model, layers, {id(layer): layer for layer in layers.values()})
         raise
     if choice is not None:
-        how = {"device": None, "originals": originals, "backend": "auto"}
-        model = quantize_chosen(model, choice, how, {})
-    for layer in dict.fromkeys(floats.values()):
+        model = quantize_chosen(model, choice, {"device": None, "originals": originals, "backend": "auto"}, {})
+    for layer in dict.fromkeys(stay.values()):
+        assert isinstance(layer, FakeQuantizedLinear)
         layer.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
     for name, layer in kept.items():
         model.get_submodule(name).backend = backend or layer.backend  # type: ignore[assignment]
@@ -172,10 +209,9 @@ def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str 
     return model
 
 
-def _prepared(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
-    """The prepared layers, under each of their names. Raises ConfigError if there are none."""
-    modules = model.named_modules(remove_duplicate=False)
-    if found := {name: module for name, module in modules if isinstance(module, FakeQuantizedLinear)}:
+def _prepared(model: nn.Module) -> dict[str, Prepared]:
+    """`prepared`, or ConfigError if there is nothing."""
+    if found := prepared(model):
         return found
     raise ConfigError(
         f"{type(model).__name__} has no layers that prepare_qat has prepared: call it first, and train. convert_qat "
@@ -183,67 +219,75 @@ def _prepared(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
     )
 
 
-def _swap(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear], by_layer: Mapping[int, nn.Module]) -> nn.Module:
+def _swap(model: nn.Module, layers: Mapping[str, Prepared], by_layer: Mapping[int, nn.Module]) -> nn.Module:
     for name, layer in layers.items():
         model = replace_module(model, name, by_layer[id(layer)])
     choose_fused_paths(model)
     return model
 
 
-def _refuse_unfit(name: str, layer: FakeQuantizedLinear, weight: torch.Tensor) -> None:
-    """Raise for a layer whose quantized values would not be those it was trained with. weight: it, with adapters merged."""
-    called = name or "the layer"
-    if set(layer._parameters) != {"weight", "bias"} or layer._modules:
+def _refuse_unfit(name: str, layer: Prepared, adapter: nn.Module | None) -> None:
+    """Raise for a layer whose quantized values would not be those it was trained with. adapter: the LoRA layer around it."""
+    called, is_linear = name or "the layer", isinstance(layer, FakeQuantizedLinear)
+    if is_parametrized(layer) or (is_linear and (set(layer._parameters) != {"weight", "bias"} or layer._modules)):
         raise UnsupportedError(f"{called} was changed after prepare_qat, for example by a weight norm or pruning: undo that")
     if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
         raise UnsupportedError(f"{called} had its forward replaced after prepare_qat, which would be lost: undo that")
     try:
-        fake_quantized(weight, layer.scheme.weight)
+        if isinstance(layer, FakeQuantizedLinear):
+            layer.refuse_non_finite(layer.weight if adapter is None else merged_weight(adapter))
+        else:
+            layer.refuse_non_finite()
     except ScaleError as error:
         raise ScaleError(f"{called} cannot be quantized: {error}") from error
 
 
-def _choice(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear], backend: str | None) -> Choice:
-    """The choice that gives each of `layers`, now Linears of `model`, its own scheme.
+def _choice(model: nn.Module, layers: Mapping[str, Prepared], backend: str | None) -> Choice:
+    """The choice that gives each of `layers`, now float modules of `model`, its own scheme.
 
     By the request that they were prepared with, if there is one and it still chooses them (it reads as the user wrote it in
     the checkpoint); else by their names. Raises UnsupportedError if one cannot be quantized any more.
     """
-    linears = {id(model.get_submodule(name)): _storable(layer.scheme) for name, layer in layers.items()}
+    wanted = {id(model.get_submodule(name)): tuple(map(_storable, layer.schemes)) for name, layer in layers.items()}
     called = {id(model.get_submodule(name)): name for name in layers}
     one = next(iter(layers.values()))
     asked = one.request
     for request in (Request(_storable(asked.scheme), asked.targets, asked.ignore), _by_name(model, layers)):
-        config, reasons = FP8Config(experts="dequantize", backend=backend or one.backend), {}
+        config, reasons = FP8Config(backend=backend or one.backend), {}
         config.spec = QuantizationSpec.asked(request.scheme, request.targets, request.ignore)
         try:
-            choice = choose(model, config, lambda _, module: id(module) in linears, False)
+            choice = choose(model, config, lambda _, module: id(module) in wanted, False)
         except ConfigError as error:
             reasons = {"": str(error)}
             continue
         reasons = choice.reasons
-        if linears == {id(model.get_submodule(name)): scheme for name, scheme in choice.layers.items()}:
+        schemes = {name: (scheme,) for name, scheme in choice.layers.items()}
+        stacks = {name: tuple(s.projection.scheme for s in plan.stacks) for name, plan in _plans(choice).items()}
+        if wanted == {id(model.get_submodule(name)): found for name, found in {**schemes, **stacks}.items()}:
             return choice
     raise UnsupportedError(
         f"{first(list(called.values()))} cannot be quantized as in training, and nothing was converted: {reasons_of(reasons)}"
     )
 
 
-def _by_name(model: nn.Module, layers: Mapping[str, FakeQuantizedLinear]) -> Request:
+def _by_name(model: nn.Module, layers: Mapping[str, Prepared]) -> Request:
     """Layers by their names, also those within transformers models in `model`, whose configs they are written to."""
     paths = [path for path, _ in transformers_models(model) if path]
     schemes: dict[Scheme, list[str]] = {}
     for name, layer in layers.items():
-        inner = [name.removeprefix(f"{path}.") for path in paths if name.startswith(f"{path}.")]
-        scheme = _storable(layer.scheme)
+        names = [name, *(name.removeprefix(f"{path}.") for path in paths if name.startswith(f"{path}."))]
+        if isinstance(layer, FakeQuantizedExperts):  # whose matrices have names of their own in files
+            names += [rf"re:{re.escape(one)}\..*" for one in names]
+        scheme = _storable(layer.schemes[0])
         assert isinstance(scheme, Scheme)
-        schemes.setdefault(scheme, []).extend([name, *inner])
+        schemes.setdefault(scheme, []).extend(names)
     return Request(schemes, ("Linear",), ())
 
 
-def _input_scales(layers: Mapping[str, FakeQuantizedLinear]) -> dict[str, torch.Tensor]:
+def _input_scales(layers: Mapping[str, Prepared]) -> dict[str, torch.Tensor]:
     """Name -> static input scale."""
-    static = {name: layer.input_scale() for name, layer in layers.items() if layer.input_amax is not None}
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, FakeQuantizedLinear)}
+    static = {name: layer.input_scale() for name, layer in linears.items() if layer.input_amax is not None}
     if unseen := [name for name, scale in static.items() if scale is None]:
         raise CalibrationError(
             f"{first(unseen)} quantize their inputs with static scales, and have seen none in training: train the model in "

@@ -233,8 +233,8 @@ def train(model: nn.Module, config: Any, wanted: Filter | None) -> nn.Module:
 
 
 def prepare(model: nn.Module, scheme: Scheme, wanted: Filter | None) -> nn.Module:
-    """`prepare_qat(model, scheme, filter_fn=wanted)`."""
-    found = prepare_qat(model, scheme, filter_fn=wanted)
+    """`prepare_qat(model, scheme, filter_fn=wanted)`, of Linears only, as torchao's."""
+    found = prepare_qat(model, scheme, filter_fn=wanted, experts="dequantize")
     _prepared[model] = scheme
     return found
 
@@ -250,6 +250,6 @@ def restored(model: nn.Module) -> nn.Module:
     """`model` with plain Linears, which have the trained parameters, in place of the prepared ones."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, FakeQuantizedLinear):
-            model = replace_module(model, name, layer.to_linear())
+            model = replace_module(model, name, layer.to_float())
     _prepared.pop(model, None)
     return model

@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from hf_fp8.formats.code_types import CODE_TYPES, FP8, INT4, INT8, CodeType
 from hf_fp8.formats.scheme import SCHEMES, Scheme
 from hf_fp8.formats.storage import dequantize, format_of, forms_of_stack
-from hf_fp8.nn.linear import linear_of
+from hf_fp8.nn.packed_linear import linear_of
 
 pytestmark = pytest.mark.hostless
 EVERY = sorted(set(SCHEMES.values()), key=str)

@@ -258,7 +258,7 @@ def test_inputs_that_are_fake_quantized(scheme: Scheme) -> None:
         found = scaled_grouped_linear(x, experts.codes, experts.scale, scheme, ids, zero_point=experts.zero_point)
     assert scheme.input is not None and experts.scheme == scheme
     given = quantize(x, Routing(ids), scheme.input, None, 2)[0]  # the interpreter rounds to E4M3 in its own way
-    rounded = floats_of(given, experts, torch.float32)
+    rounded = floats_of(given, experts.scheme, torch.float32)
     for i, e in enumerate(ids.tolist()):
         check(found[i : i + 1], rounded[i : i + 1], wide[e])
 

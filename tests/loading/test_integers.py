@@ -26,7 +26,8 @@ import hf_fp8
 from hf_fp8 import FP8Config
 from hf_fp8.errors import MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
 from hf_fp8.nn.experts import QuantizedExperts
-from hf_fp8.nn.linear import PackedLinear, QuantizedLinear
+from hf_fp8.nn.linear import QuantizedLinear
+from hf_fp8.nn.packed_linear import PackedLinear
 
 IDS = torch.arange(1, 20).unsqueeze(0)
 KEPT: dict[str, Any] = {"backend": "weight_only", "experts": "fp8"}

@@ -9,13 +9,14 @@ from torch import nn
 
 from ...errors import UnsupportedError
 from ...nn.fake_quantized import FakeQuantizedLinear
+from ...nn.fake_quantized_experts import prepared
 from ...nn.swap import replace_module
 from ..patches import bind_once, original
 
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether layers of `model` are prepared for quantization-aware training."""
-    return any(isinstance(module, FakeQuantizedLinear) for module in model.modules())
+    return bool(prepared(model))
 
 
 def refuse(config: Any) -> None:

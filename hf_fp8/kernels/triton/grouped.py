@@ -187,4 +187,4 @@ def multiply(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -
 
 def multiply_dequantized(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
     """`multiply` with inputs in `dtype`, whose codes are multiplied with their scales first."""
-    return multiply(Input(floats_of(x, w, dtype)), w, routing, dtype)
+    return multiply(Input(floats_of(x, w.scheme, dtype)), w, routing, dtype)
