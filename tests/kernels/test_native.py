@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,25 +34,6 @@ GRANULARITIES = {
 SIZES = [(64, 64), (37, 97), (5, 40), (100, 1000), (300, 513), (96, 1030)]
 # ‖a−b‖/‖b‖ to a float64 product: float32 sums, then one rounding to the dtype of the output.
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-6, torch.float16: 2.0**-11 + 1e-6}
-
-
-def supported() -> list[str]:
-    if native.why_not() is not None:
-        return ["none"]
-    found = []
-    for name in native.names()[0]:
-        try:
-            with native.use(name):
-                found.append(name)
-        except KernelError:
-            pass
-    return found
-
-
-@pytest.fixture(params=supported())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.use(request.param):
-        yield request.param
 
 
 def codes(n: int, k: int, dtype: torch.dtype = FP8, seed: int = 0) -> torch.Tensor:

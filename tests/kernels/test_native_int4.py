@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from hf_fp8.errors import InputError, KernelError
+from hf_fp8.errors import InputError
 from hf_fp8.formats import native, native_library
 from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 
@@ -22,25 +21,6 @@ SIZES = [(64, 128), (37, 97), (5, 40), (1, 1), (3, 7), (41, 1000), (50, 513), (9
 ROWS = [1, 2, 3, 4, 5, 6, 7, 17, 40]
 # To a float64 product, relative to the sum of magnitudes; then one rounding to the dtype of the output.
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-
-
-def supported() -> list[str]:
-    if native.why_not() is not None:
-        return ["none"]
-    found = []
-    for name in native.names()[0]:
-        try:
-            with native.use(name):
-                found.append(name)
-        except KernelError:
-            pass
-    return found
-
-
-@pytest.fixture(params=supported())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.use(request.param):
-        yield request.param
 
 
 def packed(nibbles: torch.Tensor) -> torch.Tensor:

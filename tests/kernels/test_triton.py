@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ from hf_fp8.kernels.triton import granularity as tiling
 from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear
 
-pytestmark = pytest.mark.hostless
+pytestmark = [pytest.mark.hostless, pytest.mark.usefixtures("interpreter")]
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -41,12 +40,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def interpreter() -> Iterator[None]:
-    with triton_support.interpreted():
-        yield
 
 
 def bytes_of(t: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,11 +17,10 @@ from hf_fp8.kernels.torch_fp8 import fake_quantize
 from hf_fp8.kernels.torch_grouped import floats_of, quantize, sort
 from hf_fp8.kernels.triton import entries
 from hf_fp8.kernels.triton import granularity as tiling
-from hf_fp8.kernels.triton import support as triton_support
 from hf_fp8.nn.functional import scaled_linear
 from hf_fp8.nn.grouped import scaled_grouped_linear
 
-pytestmark = pytest.mark.hostless
+pytestmark = [pytest.mark.hostless, pytest.mark.usefixtures("interpreter")]
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -31,12 +29,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def interpreter() -> Iterator[None]:
-    with triton_support.interpreted():
-        yield
 
 
 def scheme_of(bits: int, cols: int, zeros: bool = False, inputs: TensorScheme | None = None) -> Scheme:
