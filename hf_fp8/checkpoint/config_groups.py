@@ -1,4 +1,4 @@
-"""Reads and writes the `config_groups` of a `quantization_config`: which modules are quantized with which scheme.
+"""Reads the `config_groups` of a `quantization_config`, or of a request: which modules are quantized with which scheme.
 
 compressed-tensors parses them (`QuantizationConfig`, pydantic). This module gives precise errors, decides which groups hf_fp8
 runs, and matches names as compressed-tensors does (utils/match.py).
@@ -19,7 +19,6 @@ import regex  # type: ignore[import-untyped]
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
-    QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStrategy,
@@ -28,16 +27,10 @@ from compressed_tensors.quantization import (
 from pydantic import ValidationError
 
 from ..errors import ConfigError, FP8Error, UnsupportedError
-from ..formats.code_types import FP8, INT4, INT8
-from ..formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme, scheme_named
+from ..formats.scheme import Scheme, scheme_named
+from .group_schemes import FP8_FORMATS, is_fp8, is_plain, scheme_of, value_of, with_format, write_group
 
-# Formats that store E4M3 codes (8-bit numbers) unpacked, under "weight": int-quantized differs from the others in name only
-# (compressors/naive_quantized), and old writers fell back to it.
-FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
 KNOWN_FORMATS = {*FP8_FORMATS, *(member.value for member in CompressionFormat)}
-# Formats of integers: packed into int32, or one in each element. naive-quantized: as llm-compressor wrote without inputs.
-PACKED_FORMAT = CompressionFormat.pack_quantized.value
-_INTEGER_FORMATS = (CompressionFormat.int_quantized.value, CompressionFormat.naive_quantized.value)
 # Maximum seconds to match one pattern of a config with one name. Usual ones take microseconds.
 PATTERN_SECONDS = 0.3
 # Syntax that `regex`, used here for its timeout, reads differently from `re`, used by compressed-tensors: POSIX classes and
@@ -125,17 +118,10 @@ def _compiled(pattern: str) -> Any:
     return regex.compile(pattern)
 
 
-def is_fp8(weights: Any) -> bool:
-    """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
-    if not isinstance(weights, dict) or str(weights.get("type")).lower() != "float" or weights.get("num_bits") not in (8, "8"):
-        return False
-    return "uint8" not in str(weights.get("scale_dtype"))
-
-
 def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
     """Whether a compressed-tensors config has an FP8 group, or is broken in a way that may hide one."""
     groups = with_presets(checkpoint.get("config_groups"))
-    if any(isinstance(g, dict) and is_fp8(g.get("weights")) and _is_plain(g.get("format")) for g in groups.values()):
+    if any(isinstance(g, dict) and is_fp8(g.get("weights")) and is_plain(g.get("format")) for g in groups.values()):
         return True
     if groups and all(isinstance(g, dict) and _is_about_attention(g) for g in groups.values()):
         return False  # the weights are dense
@@ -143,10 +129,6 @@ def concerns_fp8(checkpoint: dict[str, Any]) -> bool:
         return True  # compressed-tensors cannot read it: hf_fp8 raises its own error
     no_weights = not groups or not all(isinstance(g.get("weights"), dict) for g in groups.values())
     return checkpoint.get("format") == "float-quantized" and (no_weights or not _is_readable(checkpoint, groups))
-
-
-def _is_plain(fmt: Any) -> bool:
-    return not (isinstance(fmt, str) and fmt.startswith("mx"))
 
 
 def with_presets(groups: Any) -> dict[str, Any]:
@@ -268,18 +250,13 @@ def _check_patterns(key: str, targets: Any) -> None:
             raise ConfigError(f"quantization_config.{key}: {target!r} is not a valid regular expression ({error})") from None
 
 
-def _value(x: Any) -> Any:
-    """The value of `x` if it is an enum member: pydantic returns some enums as members, some as values."""
-    return getattr(x, "value", x)
-
-
 def read_groups(written: Mapping[str, Any], parsed: QuantizationConfig) -> tuple[Group, ...]:
     """The groups of a `quantization_config`, as JSON and as compressed-tensors has parsed it."""
     spelled = with_presets(written.get("config_groups"))
     found = []
     for name, group in parsed.config_groups.items():
-        fmt = _value(group.format) or _value(parsed.format)
-        found.append(Group(name, tuple(group.targets), _scheme(name, group, fmt, is_ordered(spelled.get(name))), group, fmt))
+        fmt = value_of(group.format) or value_of(parsed.format)
+        found.append(Group(name, tuple(group.targets), scheme_of(name, group, fmt, is_ordered(spelled.get(name))), group, fmt))
     return tuple(found)
 
 
@@ -289,94 +266,6 @@ def runs_here(checkpoint: Mapping[str, Any]) -> bool:
         return any(group.scheme is not None for group in read_groups(checkpoint, parse(dict(checkpoint))))
     except FP8Error:
         return False
-
-
-def _scheme(name: str, group: QuantizationScheme, fmt: Any, ordered: bool) -> Scheme | None:
-    """The scheme of a group; None if transformers runs it. Raises UnsupportedError for FP8 that hf_fp8 does not run."""
-    weights = None if group.weights is None else group.weights.model_dump(mode="json")
-    if is_fp8(weights) and _is_plain(_value(group.format)):
-        return _fp8_scheme(name, group)
-    return None if weights is None else _integer_scheme(group, fmt, ordered)
-
-
-def _integer_scheme(group: QuantizationScheme, fmt: Any, ordered: bool) -> Scheme | None:
-    """The scheme of a group of int4 or int8 weights; None for kinds of them that hf_fp8 does not run."""
-    weights, inputs = group.weights, group.input_activations
-    packed = fmt == PACKED_FORMAT
-    strategy = _value(weights.strategy)
-    dtype = {(4, True): INT4, (8, True): INT8, (8, False): INT8}.get((weights.num_bits, packed))
-    if weights.type != "int" or dtype is None or weights.dynamic or group.output_activations is not None:
-        return None
-    if not packed and (fmt not in _INTEGER_FORMATS or not weights.symmetric or ordered):
-        return None
-    granularities = {"channel": ROW, "group": Granularity(1, weights.group_size or -1), "tensor": TENSOR}
-    if strategy not in granularities or (packed and strategy == "tensor") or (ordered and strategy != "group"):
-        return None
-    input_scheme = None if inputs is None else _input_scheme(inputs)
-    if inputs is not None and input_scheme is None:
-        return None
-    stored = TensorScheme(
-        granularities[strategy], dtype=dtype, packed=packed, has_zero_points=not weights.symmetric, is_ordered=ordered
-    )
-    return Scheme(stored, input_scheme)
-
-
-def _input_scheme(inputs: QuantizationArgs) -> TensorScheme | None:
-    """How inputs are quantized; None for a way that hf_fp8 does not run."""
-    dtype = {"float": FP8, "int": INT8}.get(_value(inputs.type))
-    kinds = {
-        ("tensor", True): TENSOR,
-        ("tensor", False): TENSOR,
-        ("token", True): ROW,
-        ("group", True): Granularity(1, inputs.group_size or -1),
-    }
-    kind = kinds.get((_value(inputs.strategy), inputs.dynamic))
-    if dtype is None or inputs.num_bits != 8 or not inputs.symmetric or kind is None:
-        return None
-    return TensorScheme(kind, dynamic=bool(inputs.dynamic), dtype=dtype)
-
-
-def _fp8_scheme(name: str, group: QuantizationScheme) -> Scheme:
-    """The scheme of an FP8 group. Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
-    where = f"quantization_config.config_groups[{name!r}]"
-
-    def refuse(key: str, value: Any, supported: str) -> UnsupportedError:
-        return UnsupportedError(f"{where}.{key} is {_value(value)!r}; hf_fp8 supports {supported}")
-
-    fmt = _value(group.format)
-    if fmt not in FP8_FORMATS:
-        raise ConfigError(f"{where}.format is {fmt!r}: FP8 weights come as float-quantized or naive-quantized")
-    weights, inputs = group.weights, group.input_activations
-    if not weights.symmetric:
-        raise refuse("weights.symmetric", False, "symmetric FP8 weights (no zero points)")
-    if weights.dynamic:
-        raise refuse("weights.dynamic", weights.dynamic, "weights quantized ahead of time")
-    if group.output_activations is not None:
-        raise refuse("output_activations", "set", "schemes that quantize weights and inputs only")
-    weight = {
-        "tensor": lambda: TENSOR,
-        "channel": lambda: ROW,
-        "group": lambda: Granularity(1, weights.group_size),
-        "block": lambda: Granularity(*weights.block_structure),
-    }.get(_value(weights.strategy))
-    if weight is None:
-        raise refuse("weights.strategy", weights.strategy, "tensor, channel, group and block")
-    stored = TensorScheme(weight())
-    if inputs is None:
-        return Scheme(stored)
-    if inputs.type != "float" or inputs.num_bits != 8:
-        raise refuse("input_activations", f"{inputs.num_bits}-bit {inputs.type}", "8-bit float inputs, or none")
-    if not inputs.symmetric:
-        raise refuse("input_activations.symmetric", False, "symmetric inputs (no zero points)")
-    found = _input_scheme(inputs)
-    if found is None:
-        how = "dynamic" if inputs.dynamic is True else _value(inputs.dynamic) or "static"
-        raise refuse(
-            "input_activations.strategy",
-            f"{_value(inputs.strategy)} ({how})",
-            "tensor (static or dynamic), token and group (dynamic)",
-        )
-    return Scheme(stored, found)
 
 
 def asked_groups(
@@ -398,47 +287,10 @@ def asked_groups(
         group = next(name for name in map("group_{}".format, count()) if name not in written and name not in scheme)
         schemes[group] = found
         written[group] = write_group(found, [value] if isinstance(value, str) else list(value))
-    request = {"config_groups": {name: _with_format(group) for name, group in written.items()}, "ignore": list(ignore)}
+    request = {"config_groups": {name: with_format(group) for name, group in written.items()}, "ignore": list(ignore)}
     parsed = parse(request)
     groups = read_groups(request, parsed)
     return parsed, tuple(replace(group, scheme=schemes.get(group.name, group.scheme)) for group in groups)
-
-
-def _with_format(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A requested group, as JSON, with the format in which llm-compressor would store it, if it has none."""
-    weights = group.get("weights")
-    if group.get("format") or not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
-        return dict(group)
-    one_byte = weights.get("num_bits") in (8, "8") and group.get("input_activations")
-    return {**group, "format": CompressionFormat.int_quantized.value if one_byte else PACKED_FORMAT}
-
-
-def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
-    """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_groups` reads."""
-    fmt = CompressionFormat.naive_quantized.value if scheme.input is None else scheme.weight.code.format
-    if scheme.weight.packed:
-        fmt = PACKED_FORMAT
-    group = QuantizationScheme(
-        targets=list(targets),
-        weights=_arguments(scheme.weight, "channel"),
-        input_activations=None if scheme.input is None else _arguments(scheme.input, "token"),
-        format=fmt,
-    )
-    written: dict[str, Any] = group.model_dump(mode="json")
-    return written
-
-
-def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
-    granularity = operand.granularity
-    options: dict[str, Any] = {"strategy": {TENSOR: "tensor", ROW: row}.get(granularity, "group")}
-    if granularity.rows > 1:
-        options = {"strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
-    elif options["strategy"] == "group":
-        options["group_size"] = granularity.cols
-    code = operand.code
-    return QuantizationArgs(
-        num_bits=code.bits, type=code.kind, symmetric=not operand.has_zero_points, dynamic=operand.dynamic, **options
-    )
 
 
 def written_config(groups: Mapping[str, dict[str, Any]], ignore: Iterable[str]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from compressed_tensors.quantization import QuantizationConfig
 from ..errors import ConfigError
 from ..formats.code_types import FP8
 from ..formats.scheme import INT8_DYNAMIC, Scheme, scheme_named
-from .config_groups import Group, asked_groups, groups_of, match, parse, read_groups, with_presets, write_group, written_config
+from .config_groups import Group, asked_groups, groups_of, match, parse, read_groups, with_presets, written_config
+from .group_schemes import write_group
 from .reader import DTYPE_NAMES
 
 LINEARS = ["Linear"]  # the targets of a scheme without any

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, P
 
 import hf_fp8
 from hf_fp8 import FP8Config, Granularity, Scheme, TensorScheme
-from hf_fp8.checkpoint.config_groups import write_group
+from hf_fp8.checkpoint.group_schemes import write_group
 from hf_fp8.checkpoint.quantization_spec import QuantizationSpec
 from hf_fp8.errors import CalibrationError, ConfigError, MismatchError
 from hf_fp8.formats.code_types import FP8
