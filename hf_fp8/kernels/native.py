@@ -61,16 +61,10 @@ def multiply_grouped(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.
 
 def _grouped_unpacked(x: torch.Tensor, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
     """Rows times packed weights, one expert after the other; outputs without an expert are 0."""
-    assert routing.offsets is not None
     out = x.new_zeros((routing.experts.shape[0], w.codes.shape[1]), dtype=dtype)
-    rows, parts = routing.row_numbers(), [w.part(index) for index in range(w.parts)]
-    start = 0
-    for expert, end in enumerate(routing.offsets.tolist()):
-        if end > start:
-            given = x[start:end] if rows is None else x[rows[start:end]]
-            place = slice(start, end) if routing.slots is None else routing.slots[start:end]
-            out[place] = torch.cat([_unpacked(given, part.matrix(expert)) for part in parts], 1).to(dtype)
-        start = end
+    parts = [w.part(index) for index in range(w.parts)]
+    for expert, rows, places in torch_grouped.by_expert(routing):
+        out[places] = torch.cat([_unpacked(x[rows], part.matrix(expert)) for part in parts], 1).to(dtype)
     return out
 
 

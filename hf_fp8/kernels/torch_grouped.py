@@ -96,18 +96,27 @@ def dequantize(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype)
     """One expert after the other, its weight dequantized in pieces. Waits for a GPU, to read the number of rows per expert."""
     n_experts, n, _ = w.codes.shape
     routing = routing if routing.offsets is not None else sort(routing, n_experts)
-    assert routing.offsets is not None
     values = floats_of(x, w.scheme, dtype).to(product_dtype(dtype, x.x.device))
-    out, rows = values.new_zeros((routing.experts.shape[0], n)), routing.row_numbers()
-    start = 0
-    for expert, end in enumerate(routing.offsets.tolist()):
-        if end > start:
-            given = values[start:end] if rows is None else values[rows[start:end]]
-            place = slice(start, end) if routing.slots is None else routing.slots[start:end]
-            for dense, first, last in pieces(w, expert, values.shape[1], values.dtype):
-                out[place, first:last] = F.linear(given, dense)
-        start = end
+    out = values.new_zeros((routing.experts.shape[0], n))
+    for expert, rows, places in by_expert(routing):
+        given = values[rows]
+        for dense, first, last in pieces(w, expert, values.shape[1], values.dtype):
+            out[places, first:last] = F.linear(given, dense)
     return out.to(dtype)
+
+
+def by_expert(routing: Routing) -> Iterator[tuple[int, slice | torch.Tensor, slice | torch.Tensor]]:
+    """Yield (expert, index of its rows in the input, index of their outputs) for each expert that has rows.
+
+    The routing must be sorted. Waits for a GPU, to read the number of rows per expert.
+    """
+    assert routing.offsets is not None
+    rows, start = routing.row_numbers(), 0
+    for expert, end in enumerate(routing.offsets.tolist()):
+        some = slice(start, end)
+        if end > start:
+            yield expert, some if rows is None else rows[some], some if routing.slots is None else routing.slots[some]
+        start = end
 
 
 def floats_of(x: Input, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:

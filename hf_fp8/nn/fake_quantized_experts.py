@@ -126,14 +126,9 @@ def _of_weight(
         given, routing = grouped_mm.quantize(x, routing, parsed.input, None, n_experts)
         x = grouped_mm.floats_of(given, parsed, x.dtype)
     routing = routing if routing.offsets is not None else grouped_mm.sort(routing, n_experts)
-    assert routing.offsets is not None
-    out, of_rows, start = torch.zeros_like(weight, memory_format=torch.contiguous_format), routing.row_numbers(), 0
-    for expert, end in enumerate(routing.offsets.tolist()):
-        if end > start:
-            given_rows = x[start:end] if of_rows is None else x[of_rows[start:end]]
-            of_expert = grad[start:end] if routing.slots is None else grad[routing.slots[start:end]]
-            out[expert] = of_expert.t() @ given_rows
-        start = end
+    out = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    for expert, of_input, of_output in grouped_mm.by_expert(routing):
+        out[expert] = grad[of_output].t() @ x[of_input]
     return out
 
 
