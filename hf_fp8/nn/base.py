@@ -32,9 +32,14 @@ OF_A_LAYER = frozenset(
 )
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether `module` stands in for a float one: it has codes, or is prepared for quantization-aware training."""
+    return hasattr(type(module), "foreign")
+
+
 def foreign_attributes(module: nn.Module) -> tuple[str, ...]:
     """Names of attributes that user code set on a float layer, or on the float layer that a quantized one replaces."""
-    if hasattr(type(module), "foreign"):  # one of ours
+    if is_ours(module):
         found: tuple[str, ...] = module.foreign  # type: ignore[assignment]
         return found
     return tuple(name for name in vars(module) if name not in OF_A_LAYER)

@@ -6,6 +6,8 @@ quantized layer would use: so both give the same numbers. Gradients pass the rou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -171,15 +173,13 @@ class FakeQuantizedLinear(nn.Linear):
         self.register_buffer("input_amax", amax)
         self.train(linear.training)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """input: (..., K) in bf16, fp16, float32 or float64. Returns (..., N) in the same dtype (or autocast's).
 
-        Raises ScaleError on a CPU if the weight has NaN or infinity: training has diverged. Elsewhere outputs are NaN.
+        weight: a float weight (N, K) to use in place of its own, such as one with adapters merged into it. Raises ScaleError on
+        a CPU if the weight has NaN or infinity: training has diverged. Elsewhere outputs are NaN.
         """
-        return self.with_weight(input, self.weight)
-
-    def with_weight(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The output with another float weight (N, K) in place of its own, such as one with adapters merged into it."""
+        weight = self.weight if weight is None else weight
         if not input.is_meta and input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         rows = input.reshape(-1, input.shape[-1])
@@ -222,14 +222,16 @@ class FakeQuantizedLinear(nn.Linear):
         """The schemes of its weights: one."""
         return (self.scheme,)
 
-    def refuse_non_finite(self, weight: torch.Tensor) -> None:
-        """Raise ScaleError if `weight` (N, K), with adapters merged into it, has NaN or infinity."""
-        fake_quantized(weight, self.scheme.weight)
+    def refuse_non_finite(self, weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        """Raise ScaleError if its weight, or that in `weights`, has NaN or infinity."""
+        fake_quantized(weights.get("weight", self.weight), self.scheme.weight)
 
-    def to_float(self) -> nn.Linear:
-        """The Linear that it replaces, with the same parameters and hooks."""
+    def to_float(self, weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> nn.Linear:
+        """The Linear that it replaces, with the same parameters, or those in `weights` by name, and the same hooks."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
+        for name, weight in weights.items():
+            setattr(linear, name, nn.Parameter(weight, requires_grad=getattr(self, name).requires_grad))
         copy_hooks(self, linear)
         return linear.train(self.training)
 

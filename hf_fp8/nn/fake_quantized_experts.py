@@ -5,6 +5,8 @@ As `fake_quantized` does it for Linears: stacks are quantized anew in each forwa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from . import custom_op, grouped
 from .experts_layout import Projection
 from .fake_quantized import FakeQuantizedLinear, has_float_offsets
 from .routed_experts import RoutedExperts
-from .swap import copy_hooks
+from .swap import share_hooks
 
 
 def why_not(scheme: Scheme) -> str | None:
@@ -175,10 +177,12 @@ class FakeQuantizedExperts(RoutedExperts):
         self._stand_in_for(experts, first, second, interleaved)
         self.backend, self.name_in_model = backend, name
         self._take_over(experts)
+        share_hooks(experts, self)
 
-    def rows(self, projection: Projection) -> torch.Tensor:
-        """The weights (E, N, K) of a stack, with rows in the order in which they are quantized."""
-        values: torch.Tensor = getattr(self, projection.name)
+    def rows(self, projection: Projection, values: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights (E, N, K) of a stack, or of `values` in its place, with rows in the order in which they are quantized."""
+        values = getattr(self, projection.name) if values is None else values
+        assert values is not None
         if self.layout.is_transposed:
             values = values.transpose(1, 2)
         if projection is self.first and not self.layout.is_concatenated and not self.interleaved:
@@ -197,17 +201,19 @@ class FakeQuantizedExperts(RoutedExperts):
         """The schemes of its stacks."""
         return self.first.scheme, self.second.scheme
 
-    def refuse_non_finite(self) -> None:
-        """Raise ScaleError if a stack has NaN or infinity."""
+    def refuse_non_finite(self, weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        """Raise ScaleError if a stack, or one in `weights` by its name, has NaN or infinity."""
         for projection in self.projections:
-            quantized_stack(self.rows(projection), projection.scheme, projection.parts)
+            quantized_stack(self.rows(projection, weights.get(projection.name)), projection.scheme, projection.parts)
 
-    def to_float(self) -> nn.Module:
-        """The host's module, with the same parameters and hooks."""
+    def to_float(self, weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> nn.Module:
+        """The host's module, with the same parameters, or those in `weights` by name, and the same hooks."""
         dense = self.of_family()
         for name, parameter in self._parameters.items():
-            dense.register_parameter(name, parameter)
-        copy_hooks(self, dense)
+            requires_grad = parameter is not None and parameter.requires_grad
+            made = nn.Parameter(weights[name], requires_grad=requires_grad) if name in weights else parameter
+            dense.register_parameter(name, made)
+        share_hooks(self, dense)
         return dense
 
     def extra_repr(self) -> str:

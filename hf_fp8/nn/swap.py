@@ -10,7 +10,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 from ..formats.scheme import Scheme
-from .base import QuantizedModule, foreign_attributes, holds_codes
+from .base import QuantizedModule, foreign_attributes, is_ours
 from .dense import release
 from .experts import QuantizedExperts
 from .experts_layout import Projection
@@ -200,7 +200,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def choose_fused_paths(model: nn.Module) -> None:
-    """Disable the fused paths of torch's encoder, which do not call its Linears, where those are quantized; else undo that.
+    """Disable the fused paths of torch's encoder, which do not call its Linears, where those are ours; else undo that.
 
     In torch.nn.modules.transformer, an activation of 0 means that no fused kernel exists.
     """
@@ -209,7 +209,7 @@ def choose_fused_paths(model: nn.Module) -> None:
             if not isinstance(module, kind):
                 continue
             before = f"_hf_fp8_{name}"
-            if holds_codes(module):
+            if any(map(is_ours, module.modules())):
                 vars(module).setdefault(before, getattr(module, name))
                 setattr(module, name, off)
             elif before in vars(module):
@@ -220,8 +220,13 @@ def copy_hooks(old: nn.Module, new: nn.Module) -> None:
     """Copy from `old` to `new`: user attributes, hooks, and accelerate's hook, which moves inputs to the device."""
     for name in (foreign := foreign_attributes(old)):
         setattr(new, name, getattr(old, name))
-    if hasattr(type(new), "foreign"):
+    if is_ours(new):
         new.foreign = foreign  # type: ignore[assignment]
+    share_hooks(old, new)
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks of `old`."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))  # the same dicts, as hook handles remove from them
     if (hook := getattr(old, "_hf_hook", None)) is not None:

@@ -24,6 +24,7 @@ from ..loading.quantization_plan import why_unfit
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, QuantizedConv1x1
 from ..nn.dense import DenseLinear
+from ..nn.fake_quantized_experts import prepared
 from .transformers_model import plan_in_place, transformers_models
 
 Filter = Callable[[str, nn.Module], bool]
@@ -121,11 +122,15 @@ def choose(model: nn.Module, config: FP8Config, filter_fn: Filter | None, conv1x
     """Choose the layers of `model` to quantize.
 
     Raises ConfigError if a group has no layer left; ScaleError for experts that are not finite; UnsupportedError for models
-    with adapters.
+    with adapters, and for those that are prepared for quantization-aware training.
     """
     if (adapter := adapters(model)) is not None:
         raise UnsupportedError(
             f"{adapter} has an adapter, whose Linears must not be quantized: quantize the model first, then add adapters to it"
+        )
+    if prepared(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} is prepared for quantization-aware training: hf_fp8.convert_qat(model) quantizes it"
         )
     found = {candidate.name: candidate for candidate in candidates(model, conv1x1=conv1x1)}
     choice = Choice()

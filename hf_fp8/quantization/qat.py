@@ -20,7 +20,7 @@ from ..checkpoint.quantization_spec import QuantizationSpec
 from ..errors import CalibrationError, ConfigError, ScaleError, UnsupportedError, by_reason, first, reasons_of
 from ..formats.scheme import SCHEMES, W4A16_FBGEMM, Scheme
 from ..integrations.config import FP8Config
-from ..integrations.peft.qat import merged_weight, without_adapters
+from ..integrations.peft.qat import base_of, refuse_what_cannot_be_merged, trained_weights, with_adapters, without_adapters
 from ..loading.layout import ExpertsPlan
 from ..nn.fake_quantized import FakeQuantizedLinear, fake_quantized, has_float_offsets
 from ..nn.fake_quantized_experts import FakeQuantizedExperts, Prepared, prepared, why_not
@@ -117,7 +117,6 @@ def _prepare_experts(model: nn.Module, choice: Choice, request: Request, backend
             interleaved=plan.interleaved, backend=backend, name=name,
         )  # fmt: skip
         new.request = request
-        copy_hooks(old, new)
         model = replace_module(model, name, new)
     return model
 
@@ -162,10 +161,10 @@ def _report(choice: Choice) -> None:
 def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str = "discard") -> nn.Module:
     """Quantize the layers that `prepare_qat` has prepared, in place: codes and scales are those of the last forward.
 
-    Adapters are merged first, however they were added. A transformers model is then saved as a checkpoint of compressed-tensors
-    (`save_pretrained`), other models with `save_quantized`. Layers of "W4A16_FBGEMM" become Linears whose float weights are the
-    quantized values, as no checkpoint of compressed-tensors can hold their float offsets: torchao packs them without another
-    error.
+    Adapters are merged first, however they were added, as far as they are active in a forward. A transformers model is saved as
+    a checkpoint of compressed-tensors then (`save_pretrained`), other models with `save_quantized`. Layers of "W4A16_FBGEMM"
+    become Linears whose float weights are the quantized values, as no checkpoint of compressed-tensors can hold their float
+    offsets: torchao packs them without another error.
 
     Args:
         backend: of the quantized layers; by default that of `prepare_qat`, so that outputs stay the same.
@@ -178,66 +177,78 @@ def convert_qat(model: nn.Module, *, backend: str | None = None, originals: str 
     """
     if originals not in ORIGINALS:
         raise ConfigError(f"originals={originals!r}: it must be one of {', '.join(ORIGINALS)}")
-    layers = _prepared(model)
+    FP8Config(backend=backend or "auto")  # raises for unknown ones
+    outer = with_adapters(model)
+    if not outer:
+        raise ConfigError(
+            f"{type(model).__name__} has no layers that prepare_qat has prepared: call it first, and train. convert_qat "
+            "may have converted them already"
+        )
     refuse_sharded(model)
-    _input_scales(layers)
-    merged = {id(m.base_layer): m for m in model.modules() if isinstance(getattr(m, "base_layer", None), FakeQuantizedLinear)}
-    for name, layer in layers.items():
-        _refuse_unfit(name, layer, merged.get(id(layer)))
-    model = without_adapters(model)
-    layers = _prepared(model)
-    scales = _input_scales(layers)
-    floats = {id(layer): layer.to_float() for layer in layers.values()}  # a shared layer stays shared
-    model = _swap(model, layers, floats)
+    refuse_what_cannot_be_merged(model)
+    _input_scales({name: base_of(layer) for name, layer in outer.items()})
+    floats = {id(layer): _float(name, layer) for name, layer in outer.items()}  # a shared layer stays shared
+    became = {id(floats[id(layer)]): base_of(layer) for layer in outer.values()}
+    result = without_adapters(_swap(model, outer, floats))
+    modules = result.named_modules(remove_duplicate=False)
+    layers = {name: became[id(module)] for name, module in modules if id(module) in became}
     stay = {name: layer for name, layer in layers.items() if has_float_offsets(layer.schemes[0].weight)}
     kept = {name: layer for name, layer in layers.items() if name not in stay}
     try:
         if stay:
-            _choice(model, stay, backend)
-        choice = _choice(model, kept, backend) if kept else None
-    except (ConfigError, UnsupportedError):
-        _swap(model, layers, {id(layer): layer for layer in layers.values()})
+            _choice(result, stay, backend)
+        choice = _choice(result, kept, backend) if kept else None
+    except (ConfigError, ScaleError, UnsupportedError):
+        _swap(model, outer, {id(layer): layer for layer in outer.values()})
         raise
+    return _quantize(result, choice, stay, kept, backend, originals)
+
+
+def _float(name: str, layer: nn.Module) -> nn.Module:
+    """The float module of a prepared layer, with its adapters merged. Raises for one that cannot be quantized."""
+    weights = trained_weights(layer)
+    _refuse_unfit(name, base_of(layer), weights)
+    found: nn.Module = base_of(layer).to_float(weights)
+    return found
+
+
+def _quantize(
+    model: nn.Module,
+    choice: Choice | None,
+    stay: Mapping[str, Prepared],
+    kept: Mapping[str, Prepared],
+    backend: str | None,
+    originals: str,
+) -> nn.Module:
+    """Quantize float modules in the place of prepared layers; those that `stay` get the quantized values."""
+    scales = _input_scales(kept)
+    for name, layer in {id(model.get_submodule(name)): (name, layer) for name, layer in stay.items()}.values():
+        weight: Any = model.get_submodule(name).weight
+        weight.copy_(fake_quantized(weight, layer.schemes[0].weight))
     if choice is not None:
         model = quantize_chosen(model, choice, {"device": None, "originals": originals, "backend": "auto"}, {})
-    for layer in dict.fromkeys(stay.values()):
-        assert isinstance(layer, FakeQuantizedLinear)
-        layer.weight.copy_(fake_quantized(layer.weight, layer.scheme.weight))
     for name, layer in kept.items():
         model.get_submodule(name).backend = backend or layer.backend  # type: ignore[assignment]
     apply_scales(model, scales)
     return model
 
 
-def _prepared(model: nn.Module) -> dict[str, Prepared]:
-    """`prepared`, or ConfigError if there is nothing."""
-    if found := prepared(model):
-        return found
-    raise ConfigError(
-        f"{type(model).__name__} has no layers that prepare_qat has prepared: call it first, and train. convert_qat "
-        "may have converted them already"
-    )
-
-
-def _swap(model: nn.Module, layers: Mapping[str, Prepared], by_layer: Mapping[int, nn.Module]) -> nn.Module:
+def _swap(model: nn.Module, layers: Mapping[str, nn.Module], by_layer: Mapping[int, nn.Module]) -> nn.Module:
     for name, layer in layers.items():
         model = replace_module(model, name, by_layer[id(layer)])
     choose_fused_paths(model)
     return model
 
 
-def _refuse_unfit(name: str, layer: Prepared, adapter: nn.Module | None) -> None:
-    """Raise for a layer whose quantized values would not be those it was trained with. adapter: the LoRA layer around it."""
+def _refuse_unfit(name: str, layer: Prepared, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise for a layer whose quantized values would not be those it was trained with. weights: those with adapters merged."""
     called, is_linear = name or "the layer", isinstance(layer, FakeQuantizedLinear)
     if is_parametrized(layer) or (is_linear and (set(layer._parameters) != {"weight", "bias"} or layer._modules)):
         raise UnsupportedError(f"{called} was changed after prepare_qat, for example by a weight norm or pruning: undo that")
     if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
         raise UnsupportedError(f"{called} had its forward replaced after prepare_qat, which would be lost: undo that")
     try:
-        if isinstance(layer, FakeQuantizedLinear):
-            layer.refuse_non_finite(layer.weight if adapter is None else merged_weight(adapter))
-        else:
-            layer.refuse_non_finite()
+        layer.refuse_non_finite(weights)
     except ScaleError as error:
         raise ScaleError(f"{called} cannot be quantized: {error}") from error
 
@@ -265,8 +276,9 @@ def _choice(model: nn.Module, layers: Mapping[str, Prepared], backend: str | Non
         stacks = {name: tuple(s.projection.scheme for s in plan.stacks) for name, plan in _plans(choice).items()}
         if wanted == {id(model.get_submodule(name)): found for name, found in {**schemes, **stacks}.items()}:
             return choice
+    why = reasons_of(reasons) or "here they would not be chosen; convert the model that was prepared, not a part of it"
     raise UnsupportedError(
-        f"{first(list(called.values()))} cannot be quantized as in training, and nothing was converted: {reasons_of(reasons)}"
+        f"{first(list(called.values()))} cannot be quantized as in training, and nothing was converted: {why}"
     )
 
 

@@ -24,6 +24,7 @@ from ..loading.key_map import PlainMerge
 from ..loading.layout import ExpertsPlan, Stack
 from ..loading.quantization_plan import Choose
 from ..nn.base import holds_codes
+from ..nn.swap import share_hooks
 
 
 def plan_in_place(model: PreTrainedModel, config: FP8Config, choose: Choose) -> FP8HfQuantizer:
@@ -57,6 +58,7 @@ def fill_experts(model: PreTrainedModel, plan: ExpertsPlan, *, backend: str, dev
     """Replace the dense experts of `plan` by QuantizedExperts; experts are quantized one at a time on `device`."""
     dense = model.get_submodule(plan.name)
     new = swap_planned(model, plan, backend)
+    share_hooks(dense, new)
 
     def part_of(stack: Stack, values: torch.Tensor, part: int, expert: int) -> torch.Tensor:
         is_transposed, is_interleaved = new.layout.is_transposed, not new.layout.is_concatenated

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from support.build import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -239,6 +239,98 @@ def test_adapters_that_were_added_in_other_ways(how: str, dense: Path, tmp_path:
     assert torch.equal(logits(converted), wanted)
     converted.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved", quantization_config=FP8Config())), wanted)
+
+
+def test_adapters_as_they_are_active(dense: Path) -> None:
+    """What is converted is what the last forward computed with, whatever the state of the adapters."""
+
+    def made() -> Any:
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(prepare_qat(load(dense), "W4A16"), config)
+        model.add_adapter("second", config)
+        return model
+
+    def merged_then_both(model: Any) -> None:
+        model.merge_adapter(["default"])
+        model.base_model.set_adapter(["default", "second"])
+
+    states: dict[str, Any] = {
+        "one": lambda m: None, "second": lambda m: m.set_adapter("second"),
+        "both": lambda m: m.base_model.set_adapter(["default", "second"]),
+        "disabled": lambda m: m.base_model.disable_adapter_layers(), "merged": lambda m: m.merge_adapter(),
+        "merged then both": merged_then_both,
+    }  # fmt: skip
+    found = {}
+    for name, change in states.items():
+        model = made()
+        change(model)
+        wanted = logits(model)
+        found[name] = logits(convert_qat(model))
+        assert torch.equal(found[name], wanted), name
+    assert torch.equal(found["one"], found["merged"]) and not torch.equal(found["one"], found["second"])
+    assert torch.equal(found["disabled"], logits(convert_qat(prepare_qat(load(dense), "W4A16"))))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "down_proj"]}, {"target_parameters": ["q_proj.weight"]}])
+def test_adapters_under_autocast(options: dict[str, Any], dense: Path) -> None:
+    """The merged weight is that without autocast, in which it would be rounded."""
+    config = LoraConfig(**{"target_modules": [], **options}, r=4, init_lora_weights=False)
+    model = get_peft_model(prepare_qat(load(dense), "W4A16"), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = logits(model)
+    converted = convert_qat(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(converted), wanted)
+
+
+def test_hooks_of_a_layer_under_adapters(dense: Path) -> None:
+    model, seen = prepare_qat(load(dense), "W4A16"), []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    logits(model)
+    logits(convert_qat(model))
+    assert len(seen) == 2
+
+
+def test_an_encoder_has_no_fast_path_around_its_layers() -> None:
+    layer = nn.TransformerEncoderLayer(128, 4, 128, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 128)
+    with torch.no_grad():
+        dense = model(x)
+        wanted = prepare_qat(model, "W4A16")(x)
+        assert not torch.allclose(dense, wanted, atol=1e-3)
+        assert torch.equal(convert_qat(model)(x), wanted)
+
+
+def test_a_prepared_model_is_not_quantized_otherwise(dense: Path) -> None:
+    model = prepare_qat(load(dense), "W4A16")
+    wanted = logits(model)
+    with pytest.raises(UnsupportedError, match="convert_qat"):
+        hf_fp8.quantize_model(model, "FP8_DYNAMIC")
+    assert torch.equal(logits(model), wanted)
+
+
+def test_adapters_that_have_no_merged_form(dense: Path) -> None:
+    model = get_peft_model(prepare_qat(load(dense), "W4A16"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(UnsupportedError, match="cannot be merged"):
+        convert_qat(model)
+
+
+@pytest.mark.parametrize("change", ["backend", "tied"])
+def test_adapters_stay_if_layers_cannot_be_converted(change: str, dense: Path) -> None:
+    model = get_peft_model(
+        prepare_qat(load(dense), "W4A16"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    inner = model.base_model.model.model
+    if change == "tied":
+        inner.embed_tokens.weight = inner.layers[0].self_attn.o_proj.weight
+    wanted, names = logits(model), list(model.state_dict())
+    with pytest.raises(ConfigError if change == "backend" else UnsupportedError):
+        convert_qat(model, backend="x" if change == "backend" else None)
+    assert list(model.state_dict()) == names and torch.equal(logits(model), wanted)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), wanted)
 
 
 def test_adapters_stay_if_the_conversion_fails(dense: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from support import moe
 from support.build import error
 from transformers import AutoModelForCausalLM
@@ -234,6 +234,68 @@ def test_adapters_on_stacks(stack: str) -> None:
         assert not torch.equal(logits(model), wanted)
     converted = convert_qat(model)
     assert of(converted, QuantizedExperts) and torch.equal(logits(converted), wanted)
+
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["get_peft_model", "inject", "two adapters", "autocast"])
+def test_adapters_on_both_stacks(how: str, dtype: torch.dtype, family: str, tmp_path: Path) -> None:
+    if how == "autocast" and dtype == torch.float16:
+        pytest.skip("autocast to another 16-bit dtype")
+    model, plain = (prepare_qat(made(family, tmp_path, dtype), "FP8_DYNAMIC") for _ in range(2))
+    stacks = [name.replace("mlp", "feed_forward") for name in BOTH] if family == "llama4" else BOTH
+    config = LoraConfig(r=4, target_modules=[], target_parameters=stacks)
+    model = inject_adapter_in_model(config, model) if how == "inject" else get_peft_model(model, config)
+    if how == "two adapters":
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        wanted = logits(model)
+        assert not torch.allclose(wanted, logits(plain), atol=1e-3)
+    converted = convert_qat(model)
+    assert not any("lora" in name for name, _ in converted.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        assert torch.equal(logits(converted), wanted)
+
+
+def test_a_broken_adapter_on_a_stack_changes_nothing() -> None:
+    model = prepare_qat(moe.qwen3_moe().float(), "FP8_DYNAMIC")
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=BOTH))
+    weights = {name: parameter for name, parameter in model.named_parameters() if "lora_B" in name}
+    next(iter(weights.values())).data[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ScaleError, match="experts cannot be quantized"):
+        convert_qat(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[n].nan_to_num(), before[n].nan_to_num()) for n in before)
+
+
+def test_hooks_of_experts(tmp_path: Path) -> None:
+    for prepare in (lambda m: prepare_qat(m, "FP8_DYNAMIC"), lambda m: hf_fp8.quantize_model(m, "FP8_DYNAMIC")):
+        model = made("qwen3_moe", tmp_path)
+        model.model.layers[0].mlp.experts.register_forward_hook(lambda _, __, out: out * 2)
+        prepare(model)
+        wanted = logits(model)
+        if of(model, FakeQuantizedExperts):
+            convert_qat(model)
+        assert torch.equal(logits(model), wanted)
+        model.model.layers[0].mlp.experts._forward_hooks.clear()
+        assert not torch.equal(logits(model), wanted)
+
+
+def test_a_prepared_model_is_not_quantized_otherwise() -> None:
+    model = prepare_qat(moe.qwen3_moe().float(), "FP8_DYNAMIC")
+    with pytest.raises(UnsupportedError, match="convert_qat"):
+        hf_fp8.quantize_model(model, "FP8_DYNAMIC")
+    with pytest.raises(UnsupportedError, match="convert the model that was prepared"):
+        convert_qat(model.model.layers[0])
+    assert len(of(model, FakeQuantizedExperts)) == 2
 
 
 def test_checkpointing_autocast_copies_and_explain() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from ...errors import UnsupportedError
 from ...nn.fake_quantized import FakeQuantizedLinear
-from ...nn.fake_quantized_experts import prepared
+from ...nn.fake_quantized_experts import FakeQuantizedExperts, prepared
 from ...nn.swap import replace_module
 from ..patches import bind_once, original
 
@@ -55,33 +57,103 @@ def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         return plain
     if kwargs.get("adapter_names") is not None:
         raise UnsupportedError("adapter_names: one batch with several adapters has no one weight to quantize")
-    found: torch.Tensor = layer.base_layer.with_weight(x, merged_weight(layer))
+    found: torch.Tensor = layer.base_layer(x, weight=_merged(layer))
     return found
 
 
-def merged_weight(layer: Any) -> torch.Tensor:
+def _merged(layer: Any) -> torch.Tensor:
     """The weight of a LoRA layer's base layer with its active adapters merged into it."""
     weight: torch.Tensor = layer.base_layer.weight
-    if layer.merged:
-        return weight
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)  # rounded once, as PEFT merges it
+    with torch.autocast(weight.device.type, enabled=False):  # in it, the merged weight would be another than after it
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)
     return weight
+
+
+def with_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that are prepared, under each of their names; those with adapters as the outermost of them."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_prepared = isinstance(base_of(module), FakeQuantizedLinear | FakeQuantizedExperts)
+        if is_prepared and not any(outer in found for outer in _parents(name)):
+            found[name] = module
+    return found
+
+
+@torch.no_grad()
+def trained_weights(layer: Any) -> dict[str, torch.Tensor]:
+    """Name -> weights of a prepared layer, as its forward computes with them: with active adapters. Empty without adapters."""
+    base, found = base_of(layer), {}
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(next(base.parameters()).device.type, enabled=False))
+        while layer is not base:
+            if layer.disable_adapters and layer.merged:
+                layer.unmerge()  # as PEFT's forward does it
+            elif not layer.disable_adapters and not layer.merged and hasattr(layer, "lora_A"):
+                if isinstance(base, FakeQuantizedLinear):
+                    found["weight"] = _merged(layer).detach().clone()
+                else:
+                    stack.enter_context(layer._activate_lora(layer.active_adapters))
+                    found[layer.parameter_name] = torch.empty(0)
+            layer = layer.base_layer
+        if isinstance(base, FakeQuantizedExperts):
+            found = {name: getattr(base, name).detach().clone() for name in found}
+    return found
+
+
+def base_of(layer: Any) -> Any:
+    """The layer inside of adapters."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def refuse_what_cannot_be_merged(model: nn.Module) -> None:
+    """Raise UnsupportedError for a PeftModel that has no merged form, such as prompt tuning."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if _is_peft_model(module) and not hasattr(module.base_model, "merge_and_unload"):
+            raise UnsupportedError(
+                f"the adapters of {type(module).__name__} ({', '.join(module.peft_config)}) cannot be merged into the model: "
+                "convert the model without them (get_base_model()), and add them to the quantized one"
+            )
+
+
+def _is_peft_model(module: nn.Module) -> bool:
+    return any(kind.__name__ in ("PeftModel", "PeftMixedModel") for kind in type(module).__mro__)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
     """`model` with its adapters merged: without PEFT's modules around it or in it, however they were added."""
-    for name, module in list(model.named_modules()):
-        if any(kind.__name__ in ("PeftModel", "PeftMixedModel") for kind in type(module).__mro__):
-            model = replace_module(model, name, module.merge_and_unload())
-    for name, module in list(model.named_modules()):  # of inject_adapter_in_model, or of a model's own add_adapter
-        if hasattr(module, "unload_and_optionally_merge_module"):
-            model = replace_module(model, name, module.unload_and_optionally_merge_module(True, False, None))
-        elif hasattr(module, "base_layer"):
+    while (found := _first(model, _is_peft_model)) is not None:
+        name, module = found
+        model = replace_module(model, name, module.merge_and_unload())
+    # Of inject_adapter_in_model, or of a model's own add_adapter.
+    while (found := _first(model, lambda m: hasattr(m, "base_layer") or hasattr(m, _UNLOAD))) is not None:
+        name, module = found
+        if hasattr(module, _UNLOAD):
+            model = replace_module(model, name, getattr(module, _UNLOAD)(True, False, None))
+        else:
             module.merge()
             model = replace_module(model, name, module.get_base_layer())
-        if getattr(module, "_hf_peft_config_loaded", False):  # transformers: save_pretrained would write adapters
-            module._hf_peft_config_loaded = False
+    for module in model.modules():
+        if "_hf_peft_config_loaded" in vars(module):  # transformers: save_pretrained would write adapters
+            del module._hf_peft_config_loaded
         vars(module).pop("peft_config", None)
     return model
+
+
+# PEFT's method of wrappers that are no plain adapters.
+_UNLOAD = "unload_and_optionally_merge_module"
+
+
+def _first(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> tuple[str, Any] | None:
+    """The outermost module that is wanted, which changes as modules are replaced."""
+    return next(((name, module) for name, module in model.named_modules() if wanted(module)), None)
