@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from types import MappingProxyType
 
 import torch
 
@@ -256,13 +258,13 @@ SCHEMES = {
 }
 
 
-def scheme_named(scheme: str | Scheme) -> Scheme:
-    """The scheme with a name of `SCHEMES` (case-insensitive); a Scheme is returned unchanged. Raises ConfigError."""
+def scheme_named(scheme: str | Scheme, known: Mapping[str, Scheme] = MappingProxyType(SCHEMES)) -> Scheme:
+    """The scheme with a name of `known` (case-insensitive); a Scheme is returned unchanged. Raises ConfigError."""
     if isinstance(scheme, Scheme):
         return scheme
-    found = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
+    found = known.get(scheme.upper()) if isinstance(scheme, str) else None
     if found is None:
-        near = get_close_matches(str(scheme).upper(), SCHEMES, 1)
+        near = get_close_matches(str(scheme).upper(), known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"scheme={scheme!r} is not known; use a Scheme or one of {', '.join(SCHEMES)}{hint}")
+        raise ConfigError(f"scheme={scheme!r} is not known; use a Scheme or one of {', '.join(known)}{hint}")
     return found

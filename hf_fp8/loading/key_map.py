@@ -85,8 +85,7 @@ class KeyMap:
             paths = (path, f"{self.prefix}.{path}", path.removeprefix(f"{self.prefix}."))
             layout = next(filter(None, map(model.experts, paths)), None)
             if layout is not None:
-                # Include the parent's name: `experts` alone also matches the end of `shared_experts`.
-                self.unmapped_experts = layout, ".".join(path.split(".")[-2:])
+                self.unmapped_experts = layout, _stem(path)
                 self._converters += converters(*self.unmapped_experts)
                 self._converted.clear()
 
@@ -187,6 +186,16 @@ class KeyMap:
 def plain_weight(key: str) -> str:
     """The name that a weight would have if its codes were not packed; other keys are returned unchanged."""
     return key.removesuffix(PACKED) + WEIGHT if key.endswith(PACKED) else key
+
+
+def _stem(path: str) -> str:
+    """The end of the path of an experts module, by which converters find it in every layer.
+
+    With the parent's name, as `experts` alone also matches the end of `shared_experts`; if that is the number of a layer, with
+    the dot before it.
+    """
+    *_, parent, name = ("", *path.split("."))
+    return rf"\.{name}" if parent.isdigit() else f"{parent}.{name}" if parent else name  # regular expressions
 
 
 def hub_name(key: str) -> str | None:

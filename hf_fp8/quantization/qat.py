@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..errors import CalibrationError, ConfigError, ScaleError, UnsupportedError, by_reason, first, reasons_of
-from ..formats.scheme import SCHEMES, W4A16_FBGEMM, Scheme
+from ..formats.scheme import SCHEMES, W4A16_FBGEMM, Scheme, scheme_named
 from ..integrations.config import FP8Config
 from ..integrations.peft.qat import base_of, refuse_what_cannot_be_merged, trained_weights, with_adapters, without_adapters
 from ..loading.layout import ExpertsPlan
@@ -76,7 +76,8 @@ def prepare_qat(
     if prepared(model):
         raise UnsupportedError(f"{type(model).__name__} is prepared already: call convert_qat first")
     config = FP8Config(backend=backend, experts=experts)
-    asked = TRAINING_ONLY.get(scheme.upper(), scheme) if isinstance(scheme, str) else scheme
+    known = {**SCHEMES, **TRAINING_ONLY}
+    asked = scheme if isinstance(scheme, Mapping) else scheme_named(scheme, known)
     if isinstance(asked, Mapping):
         _refuse_float_offsets(asked)
     request = Request(asked, targets, ignore)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from support.build import State, differing, error, tensors, write
-from support.moe import MOE, SCHEMES, causal, check, dense_logits, is_linear, mixtral, qwen3_moe, write_transposed
+from support.moe import MOE, SCHEMES, causal, check, dense_logits, gemma4, is_linear, mixtral, qwen3_moe, write_transposed
 from transformers import (
+    AutoModelForCausalLM,
     MixtralForCausalLM,
     Qwen3MoeForCausalLM,
 )
@@ -44,6 +45,26 @@ def test_transposed_experts(family: str, form: str, tmp_path: Path) -> None:
     path = tmp_path / "fp8"
     model, file, dense = write_transposed(family, form, path)
     check(model, path, file, dense, tmp_path)
+
+
+def test_experts_that_lie_in_the_layer_itself(tmp_path: Path) -> None:
+    """Their converters are found by the name `experts` alone, in every layer."""
+    gemma4().save_pretrained(tmp_path / "dense")
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
+    config = FP8Config("FP8_DYNAMIC", backend="weight_only", experts="fp8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, **options)
+    hf_fp8.quantize_model(model, "FP8_DYNAMIC", backend="weight_only").save_pretrained(tmp_path / "fp8")
+    assert sum(isinstance(module, hf_fp8.QuantizedExperts) for module in model.modules()) == 2
+    assert torch.equal(causal(loaded), causal(model))
+    written = tensors(tmp_path / "fp8")
+    assert "model.layers.1.experts.3.gate_proj.weight" in written
+    for asked in (FP8Config(backend="weight_only", experts="fp8"), FP8Config(dequantize=True), FP8Config()):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", quantization_config=asked, **options)
+        assert error(causal(again), causal(model)) < 0.02
+        if not asked.dequantize:
+            again.save_pretrained(tmp_path / "saved")
+            assert differing(tensors(tmp_path / "saved"), written) == []
 
 
 @pytest.mark.usefixtures("no_native")

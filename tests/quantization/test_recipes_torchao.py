@@ -949,7 +949,8 @@ def test_steps_of_training_are_passed_to_hf_fp8(monkeypatch: pytest.MonkeyPatch)
         quantize_(peft, recipes.QATConfig("int4_weight_only", step="convert"))
     calls: list[Any] = []
 
-    def prepare_qat(model: nn.Module, scheme: Any, *, filter_fn: Any) -> nn.Module:
+    def prepare_qat(model: nn.Module, scheme: Any, *, filter_fn: Any, experts: str) -> nn.Module:
+        assert experts == "dequantize"
         calls.append((scheme, None if filter_fn is None else filter_fn("second", model.second)))
         return model
 

@@ -13,6 +13,8 @@ from support.build import STATIC_TENSOR, State, differing, error, group_input, s
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     Llama4ForCausalLM,
@@ -62,6 +64,15 @@ def deepseek_v3() -> PreTrainedModel:
         qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, n_shared_experts=1,
     )  # fmt: skip
     return make(DeepseekV3ForCausalLM, config)
+
+
+def gemma4() -> PreTrainedModel:
+    """Its experts are in the layers themselves, without a module between."""
+    config = Gemma4TextConfig(
+        **BASE, intermediate_size=96, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=40,
+        head_dim=16, global_head_dim=16, vocab_size_per_layer_input=128, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    )  # fmt: skip
+    return make(Gemma4ForCausalLM, config)
 
 
 def gpt_oss() -> PreTrainedModel:
