@@ -303,6 +303,26 @@ def test_an_encoder_has_no_fast_path_around_its_layers() -> None:
         assert torch.equal(convert_qat(model)(x), wanted)
 
 
+class Doubled(nn.Module):
+    """A wrapper of one's own that looks like an adapter of PEFT."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) * 2
+
+
+def test_a_wrapper_that_is_no_adapter() -> None:
+    model, x = nn.Sequential(Doubled(nn.Linear(128, 128)), nn.Linear(128, 8)), torch.randn(3, 128)
+    prepare_qat(model, "W4A16")
+    model = inject_adapter_in_model(LoraConfig(target_modules=["1"], init_lora_weights=False), model)
+    wanted = model(x)
+    assert torch.equal(convert_qat(model)(x), wanted)
+    assert isinstance(model[0], Doubled) and isinstance(model[0].base_layer, PackedLinear)
+
+
 def test_a_prepared_model_is_not_quantized_otherwise(dense: Path) -> None:
     model = prepare_qat(load(dense), "W4A16")
     wanted = logits(model)

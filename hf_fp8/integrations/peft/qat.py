@@ -41,7 +41,7 @@ def refuse(config: Any) -> None:
 def merge_in_forward(model: nn.Module) -> None:
     """Make the LoRA layers on prepared layers compute with the merged weight. Harmless when repeated."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), FakeQuantizedLinear):
+        if _is_a(module, "BaseTunerLayer") and isinstance(module.base_layer, FakeQuantizedLinear):
             if not hasattr(module, "get_delta_weight") or getattr(module, "lora_variant", None):
                 raise UnsupportedError(
                     f"{name} is a {type(module).__name__}, which has no plain merged weight: use plain LoRA on layers that are "
@@ -104,9 +104,14 @@ def trained_weights(layer: Any) -> dict[str, torch.Tensor]:
 
 def base_of(layer: Any) -> Any:
     """The layer inside of adapters."""
-    while hasattr(layer, "base_layer"):
+    while _is_a(layer, "BaseTunerLayer"):
         layer = layer.base_layer
     return layer
+
+
+def _is_a(module: nn.Module, *names: str) -> bool:
+    """Whether it is of one of these classes of PEFT, which may not be installed."""
+    return any(kind.__name__ in names and kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -127,7 +132,7 @@ def refuse_what_cannot_be_merged(model: nn.Module) -> None:
 
 
 def _is_peft_model(module: nn.Module) -> bool:
-    return any(kind.__name__ in ("PeftModel", "PeftMixedModel") for kind in type(module).__mro__)
+    return _is_a(module, "PeftModel", "PeftMixedModel")
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -136,10 +141,10 @@ def without_adapters(model: nn.Module) -> nn.Module:
         name, module = found
         model = replace_module(model, name, module.merge_and_unload())
     # Of inject_adapter_in_model, or of a model's own add_adapter.
-    while (found := _first(model, lambda m: hasattr(m, "base_layer") or hasattr(m, _UNLOAD))) is not None:
+    while (found := _first(model, lambda m: _is_a(m, "BaseTunerLayer", "AuxiliaryTrainingWrapper"))) is not None:
         name, module = found
-        if hasattr(module, _UNLOAD):
-            model = replace_module(model, name, getattr(module, _UNLOAD)(True, False, None))
+        if hasattr(module, "unload_and_optionally_merge_module"):  # no plain adapter
+            model = replace_module(model, name, module.unload_and_optionally_merge_module(True, False, None))
         else:
             module.merge()
             model = replace_module(model, name, module.get_base_layer())
@@ -148,10 +153,6 @@ def without_adapters(model: nn.Module) -> nn.Module:
             del module._hf_peft_config_loaded
         vars(module).pop("peft_config", None)
     return model
-
-
-# PEFT's method of wrappers that are no plain adapters.
-_UNLOAD = "unload_and_optionally_merge_module"
 
 
 def _first(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> tuple[str, Any] | None:
