@@ -82,6 +82,7 @@ def cases() -> list[Any]:
     ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "name"), cases())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_converted_is_what_was_trained(family: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -106,6 +107,7 @@ def test_converted_is_what_was_trained(family: str, name: str, dtype: torch.dtyp
     assert torch.equal(logits(again), wanted)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
 def test_gradients_pass_the_rounding(family: str, name: str) -> None:
@@ -239,6 +241,7 @@ def test_adapters_on_stacks(stack: str) -> None:
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["get_peft_model", "inject", "two adapters", "autocast"])
