@@ -17,11 +17,14 @@ _METHOD = "save_pretrained"
 
 
 def guard_savers(model: nn.Module) -> None:
-    """Make `save_pretrained` of `model` and its submodules raise for codes, except in transformers models, which save them."""
+    """Make `save_pretrained` of `model` and its submodules raise for codes, except in transformers models, which save them.
+
+    Also except in PEFT's, which save adapters only.
+    """
     for module in model.modules():
         for cls in type(module).__mro__:
             # The method of transformers is wrapped in `pretrained`.
-            if _METHOD in vars(cls) and cls.__module__.partition(".")[0] != "transformers":
+            if _METHOD in vars(cls) and cls.__module__.partition(".")[0] not in ("transformers", "peft"):
                 wrap(cls, _METHOD, _save_pretrained, lasting=True)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear, quantize_model
 from hf_fp8.errors import UnsupportedError
+from hf_fp8.recipes import apply_w8a8_monkey_patch
 
 # -- saving by others --
 
@@ -81,6 +82,10 @@ def test_adapters_and_models_that_know_are_saved(tmp_path: Path) -> None:
     assert error(logits(again), logits(around.model)) < 0.05  # casting the model has cast its rotary frequencies, too
     adapted = get_peft_model(quantize_model(nn.Sequential(nn.Linear(16, 16))), LoraConfig(target_modules=["0"]))
     adapted.save_pretrained(tmp_path / "adapter")
+    base = get_peft_model(nn.Sequential(nn.Linear(16, 16)), LoraConfig(target_modules=["0"]))
+    apply_w8a8_monkey_patch(base, "fp8")  # quantizes within the PeftModel
+    base.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "adapter_model.safetensors").exists()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
