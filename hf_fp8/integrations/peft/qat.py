@@ -84,22 +84,21 @@ def with_adapters(model: nn.Module) -> dict[str, nn.Module]:
 @torch.no_grad()
 def trained_weights(layer: Any) -> dict[str, torch.Tensor]:
     """Name -> weights of a prepared layer, as its forward computes with them: with active adapters. Empty without adapters."""
-    base, found = base_of(layer), {}
+    base, found = base_of(layer), dict[str, torch.Tensor]()
+    names: set[str] = set()
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(next(base.parameters()).device.type, enabled=False))
         while layer is not base:
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()  # as PEFT's forward does it
-            elif not layer.disable_adapters and not layer.merged and hasattr(layer, "lora_A"):
-                if isinstance(base, FakeQuantizedLinear):
+            elif not layer.disable_adapters and not layer.merged:
+                if isinstance(layer.base_layer, FakeQuantizedLinear):  # its forward is ours; on what those around it make
                     found["weight"] = _merged(layer).detach().clone()
                 else:
                     stack.enter_context(layer._activate_lora(layer.active_adapters))
-                    found[layer.parameter_name] = torch.empty(0)
+                    names.add(layer.parameter_name)
             layer = layer.base_layer
-        if isinstance(base, FakeQuantizedExperts):
-            found = {name: getattr(base, name).detach().clone() for name in found}
-    return found
+        return {**{name: getattr(base, name).detach().clone() for name in names}, **found}
 
 
 def base_of(layer: Any) -> Any:
