@@ -284,6 +284,16 @@ def test_adapters_under_autocast(options: dict[str, Any], dense: Path) -> None:
         assert torch.equal(logits(converted), wanted)
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_adapters_on_layers_that_stay_dense(disabled: bool, dense: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    model = get_peft_model(prepare_qat(load(dense), "W4A16"), config)
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    wanted = logits(model)
+    assert torch.equal(logits(convert_qat(model)), wanted)
+
+
 def test_hooks_of_a_layer_under_adapters(dense: Path) -> None:
     model, seen = prepare_qat(load(dense), "W4A16"), []
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))

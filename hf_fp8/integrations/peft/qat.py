@@ -135,10 +135,11 @@ def _is_peft_model(module: nn.Module) -> bool:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """`model` with its adapters merged: without PEFT's modules around it or in it, however they were added."""
+    """`model` with its adapters merged, or without those that are disabled: no modules of PEFT are around it or in it then."""
     while (found := _first(model, _is_peft_model)) is not None:
         name, module = found
-        model = replace_module(model, name, module.merge_and_unload())
+        disabled = any(_is_a(part, "BaseTunerLayer") and part.disable_adapters for part in module.modules())
+        model = replace_module(model, name, module.unload() if disabled else module.merge_and_unload())
     # Of inject_adapter_in_model, or of a model's own add_adapter.
     while (found := _first(model, lambda m: _is_a(m, "BaseTunerLayer", "AuxiliaryTrainingWrapper"))) is not None:
         name, module = found
