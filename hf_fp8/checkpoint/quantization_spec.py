@@ -14,7 +14,20 @@ from compressed_tensors.quantization import QuantizationConfig
 from ..errors import ConfigError
 from ..formats.code_types import FP8
 from ..formats.scheme import INT8_DYNAMIC, Scheme, scheme_named
-from .config_groups import Group, asked_groups, groups_of, match, parse, read_groups, with_presets, written_config
+from .config_groups import (
+    Group,
+    asked_groups,
+    concerns_fp8,
+    groups_of,
+    match,
+    parse,
+    read_groups,
+    runs_here,
+    with_presets,
+    written_config,
+)
+from .dialects.base import Dialect
+from .dialects.registry import dialect_of
 from .group_schemes import write_group
 from .reader import DTYPE_NAMES
 
@@ -26,12 +39,25 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
+class Foreign:
+    """The config of a checkpoint that is in another dialect than compressed-tensors.
+
+    written: as it is in the files. ignored: the entries of the spec's `ignore` that follow from the files, and are not written.
+    """
+
+    dialect: Dialect
+    written: Mapping[str, Any]
+    ignored: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class QuantizationSpec:
     """An immutable quantization config. Without arguments it has no groups.
 
-    parsed: the config as parsed by compressed-tensors. json: the whole `quantization_config` of a checkpoint; None for a user's
-    request to quantize a dense one. dense_by_default: whether output embeddings and routers are quantized only if a target
-    matches nothing else. origin: the spec of the files, if this one describes a model that has changed since it was loaded.
+    parsed: the config as parsed by compressed-tensors. json: the whole `quantization_config` of a checkpoint, translated from
+    its dialect; None for a user's request to quantize a dense one. dense_by_default: whether output embeddings and routers are
+    quantized only if a target matches nothing else. origin: the spec of the files, if this one describes a model that has
+    changed since it was loaded. foreign: the config in its own dialect, None for compressed-tensors.
     """
 
     parsed: QuantizationConfig | None = None
@@ -39,13 +65,22 @@ class QuantizationSpec:
     json: Mapping[str, Any] | None = None
     dense_by_default: bool = True
     origin: QuantizationSpec | None = None
+    foreign: Foreign | None = None
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> QuantizationSpec:
-        """The spec of a checkpoint's `quantization_config`. Raises ConfigError or UnsupportedError, naming the key."""
+        """The spec of a checkpoint's `quantization_config`, in any dialect. Raises ConfigError or UnsupportedError, naming the
+        key."""
         written = plain(config)
-        parsed = parse(written)
-        return cls(parsed, read_groups(written, parsed), written)
+        dialect = dialect_of(written)
+        if dialect is None:
+            parsed = parse(written)
+            return cls(parsed, read_groups(written, parsed), written)
+        meaning = dialect.read(written)
+        translated = meaning.as_compressed_tensors()
+        parsed = parse(translated)
+        groups = (replace(group, scheme=meaning.groups[group.name].scheme) for group in read_groups(translated, parsed))
+        return cls(parsed, tuple(groups), translated, foreign=Foreign(dialect, written))
 
     @classmethod
     def asked(
@@ -91,14 +126,42 @@ class QuantizationSpec:
         """The entries of `ignore` that match nothing, usually typing errors. linears: the names of each Linear."""
         return [entry for entry in self.ignore if not any(match(called, ("Linear",), [entry]) for called in linears)]
 
+    @property
+    def written(self) -> Mapping[str, Any] | None:
+        """The `quantization_config` as it is in the files, in their dialect; None for a request."""
+        return self.json if self.foreign is None else self.foreign.written
+
+    @property
+    def files_decide(self) -> bool:
+        """Whether a weight may be dense although a group matches it: in other dialects than compressed-tensors, configs need
+        not name all of them."""
+        return self.foreign is not None
+
     def to_json(self) -> dict[str, Any]:
-        """The `quantization_config` for `config.json`.
+        """The `quantization_config` for `config.json`, in the dialect of the files."""
+        if self.foreign is None:
+            return self.as_compressed_tensors()
+        new = [name for name in self.ignore if name not in self.foreign.ignored]
+        every = [name for name in self.ignore if not name.startswith("re:")]
+        written = plain(self.foreign.written)
+        return self.foreign.dialect.ignoring(written, new, every) if new else written
+
+    def as_compressed_tensors(self) -> dict[str, Any]:
+        """The `quantization_config` in the format of compressed-tensors.
 
         Its status is always "compressed", as the files are: with another status, or none, readers would load the codes (stored
         8-bit numbers) as plain weights.
         """
         assert self.json is not None, "only a checkpoint's spec is written"
         return {**plain(self.json), "quant_method": METHOD, "quantization_status": "compressed"}
+
+    def settled(self, used: Iterable[str], dense: Iterable[str]) -> QuantizationSpec:
+        """The spec after the files of a foreign checkpoint have been seen: with the groups in `used`, and the modules `dense`
+        of the files ignored, which its config need not say."""
+        if self.foreign is None:
+            return self
+        new = self.ignoring(dense, without={group.name for group in self.groups} - set(used))
+        return replace(new, foreign=replace(self.foreign, ignored=frozenset(new.ignore)))
 
     def restricted_to(self, used: Iterable[str], dense: Iterable[str]) -> QuantizationSpec:
         """The spec of the checkpoint that this request produces: the groups in `used`, with the modules `dense` ignored."""
@@ -116,15 +179,16 @@ class QuantizationSpec:
         gone = set(without)
         groups = {name: group for name, group in self.json["config_groups"].items() if name not in gone}
         ignore = list(dict.fromkeys([*self.ignore, *dense]))
-        return self._saying({**self.json, "config_groups": groups, "ignore": ignore})
+        new = self._saying({**self.json, "config_groups": groups, "ignore": ignore})
+        return replace(new, groups=tuple(group for group in self.groups if group.name not in gone))
 
     def _saying(self, written: Mapping[str, Any]) -> QuantizationSpec:
         new = self.read(written)
-        return replace(self, parsed=new.parsed, groups=new.groups, json=new.json)
+        return replace(self, parsed=new.parsed, groups=new.groups, json=new.json)  # foreign stays
 
     def as_int8(self, dense: Iterable[str]) -> QuantizationSpec:
         """The spec for the same model with its FP8 Linears re-quantized to int8, and with the modules `dense` ignored."""
-        written = self.to_json()
+        written = self.as_compressed_tensors()
         written["config_groups"] = with_presets(written["config_groups"])
         for group in self.groups:
             if group.scheme is not None and group.scheme.weight.dtype == FP8:
@@ -134,11 +198,11 @@ class QuantizationSpec:
         formats = {group.get("format") for group in written["config_groups"].values()} - {None}
         written["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
         written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
-        return replace(self._saying(written), origin=self)
+        return replace(self._saying(written), origin=self, foreign=None)
 
     def host_part(self, dense: Iterable[str] = ()) -> dict[str, Any]:
         """The config, as JSON, of a model whose FP8 modules, named `dense`, have been dequantized: its other groups."""
-        written = self.to_json()
+        written = self.as_compressed_tensors()
         left = {group.name for group in self.host_groups}
         written["config_groups"] = {name: group for name, group in written["config_groups"].items() if name in left}
         written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
@@ -163,6 +227,23 @@ class QuantizationSpec:
         if not compressed:
             written["quantization_status"] = plain(self.parsed and self.parsed.quantization_status)
         return written
+
+
+def is_ours(config: Mapping[str, Any], *, asked: bool = False) -> bool:
+    """Whether hf_fp8 reads a `quantization_config` in place of transformers; asked: if an FP8Config was passed."""
+    dialect = dialect_of(config)
+    if dialect is not None:
+        return asked or dialect.by_default(config)
+    return _is_compressed_tensors(config) and (concerns_fp8(dict(config)) or (asked and runs_here(config)))
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is in a dialect that hf_fp8 reads."""
+    return dialect_of(config) is not None or _is_compressed_tensors(config)
+
+
+def _is_compressed_tensors(config: Mapping[str, Any]) -> bool:
+    return config.get("quant_method", METHOD if "config_groups" in config else None) in METHODS
 
 
 def refuse_others(asked: QuantizationSpec) -> None:

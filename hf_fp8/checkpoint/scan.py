@@ -17,7 +17,7 @@ from .reader import DENSE_DTYPES, DTYPE_NAMES, Checkpoint
 from .stored_weight import HOST_ROLES, SPELLINGS, StoredWeight, stored
 
 # Scales of `kv_cache_scheme`, such as `k_scale` and `v_scale`, in the spellings found in checkpoints.
-CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
+CACHE_SCALE = re.compile(r"\.([kvq]_scale|kv_scale|[kv]_proj\.output_scale|[kvq]_zero_point|prob_output_scale)$")
 ORPHAN = re.compile(
     rf"(^|[._])({'|'.join(name for names in SPELLINGS.values() for name in names)}|(weight|input)_global_scale|weight_g_idx)$"
 )
@@ -31,11 +31,17 @@ STACK_SUFFIXES = {
 @dataclass
 class Scan:
     """Quantized weights in the files. weights: of groups that hf_fp8 runs. host: of other groups. cache: keys of the KV cache's
-    scales."""
+    scales. dense: names of matrices that are dense although a group matches them, in the files and in the model."""
 
     weights: list[StoredWeight] = field(default_factory=list)
     host: list[StoredWeight] = field(default_factory=list)
     cache: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+
+    @property
+    def groups(self) -> set[str]:
+        """The names of the groups that weights belong to."""
+        return {weight.group.name for weight in [*self.weights, *self.host]}
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,15 @@ def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Ow
             assert group is not None
             found.weights.append(stored(name, keys, checkpoint, group))
             used.update(keys.values())
+        elif group is not None and len(checkpoint.tensors[key].shape) == 2:
+            found.dense += dict.fromkeys(names[:2])
     found.cache = [key for key in checkpoint.tensors if CACHE_SCALE.search(key)]
     _check_orphans(checkpoint, {*used, *found.cache, *params})
+    if spec.foreign is not None and not found.weights:
+        raise MismatchError(
+            f"the config says that the checkpoint is quantized ({spec.foreign.dialect.name}), but no weight in the files is "
+            "stored in FP8: remove `quantization_config` from config.json if the checkpoint is dense"
+        )
     return found
 
 
@@ -224,7 +237,8 @@ def _is_stored(
                 f"{key} is stored dense ({info}), but the files also have {scale}: either the weight was dequantized and its "
                 "scale left in, or it was never quantized. Applying the scale would be wrong. Remove it, or export again"
             )
-        if group is not None and len(info.shape) == 2 and not (_excused(names, spec) or _may_be_dense(names, owner)):
+        strict = group is not None and len(info.shape) == 2 and not spec.files_decide
+        if group is not None and strict and not (_excused(names, spec) or _may_be_dense(names, owner)):
             raise MismatchError(
                 f"{key} is stored dense ({info}), but config group {group.name!r} says {_codes(group)} for {names[0]}: "
                 "add it to `ignore` in config.json if it is meant to be dense, otherwise quantize it again"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ..checkpoint.config_groups import concerns_fp8
+from ..checkpoint.quantization_spec import is_ours
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import nbytes
 from ..errors import FP8Error
@@ -107,8 +107,9 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
         one.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1
         one.bytes += sum(nbytes(checkpoint.tensors[key]) for key in weight.keys.values())
     found.explanation = explain(model, source.dtype, quantizer.compute_device)
-    has_fp8 = concerns_fp8(source.quantization or {})
+    by_default = is_ours(source.quantization or {})
+    kinds = {group.scheme.weight.code.label for group in config.spec.our_groups if group.scheme is not None}
     found.summary = (
-        f"{'FP8' if has_fp8 else 'int4 or int8'} in the compressed-tensors format; from_pretrained"
-        f"{'' if has_fp8 else ' with quantization_config=FP8Config()'} on {quantizer.compute_device.type} would run:"
+        f"{' and '.join(sorted(kinds))} in the {stored.method} format; from_pretrained"
+        f"{'' if by_default else ' with quantization_config=FP8Config()'} on {quantizer.compute_device.type} would run:"
     )

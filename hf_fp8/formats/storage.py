@@ -219,8 +219,8 @@ def _accepted_scales(granularity: Granularity, n: int, k: int) -> list[Shape]:
         return [own, SCALAR, (1, 1)]
     if granularity.is_row:
         return [own, (n,)]
-    # Per group, files may have a last dimension to broadcast over the group.
-    return [own, (*own, 1)] if granularity.rows == 1 else [own]
+    # Files may have dimensions to broadcast over a group (the last), and over a block (one after each: ModelOpt).
+    return [own, (*own, 1)] if granularity.rows == 1 else [own, (own[0], 1, own[1], 1)]
 
 
 def stacked(shape: Shape, n_experts: int, parts: int) -> Shape:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import CompressedTensorsConfig
 
 from ..checkpoint.config_groups import Group
+from ..checkpoint.dialects.registry import dialect_of
 from ..checkpoint.quantization_spec import METHOD, METHODS, QuantizationSpec, plain, refuse_others
 from ..errors import ConfigError
 from ..formats.scheme import Scheme
@@ -100,8 +101,8 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
-        """The `quantization_config` of the checkpoint, None if there is none yet."""
-        return None if self.spec.json is None else dict(self.spec.json)
+        """The `quantization_config` of the checkpoint, in its dialect; None if there is none yet."""
+        return None if self.spec.written is None else dict(self.spec.written)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -126,6 +127,10 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
                 f"quantization_config is {given!r}: pass a dict of options, or the `quantization_config` of a config.json"
             )
         given = dict(given)
+        if dialect_of(plain(given)) is not None:
+            config = cls(**{name: given.pop(name) for name in LOADING if name in given}, checkpoint=plain(given))
+            unused = config.update(**kwargs)
+            return (config, unused) if return_unused_kwargs else config
         method = plain(given.pop("quant_method", None))
         if method not in (None, OUR_METHOD, *METHODS):
             raise ConfigError(f"quantization_config has quant_method {method!r}, which is not compressed-tensors FP8")
@@ -184,8 +189,11 @@ class FP8Config(CompressedTensorsConfig):  # type: ignore[misc]
         yield from self.to_dict().items()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict: transformers reads a model's `quantization_config` as a dict even if it is an object."""
-        return self.to_dict().get(key, default)
+        """As of a dict: transformers reads a model's `quantization_config` as a dict even if it is an object.
+
+        The `quant_method` is that of this class, by which transformers finds the quantizer, whatever the dialect of the files.
+        """
+        return METHOD if key == "quant_method" and self.checkpoint is not None else self.to_dict().get(key, default)
 
     def to_dict(self) -> dict[str, Any]:
         """Every option as JSON values; if there is a checkpoint, its `quantization_config` without options of hf_fp8."""

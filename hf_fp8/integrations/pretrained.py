@@ -94,10 +94,14 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
     if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
         kwargs["state_dict"] = self.state_dict()
         restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=dtype_of(self))
-    saved = host(self, save_directory, *args, **kwargs)
-    _drop_stale_index(Path(save_directory))
-    if isinstance(quantizer := getattr(self, "hf_quantizer", None), FP8HfQuantizer):
-        quantizer.saved_to(Path(save_directory))
+    quantizer = getattr(self, "hf_quantizer", None)
+    if not isinstance(quantizer, FP8HfQuantizer):
+        saved = host(self, save_directory, *args, **kwargs)
+        _drop_stale_index(Path(save_directory))
+        return saved
+    with quantizer.saving(Path(save_directory)):
+        saved = host(self, save_directory, *args, **kwargs)
+        _drop_stale_index(Path(save_directory))
     return saved
 
 

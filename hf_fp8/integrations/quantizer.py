@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +50,7 @@ from .saving import (
     reopen,
     restore_dtypes,
     warn_of_readers,
+    write_sidecar,
 )
 
 logger = logging.get_logger(__name__)
@@ -78,6 +80,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._host_conversions: list[WeightTransform] = []
         self.conversions: list[WeightTransform] = []  # load and save as `layout` says
         self.planned: Plan | None = None  # set when quantizing while loading
+        self.saving_to: Path | None = None  # the folder that is being written
         self._read_values = True
         self._is_sharded = False
 
@@ -232,6 +235,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             facts = ModelFacts.of(model, self._dtype, use_kernels=self._use_kernels)
             keymap = KeyMap.of(facts, conversions, checkpoint.tensors)
             layout = self.layout = match_checkpoint(facts, keymap, checkpoint, config.spec, policy)
+            config.spec = config.spec.settled(layout.scan.groups, layout.scan.dense)
             self.conversions = build_conversions(layout, conversions)
         self._dense_because = None if layout.saves_fp8(policy.dense_because) else policy.dense_because
         apply_layout(model, layout, backend=config.backend, needs_input_scales=self.planned is not None)
@@ -366,6 +370,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         refuse_unwritable(model)
+        if self.saving_to is not None:
+            write_sidecar(self.saving_to, self.quantization_config.spec)
         if self._dense_because is None and self.layout is not None:
             if self.host is None and is_dense_now(model, self.layout):
                 self.dequantize(model)
@@ -386,8 +392,15 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
         keep_names(model, extra, self._file_names(self.layout))
         return {**state, **extra}, {}
 
-    def saved_to(self, folder: Path) -> None:
-        """After saving: if the model's own files were overwritten, the next save reads what it needs from the new ones."""
+    @contextmanager
+    def saving(self, folder: Path) -> Iterator[None]:
+        """Context manager around saving to `folder`. If the model's own files were overwritten, the next save reads what it
+        needs from the new ones."""
+        self.saving_to = folder
+        try:
+            yield
+        finally:
+            self.saving_to = None
         if self.layout is not None and any(Path(file).parent.resolve() == folder.resolve() for file in self._files):
             self._files = reopen(folder, (self.unplaced.checkpoint, self.layout.source)) or self._files
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import CompressedTensorsConfig, PreTrainedConfig, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils.hub import cached_file
 
 from ..checkpoint.config_groups import concerns_fp8, runs_here
-from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, METHODS, plain
+from ..checkpoint.dialects.registry import SIDECARS, config_beside
+from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, is_known, is_ours, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
 from ..loading.options import current
@@ -77,16 +80,18 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
     if vars(config).get("quantization_config", ...) is None:
         # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
         written, before = written or before, None
-    if written is None and before is not None and not concerns_fp8(before):
+    if written is None and before is None:
+        written = _config_beside(config)
+    if written is None and before is not None and not is_ours(before):
         config.quantization_config = written = before  # codes that transformers runs, which it would take for values
-    if written is not None and (concerns_fp8(written) or (_is_asked(quantization_config) and runs_here(written))):
+    if written is not None and is_ours(written, asked=_is_asked(quantization_config)):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):
             for key in CONFIG_KEYS:
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
                     delattr(part, key)  # else a model saved dense would still say that it is quantized
         return host(config, None, *args, **kwargs)
-    if before is not None and concerns_fp8(before):
+    if before is not None and is_ours(before):
         # The config of a model that was loaded from FP8 and then dequantized, or made int8: the files decide.
         if asks_to_quantize(quantization_config):
             raise ConfigError(
@@ -145,15 +150,16 @@ def _for_quantizing(config: PreTrainedConfig, asked: FP8Config) -> FP8Config:
 
 
 def _written(parts: Iterable[Any]) -> dict[str, Any] | None:
-    """The first quantization config in `parts` (configs, or their JSON), as JSON; None if it is not of compressed-tensors."""
+    """The first quantization config in `parts` (configs, or their JSON), as JSON; None if hf_fp8 does not know its dialect."""
     for part in parts:
         for key in CONFIG_KEYS:
             found = (part if isinstance(part, dict) else vars(part)).get(key)
             if found is None:
                 continue
             written: dict[str, Any] = plain(found if isinstance(found, dict) else found.to_dict())
-            method = written.get("quant_method", METHOD if key == "compression_config" or "config_groups" in written else None)
-            return written if method in METHODS else None
+            if key == "compression_config":
+                written.setdefault("quant_method", METHOD)
+            return written if is_known(written) else None
     return None
 
 
@@ -174,6 +180,23 @@ def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     except OSError:  # not in the default cache: there is nothing to compare with
         return None
     return _written(part for part in (on_disk, on_disk.get("text_config")) if isinstance(part, dict))
+
+
+def _config_beside(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The quantization config in another file of the checkpoint than config.json, which has none; None if there is none."""
+    load = current()
+    if load.name is None or getattr(config, "quantization_config", None) is not None:
+        return None
+    if load.folder is not None:
+        return config_beside(load.folder)
+    for name in SIDECARS:
+        path = cached_file(
+            load.name, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _commit_hash=getattr(config, "_commit_hash", None), **load.where,
+        )  # fmt: skip
+        if path is not None:
+            return config_beside(Path(path).parent)
+    return None
 
 
 def merge(written: dict[str, Any], passed: Any) -> FP8Config:

@@ -71,7 +71,8 @@ def asked_for(passed: Any) -> FP8Config:
         return FP8Config(dequantize=dequantize, checkpoint=said)
     if isinstance(passed, Mapping):
         found: FP8Config = FP8Config.from_dict(passed)
-        unknown = set() if found.checkpoint is None else set(found.checkpoint) - _OF_CHECKPOINTS
+        is_own = found.checkpoint is not None and found.spec.foreign is None
+        unknown = set(found.checkpoint or ()) - _OF_CHECKPOINTS if is_own else set()
         if unknown:
             raise ConfigError(
                 f"quantization_config has no option {', '.join(map(repr, sorted(unknown)))}; in addition to config_groups a "
@@ -100,9 +101,10 @@ def for_quantizing(asked: FP8Config) -> FP8Config:
     """
     options, dense_by_default = asked.options, asked.spec.dense_by_default
     if asked.scheme is None and asked.checkpoint is not None:
-        if asked.checkpoint.get("kv_cache_scheme"):
+        if asked.spec.kv_cache_scheme:
             raise UnsupportedError("kv_cache_scheme: hf_fp8 quantizes weights and their inputs, not KV caches; leave it out")
-        options |= {"scheme": with_presets(asked.checkpoint["config_groups"]), "ignore": list(asked.ignore)}
+        assert asked.spec.json is not None
+        options |= {"scheme": with_presets(asked.spec.json["config_groups"]), "ignore": list(asked.ignore)}
         dense_by_default = False
     new = FP8Config(**options)
     new.spec = replace(new.spec, dense_by_default=dense_by_default)

@@ -13,6 +13,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from ..checkpoint.config_groups import classes_of
+from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stored_weight import HOST_ROLES
 from ..errors import CalibrationError, FP8Error, UnsupportedError
@@ -187,6 +188,12 @@ def recompress(model: nn.Module, state: dict[str, torch.Tensor], layout: Layout)
         else:
             packed = {key: tensor for key, tensor in own.items() if key not in HOST_ROLES} | held
         state.update({f"{name}.{key}": value for key, value in packed.items()})
+
+
+def write_sidecar(folder: Path, spec: QuantizationSpec) -> None:
+    """Write what the dialect of a checkpoint has beside config.json."""
+    if spec.foreign is not None and (sidecar := spec.foreign.dialect.sidecar) is not None:
+        (folder / sidecar.file).write_text(sidecar.write(spec.to_json()), encoding="utf-8")
 
 
 def reopen(folder: Path, checkpoints: Iterable[Checkpoint | None]) -> list[str]:

@@ -141,7 +141,7 @@ def read_quantized(source: Source) -> Reading:
         needs_input_scales=False,
     )
     layout = match_checkpoint(facts, keymap, checkpoint, spec, policy)
-    return Reading(checkpoint, spec, facts, keymap, layout)
+    return Reading(checkpoint, spec.settled(layout.scan.groups, layout.scan.dense), facts, keymap, layout)
 
 
 def dequantize_checkpoint(

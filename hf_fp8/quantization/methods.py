@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from ..checkpoint.config_groups import concerns_fp8, runs_here
-from ..checkpoint.files import is_there, read_json
-from ..checkpoint.quantization_spec import METHOD, METHODS
-from ..errors import FP8Error
+from ..checkpoint.dialects.registry import dialect_of
+from ..checkpoint.quantization_spec import METHOD, METHODS, is_ours
+from ..errors import UnsupportedError
 from .source import Source
 
 HF_FP8, TRANSFORMERS = "hf-fp8", "transformers"
-# File in which older versions of ModelOpt describe the quantization; newer ones write it into config.json.
-_MODELOPT = "hf_quant_config.json"
 # dtypes and suffixes that only quantized weights have, with any method.
 _CODES = ("F8_", "F6_", "F4")
 _BESIDE_CODES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight")
@@ -46,8 +44,8 @@ def how_stored(source: Source) -> Stored | None:
     if written is None:
         return _unsaid(source)
     method = written.get("quant_method")
-    if method in (None, *METHODS) and (concerns_fp8(written) or runs_here(written)):
-        return Stored(METHOD, HF_FP8)
+    if is_ours(written, asked=True) and (name := _readable(written)) is not None:
+        return Stored(name, HF_FP8)
     if method is None and "config_groups" in written:
         method = METHOD
     for bits in ("4bit", "8bit"):  # as transformers distinguishes the two
@@ -55,23 +53,27 @@ def how_stored(source: Source) -> Stored | None:
             method = f"bitsandbytes_{bits}"
     if not isinstance(method, str):
         return Stored(f"something unknown (the quant_method of its config.json is {reprlib.repr(method)})", None)
-    algorithm = f" ({written['quant_algo']})" if isinstance(written.get("quant_algo"), str) else ""
+    about = written.get("quantization", written)  # ModelOpt's
+    algorithm = f" ({about['quant_algo']})" if isinstance(about, dict) and isinstance(about.get("quant_algo"), str) else ""
     known = method in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "hf_fp8"
     return Stored(
         method + algorithm + (", with no group that hf-fp8 runs" if method in METHODS else ""), TRANSFORMERS if known else None
     )
 
 
+def _readable(written: dict[str, Any]) -> str | None:
+    """The name of the dialect of a config; None if hf_fp8 cannot read what it says (`is_ours` leaves that to its dialect)."""
+    dialect = dialect_of(written)
+    try:
+        if dialect is not None:
+            dialect.read(written)
+    except UnsupportedError:
+        return None
+    return METHOD if dialect is None else dialect.name
+
+
 def _unsaid(source: Source) -> Stored | None:
-    """How a checkpoint is quantized whose config.json does not say so; None if it is dense."""
-    if is_there(path := source.folder / _MODELOPT):
-        try:
-            about = read_json(path).get("quantization")
-            algorithm = about.get("quant_algo") if isinstance(about, dict) else "?"
-        except FP8Error:
-            algorithm = "?"
-        if algorithm is not None:
-            return Stored(f"ModelOpt's {algorithm} (says {_MODELOPT}; config.json does not say so)", None)
+    """How a checkpoint is quantized whose config does not say so; None if it is dense."""
     tensors = source.checkpoint.tensors
     codes = [key for key, info in tensors.items() if info.dtype.startswith(_CODES) or key.endswith(_BESIDE_CODES)]
     if not codes:

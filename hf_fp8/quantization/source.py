@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import get_configuration_file
 from transformers.modeling_utils import local_torch_dtype
 
+from ..checkpoint.dialects.registry import SIDECARS, config_beside
 from ..checkpoint.files import Stamp, changed, is_there, read_json, regular
 from ..checkpoint.quantization_spec import CONFIG_KEYS
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
@@ -27,7 +28,7 @@ from ..errors import CheckpointError, ConfigError, FP8Error, MissingTensorError,
 from ..integrations.locks import while_changing
 
 # Files that describe the weights of the source, and so are not copied to the written checkpoint.
-_ABOUT_WEIGHTS = ("config.json", "hf_quant_config.json")
+_ABOUT_WEIGHTS = ("config.json", *SIDECARS)
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Source:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization config in `config.json`; None if there is none."""
+        """The quantization config in `config.json`, or else in another file that describes it; None if there is none."""
         for part in (self.text, self.text.get("text_config")):
             for key in CONFIG_KEYS:
                 found = part.get(key) if isinstance(part, dict) else None
@@ -61,7 +62,7 @@ class Source:
                     raise ConfigError(f"{self.folder / 'config.json'}: {key} is {reprlib.repr(found)}, not an object")
                 if found:
                     return found
-        return None
+        return config_beside(self.folder)
 
     @property
     def dtype(self) -> torch.dtype:

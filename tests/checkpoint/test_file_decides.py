@@ -433,9 +433,6 @@ def test_calibrated_scales_of_experts_are_saved(family: str, lost: str, tmp_path
 
 UNDECLARED: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "no config": ({}, None),
-    "modelopt": (STATIC, {"quant_method": "modelopt", "quant_algo": "FP8"}),
-    "fp8, per tensor": (STATIC, {"quant_method": "fp8", "activation_scheme": "static"}),
-    "fp8, per channel": ({}, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     "unknown": ({}, {"quant_method": "nobody-knows"}),
     "compressed-tensors, int8": (
         {},

@@ -336,11 +336,11 @@ def test_a_folder_with_an_adapter(dense: Path, capsys: Capture) -> None:
 
 # -- other methods than ours --
 
-MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}}
 INT8 = {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}}}
 # (quantization_config, what inspect says, whether it says that transformers reads it)
 METHODS: dict[str, tuple[Config | None, str, bool]] = {
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt (FP8)", False),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt (NVFP4)", False),
     "unknown": ({"quant_method": "new_thing"}, "new_thing", False),
     "ours, of no file": ({"quant_method": "hf_fp8"}, "hf_fp8", False),
     "no method": ({"bits": 8}, "quant_method of its config.json is None", False),
@@ -349,7 +349,7 @@ METHODS: dict[str, tuple[Config | None, str, bool]] = {
     "int8": ({"quant_method": "compressed-tensors", **INT8}, "compressed-tensors, with no group that hf-fp8 runs", True),
     "int8, no method": (INT8, "compressed-tensors, with no group that hf-fp8 runs", True),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq", True),
-    "fp8": ({"quant_method": "fp8"}, "fp8", True),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"}, "fp8", True),
     "bitsandbytes": ({"load_in_8bit": True}, "bitsandbytes_8bit", True),
     "none": (None, "14 tensors such as", False),
 }
@@ -377,10 +377,10 @@ def test_what_modelopt_writes_beside_the_config(tmp_path: Path, coded: Path, cap
     (coded / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
     run("inspect", coded)
     said = capsys.readouterr().out
-    assert "ModelOpt's FP8" in said and "hf_quant_config.json" in said and "neither hf-fp8 nor transformers" in said
+    assert "modelopt (NVFP4)" in said and "neither hf-fp8 nor transformers" in said
     assert "would make" not in said
     for command, *rest in (["verify"], ["dequantize", tmp_path / "out"], ["quantize", tmp_path / "out"]):
-        assert "ModelOpt" in refused(capsys, command, coded, *rest)
+        assert "modelopt (NVFP4)" in refused(capsys, command, coded, *rest)
 
 
 def test_what_modelopt_says_of_the_cache_alone(tmp_path: Path, dense: Path, capsys: Capture) -> None:
@@ -391,7 +391,7 @@ def test_what_modelopt_says_of_the_cache_alone(tmp_path: Path, dense: Path, caps
     run("quantize", dense, tmp_path / "fp8")
     assert not (tmp_path / "fp8" / "hf_quant_config.json").exists()  # it is not about what was written
     (dense / "hf_quant_config.json").write_text("{")
-    assert "ModelOpt" in refused(capsys, "quantize", dense, tmp_path / "other")
+    assert "hf_quant_config.json cannot be read" in refused(capsys, "quantize", dense, tmp_path / "other")
 
 
 def test_dequantized_nothing_says_that_it_is_quantized(tmp_path: Path, coded: Path) -> None:

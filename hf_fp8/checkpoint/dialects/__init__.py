@@ -1,0 +1,1 @@
+"""Other ways than compressed-tensors to describe FP8 checkpoints: one module for each, and `registry`."""

@@ -1,0 +1,49 @@
+"""`quant_method: fp8` of AutoFP8, the predecessor of llm-compressor: one scale per tensor, static or dynamic inputs.
+
+It has no `weight_block_size`, for which transformers assumes blocks, so that it would load codes as values. Weights are E4M3
+with `weight_scale`, and with `activation_scheme: static` with `input_scale` (`act_scale` in older files); `kv_scale` for the
+KV cache. Source: https://github.com/neuralmagic/AutoFP8 (README.md, auto_fp8/quantize.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...formats.scheme import FP8_BLOCK, FP8_DYNAMIC, TENSOR, Scheme, TensorScheme
+from .base import Dialect, Meaning, Target, any_of, module_or_inside, names_in, value
+
+SKIPPED = "ignored_layers"
+_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def read(config: Mapping[str, Any]) -> Meaning:
+    """What such a config says; whether weights have a scale per tensor, channel or block of 128, the files decide.
+
+    Raises ConfigError.
+    """
+    is_static = value(config, "activation_scheme", {"static": True, "dynamic": False}, "dynamic")
+    groups = {"group_0": Target(Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR, dynamic=not is_static)))}
+    if not is_static:
+        # The default of transformers, in configs that leave it out; and scales per channel, of which no config says anything.
+        groups |= {"group_1": Target(FP8_BLOCK), "group_2": Target(FP8_DYNAMIC)}
+    listed = names_in(config, SKIPPED, "modules_to_not_convert")
+    patterns = [name.removeprefix("re:") if name.startswith("re:") else module_or_inside(name) for name in listed]
+    has_cache = value(config, "kv_cache_scheme", {None: False, "static": True})
+    return Meaning(groups, any_of(patterns), _CACHE if has_cache else None)
+
+
+def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
+    """The config with more dense modules."""
+    return {**config, SKIPPED: list(dict.fromkeys([*names_in(config, SKIPPED, "modules_to_not_convert"), *new]))}
+
+
+AUTOFP8 = Dialect(
+    name="AutoFP8",
+    methods=("fp8",),
+    describes=lambda config: "weight_block_size" not in config,
+    by_default=lambda config: True,
+    read=read,
+    ignoring=ignoring,
+    scalars=True,
+)

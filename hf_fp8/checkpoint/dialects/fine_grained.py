@@ -1,0 +1,116 @@
+"""`quant_method: fp8` with blocks, as DeepSeek and Qwen publish it and transformers' FineGrainedFP8Config reads it.
+
+Weights are E4M3 (`fmt`) with a `weight_scale_inv` for each block of `weight_block_size`, by which codes are multiplied despite
+its name; with `weight_block_size: null` one for the tensor, and with `activation_scheme: static` also an `activation_scale`
+(Mistral). `scale_fmt: ue8m0` says that scales are powers of two, in float32 or in one byte (E8M0). Sources: transformers'
+utils/quantization_config.py and integrations/finegrained_fp8.py; DeepSeek-V3's README_WEIGHTS.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import ConfigError, UnsupportedError
+from ...formats.code_types import FP8
+from ...formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
+from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
+from .base import Dialect, Meaning, Target, any_of, names_in, value
+
+METHOD = "fp8"
+SKIPPED = "modules_to_not_convert"
+CODES = {"e4m3": FP8, "e4m3fn": FP8, "float8_e4m3fn": FP8}
+# Where an entry of the skip list must end: transformers' `should_convert_module`.
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$)).*"
+
+
+def read(config: Mapping[str, Any]) -> Meaning:
+    """What such a config says. Raises ConfigError, UnsupportedError."""
+    if config.get("expert_dtype", "fp8") != "fp8":
+        raise UnsupportedError(
+            f"quantization_config.expert_dtype is {config['expert_dtype']!r}: hf_fp8 reads experts in FP8, not in FP4. "
+            "transformers reads this checkpoint: load it without an FP8Config"
+        )
+    if config.get("modules_to_convert"):
+        raise UnsupportedError(
+            f"quantization_config.modules_to_convert is {config['modules_to_convert']!r}: hf_fp8 has no embeddings in FP8. "
+            "transformers reads this checkpoint: load it without an FP8Config"
+        )
+    codes = value(config, "fmt", CODES, "e4m3")
+    value(config, "scale_fmt", {"float": None, "ue8m0": None, None: None})
+    is_static = value(config, "activation_scheme", {"dynamic": False, "static": True}, "dynamic")
+    scheme = _scheme(config.get("weight_block_size"), codes, is_static)
+    return Meaning({"group_0": Target(scheme)}, skipped(config))
+
+
+def _scheme(block: Any, codes: Any, is_static: bool) -> Scheme:
+    if block is None:
+        return Scheme(TensorScheme(TENSOR, dtype=codes), TensorScheme(TENSOR if is_static else ROW, dynamic=not is_static))
+    is_pair = (
+        isinstance(block, list | tuple) and len(block) == 2 and all(type(extent) is int and extent > 0 for extent in block)
+    )
+    if not is_pair:
+        raise ConfigError(f"quantization_config.weight_block_size is {block!r}: it must be null, or two positive integers")
+    if is_static:
+        raise UnsupportedError(
+            f"quantization_config has weight_block_size {block!r} and activation_scheme 'static': hf_fp8 reads blocks with "
+            "dynamic inputs"
+        )
+    return Scheme(TensorScheme(Granularity(*block), dtype=codes), TensorScheme(Granularity(1, block[1]), dynamic=True))
+
+
+def skipped(config: Mapping[str, Any]) -> list[str]:
+    """The `ignore` for a skip list of transformers: each entry is a regular expression that matches from the start of a name to
+    the end of one of its parts, or the end of a name. Raises ConfigError."""
+    entries = names_in(config, SKIPPED, "ignored_layers")
+    for entry in entries:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ConfigError(f"quantization_config.{SKIPPED}: {entry!r} is not a valid regular expression ({error})") from None
+    starts = [f"(?:{entry}){_BOUNDARY}" for entry in entries]
+    return any_of([*starts, *(f".*{re.escape(entry)}" for entry in entries)])
+
+
+def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
+    """The config with more dense modules. Without a list, transformers skips the output embedding: so it is given all of
+    them."""
+    key = "ignored_layers" if "ignored_layers" in config and config.get(SKIPPED) is None else SKIPPED
+    listed = names_in(config, key) if config.get(key) is not None else list(every)
+    return {**config, key: list(dict.fromkeys([*listed, *(name.removeprefix("re:") for name in new)]))}
+
+
+def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
+    """The config of a checkpoint with one scheme for all modules that are not dense. Raises ConfigError for others."""
+    schemes = list(dict.fromkeys(each.scheme for each in groups.values()))
+    if len(schemes) != 1:
+        said = "; ".join(scheme.describe() for scheme in schemes)
+        raise ConfigError(f"`fp8` checkpoints have one scheme for all layers, and this one has {len(schemes)} ({said})")
+    weight, inputs = schemes[0].weight, schemes[0].input
+    rows, cols = weight.granularity.rows, weight.granularity.cols
+    block = None if weight.granularity == TENSOR else [rows, cols]
+    known = weight.dtype == FP8 and inputs is not None and inputs.dtype == FP8
+    if not known or (block is not None and (cols == -1 or inputs != TensorScheme(Granularity(1, cols), dynamic=True))):
+        raise ConfigError(
+            f"`fp8` checkpoints cannot have {schemes[0].describe()}: they have FP8 weights per block with dynamic inputs per "
+            "group of as many columns, or per tensor. Requantize with --scheme FP8_BLOCK, or convert to compressed-tensors"
+        )
+    is_static = inputs is not None and not inputs.dynamic
+    return {
+        "quant_method": METHOD, "fmt": "e4m3", "activation_scheme": "static" if is_static else "dynamic",
+        "weight_block_size": block, SKIPPED: list(dense),
+    }  # fmt: skip
+
+
+FINE_GRAINED = Dialect(
+    name="fine-grained fp8",
+    methods=(METHOD,),
+    describes=lambda config: "weight_block_size" in config,
+    by_default=lambda config: False,  # transformers reads it
+    read=read,
+    ignoring=ignoring,
+    write=write,
+    leaves={WEIGHT_SCALE: "weight_scale_inv", INPUT_SCALE: "activation_scale"},
+    scalars=True,
+)
