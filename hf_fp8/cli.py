@@ -1,4 +1,4 @@
-"""The command line: `hf-fp8 quantize | dequantize | inspect | verify`."""
+"""The command line: `hf-fp8 quantize | dequantize | convert | inspect | verify`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .formats.scheme import SCHEMES
 from .version import __version__
 
 app = typer.Typer(
-    help="Quantize, dequantize, inspect and verify FP8 checkpoints in the compressed-tensors format.",
+    help="Quantize, dequantize, convert, inspect and verify FP8 checkpoints.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 # Characters that control a terminal or cannot be encoded: names that come from files may contain them.
@@ -55,6 +55,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code t
 
 ObserverName = Literal["amax", "percentile", "mse"]
 DtypeName = Literal["bfloat16", "float16", "float32"]
+ConvertedTo = Literal["compressed-tensors", "fp8"]
 
 
 @app.command()
@@ -141,6 +142,37 @@ def dequantize(
         f"{dst}: {written.weights:,} matrices dequantized, {_size(written.before)} -> {_size(written.after)}, "
         f"{time.perf_counter() - start:.1f} s"
     )
+
+
+@app.command()
+def convert(
+    src: Src,
+    dst: Dst,
+    to: Annotated[ConvertedTo, typer.Option(help="The format to write: that of llm-compressor, or of DeepSeek and Qwen.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(help=f"Quantize the weights anew, which loses precision: {', '.join(SCHEMES)}."),
+    ] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Convert a quantized checkpoint to another format, tensor by tensor; codes are copied unless --scheme is given."""
+    from .formats.scheme import scheme_named
+    from .quantization.convert import convert_checkpoint
+    from .quantization.files import check_destination, total_bytes
+    from .quantization.source import open_source
+
+    start = time.perf_counter()
+    source = open_source(src, trust_remote_code=trust_remote_code)
+    check_destination(source, dst, overwrite)
+    new = None if scheme is None else scheme_named(scheme)
+    with _bar("converting", total_bytes(source.checkpoint)) as tick:
+        written, loss = convert_checkpoint(source, dst, to, scheme=new, overwrite=overwrite, tick=tick)
+    out.print(
+        f"{dst}: {written.weights:,} weights {'converted' if loss is None else 'quantized anew'} to {to}, "
+        f"{_size(written.before)} -> {_size(written.after)}, {time.perf_counter() - start:.1f} s"
+    )
+    out.print("codes and scales keep their values" if loss is None else str(loss))
 
 
 @app.command()

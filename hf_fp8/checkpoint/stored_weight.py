@@ -31,8 +31,8 @@ ZERO_POINTS = (ZERO_POINT, "input_zero_point")
 # Spellings of the same scales. In DeepSeek-style files the factor for dequantization is named `weight_scale_inv`; the other
 # names are from older quantizers.
 SPELLINGS = {
-    WEIGHT_SCALE: ("weight_scale", "weight_scale_inv", "scale_weight"),
-    INPUT_SCALE: ("input_scale", "act_scale", "activation_scale", "input_activation_scale", "scale_input"),
+    WEIGHT_SCALE: ("weight_scale", "weight_scale_inv", "scale_weight", "qscale_weight"),
+    INPUT_SCALE: ("input_scale", "act_scale", "activation_scale", "input_activation_scale", "scale_input", "qscale_act"),
     **{name: (name,) for name in (*ZERO_POINTS, SHAPE, COLUMN_GROUPS)},
 }
 # Tensors that a weight of a group that transformers runs may have (compressed-tensors' compressors).

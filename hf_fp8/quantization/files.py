@@ -108,7 +108,7 @@ def quantize_checkpoint(
             if scheme.has_static_input:
                 yield module + INPUT_SCALE, scales[module + INPUT_SCALE].reshape(1).to(made[WEIGHT_SCALE].dtype)
 
-    _write(source, destination, checkpoint, plan.written, make, copied, plan.spec.to_json(), overwrite, tick)
+    write_checkpoint(source, destination, checkpoint, plan.written, make, copied, plan.spec.to_json(), overwrite, tick)
     return Written(len(plan.groups), total_bytes(checkpoint), total_bytes(plan.written), plan.reasons, plan.unmatched)
 
 
@@ -197,7 +197,7 @@ def dequantize_checkpoint(
             yield home.key, stacked(home.key)
 
     copied = set(checkpoint.tensors) - dropped - set(weights) - set(homes)
-    _write(source, destination, checkpoint, written, make, copied, None, overwrite, tick, of)
+    write_checkpoint(source, destination, checkpoint, written, make, copied, None, overwrite, tick, of)
     return Written(len(weights), total_bytes(checkpoint), total_bytes(written))
 
 
@@ -230,7 +230,7 @@ def _dense_shape(weight: StoredWeight, checkpoint: Checkpoint) -> tuple[int, ...
     return tuple(int(extent) for extent in shape)
 
 
-def _write(
+def write_checkpoint(
     source: Source,
     destination: Path,
     checkpoint: Checkpoint,

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...formats.scheme import FP8_BLOCK, FP8_DYNAMIC, TENSOR, Scheme, TensorScheme
-from .base import Dialect, Meaning, Target, any_of, module_or_inside, names_in, value
+from .base import CACHE, Dialect, Meaning, Target, any_of, module_or_inside, names_in, value
 
 SKIPPED = "ignored_layers"
-_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 def read(config: Mapping[str, Any]) -> Meaning:
@@ -30,7 +29,7 @@ def read(config: Mapping[str, Any]) -> Meaning:
     listed = names_in(config, SKIPPED, "modules_to_not_convert")
     patterns = [name.removeprefix("re:") if name.startswith("re:") else module_or_inside(name) for name in listed]
     has_cache = value(config, "kv_cache_scheme", {None: False, "static": True})
-    return Meaning(groups, any_of(patterns), _CACHE if has_cache else None)
+    return Meaning(groups, any_of(patterns), CACHE if has_cache else None)
 
 
 def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
@@ -45,5 +44,4 @@ AUTOFP8 = Dialect(
     by_default=lambda config: True,
     read=read,
     ignoring=ignoring,
-    scalars=True,
 )

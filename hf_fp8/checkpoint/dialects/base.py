@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
 from ...formats.scheme import Scheme
+from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
 from ..config_groups import written_config
 from ..group_schemes import write_group
 
 LINEAR = ("Linear",)
+# The `kv_cache_scheme` of one E4M3 scale for keys and one for values, in compressed-tensors' terms.
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,13 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How another library describes FP8 checkpoints. Data only: `read` and `write` are the translations.
+    """How another library describes FP8 checkpoints.
 
     name: for messages. methods: values of `quant_method`. describes: which of the configs with such a method. by_default:
     whether hf_fp8 reads a config without being asked for, because transformers does not, or takes codes for values; otherwise
     an FP8Config asks for it. read: a config -> its meaning; raises ConfigError or UnsupportedError. ignoring: (a config, names
-    of modules that are dense in addition, names of all dense modules) -> the config that also says so. write: (schemes with
-    their targets, names of all dense modules) -> a config; None if hf_fp8 does not convert to this dialect; raises ConfigError
-    for schemes that it cannot describe. leaves: role of a tensor -> the last part of its name, where it differs from
-    compressed-tensors. scalars: whether a scale of a tensor has the shape (), not (1,). sidecar: another file that describes
-    the quantization, None if there is none.
+    of modules that are dense in addition, names of all dense modules) -> the config that also says so. sidecar: another file
+    that describes the quantization, None if there is none.
     """
 
     name: str
@@ -73,11 +73,38 @@ class Dialect:
     by_default: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any]], Meaning]
     ignoring: Callable[[Mapping[str, Any], Sequence[str], Sequence[str]], dict[str, Any]]
-    write: Callable[[Mapping[str, Target], Sequence[str]], dict[str, Any]] | None = None
     describes: Callable[[Mapping[str, Any]], bool] = lambda config: True
-    leaves: Mapping[str, str] = field(default_factory=dict)
-    scalars: bool = False
     sidecar: Sidecar | None = None
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How converted checkpoints are described and their scales named.
+
+    write: (groups, names of all dense modules) -> the `quantization_config`; raises ConfigError for schemes that it cannot
+    describe. leaves: role -> the last part of the name of a scale. of_stack: the same for stacks of experts, after the name of
+    the stack. is_scalar: whether a scale of a whole tensor has the shape (), not (1,). dialect: the one in which they then
+    are, None for compressed-tensors.
+    """
+
+    name: str
+    write: Callable[[Mapping[str, Target], Sequence[str]], dict[str, Any]]
+    leaves: Mapping[str, str]
+    of_stack: Mapping[str, str]
+    is_scalar: bool = False
+    dialect: Dialect | None = None
+
+
+def _write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
+    return Meaning(groups, dense).as_compressed_tensors()
+
+
+COMPRESSED_TENSORS = Writer(
+    "compressed-tensors",
+    _write,
+    leaves={WEIGHT_SCALE: WEIGHT_SCALE, INPUT_SCALE: INPUT_SCALE},
+    of_stack={WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"},
+)
 
 
 def value(config: Mapping[str, Any], key: str, allowed: Mapping[Any, Any], default: Any = None) -> Any:

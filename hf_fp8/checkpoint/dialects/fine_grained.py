@@ -16,7 +16,7 @@ from ...errors import ConfigError, UnsupportedError
 from ...formats.code_types import FP8
 from ...formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
 from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
-from .base import Dialect, Meaning, Target, any_of, names_in, value
+from .base import Dialect, Meaning, Target, Writer, any_of, names_in, value
 
 METHOD = "fp8"
 SKIPPED = "modules_to_not_convert"
@@ -90,11 +90,13 @@ def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
     weight, inputs = schemes[0].weight, schemes[0].input
     rows, cols = weight.granularity.rows, weight.granularity.cols
     block = None if weight.granularity == TENSOR else [rows, cols]
-    known = weight.dtype == FP8 and inputs is not None and inputs.dtype == FP8
-    if not known or (block is not None and (cols == -1 or inputs != TensorScheme(Granularity(1, cols), dynamic=True))):
+    grouped = TensorScheme(Granularity(1, cols), dynamic=True)
+    possible = (TensorScheme(TENSOR), TensorScheme(ROW, dynamic=True)) if block is None else (grouped,)
+    if weight.dtype != FP8 or weight.granularity == ROW or inputs not in possible:
         raise ConfigError(
             f"`fp8` checkpoints cannot have {schemes[0].describe()}: they have FP8 weights per block with dynamic inputs per "
-            "group of as many columns, or per tensor. Requantize with --scheme FP8_BLOCK, or convert to compressed-tensors"
+            "group of as many columns, or per tensor with static or per-token inputs. Quantize anew with --scheme FP8_BLOCK, "
+            "or convert to compressed-tensors"
         )
     is_static = inputs is not None and not inputs.dynamic
     return {
@@ -110,7 +112,12 @@ FINE_GRAINED = Dialect(
     by_default=lambda config: False,  # transformers reads it
     read=read,
     ignoring=ignoring,
-    write=write,
+)
+WRITER = Writer(
+    METHOD,
+    write,
     leaves={WEIGHT_SCALE: "weight_scale_inv", INPUT_SCALE: "activation_scale"},
-    scalars=True,
+    of_stack={WEIGHT_SCALE: "_scale_inv", INPUT_SCALE: "_activation_scale"},
+    is_scalar=True,
+    dialect=FINE_GRAINED,
 )

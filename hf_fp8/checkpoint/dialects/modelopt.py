@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
 from ...formats.scheme import FP8_DYNAMIC, FP8_STATIC, Granularity, Scheme, TensorScheme
-from .base import Dialect, Meaning, Sidecar, Target, any_of, module_or_inside, names_in
+from .base import CACHE, Dialect, Meaning, Sidecar, Target, any_of, module_or_inside, names_in
 
 METHOD = "modelopt"
 # Name of the file in which older versions describe the quantization, and newer ones, too.
@@ -25,7 +25,6 @@ SCHEMES = {
     "FP8_PER_CHANNEL_PER_TOKEN": FP8_DYNAMIC,
     "FP8_PB_WO": Scheme(TensorScheme(Granularity(128, 128))),
 }
-_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 def read(config: Mapping[str, Any]) -> Meaning:
@@ -80,7 +79,7 @@ def _cache(said: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `kv_cache_scheme`. hf_fp8 carries its scales, whatever they are for."""
     found = said.get("kv_cache_scheme") or said.get("kv_cache_quant_algo")
     is_fp8 = (isinstance(found, str) and found.upper() == "FP8") or (isinstance(found, Mapping) and found.get("num_bits") == 8)
-    return dict(_CACHE) if is_fp8 else None
+    return dict(CACHE) if is_fp8 else None
 
 
 def _wildcards(name: str) -> str:
@@ -129,6 +128,5 @@ MODELOPT = Dialect(
     by_default=lambda config: True,
     read=read,
     ignoring=ignoring,
-    scalars=True,
     sidecar=Sidecar(FILE, read_sidecar, write_sidecar),
 )

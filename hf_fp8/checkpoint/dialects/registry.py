@@ -8,12 +8,15 @@ from typing import Any
 
 from ..files import is_there, read_json
 from .autofp8 import AUTOFP8
-from .base import Dialect
+from .base import COMPRESSED_TENSORS, Dialect, Writer
 from .fbgemm import FBGEMM
 from .fine_grained import FINE_GRAINED
+from .fine_grained import WRITER as FP8
 from .modelopt import MODELOPT
 
 DIALECTS = (FINE_GRAINED, AUTOFP8, FBGEMM, MODELOPT)
+# What a checkpoint can be converted to.
+WRITERS: dict[str, Writer] = {writer.name: writer for writer in (COMPRESSED_TENSORS, FP8)}
 # Files beside config.json that may describe the quantization.
 SIDECARS = {dialect.sidecar.file: dialect.sidecar for dialect in DIALECTS if dialect.sidecar is not None}
 
