@@ -153,6 +153,8 @@ def companions(name: str, key: str, checkpoint: Checkpoint, *, strict: bool = Tr
         candidates = [dot + spelling for spelling in spellings]
         if key == name:
             candidates = [name + suffix for suffix in STACK_SUFFIXES.get(role, ())]
+        elif role == WEIGHT_SCALE and checkpoint.tensors[key].dtype.startswith("F8_"):
+            candidates.append(f"{dot}scale")  # DeepSeek-V4's; beside a dense weight it is another parameter
         present = [candidate for candidate in candidates if candidate in checkpoint.tensors]
         if strict and len(present) > 1:
             raise UnusedTensorError(f"{' and '.join(present)} are both in the files: only one can be the {role} of {name}")

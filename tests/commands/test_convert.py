@@ -55,8 +55,8 @@ def test_to_compressed_tensors(name: str, tmp_path: Path, capsys: Capture) -> No
     kinds = {key.rpartition(".")[2] for key in found}
     assert kinds <= {"weight", "weight_scale", "input_scale", "k_scale", "v_scale"}
     assert differing(
-        {key: tensor for key, tensor in written.items() if key.endswith("weight")},
-        {key: tensor for key, tensor in found.items() if key.endswith("weight")},
+        {key: tensor for key, tensor in written.items() if key.endswith(".weight")},
+        {key: tensor for key, tensor in found.items() if key.endswith(".weight")},
     ) == []  # fmt: skip
     kept = AutoModelForCausalLM.from_pretrained(new, quantization_config=FP8Config(backend="weight_only"), dtype=torch.float32)
     assert isinstance(kept.model.layers[0].mlp.up_proj, QuantizedLinear)

@@ -100,6 +100,11 @@ VARIANTS = {
         like(block(128, 128, power_of_two=True), lambda scale: scale.to(torch.bfloat16)), _FP8 | {"modules_to_not_convert": []},
         "weight_scale_inv", by_default=False,
     ),
+    "deepseek-v4": Variant(block(128, 128, power_of_two=True), _FP8, "scale", by_default=False),
+    "mistral's own names": Variant(
+        per_tensor, _FP8 | {"weight_block_size": None, "activation_scheme": "static"}, "qscale_weight", "qscale_act",
+        by_default=False,
+    ),
     "blocks of 32x64": Variant(block(32, 64), _FP8 | {"weight_block_size": [32, 64]}, "weight_scale_inv", by_default=False),
     "mistral": Variant(
         per_tensor, _FP8 | {"weight_block_size": None, "activation_scheme": "static"}, "weight_scale_inv", "activation_scale",
