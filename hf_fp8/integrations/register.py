@@ -77,13 +77,13 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
         quantization_config = found if quantization_config is None else quantization_config
         config.quantization_config = None  # so that config.json is read
     written, before = _written((config, config.get_text_config(decoder=True))), _earlier_config(config)
-    if vars(config).get("quantization_config", ...) is None:
-        # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
-        written, before = written or before, None
     if written is None and before is None:
         written = _config_beside(config)
     if written is None and before is not None and not is_ours(before):
         config.quantization_config = written = before  # codes that transformers runs, which it would take for values
+    if vars(config).get("quantization_config", ...) is None:
+        # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
+        written, before = written or before, None
     if written is not None and is_ours(written, asked=_is_asked(quantization_config)):
         config.quantization_config = merge(written, quantization_config)
         for part in (config, config.get_text_config(decoder=True)):

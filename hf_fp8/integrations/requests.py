@@ -80,7 +80,7 @@ def asked_for(passed: Any) -> FP8Config:
             )
         return found
     raise ConfigError(
-        f"a {type(passed).__name__} was passed as quantization_config: for compressed-tensors FP8 pass FP8Config, "
+        f"a {type(passed).__name__} was passed as quantization_config: hf_fp8 reads this checkpoint: pass FP8Config, "
         "CompressedTensorsConfig, a dict, or nothing"
     )
 

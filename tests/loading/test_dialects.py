@@ -3,8 +3,10 @@ malformed."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,10 @@ def test_stock_runs_it_unless_asked(name: str, tmp_path: Path, caplog: pytest.Lo
         with pytest.raises(ImportError, match="fbgemm"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
         return
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    for options in ({}, {"quantization_config": None}):  # the second makes transformers' Auto classes drop its config
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+        assert causal(model).isfinite().all()
 
 
 def test_inputs_are_quantized_as_the_config_says(tmp_path: Path) -> None:
@@ -317,6 +321,7 @@ def test_a_config_of_a_dialect_is_rebuilt_from_its_dict(tmp_path: Path) -> None:
         assert config.to_dict() == config_of(tmp_path / name)
         again = FP8Config.from_dict(config.to_dict())
         assert again.groups == config.groups and again.checkpoint == config.checkpoint
+        assert copy.deepcopy(config) == config and pickle.loads(pickle.dumps(config)) == config
         assert FP8Config(checkpoint=config.to_dict(), backend="weight_only").backend == "weight_only"
 
 

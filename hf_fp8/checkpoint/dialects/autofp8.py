@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...formats.scheme import FP8_BLOCK, FP8_DYNAMIC, TENSOR, Scheme, TensorScheme
-from .base import CACHE, Dialect, Meaning, Target, any_of, module_or_inside, names_in, value
+from .base import CACHE, Dialect, Meaning, Target, always, any_of, module_or_inside, names_in, value
 
 SKIPPED = "ignored_layers"
 
@@ -37,11 +37,16 @@ def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]
     return {**config, SKIPPED: list(dict.fromkeys([*names_in(config, SKIPPED, "modules_to_not_convert"), *new]))}
 
 
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a config with this method is AutoFP8's, not transformers' own."""
+    return "weight_block_size" not in config
+
+
 AUTOFP8 = Dialect(
     name="AutoFP8",
     methods=("fp8",),
-    describes=lambda config: "weight_block_size" not in config,
-    by_default=lambda config: True,
+    describes=describes,
+    by_default=always,
     read=read,
     ignoring=ignoring,
 )

@@ -44,6 +44,16 @@ class Meaning:
         return {**written_config(groups, self.ignore), "kv_cache_scheme": None if self.cache is None else dict(self.cache)}
 
 
+def always(config: Mapping[str, Any]) -> bool:
+    """True: a function with a name, as configs are pickled with their dialect."""
+    return True
+
+
+def never(config: Mapping[str, Any]) -> bool:
+    """False."""
+    return False
+
+
 @dataclass(frozen=True)
 class Sidecar:
     """A file beside config.json that describes the quantization.
@@ -73,7 +83,7 @@ class Dialect:
     by_default: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any]], Meaning]
     ignoring: Callable[[Mapping[str, Any], Sequence[str], Sequence[str]], dict[str, Any]]
-    describes: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    describes: Callable[[Mapping[str, Any]], bool] = always
     sidecar: Sidecar | None = None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...formats.scheme import FP8_DYNAMIC
-from .base import Dialect, Meaning, Target
+from .base import Dialect, Meaning, Target, never
 from .fine_grained import SKIPPED, skipped
 from .fine_grained import ignoring as ignoring_more
 
@@ -32,7 +32,7 @@ def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]
 FBGEMM = Dialect(
     name="FBGEMM",
     methods=("fbgemm_fp8",),
-    by_default=lambda config: False,  # transformers reads it, on GPUs
+    by_default=never,  # transformers reads it, on GPUs
     read=read,
     ignoring=ignoring,
 )

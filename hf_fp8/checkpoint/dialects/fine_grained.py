@@ -16,7 +16,7 @@ from ...errors import ConfigError, UnsupportedError
 from ...formats.code_types import FP8
 from ...formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
 from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
-from .base import Dialect, Meaning, Target, Writer, any_of, names_in, value
+from .base import Dialect, Meaning, Target, Writer, any_of, names_in, never, value
 
 METHOD = "fp8"
 SKIPPED = "modules_to_not_convert"
@@ -105,11 +105,16 @@ def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a config with this method is transformers' own, not AutoFP8's."""
+    return "weight_block_size" in config
+
+
 FINE_GRAINED = Dialect(
     name="fine-grained fp8",
     methods=(METHOD,),
-    describes=lambda config: "weight_block_size" in config,
-    by_default=lambda config: False,  # transformers reads it
+    describes=describes,
+    by_default=never,  # transformers reads it
     read=read,
     ignoring=ignoring,
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
 from ...formats.scheme import FP8_DYNAMIC, FP8_STATIC, Granularity, Scheme, TensorScheme
-from .base import CACHE, Dialect, Meaning, Sidecar, Target, any_of, module_or_inside, names_in
+from .base import CACHE, Dialect, Meaning, Sidecar, Target, always, any_of, module_or_inside, names_in
 
 METHOD = "modelopt"
 # Name of the file in which older versions describe the quantization, and newer ones, too.
@@ -125,7 +125,7 @@ def write_sidecar(config: Mapping[str, Any]) -> str:
 MODELOPT = Dialect(
     name="ModelOpt",
     methods=(METHOD, "modelopt_fp8", "modelopt_mixed"),
-    by_default=lambda config: True,
+    by_default=always,
     read=read,
     ignoring=ignoring,
     sidecar=Sidecar(FILE, read_sidecar, write_sidecar),
