@@ -27,6 +27,7 @@ from compressed_tensors.quantization import (
 from pydantic import ValidationError
 
 from ..errors import ConfigError, FP8Error, UnsupportedError
+from ..formats.code_types import FP8
 from ..formats.scheme import Scheme, scheme_named
 from .group_schemes import FP8_FORMATS, is_fp8, is_plain, scheme_of, value_of, with_format, write_group
 
@@ -181,7 +182,8 @@ def parse(checkpoint: dict[str, Any]) -> QuantizationConfig:
     only_fp8 = all(is_fp8(group.get("weights")) for group in groups.values())
     if checkpoint.get("format") not in tuple(FP8_FORMATS if only_fp8 else KNOWN_FORMATS):
         raise ConfigError(
-            f"quantization_config.format is {checkpoint['format']!r}: FP8 weights come as float-quantized or naive-quantized"
+            f"quantization_config.format is {checkpoint['format']!r}: FP8 weights come as float-quantized, naive-quantized or "
+            "mxfp8-quantized"
         )
     return _validate(checkpoint, groups)
 
@@ -286,11 +288,17 @@ def asked_groups(
         found = scheme_named(name)
         group = next(name for name in map("group_{}".format, count()) if name not in written and name not in scheme)
         schemes[group] = found
-        written[group] = write_group(found, [value] if isinstance(value, str) else list(value))
+        written[group] = write_group(_described(found), [value] if isinstance(value, str) else list(value))
     request = {"config_groups": {name: with_format(group) for name, group in written.items()}, "ignore": list(ignore)}
     parsed = parse(request)
     groups = read_groups(request, parsed)
     return parsed, tuple(replace(group, scheme=schemes.get(group.name, group.scheme)) for group in groups)
+
+
+def _described(scheme: Scheme) -> Scheme:
+    """The scheme for which a request is parsed. Codes that no group describes, which no config is written for, stand in it as
+    E4M3."""
+    return scheme if scheme.weight.code.format else replace(scheme, weight=replace(scheme.weight, dtype=FP8))
 
 
 def written_config(groups: Mapping[str, dict[str, Any]], ignore: Iterable[str]) -> dict[str, Any]:

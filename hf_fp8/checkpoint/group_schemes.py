@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -14,7 +15,11 @@ from ..formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
 
 # Formats that store E4M3 codes (8-bit numbers) unpacked, under "weight": int-quantized differs from the others in name only
 # (compressors/naive_quantized), and old writers fell back to it.
-FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant")
+# mxfp8-quantized stores their scales as exponents, one byte each.
+MX_FORMAT = CompressionFormat.mxfp8_quantized.value
+FP8_FORMATS = (None, "float-quantized", "naive-quantized", "int-quantized", "mixed-precision", "dense", "fakequant", MX_FORMAT)
+# The size of groups for which compressed-tensors computes MX scales (should_generate_mx_scales).
+MX_GROUP = 32
 # Formats of integers: packed into int32, or one in each element. naive-quantized: as llm-compressor wrote without inputs.
 PACKED_FORMAT = CompressionFormat.pack_quantized.value
 _INTEGER_FORMATS = (CompressionFormat.int_quantized.value, CompressionFormat.naive_quantized.value)
@@ -26,21 +31,27 @@ def value_of(x: Any) -> Any:
 
 
 def is_fp8(weights: Any) -> bool:
-    """Whether a group's `weights`, as JSON, are E4M3 codes with float scales (microscaling formats are not)."""
+    """Whether a group's `weights`, as JSON, are E4M3 codes with float scales, or with MX scales."""
     if not isinstance(weights, dict) or str(weights.get("type")).lower() != "float" or weights.get("num_bits") not in (8, "8"):
         return False
-    return "uint8" not in str(weights.get("scale_dtype"))
+    return "uint8" not in str(weights.get("scale_dtype")) or weights.get("group_size") in (MX_GROUP, str(MX_GROUP))
 
 
 def is_plain(fmt: Any) -> bool:
-    return not (isinstance(fmt, str) and fmt.startswith("mx"))
+    """Whether a format stores one code in each byte; those of MX codes of fewer bits do not."""
+    return fmt == MX_FORMAT or not (isinstance(fmt, str) and fmt.startswith("mx"))
+
+
+def _is_mx(arguments: QuantizationArgs) -> bool:
+    """Whether scales are MX scales, as compressed-tensors tells it."""
+    return str(arguments.scale_dtype) == "torch.uint8" and arguments.group_size == MX_GROUP
 
 
 def scheme_of(name: str, group: QuantizationScheme, fmt: Any, ordered: bool) -> Scheme | None:
     """The scheme of a group; None if transformers runs it. Raises UnsupportedError for FP8 that hf_fp8 does not run."""
     weights = None if group.weights is None else group.weights.model_dump(mode="json")
     if is_fp8(weights) and is_plain(value_of(group.format)):
-        return _fp8_scheme(name, group)
+        return _fp8_scheme(name, group, fmt)
     return None if weights is None else _integer_scheme(group, fmt, ordered)
 
 
@@ -76,21 +87,22 @@ def _input_scheme(inputs: QuantizationArgs) -> TensorScheme | None:
         ("group", True): Granularity(1, inputs.group_size or -1),
     }
     kind = kinds.get((value_of(inputs.strategy), inputs.dynamic))
-    if dtype is None or inputs.num_bits != 8 or not inputs.symmetric or kind is None:
+    mx = _is_mx(inputs) and dtype == FP8
+    if dtype is None or inputs.num_bits != 8 or not inputs.symmetric or kind is None or (inputs.scale_dtype and not mx):
         return None
-    return TensorScheme(kind, dynamic=bool(inputs.dynamic), dtype=dtype)
+    return TensorScheme(kind, dynamic=bool(inputs.dynamic), dtype=dtype, mx=mx)
 
 
-def _fp8_scheme(name: str, group: QuantizationScheme) -> Scheme:
+def _fp8_scheme(name: str, group: QuantizationScheme, fmt: Any) -> Scheme:
     """The scheme of an FP8 group. Raises UnsupportedError, naming the key, for FP8 that hf_fp8 does not run."""
     where = f"quantization_config.config_groups[{name!r}]"
 
     def refuse(key: str, value: Any, supported: str) -> UnsupportedError:
         return UnsupportedError(f"{where}.{key} is {value_of(value)!r}; hf_fp8 supports {supported}")
 
-    fmt = value_of(group.format)
-    if fmt not in FP8_FORMATS:
-        raise ConfigError(f"{where}.format is {fmt!r}: FP8 weights come as float-quantized or naive-quantized")
+    own = value_of(group.format)
+    if own not in FP8_FORMATS:
+        raise ConfigError(f"{where}.format is {own!r}: FP8 weights come as float-quantized, naive-quantized or {MX_FORMAT}")
     weights, inputs = group.weights, group.input_activations
     if not weights.symmetric:
         raise refuse("weights.symmetric", False, "symmetric FP8 weights (no zero points)")
@@ -106,7 +118,10 @@ def _fp8_scheme(name: str, group: QuantizationScheme) -> Scheme:
     }.get(value_of(weights.strategy))
     if weight is None:
         raise refuse("weights.strategy", weights.strategy, "tensor, channel, group and block")
-    stored = TensorScheme(weight())
+    mx = fmt == MX_FORMAT or _is_mx(weights)
+    if mx and value_of(weights.strategy) != "group":
+        raise refuse("weights.strategy", weights.strategy, f"group in format {MX_FORMAT}, or with scale_dtype torch.uint8")
+    stored = TensorScheme(weight(), mx=mx)
     if inputs is None:
         return Scheme(stored)
     if inputs.type != "float" or inputs.num_bits != 8:
@@ -118,17 +133,24 @@ def _fp8_scheme(name: str, group: QuantizationScheme) -> Scheme:
         how = "dynamic" if inputs.dynamic is True else value_of(inputs.dynamic) or "static"
         raise refuse(
             "input_activations.strategy",
-            f"{value_of(inputs.strategy)} ({how})",
-            "tensor (static or dynamic), token and group (dynamic)",
+            f"{value_of(inputs.strategy)} ({how}){f', scale_dtype {inputs.scale_dtype}' * bool(inputs.scale_dtype)}",
+            f"tensor (static or dynamic), token and group (dynamic); scale_dtype torch.uint8 with groups of {MX_GROUP} only",
         )
     return Scheme(stored, found)
 
 
 def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
-    """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_groups` reads."""
+    """A group of `scheme` as JSON, in the format of compressed-tensors, which `read_groups` reads.
+
+    Raises ConfigError for a scheme that the format cannot describe.
+    """
+    if reason := why_not_written(scheme):
+        raise ConfigError(reason)
     fmt = CompressionFormat.naive_quantized.value if scheme.input is None else scheme.weight.code.format
     if scheme.weight.packed:
         fmt = PACKED_FORMAT
+    if scheme.weight.mx:
+        fmt = MX_FORMAT
     group = QuantizationScheme(
         targets=list(targets),
         weights=_arguments(scheme.weight, "channel"),
@@ -139,6 +161,25 @@ def write_group(scheme: Scheme, targets: Iterable[str]) -> dict[str, Any]:
     return written
 
 
+def why_not_written(scheme: Scheme) -> str | None:
+    """The reason why no config group describes `scheme`; None if one does."""
+    code = scheme.weight.code
+    if not code.format:
+        return (
+            f"a config group of compressed-tensors cannot describe {code.label} weights: 8-bit floats (num_bits 8, type float) "
+            "are E4M3 there, and readers would take the codes for those. Quantize to E4M3 (the default dtype of a "
+            f"TensorScheme); models that are not transformers' can hold {code.label} (hf_fp8.quantize_model) and are saved "
+            "with hf_fp8.save_quantized"
+        )
+    for operand in (scheme.weight, scheme.input):
+        if operand is not None and operand.mx and operand.granularity.cols != MX_GROUP:
+            return (
+                f"a config group of compressed-tensors has MX scales of groups of {MX_GROUP}, not of "
+                f"{operand.granularity.cols} ({scheme.describe()})"
+            )
+    return None
+
+
 def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
     granularity = operand.granularity
     options: dict[str, Any] = {"strategy": {TENSOR: "tensor", ROW: row}.get(granularity, "group")}
@@ -146,6 +187,8 @@ def _arguments(operand: TensorScheme, row: str) -> QuantizationArgs:
         options = {"strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
     elif options["strategy"] == "group":
         options["group_size"] = granularity.cols
+    if operand.mx:
+        options |= {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
     code = operand.code
     return QuantizationArgs(
         num_bits=code.bits, type=code.kind, symmetric=not operand.has_zero_points, dynamic=operand.dynamic, **options

@@ -45,6 +45,11 @@ INTEGER_DTYPES = ("I64", "I32", "I16", "I8", "U8")
 SCALE_DTYPES = ("F32", "F16", "BF16")
 
 
+def weight_scale_dtypes(mx: bool) -> tuple[str, ...]:
+    """The dtypes of a weight's scales. mx: of a scheme with MX scales, whose exponents may be stored as plain bytes."""
+    return (*SCALE_DTYPES, "F8_E8M0", *(["U8"] if mx else []))
+
+
 class Checkpoint:
     """The tensors in the files of a checkpoint.
 

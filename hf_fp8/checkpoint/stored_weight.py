@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import CheckpointError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
+from ..formats.exponents import scale_values
 from ..formats.packing import words
 from ..formats.scheme import Scheme
 from ..formats.storage import (
@@ -24,7 +25,7 @@ from ..formats.storage import (
     format_of,
 )
 from .config_groups import Group
-from .reader import DTYPE_NAMES, SCALE_DTYPES, Checkpoint
+from .reader import DTYPE_NAMES, SCALE_DTYPES, Checkpoint, weight_scale_dtypes
 
 ZERO_POINTS = (ZERO_POINT, "input_zero_point")
 
@@ -203,9 +204,9 @@ class StoredWeight:
                 f"{self.keys[INPUT_SCALE]} is in the files, but config group {self.group.name!r} has no static inputs "
                 f"({self.scheme.describe()}): it would not be used. Set input_activations.dynamic to false if it should be."
             )
-        for role in (WEIGHT_SCALE, INPUT_SCALE):
-            if role in self.keys and self.dtypes[role] not in SCALE_DTYPES:
-                raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; supported are {', '.join(SCALE_DTYPES)}")
+        for role, known in ((WEIGHT_SCALE, weight_scale_dtypes(scheme.mx)), (INPUT_SCALE, SCALE_DTYPES)):
+            if role in self.keys and self.dtypes[role] not in known:
+                raise ScaleError(f"{self.keys[role]} has dtype {self.dtypes[role]}; supported are {', '.join(known)}")
 
     def check_shapes(self) -> None:
         """Raise ScaleError, naming the tensor, for scales, zero points and groups of a wrong shape."""
@@ -312,7 +313,7 @@ def wrong_input_scales(weights: list[StoredWeight], scales: Mapping[str, torch.T
 
 
 def _wrong_values(scale: torch.Tensor) -> str | None:
-    scale = scale.float()
+    scale = scale_values(scale).float()
     bad = ~(scale.isfinite() & (scale > 0))
     if not bad.any():
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..formats.code_types import FP8
+from ..formats.code_types import E5M2, FP8
 from ..kernels import Problem, select, select_grouped
 from ..loading.layout import NOTES
 from ..nn.dtensors import local
@@ -85,7 +85,7 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, device: torch.de
         held = _held(part, name)
         if held is None:
             continue
-        if isinstance(held, QuantizedLinear) or not reason or (isinstance(held, nn.Parameter) and held.dtype == FP8):
+        if isinstance(held, QuantizedLinear) or not reason or (isinstance(held, nn.Parameter) and held.dtype in (FP8, E5M2)):
             continue  # listed above, or dequantized by the user since
         tensors = list(held.parameters(recurse=False)) if isinstance(held, nn.Module) else [held]
         rows.append(Row(name, scheme, "dense", reason, _bytes(*tensors)))

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 
 FP8 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
+# Dtypes of codes and scales that gloo, and NCCL before compute capability 9.0, cannot send: sent as bytes.
+FLOATS_OF_A_BYTE = (FP8, E5M2, torch.float8_e8m0fnu)
 INT8 = torch.int8
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # a name only: torch has no operations on it
 
@@ -23,7 +26,7 @@ class CodeType:
     of codes. weight_range: the code, not rounded, to which the amax of a weight is scaled. mantissa, least_exponent: of a
     floating-point type, the bits after
     the leading one and the exponent of the smallest normal number; None for integers. kind, bits, format: compressed-tensors'
-    `type`, `num_bits` and `format`. label: for messages. suffix: in `Scheme.text`.
+    `type`, `num_bits` and `format` ("" if it has none). label: for messages. suffix: in `Scheme.text`.
     """
 
     dtype: torch.dtype
@@ -58,13 +61,18 @@ class CodeType:
         return torch.ldexp(step, exponent)
 
 
-_LARGEST = float(torch.finfo(FP8).max)
+_LARGEST, _LARGEST_E5M2 = float(torch.finfo(FP8).max), float(torch.finfo(E5M2).max)
 CODE_TYPES = {
     found.dtype: found
     for found in (
         CodeType(
             FP8, FP8, -_LARGEST, _LARGEST, _LARGEST, kind="float", bits=8, format="float-quantized", label="FP8", suffix="",
             mantissa=3, least_exponent=-6,
+        ),
+        # A type of weights only. It has infinities. compressed-tensors has no name for it: 8-bit floats are E4M3 there.
+        CodeType(
+            E5M2, E5M2, -_LARGEST_E5M2, _LARGEST_E5M2, _LARGEST_E5M2, kind="float", bits=8, format="", label="E5M2", suffix="w",
+            mantissa=2, least_exponent=-14,
         ),
         # compressed-tensors scales the amax of a weight to half of the range of codes (calculate_qparams), so that the largest
         # weights are rounded by half a step. Inputs are quantized to -127..127, as vLLM's kernels do.

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import InputError
 from .code_types import FP8, INT8
+from .exponents import scale_values
 from .native_library import (
     COLUMNS_FIELDS,
     FILE,
@@ -326,7 +327,7 @@ def columns_of(codes: torch.Tensor, scale: torch.Tensor, columns: torch.Tensor) 
     _require(scale, "scales of the weight", n)
     _require_memory(codes, "a weight")
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
+    scale = (scale if scale.dtype in DTYPES else scale_values(scale).float()).contiguous()
     columns = columns.contiguous()
     out = torch.empty((n, len(columns)), dtype=torch.float32, device="cpu")
     library().hf_fp8_columns(COLUMNS_FIELDS.pack(
@@ -364,7 +365,7 @@ def _weights(
     grid_rows, grid_cols = granularity.grid(n // parts, k)
     if scale is not None:
         _require_memory(scale, "the scales of a weight")
-        scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
+        scale = (scale if scale.dtype in DTYPES else scale_values(scale).float()).contiguous()
         _require(scale, "scales of the weight", count * parts * grid_rows * grid_cols)
     rows, cols = granularity.rows, granularity.cols
     if is_packed and (n % parts or (cols % 8 and -1 != cols < k)):
@@ -434,7 +435,7 @@ def multiply_int8(
         return out.copy_(sum((t.float() for t in (added, bias) if t is not None), start=out.new_zeros((), dtype=torch.float32)))
     _on_cpu(x)
     x, codes = (t if t.stride(1) == 1 else t.contiguous() for t in (x, codes))
-    scale, x_scale = scale if scale.dtype in DTYPES else scale.float(), x_scale.float().contiguous()
+    scale, x_scale = scale if scale.dtype in DTYPES else scale_values(scale).float(), x_scale.float().contiguous()
     scale = scale.contiguous()
     bias = _as_read(bias)
     arguments = INT8_PRODUCT_FIELDS.pack(

@@ -2,7 +2,8 @@
 
 Codes are the stored 8-bit values, E4M3 or int8. Rounding is that of compressed-tensors (quantization/lifecycle/forward.py and
 quantization/utils/helpers.py): ``scale = amax / 448``, ``q = e4m3(clamp(x / scale, -448, 448))``.
-int8 is the same with 127 and rounding to the nearest integer, ties to even. Everything is computed in
+int8 is the same with 127 and rounding to the nearest integer, ties to even. Scales that files store as exponents of two
+(`EXPONENTS`) are converted to float32, which is exact, before anything is computed with them. Everything is computed in
 float32 (float64 for inputs in float64) and rounded once at the end.
 """
 
@@ -16,6 +17,7 @@ from ..errors import CalibrationError
 from . import native
 from .code_types import CODE_TYPES, FP8
 from .cpu import multiply_out
+from .exponents import mx_exponents, scale_values
 from .quantized_weight.tensor import codes_of
 from .scheme import CODE_MAX, Granularity, TensorScheme
 
@@ -37,15 +39,15 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 GPU_CHUNK = 2**24
 
 
-def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """Scales (`granularity.grid`) that map the amax of each block to the largest code of `dtype`.
+def compute_scale(x: torch.Tensor, granularity: Granularity, dtype: torch.dtype = FP8, mx: bool = False) -> torch.Tensor:
+    """Scales (`granularity.grid`) that map the amax of each block to the largest code of `dtype`; if `mx`, MX scales.
 
     x: (rows, cols), any float dtype; scales are in its `wide` dtype. The scale of a zero block is the smallest normal float32,
     so its values quantize to zero; the scale of a block with NaN or inf is NaN or inf, so that the error stays visible.
     """
     if x.numel() == 0:
         return torch.full(granularity.grid(*x.shape), MIN_SCALE, dtype=wide(x.dtype), device=x.device)
-    return scale_of(amax_of(x, granularity), dtype)
+    return scale_of(amax_of(x, granularity), dtype, mx)
 
 
 def amax_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
@@ -85,8 +87,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """The scale, in the `wide` dtype, that maps `amax` to the largest code of `dtype`."""
+def scale_of(amax: torch.Tensor, dtype: torch.dtype = FP8, mx: bool = False) -> torch.Tensor:
+    """The scale, in the `wide` dtype, that maps `amax` to the largest code of `dtype`; if `mx`, that of `mx_exponents`."""
+    if mx:
+        return scale_values(mx_exponents(amax)).to(wide(amax.dtype))
     return torch.threshold_(amax.to(wide(amax.dtype)) / CODE_MAX[dtype], 0.0, MIN_SCALE)  # NaN stays
 
 
@@ -114,7 +118,7 @@ def quantize(
     become 0, and the NaN or infinite scale of their block keeps the error visible. generator: round up or down at random
     (`stochastic_round`).
     """
-    code = CODE_TYPES[dtype]
+    code, scale = CODE_TYPES[dtype], scale_values(scale)
     if generator is None and x.dtype in native.DTYPES and dtype in native.CODES and in_library(x, scale):
         return native.quantize(x, scale, granularity, dtype)
     scaled = x.to(wide(x.dtype)) / expand_scale(scale, granularity, *x.shape)
@@ -141,7 +145,8 @@ def dequantize(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """q (rows, cols) in E4M3 or integers times its scales, multiplied in their `wide` dtype and rounded once to `dtype`."""
-    q, computed = codes_of(q), wide(scale.dtype)
+    q, scale = codes_of(q), scale_values(scale)
+    computed = wide(scale.dtype)
     if q.dtype in native.CODES and dtype in native.DTYPES and in_library(q, scale):
         return native.dequantize(q, scale, granularity, torch.empty(q.shape, dtype=dtype, device=q.device))
     if q.device.type != "cpu" or q.dtype != FP8 or computed == torch.float64 or torch.compiler.is_compiling():
@@ -187,7 +192,8 @@ def quantize_input(x: torch.Tensor, scheme: TensorScheme, static: torch.Tensor |
     Raises CalibrationError for a static scheme without a scale.
     """
     require_static(scheme, static)
-    scale = compute_scale(x, scheme.granularity, scheme.dtype) if static is None else static.to(wide(x.dtype))
+    made = compute_scale(x, scheme.granularity, scheme.dtype, scheme.mx) if static is None else static
+    scale = scale_values(made).to(wide(x.dtype))
     return quantize(x, scale, scheme.granularity, scheme.dtype), scale
 
 
@@ -220,7 +226,7 @@ def chunk(device: torch.device) -> int:
 def pieces(
     q: torch.Tensor, scale: torch.Tensor, granularity: Granularity, elements: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Yield (codes, their scales, first row): q split into pieces of whole blocks of rows, about `elements` each."""
+    """Yield (codes, their scales as stored, first row): q in pieces of whole blocks of rows, about `elements` each."""
     q = codes_of(q)
     rows, cols = q.shape
     scale = scale.reshape(granularity.grid(rows, cols))

@@ -67,8 +67,10 @@ ROW = Granularity(1, -1)
 
 @dataclass(frozen=True)
 class TensorScheme:
-    """One operand: codes of `dtype` (E4M3, int8 or int4) with scales of one granularity.
+    """One operand: codes of `dtype` (E4M3, E5M2, int8 or int4) with scales of one granularity.
 
+    mx: scales are powers of two (`exponents.mx_exponents`), which weights store as their exponents, one byte each: the MX
+    formats (OCP Microscaling Formats specification 1.0), as compressed-tensors computes and stores them.
     dynamic: scales are computed from each input. packed: several codes lie in each int32 (always for int4). has_zero_points:
     each scale has a zero point, which is subtracted from codes. is_ordered: the columns of a group need not lie next to each
     other; the group of each column is stored (`weight_g_idx`). recipe: how scales and codes are computed from weights, "" as
@@ -82,18 +84,21 @@ class TensorScheme:
     has_zero_points: bool = False
     is_ordered: bool = False
     recipe: str = field(default="", compare=False)
+    mx: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in CODE_TYPES:
             raise ConfigError(f"codes are {' or '.join(map(str, CODE_TYPES))}, got {self.dtype}")
         if self.dtype == INT4 and not self.packed:
             object.__setattr__(self, "packed", True)
-        if self.packed and (self.dtype == FP8 or self.granularity.rows != 1 or self.dynamic):
+        if self.packed and (self.code.is_float or self.granularity.rows != 1 or self.dynamic):
             raise ConfigError(f"packed codes are int4 or int8 weights with scales per channel or group, not {self}")
         if not self.packed and (self.has_zero_points or self.is_ordered):
             raise ConfigError("zero points, and groups of columns in any order, are supported for packed codes only")
         if self.is_ordered and self.granularity.cols == -1:
             raise ConfigError("the columns of a channel are one group: there is nothing to order")
+        if self.mx and (self.dtype != FP8 or self.granularity.rows != 1 or self.granularity.cols == -1):
+            raise ConfigError(f"MX scales are of groups of E4M3 codes, not of {self.code.label} per {self.granularity}")
         if self.recipe and (self.recipe != FBGEMM or self.dtype != INT4 or self.is_ordered):
             raise ConfigError(f"recipe={self.recipe!r} is not known for {self.code.label} weights; int4 has {FBGEMM!r}")
 
@@ -114,7 +119,13 @@ class TensorScheme:
 
     def __str__(self) -> str:
         # int4 is packed anyway
-        flags = {"p": self.packed and self.dtype != INT4, "z": self.has_zero_points, "o": self.is_ordered, "f": self.recipe}
+        flags = {
+            "p": self.packed and self.dtype != INT4,
+            "z": self.has_zero_points,
+            "o": self.is_ordered,
+            "f": self.recipe,
+            "m": self.mx,
+        }
         marks = "".join(letter for letter, is_set in flags.items() if is_set)
         return f"{self.granularity}{'d' if self.dynamic else 's'}{self.code.suffix}{marks}"
 
@@ -128,6 +139,7 @@ class TensorScheme:
         return TensorScheme(
             Granularity(int(rows), int(cols)), scales == "d", _BY_SUFFIX[suffix],
             packed="p" in marks, has_zero_points="z" in marks, is_ordered="o" in marks, recipe=FBGEMM if "f" in marks else "",
+            mx="m" in marks,
         )  # fmt: skip
 
     @property
@@ -137,7 +149,7 @@ class TensorScheme:
         found = {TENSOR: "tensor", ROW: "channel"}.get(granularity)
         if found is None:
             found = f"group {granularity.cols}" if granularity.rows == 1 else f"block {granularity}"
-        found = found if self.code.is_float else f"{self.code.label} {found}"
+        found = found if self.dtype == FP8 else f"{self.code.label} {found}"
         extra = ", ".join(
             said
             for said, is_so in (
@@ -145,13 +157,14 @@ class TensorScheme:
                 ("zero points", self.has_zero_points),
                 ("columns in the order of weight_g_idx", self.is_ordered),
                 ("as FBGEMM quantizes them", bool(self.recipe)),
+                ("MX scales", self.mx),
             )
             if is_so
         )
         return f"{found} ({extra})" if extra else found
 
 
-_WRITTEN = re.compile(r"(-?\d+)x(-?\d+)([ds])([iq]?)([pzof]*)")
+_WRITTEN = re.compile(r"(-?\d+)x(-?\d+)([ds])([iqw]?)([pzofm]*)")
 
 
 @dataclass(frozen=True)
@@ -179,6 +192,8 @@ class Scheme:
             raise ConfigError(f"weights have scales per tensor, channel, group or block, not {self.weight.granularity}")
         if self.input is not None and not self.input.dynamic and not self.input.granularity.is_tensor:
             raise ConfigError(f"static inputs have one scale per tensor, not one per {self.input.granularity}")
+        if self.weight.mx and self.has_static_input:
+            raise ConfigError("weights with MX scales go with inputs that are quantized dynamically, or not at all")
         if self.input is not None and self.input.storage not in (FP8, INT8):
             raise ConfigError(f"inputs are quantized to 8 bits, not to {self.input.code.label}")
         object.__setattr__(self, "text", f"{self.weight}|{self.input if self.input else '-'}")
@@ -202,7 +217,8 @@ class Scheme:
         weight = self.weight.kind
         if self.input is None:
             return f"{weight} weights, inputs not quantized"
-        kind = {"-1x-1": "tensor", "1x-1": "token"}.get(str(self.input.granularity), f"group {self.input.granularity.cols}")
+        granularity = self.input.granularity
+        kind = {TENSOR: "tensor", ROW: "token"}.get(granularity, f"group {granularity.cols}{' (MX scales)' * self.input.mx}")
         if not self.input.code.is_float:
             kind = f"{self.input.code.label} {kind}"
         return f"{weight} x {kind} ({'dynamic' if self.input.dynamic else 'static'})"
@@ -224,6 +240,9 @@ FP8_STATIC = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR))
 FP8_BLOCK = Scheme(TensorScheme(Granularity(128, 128)), TensorScheme(Granularity(1, 128), dynamic=True))
 FP8_WEIGHT_ONLY = Scheme(TensorScheme(ROW))
 FP8_TENSOR = Scheme(TensorScheme(TENSOR), TensorScheme(TENSOR, dynamic=True))
+# compressed-tensors' MXFP8 and MXFP8A16.
+MXFP8_WEIGHT_ONLY = Scheme(TensorScheme(Granularity(1, 32), mx=True))
+MXFP8 = Scheme(MXFP8_WEIGHT_ONLY.weight, TensorScheme(Granularity(1, 32), dynamic=True, mx=True))
 # backend="int8" re-quantizes FP8 layers to this; compressed-tensors calls it W8A8 or INT8.
 INT8_DYNAMIC = Scheme(TensorScheme(ROW, dtype=INT8), TensorScheme(ROW, dynamic=True, dtype=INT8))
 INT8_WEIGHT_ONLY = Scheme(TensorScheme(ROW, dtype=INT8))
@@ -246,6 +265,8 @@ SCHEMES = {
     "FP8_BLOCK": FP8_BLOCK,
     "FP8_WEIGHT_ONLY": FP8_WEIGHT_ONLY,
     "FP8_TENSOR": FP8_TENSOR,
+    "MXFP8": MXFP8,
+    "MXFP8A16": MXFP8_WEIGHT_ONLY,
     "INT8": INT8_DYNAMIC,
     "W8A8": INT8_DYNAMIC,
     "INT8_WEIGHT_ONLY": INT8_WEIGHT_ONLY,

@@ -82,7 +82,7 @@ def dequantize(tensors: Tensors, scheme: TensorScheme, k: int, dtype: torch.dtyp
 
 
 class OneByteCodes:
-    """One code in each element of `weight`, and its scales in `weight_scale` (`scale_shape`): E4M3 and int8."""
+    """One code in each element of `weight`, and its scales in `weight_scale` (`scale_shape`): E4M3, E5M2 and int8."""
 
     codes = WEIGHT
 
@@ -104,7 +104,7 @@ class OneByteCodes:
         checked: bool = True,
     ) -> dict[str, torch.Tensor]:
         before = None if held is None else held[WEIGHT_SCALE]
-        codes, scale = quantize_weight(weight, scheme.granularity, scheme.dtype, before, generator, checked)
+        codes, scale = quantize_weight(weight, scheme.granularity, scheme.dtype, before, generator, checked, scheme.mx)
         return {WEIGHT: codes, WEIGHT_SCALE: scale}
 
     def encode(self, weight: torch.Tensor, scheme: TensorScheme, held: Tensors) -> torch.Tensor:

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 
 from ..errors import ScaleError
 from .code_types import CODE_TYPES, FP8
+from .exponents import EXPONENTS, exponents_of, mx_exponents, scale_values
 from .numerics import amax_of, chunk, compute_scale, dequantize, expand_scale, pieces, quantize, stochastic_round
 from .scheme import ROW, Granularity, TensorScheme, scale_shape
 
 
-def scale_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the scale of a weight of `dtype`: the same, as in compressed-tensors; float32 for float64."""
+def scale_dtype_of(dtype: torch.dtype, mx: bool = False) -> torch.dtype:
+    """The dtype of the scale of a weight of `dtype`: the same, as in compressed-tensors; float32 for float64; bytes if `mx`."""
+    if mx:
+        return torch.uint8
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
@@ -43,6 +46,7 @@ def quantize_weight(
     held: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     checked: bool = True,
+    mx: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a float weight (N, K): (codes (N, K), one in each element, scale in the shape of `scheme.scale_shape`).
 
@@ -51,14 +55,17 @@ def quantize_weight(
     processed in pieces: temporary memory is of a fixed size.
 
     held: the scale of the weight before a small change. Blocks that it still fits keep it, as their unchanged values are
-    exactly its codes; other blocks get a new scale of the same dtype.
+    exactly its codes; other blocks get a new scale of the same dtype. New scales that are stored as exponents (`EXPONENTS`) are
+    rounded up to powers of two, so that nothing overflows. mx: scales are those of `mx_exponents`, in uint8 without `held`.
     generator: round up or down at random (`stochastic_round`) instead of to the nearest code.
     checked: look for NaN and infinity, which waits for a GPU; without it they become some codes, with NaN or infinite scales.
 
     Raises ScaleError for weights with NaN or infinity.
     """
     rows, cols = weight.shape
-    compute = scale_dtype_of(weight.dtype)
+    kept_in = scale_dtype_of(weight.dtype, mx) if held is None else held.dtype
+    # A power of two may be too small for 16 bits. Dividing by it is exact in float32, as compressed-tensors' division is.
+    compute = torch.float32 if kept_in in EXPONENTS else scale_dtype_of(weight.dtype)
     code = CODE_TYPES[dtype]
     codes = torch.empty((rows, cols), dtype=code.storage, device=weight.device)
     shape = scale_shape(granularity, rows, cols)
@@ -69,13 +76,10 @@ def quantize_weight(
             torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
     if checked:
         refuse_non_finite(scale, weight)
-    scale.copy_(weight_scale_of(scale, dtype))
+    scale.copy_(scale_values(mx_exponents(scale)) if mx else weight_scale_of(scale, dtype))
     if held is not None:
-        fresh = scale.to(held.dtype)
-        # Near the smallest numbers of a dtype, rounding down may lower the scale a lot, which would clip the largest weight.
-        low = fresh.to(compute) < scale * (1 - 2**-7)
-        fresh = torch.where(low, fresh + least_scale(held.dtype), fresh).to(compute)
-        before = held.reshape(scale.shape).to(compute)
+        fresh = _rounded_to(scale, held.dtype)
+        before = scale_values(held).reshape(scale.shape).to(compute)
         # Keep the held scale unless it is too small, or so large that integers would lose more than one bit.
         fits = scale <= before if code.is_float else _fits(weight, before, granularity, dtype)
         scale.copy_(torch.where(fits & (scale >= before / 2), before, fresh))
@@ -84,7 +88,18 @@ def quantize_weight(
         if generator is not None:
             scaled = stochastic_round(scaled.float(), dtype, generator)
         codes[start : start + len(piece)] = code.round(scaled)
-    return codes, scale.reshape(shape).to(compute if held is None else held.dtype)
+    kept = exponents_of(scale, kept_in) if kept_in in EXPONENTS else scale.to(kept_in)
+    return codes, kept.reshape(shape)
+
+
+def _rounded_to(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` rounded to what `dtype` can hold, in its own dtype."""
+    if dtype in EXPONENTS:
+        return scale_values(exponents_of(scale, dtype)).to(scale.dtype)
+    rounded = scale.to(dtype)
+    # Near the smallest numbers of a dtype, rounding down may lower the scale a lot, which would clip the largest weight.
+    low = rounded.to(scale.dtype) < scale * (1 - 2**-7)
+    return torch.where(low, rounded + least_scale(dtype), rounded).to(scale.dtype)
 
 
 def _fits(weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype) -> torch.Tensor:
@@ -148,10 +163,10 @@ def quantize_with_zero_points(
 
 
 def nearest_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
-    """The codes of a float weight (N, K) for a given scale, one in each element. NaN and infinity are NaN in E4M3."""
+    """The codes of a float weight (N, K) for a given scale, one in each element. NaN and infinity are NaN in floats."""
     if scheme.code.is_float:
         return quantize(weight, scale, scheme.granularity, scheme.dtype)
-    scaled = weight.float() / expand_scale(scale.float(), scheme.granularity, *weight.shape)
+    scaled = weight.float() / expand_scale(scale_values(scale).float(), scheme.granularity, *weight.shape)
     return scheme.code.round(scaled.clamp_(scheme.code.least, scheme.code.largest).nan_to_num_(0.0))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import fsdp_utils
 
-from ..formats.code_types import FP8
+from ..formats.code_types import FLOATS_OF_A_BYTE
 from ..formats.quantized_weight.tensor import codes_of
 from ..nn.base import QuantizedModule
 from ..nn.dtensors import seen_as
@@ -46,22 +46,22 @@ def _load_full_state_dict(host: Any, accelerator: Any, model: Any, full_sd: dict
 
 def _fill(host: Any, full: dict[str, Any], local: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """The functions with which `set_model_state_dict` fills `local`, which has sharded tensors, from whole ones, `full`."""
-    codes = {name for name, tensor in local.items() if isinstance(tensor, torch.Tensor) and tensor.dtype == FP8}
+    codes = {n: t.dtype for n, t in local.items() if isinstance(t, torch.Tensor) and t.dtype in FLOATS_OF_A_BYTE}
     found = {name: _as_bytes(tensor) for name, tensor in local.items()}
     host({name: _as_bytes(tensor) for name, tensor in full.items()}, found, *args, **kwargs)
     local.clear()
-    local.update({name: seen_as(tensor, FP8) if name in codes else tensor for name, tensor in found.items()})
+    local.update({name: seen_as(tensor, codes[name]) if name in codes else tensor for name, tensor in found.items()})
 
 
 def _as_bytes(tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor):
         return tensor
     plain = codes_of(tensor)
-    return seen_as(plain.detach(), torch.uint8) if plain.dtype == FP8 else plain
+    return seen_as(plain.detach(), torch.uint8) if plain.dtype in FLOATS_OF_A_BYTE else plain
 
 
 class _OfBytes:
-    """A model whose state dicts have bytes instead of E4M3 codes."""
+    """A model whose state dicts have bytes instead of codes and scales in floats of 8 bits."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -73,6 +73,6 @@ class _OfBytes:
         return {name: _as_bytes(tensor) for name, tensor in self._model.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any], **kwargs: Any) -> Any:
-        codes = {name for name, tensor in self._model.state_dict().items() if tensor.dtype == FP8}
-        found = {name: seen_as(tensor, FP8) if name in codes else tensor for name, tensor in state.items()}
+        codes = {name: t.dtype for name, t in self._model.state_dict().items() if t.dtype in FLOATS_OF_A_BYTE}
+        found = {name: seen_as(tensor, codes[name]) if name in codes else tensor for name, tensor in state.items()}
         return self._model.load_state_dict(found, **kwargs)

@@ -18,7 +18,7 @@ from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.stored_weight import ZERO_POINTS, check_host_shapes
 from ..checkpoint.weight_files import find_weight_files
 from ..errors import ConfigError, MissingTensorError, ScaleError, UnsupportedError, first
-from ..formats.code_types import FP8
+from ..formats.code_types import E5M2, FP8
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..loading import options as load_options
 from ..loading.apply import apply_layout
@@ -315,7 +315,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.original_dtype = module.original_dtype or self._dtype
                 if isinstance(module, QuantizedLinear):
                     module.backward = self.quantization_config.backward
-            elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype == FP8:
+            elif (weight := module._parameters.get(WEIGHT)) is not None and weight.dtype in (FP8, E5M2):
                 raise UnsupportedError(
                     f"a {type(module).__name__} of shape {tuple(weight.shape)} holds FP8 codes without a scale: its outputs "
                     "would be wrong. Load with FP8Config(dequantize=True), and please report the model"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..formats.code_types import FP8
+from ..formats.code_types import FLOATS_OF_A_BYTE
 from .import_hook import after_import, cancel
 from .patches import wrap
 
@@ -32,6 +32,6 @@ def _wrap() -> None:
 
 
 def _gather(host: Any, part: torch.Tensor, whole: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    if part.dtype == FP8:
+    if part.dtype in FLOATS_OF_A_BYTE:
         part, whole = part.view(torch.uint8), whole.view(torch.uint8)
     return host(part, whole, *args, **kwargs)

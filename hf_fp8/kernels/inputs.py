@@ -22,7 +22,7 @@ def combined(
     """The scales of x (M, K) if other processes hold its other columns: `granularity.grid`. `input_scale` if none do."""
     if reduce is None or not scheme.dynamic:
         return input_scale
-    return numerics.scale_of(reduce(numerics.amax_of(x, scheme.granularity)), scheme.dtype)
+    return numerics.scale_of(reduce(numerics.amax_of(x, scheme.granularity)), scheme.dtype, scheme.mx)
 
 
 def quantize_input(
@@ -38,7 +38,7 @@ def quantize_input(
     numerics.require_static(scheme, input_scale)
     in_float32 = x.dtype != torch.float64  # as the scales of Triton's kernel are
     in_float32 = in_float32 and (input_scale is None or input_scale.numel() == 1)
-    if in_float32 and triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):
+    if in_float32 and not scheme.mx and triton_support.why_not(x.device) is None and scheme.granularity.rows in (1, -1):
         from .triton import quantize as triton_quantize
 
         return triton_quantize.quantize(x, scheme, input_scale, kept)

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from ..formats import native, packing
-from ..formats.code_types import FP8, INT4, INT8
+from ..formats.code_types import INT4, INT8
 from ..formats.scheme import FP8_BLOCK, FP8_WEIGHT_ONLY, INT8_DYNAMIC, TENSOR, W4A16, W8A16, Scheme
 from . import torch_fp8, torch_grouped, torch_int8
 from .base import ExpertWeights, GroupedKernel, Input, Kernel, Problem, Routing, Weight, has_bfloat16_units, why_sums_overflow
@@ -80,7 +80,8 @@ def multiply_int8(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 def times_weight(x: torch.Tensor, w: Weight) -> torch.Tensor | None:
     """x (M, N) times a weight (N, K), not its transpose: (M, K) in the dtype of x; None if torch is to do it."""
-    if w.scheme.weight.packed or why_not_here(w.codes.device, x.dtype) is not None:
+    weight = w.scheme.weight
+    if weight.packed or weight.dtype not in native.CODES or why_not_here(w.codes.device, x.dtype) is not None:
         return None
     if x.shape[0] > native_limit(x.dtype):  # 0 rows without vectors
         return None
@@ -91,6 +92,7 @@ def times_weights(grad: torch.Tensor, w: ExpertWeights, routing: Routing) -> tor
     """grad (S, N), sorted by expert, times the weights of the experts: (S, K) in float32; None if torch is to do it."""
     if (
         w.scheme.weight.packed
+        or w.scheme.weight.dtype not in native.CODES
         or why_not_here(w.codes.device, grad.dtype) is not None
         or routing.rows_each(w.codes.shape[0]) > native_limit(grad.dtype)
     ):
@@ -143,7 +145,7 @@ def why_not_scheme(scheme: Scheme) -> str | None:
         return "differences of 8-bit codes and zero points have 9 bits"
     if weight.packed:
         return None
-    return None if scheme.weight.dtype in (FP8, INT8) else "it takes E4M3 or int8 weights"
+    return None if weight.dtype in native.CODES else f"it takes E4M3 or int8 weights, not {weight.code.label}"
 
 
 def why_not_device(problem: Problem) -> str | None:

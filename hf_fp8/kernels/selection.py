@@ -13,7 +13,7 @@ import torch
 
 from ..errors import KernelError
 from ..formats import native
-from ..formats.code_types import FP8
+from ..formats.code_types import FP8, INT8
 from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
 from .base import BaseKernel, GroupedKernel, Kernel, Problem
 from .probing import probe
@@ -183,6 +183,8 @@ def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Prob
     found = "no 8-bit kernel takes such scales" if kernel is quantized[-1] else f"{codes} matmul on {problem.device.type}"
     if problem.scheme.weight.packed:
         found = "no 8-bit kernel takes packed codes"
+    elif problem.scheme.weight.dtype not in (FP8, INT8):
+        found = f"no 8-bit kernel takes {codes} weights"
     reason, few = declined or found, _first(weight_only, problem)[0]
     if backend == "scaled_mm" or few is weight_only[-1]:
         return Selection(kernel, reason)

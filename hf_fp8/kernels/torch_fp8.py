@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..formats import numerics
 from ..formats.code_types import FP8
+from ..formats.exponents import scale_values
 from ..formats.scheme import FP8_BLOCK, FP8_DYNAMIC, FP8_STATIC, ROW, TENSOR, Granularity, Scheme
 from .base import Input, Kernel, Problem, Reduce, Weight, add_bias, product_dtype
 from .inputs import combined, quantize
@@ -55,7 +56,7 @@ def _scaled_mm(
 
 def rowwise(x: Input, w: Weight, dtype: torch.dtype, fast: bool = True) -> torch.Tensor:
     """scaled_mm with scales of x (M, 1) and of the weight (1, N), both float32, for channel or tensor weights."""
-    w_scale = w.scale.float().reshape(1, -1).expand(1, w.codes.shape[0]).contiguous()
+    w_scale = scale_values(w.scale).float().reshape(1, -1).expand(1, w.codes.shape[0]).contiguous()
     return _scaled_mm(x, w, w_scale, ("RowWise", "RowWise"), dtype, fast)
 
 
@@ -63,12 +64,12 @@ def tensorwise(x: Input, w: Weight, dtype: torch.dtype, fast: bool = True) -> to
     """scaled_mm with one scale for x, which is repeated for each row, and one for the weight."""
     assert x.scale is not None
     one = x._replace(scale=x.scale[:1].reshape(1))
-    return _scaled_mm(one, w, w.scale.float().reshape(1), ("TensorWise", "TensorWise"), dtype, fast)
+    return _scaled_mm(one, w, scale_values(w.scale).float().reshape(1), ("TensorWise", "TensorWise"), dtype, fast)
 
 
 def blockwise(x: Input, w: Weight, dtype: torch.dtype, fast: bool = True) -> torch.Tensor:
     """scaled_mm with 1x128 scales of inputs and 128x128 scales of weights."""
-    return _scaled_mm(x, w, w.scale.float().t(), ("BlockWise1x128", "BlockWise128x128"), dtype, fast)
+    return _scaled_mm(x, w, scale_values(w.scale).float().t(), ("BlockWise1x128", "BlockWise128x128"), dtype, fast)
 
 
 def fake_quantize(x: torch.Tensor, input_scale: torch.Tensor | None, scheme: Scheme, reduce: Reduce | None = None) -> Input:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import numerics
+from ..formats.exponents import scale_values
 from ..formats.scheme import FP8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 from . import torch_fp8
 from .base import ExpertWeights, GroupedKernel, Input, Reduce, Routing, product_dtype
@@ -53,7 +54,7 @@ def scaled_grouped_mm(x: Input, w: ExpertWeights, routing: Routing, dtype: torch
     assert routing.offsets is not None
     types = F.ScalingType
     n_experts, n, _ = w.codes.shape
-    w_scale = w.scale.float()
+    w_scale = scale_values(w.scale).float()
     if w.scheme.weight.granularity.is_tensor:
         w_scale = w_scale.repeat_interleave(n // w.parts, 1)
     offsets, x_scale = routing.offsets, routing.gather(x.scale).reshape(-1)
@@ -159,7 +160,7 @@ def _times_columns(grad: torch.Tensor, w: ExpertWeights, routing: Routing, out: 
     nobody = (routing.experts >= n_experts).unsqueeze(1)  # rows without an expert come last and are not written
     for start in range(0, k, step):
         codes = w.codes[:, :, start : start + step]
-        scale = w.scale.float()
+        scale = scale_values(w.scale).float()
         if granularity.is_tensor:
             scale = scale.repeat_interleave(n // w.parts, 1).unsqueeze(2)
         else:

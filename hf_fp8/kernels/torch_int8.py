@@ -12,6 +12,7 @@ import torch
 from ..formats import native
 from ..formats.code_types import INT8
 from ..formats.cpu import SIZE, scratch
+from ..formats.exponents import scale_values
 from ..formats.scheme import INT8_DYNAMIC, ROW, Scheme
 from .base import Input, Kernel, Problem, Weight, add_bias, why_sums_overflow
 from .int8_inputs import COLUMNS_PER_OUTLIER, quantize, quantize_but_outliers
@@ -59,13 +60,13 @@ def beside(x: Input, w: Weight) -> torch.Tensor | None:
         return None
     if w.codes.is_cpu and native.why_not() is None:
         return native.columns_of(w.codes, w.scale, x.columns).t()
-    return _columns(w.codes, x.columns).mul_(w.scale.float().reshape(1, -1))
+    return _columns(w.codes, x.columns).mul_(scale_values(w.scale).float().reshape(1, -1))
 
 
 def _scaled(total: torch.Tensor, x: Input, w: Weight, columns: torch.Tensor | None) -> torch.Tensor:
     """Apply scales, outliers (times `columns`) and bias to `total` (M, N), float32 sums, in place."""
     assert x.scale is not None
-    w_scale = w.scale.float().reshape(1, -1)
+    w_scale = scale_values(w.scale).float().reshape(1, -1)
     if w_scale.device.type != "cpu" or float(w_scale.amax()) < LARGE:
         total.mul_(w_scale).mul_(x.scale)  # in this order: a large x_scale alone could overflow
     else:
@@ -117,7 +118,7 @@ def weight_only(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     """
     least, most = (end.item() for end in torch.aminmax(x.x))
     if SMALL < max(-least, most) < LARGE:
-        return add_bias(torch.mul(_packed(x.x, w.codes), w.scale.float().reshape(1, -1)), w.bias).to(dtype)
+        return add_bias(torch.mul(_packed(x.x, w.codes), scale_values(w.scale).float().reshape(1, -1)), w.bias).to(dtype)
     # Scale rows to a magnitude of about 1, so that sums with codes do not overflow.
     amax = x.x.abs().amax(1, keepdim=True).float()
     power = torch.ldexp(torch.ones_like(amax), torch.frexp(amax).exponent.clamp_(-100, 120))

@@ -22,7 +22,7 @@ from ..formats.code_types import INT8
 from ..formats.cuts import blocks_of
 from ..formats.scheme import Granularity
 from ..formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, format_of
-from ..formats.weights import requantize
+from ..formats.weights import requantize, scale_dtype_of
 from .expert_ops import from_stack
 from .layout import Layout, Stack
 from .ops import quantize_or_note, weight_from
@@ -275,12 +275,12 @@ class _Quantizing:
 
     def dtype(self, role: str) -> torch.dtype:
         scheme = self._weights[0].scheme.weight
-        forms = format_of(scheme).forms(scheme, 1, 1, torch.float32)
-        return forms[WEIGHT].dtype if role == WEIGHT else self._scale_dtype
+        forms = format_of(scheme).forms(scheme, 1, 1, scale_dtype_of(self._dtype, scheme.mx))
+        return self._input_scale_dtype if role == INPUT_SCALE else forms[role].dtype
 
     @property
-    def _scale_dtype(self) -> torch.dtype:
-        return self._dtype if self._dtype in (torch.bfloat16, torch.float16) else torch.float32
+    def _input_scale_dtype(self) -> torch.dtype:
+        return scale_dtype_of(self._dtype)
 
     def _made(self, index: int, role: str) -> torch.Tensor:
         if role == WEIGHT_SCALE and (kept := self._scales.pop(index, None)) is not None:
@@ -301,7 +301,7 @@ class _Quantizing:
     def of_linear(self, role: str, shape: tuple[int, ...]) -> LazyTensor:
         def read(ranges: Ranges) -> torch.Tensor:
             if role == INPUT_SCALE:
-                return torch.full([len(one) for one in ranges], torch.nan, dtype=self._scale_dtype)
+                return torch.full([len(one) for one in ranges], torch.nan, dtype=self._input_scale_dtype)
             return cut(self._made(0, role).reshape(shape), ranges)
 
         return LazyTensor(shape, self.dtype(role), read)

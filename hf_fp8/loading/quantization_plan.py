@@ -305,7 +305,8 @@ def _quantized(
 ) -> dict[str, TensorInfo]:
     """The tensors that replace a dense matrix. dtype: to which it is cast before it is quantized, None for no cast."""
     assert group.scheme is not None
-    scheme, scale = group.scheme.weight, scale_dtype_of(dtype or TORCH_DTYPES[info.dtype])
+    scheme = group.scheme.weight
+    scale = scale_dtype_of(dtype or TORCH_DTYPES[info.dtype], scheme.mx)
     n, k = shape
     forms = format_of(scheme).forms(scheme, n, k, scale)
     if group.scheme.has_static_input:

@@ -12,6 +12,7 @@ import torch
 
 from ..formats import numerics
 from ..formats.code_types import FP8, INT8
+from ..formats.exponents import scale_values
 from ..formats.scheme import FP8_DYNAMIC, INT8_DYNAMIC, ROW, Granularity, Scheme, TensorScheme
 from ..kernels import Input, Weight, kernel_for, native
 from ..kernels import torch_fp8 as torch_mm
@@ -90,7 +91,8 @@ def _quantized(x: torch.Tensor, w: Weight, turned: Scheme) -> torch.Tensor:
     # All kernels except the int8 kernel for CPUs need contiguous rows.
     codes = weight.t() if turned == INT8_DYNAMIC and weight.device.type == "cpu" else weight.t().contiguous()
     if scheme.weight.granularity == ROW:
-        given = x.float() * weight_scale.float().reshape(1, -1)  # float32, as the product of two small numbers may underflow
+        # float32, as the product of two small numbers may underflow
+        given = x.float() * scale_values(weight_scale).float().reshape(1, -1)
         scale = weight_scale.new_ones((codes.shape[0], 1), dtype=torch.float32)
     else:
         given, scale = x, weight_scale.t().contiguous() if weight_scale.ndim == 2 else weight_scale

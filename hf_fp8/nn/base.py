@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import StateDictError, UnsupportedError
+from ..formats.exponents import EXPONENTS, scale_values
 from ..formats.quantized_weight.casts import codes_for_certain, is_certain, refuse_own_values, refuse_values
 from ..formats.quantized_weight.source import Decoder
 from ..formats.quantized_weight.tensor import QuantizedWeight, codes_of, export, is_cast_of, is_whole
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 # Instance attributes that accelerate's hooks or `module.compile()` set and bind to the module.
 OF_AN_INSTANCE = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
-SCALES = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, *EXPONENTS)
+# Attribute of a module with scales that are derived from those that it holds, for kernels.
+_DERIVED = "_derived_scales"
 # Attributes set by PyTorch, transformers or accelerate; any other attribute was set by user code.
 OF_A_LAYER = frozenset(
     {*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta")), *OF_AN_INSTANCE, "_is_hf_initialized"}
@@ -173,32 +176,50 @@ class QuantizedModule(nn.Module):
         raise NotImplementedError
 
     def held_scale(self, name: str) -> torch.Tensor:
-        """The scales of the codes called `name`, for kernels.
+        """The scales of the codes called `name`, for kernels: floats, also for scales that are held as exponents (`EXPONENTS`).
+
+        Code that is compiled gets these as they are, and kernels convert them. Raises as `stored_scale`.
+        """
+        scale, shard = self._checked_scale(name)
+        if shard is None and (scale.dtype not in EXPONENTS or scale.is_meta or torch.compiler.is_compiling()):
+            return scale
+        return self._derived_scale(name, shard, scale)
+
+    def stored_scale(self, name: str) -> torch.Tensor:
+        """The scales of the codes called `name`, of what this process holds, in the dtype in which they are held.
 
         Raises UnsupportedError if their number differs from the scheme's, or their dtype is not one of `SCALES`.
         """
+        scale, shard = self._checked_scale(name)
+        return scale if shard is None else shard.selected(scale.detach())
+
+    def _checked_scale(self, name: str) -> tuple[torch.Tensor, Shard | None]:
+        """(the scales that are held, the Shard that selects some of them or None)."""
         leaf = self.holds[name][0]
         found: Any = local(self._parameters.get(leaf))
         if found is None or found.numel() != self.scale_count(name) or found.dtype not in SCALES:
             held = "nothing" if found is None else f"{[*found.shape]} in {found.dtype}"
             raise UnsupportedError(
-                f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} scale(s) in bfloat16, float16 "
-                "or float32: it was replaced after the layer was quantized"
+                f"{self.called(leaf)} is {held}, where its scheme has {self.scale_count(name)} scale(s) in bfloat16, float16, "
+                "float32, float8_e8m0fnu or uint8: it was replaced after the layer was quantized"
             )
         scale: torch.Tensor = plain_scale(found)
         shard = self.shards.get(name)
-        return scale if shard is None or not shard.selects_scale else self._selected_scale(name, shard, scale)
+        return scale, shard if shard is not None and shard.selects_scale else None
 
-    def _selected_scale(self, name: str, shard: Shard, scale: torch.Tensor) -> torch.Tensor:
-        """`Shard.selected`, selected again only if the scale was changed or replaced."""
-        kept = vars(self).setdefault("_selected", {})
+    def _derived_scale(self, name: str, shard: Shard | None, scale: torch.Tensor) -> torch.Tensor:
+        """Those of `scale` that `shard` selects, as floats; derived again only if the scale was changed or replaced."""
+        kept = vars(self).setdefault(_DERIVED, {})
         version = 0 if scale.is_inference() else scale._version
         of, at, found = kept.get(name, (None, 0, None))
         if of is not scale or at != version or found is None:
-            found = shard.selected(scale.detach())
-            kept[name] = scale, version, found
-        selected: torch.Tensor = found
-        return selected
+            with torch.inference_mode(False):  # a later call may need gradients of inputs
+                found = scale.detach() if shard is None else shard.selected(scale.detach())
+                found = scale_values(found)
+            if type(found) is torch.Tensor:  # not one of a mode in which nothing is computed
+                kept[name] = scale, version, found
+        derived: torch.Tensor = found
+        return derived
 
     def held_codes(self, name: str) -> torch.Tensor:
         """The codes called `name` as a plain tensor, for kernels.
@@ -261,7 +282,8 @@ class QuantizedModule(nn.Module):
     def await_scale(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> None:
         """Register an input scale that is not measured yet, in the dtype and on the device of `like`."""
         # NaN, so that it is never used as a valid scale by mistake.
-        self.register_parameter(name, nn.Parameter(like.new_full(shape, torch.nan), requires_grad=False))
+        dtype = torch.float32 if like.dtype in EXPONENTS else like.dtype
+        self.register_parameter(name, nn.Parameter(like.new_full(shape, torch.nan, dtype=dtype), requires_grad=False))
         if not like.is_meta:
             self.unmeasured = (*self.unmeasured, name)
 
@@ -309,11 +331,14 @@ class QuantizedModule(nn.Module):
     def _twin(self) -> Self:
         """A shallow copy that shares parameters, buffers, submodules and hooks, except hooks bound to this instance."""
         new = self.__new__(type(self))
-        new.__dict__.update({name: value for name, value in vars(self).items() if name not in OF_AN_INSTANCE})
+        new.__dict__.update({name: value for name, value in vars(self).items() if name not in (*OF_AN_INSTANCE, _DERIVED)})
         for name in ("_parameters", "_buffers", "_modules"):
             new.__dict__[name] = dict(vars(self)[name])
         new._hold()
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "made_of" in state:  # the name of `original_dtype` up to version 0.1
@@ -420,7 +445,7 @@ class QuantizedModule(nn.Module):
                     self.register_parameter(scale_name, nn.Parameter(held.detach().to(scale.dtype), requires_grad=False))
         with codes_for_certain():
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        vars(self).pop("_selected", None)  # FSDP gathers scales without a new version
+        vars(self).pop(_DERIVED, None)  # FSDP gathers scales without a new version
         static = (prefix + name for scales in self.holds.values() for name in scales[1:])
         if any(name in state_dict and not state_dict[name].is_meta for name in static):
             self.see_calibration()
@@ -438,19 +463,21 @@ class QuantizedModule(nn.Module):
         held = getattr(self, name)
         if held.is_meta or new.is_meta:
             return 1.0, 1.0
-        before = held.detach().float().abs()
-        if bool((new == torch.finfo(new.dtype).eps).all()):
+        before, after = (scale_values(scale.detach()).float().abs() for scale in (held, new))
+        of_zeros = float(scale_values(new.new_zeros(()))) if new.dtype in EXPONENTS else torch.finfo(new.dtype).eps
+        if bool((after == of_zeros).all()):
             return float(before.max()), 0.0
         mean = before.mean()
-        return float(before.max()), float(new.detach().to(mean).abs().mean() / mean)
+        return float(before.max()), float(after.to(mean).mean() / mean)
 
 
 def _same_scale(held: torch.Tensor, given: torch.Tensor) -> bool:
     """Whether two scales are equal after a cast of the first to the dtype of the second."""
     if held.is_meta or given.is_meta:
         return held.shape == given.shape
-    mine = held.detach().to(given.dtype)
-    return mine.shape == given.shape and torch.equal(mine, given.detach().to(mine.device))
+    mine, theirs = scale_values(held.detach()), scale_values(given.detach())
+    mine = mine.to(theirs.dtype)
+    return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.device))
 
 
 def moved_as_it_is(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
+from ..formats.code_types import FLOATS_OF_A_BYTE
 from ..formats.quantized_weight.source import Decoder, Source
 from ..formats.quantized_weight.tensor import QuantizedWeight, whole
 
@@ -29,7 +30,11 @@ def local(tensor: Any) -> Any:
 
 def gathered(tensor: Any) -> Any:
     """The whole of a parameter, on every process: all of them must call it. Others than DTensors unchanged."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    if not is_dtensor(tensor):
+        return tensor
+    if tensor.dtype in FLOATS_OF_A_BYTE and not isinstance(tensor._local_tensor, QuantizedWeight):
+        return seen_as(tensor, torch.uint8).full_tensor().view(tensor.dtype)
+    return tensor.full_tensor()
 
 
 def sharded_like(tensor: torch.Tensor, other: Any) -> Any:

@@ -36,7 +36,7 @@ def quantized_stack(weight: torch.Tensor, scheme: Scheme, parts: int) -> ExpertW
     """The codes and scales of float weights (E, N, K), each of whose matrices is `parts` matrices above each other."""
     stored = format_of(scheme.weight)
     n_experts, n, k = weight.shape
-    forms = forms_of_stack(scheme.weight, (n_experts, n, k), parts, scale_dtype_of(weight.dtype))
+    forms = forms_of_stack(scheme.weight, (n_experts, n, k), parts, scale_dtype_of(weight.dtype, scheme.weight.mx))
     made = {role: torch.empty(form.shape, dtype=form.dtype, device=weight.device) for role, form in forms.items()}
     whole = ExpertWeights(made[stored.codes], made[WEIGHT_SCALE], scheme, parts, made.get(ZERO_POINT))
     checked = weight.device.type == "cpu"  # elsewhere it would wait for the device

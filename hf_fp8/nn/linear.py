@@ -34,7 +34,7 @@ ORIGINALS = ("discard", "keep", "offload")
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
-    """Linear layer with `weight` (N, K) in E4M3, `weight_scale` and, for static schemes, `input_scale` (1,).
+    """Linear layer with `weight` (N, K) in E4M3 or E5M2, `weight_scale` and, for static schemes, `input_scale` (1,).
 
     With an int8 scheme, `weight` is int8.
 
@@ -45,7 +45,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         in_features, out_features: K and N.
         scheme: how the weight is stored and the input quantized.
         bias: whether there is a bias, of dtype `bias_dtype`.
-        scale_dtype, input_scale_dtype: dtypes of the scales (bf16, fp16 or float32).
+        scale_dtype, input_scale_dtype: dtypes of the scales (bf16, fp16 or float32; that of the weight may be one of
+            `formats.exponents.EXPONENTS`).
         backend: "auto", "scaled_mm", "weight_only" or, with an int8 scheme, "int8"; or "auto_slow_accum" or
             "scaled_mm_slow_accum", without fast accumulation; see `kernels.select`.
 
@@ -133,7 +134,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Role -> tensor of the weight that this process holds, as its format (`formats.storage`) takes them."""
         others = {name: getattr(self, name).detach() for name in self.beside.get(self.codes_name, ())}
-        return {self.codes_name: self.held_codes(self.codes_name), WEIGHT_SCALE: self.held_scale(self.codes_name), **others}
+        return {self.codes_name: self.held_codes(self.codes_name), WEIGHT_SCALE: self.stored_scale(self.codes_name), **others}
 
     def take_part(self, shard: Shard) -> None:
         """Hold only a part of the weight. Sharding the parameters is up to the caller; in_features and out_features stay."""
@@ -198,7 +199,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         stored, scheme, home = format_of(self.scheme.weight), self.scheme.weight, weight.device
         if weight.is_meta:
             n, k = weight.shape
-            forms = stored.forms(scheme, n, k, scale_dtype_of(weight.dtype))
+            forms = stored.forms(scheme, n, k, scale_dtype_of(weight.dtype, scheme.mx))
             made = {name: torch.empty(form.shape, dtype=form.dtype, device=home) for name, form in forms.items()}
         else:
             made = stored.quantize(weight.detach().to(device or home), scheme)
@@ -436,7 +437,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # Version counters restart in a copy (pickle, deepcopy): `__setstate__` takes a new snapshot.
         # A prepared call has addresses of this process.
-        return {**vars(self), "_made_of": None if self._made_of is None or self.is_stale else True, "_prepared": None}
+        made_of = None if self._made_of is None or self.is_stale else True
+        return {**super().__getstate__(), "_made_of": made_of, "_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -37,7 +37,7 @@ class WeightScale(torch.nn.Parameter):
     def data(self, new: torch.Tensor) -> None:
         held = super().data
         is_like = new.dtype != held.dtype and new.shape == held.shape and new.device == held.device
-        if not is_like or not (new.is_meta or torch.equal(new, held.to(new.dtype))):
+        if not is_like or not (new.is_meta or torch.equal(new.float(), held.to(new.dtype).float())):
             torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
             self.plain = self.detach()
 

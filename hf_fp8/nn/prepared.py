@@ -62,7 +62,10 @@ class PreparedCall:
             and self._depends(layer) == self._state
             and getattr(weight := held.get(layer.codes_name), "codes", weight) is codes
             and held.get(ZERO_POINT) is zero_point
-            and getattr(held_scale := held.get("weight_scale"), "plain", held_scale) is scale
+            and (
+                getattr(held_scale := held.get("weight_scale"), "plain", held_scale) is scale
+                or layer.held_scale(layer.codes_name) is scale  # scales that are held as exponents
+            )
             and held.get("bias", layer) is bias  # it may be a buffer, parametrized or pruned
             and self._call.run.reads(*self._operands)
         )

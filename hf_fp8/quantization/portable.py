@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import read_json
-from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, SCALE_DTYPES, Checkpoint, TensorInfo
+from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, SCALE_DTYPES, Checkpoint, TensorInfo, weight_scale_dtypes
 from ..checkpoint.writer import ShardWriter, nbytes, shard_names, whole_folder, write_index
 from ..errors import (
     CalibrationError,
@@ -22,8 +22,9 @@ from ..errors import (
     ScaleError,
     UnsupportedError,
 )
+from ..formats.exponents import scale_values
 from ..formats.scheme import Scheme
-from ..formats.storage import SHAPE
+from ..formats.storage import SHAPE, WEIGHT_SCALE
 from ..integrations.other_savers import guard_savers
 from ..integrations.weight_readers import guard_readers
 from ..kernels import BACKENDS_OF_LAYERS
@@ -124,7 +125,7 @@ def load_quantized(
     state = checkpoint.read(list(checkpoint.tensors))
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
-        if module in layers and leaf.endswith("_scale") and not bool((tensor.isfinite() & (tensor > 0)).all()):
+        if module in layers and leaf.endswith("_scale") and not _is_valid(tensor):
             raise ScaleError(f"{name} in {folder} has values that are not finite and positive: the file is damaged")
         if module in layers and leaf == SHAPE and tensor.tolist() != [layers[module].out_features, layers[module].in_features]:
             raise MismatchError(
@@ -141,6 +142,11 @@ def load_quantized(
     guard_savers(model)
     guard_readers(model)
     return model
+
+
+def _is_valid(scale: torch.Tensor) -> bool:
+    values = scale_values(scale)
+    return bool((values.isfinite() & (values > 0)).all())
 
 
 def _describe(layer: QuantizedLinear) -> dict[str, Any]:
@@ -196,7 +202,9 @@ def _compare(
         if found.shape != tuple(tensor.shape):
             raise MismatchError(f"{name} is {found} in {folder}, but has shape {list(tensor.shape)} in the model")
         if name in quantized and name.endswith("_scale"):
-            fits = found.dtype in SCALE_DTYPES
+            module, _, role = name.rpartition(".")
+            mx = role == WEIGHT_SCALE and layers[module].scheme.weight.mx
+            fits = found.dtype in (weight_scale_dtypes(mx) if role == WEIGHT_SCALE else SCALE_DTYPES)
         elif name not in quantized and DTYPE_NAMES.get(tensor.dtype) in DENSE_DTYPES:
             fits = found.dtype in DENSE_DTYPES
         else:

@@ -192,11 +192,14 @@ class TestHost:
         assert Version(oldest[1]) <= Version(transformers.__version__)
 
 
-def test_microscaling_groups_are_left_to_the_host() -> None:
+def test_microscaling_groups_of_fewer_bits_are_left_to_the_host() -> None:
     from hf_fp8.checkpoint.config_groups import concerns_fp8
 
     weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "weights": weights}
     assert concerns_fp8({"config_groups": {"g": group}, "format": "float-quantized"})
-    assert not concerns_fp8({"config_groups": {"g": {**group, "format": "mxfp8-quantized"}}})
-    assert not concerns_fp8({"config_groups": {"g": {**group, "weights": {**weights, "scale_dtype": "torch.uint8"}}}})
+    assert not concerns_fp8({"config_groups": {"g": {**group, "format": "mxfp6-pack-quantized"}}})
+    exponents = {**weights, "scale_dtype": "torch.uint8"}
+    assert concerns_fp8({"config_groups": {"g": {**group, "weights": exponents, "format": "mxfp8-quantized"}}})
+    assert not concerns_fp8({"config_groups": {"g": {**group, "weights": {**exponents, "group_size": 16}}}})
+    assert not concerns_fp8({"config_groups": {"g": {**group, "weights": {**exponents, "num_bits": 4}}}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...formats.code_types import FP8, INT8
 from ...formats.scheme import Granularity, Scheme
 
 # Minimum number of columns per tile for tl.dot: 16 for 16-bit operands, 32 for 8-bit operands.
@@ -17,6 +18,8 @@ def why_not_weight_only(scheme: Scheme) -> str | None:
     """The reason why the weight-only kernel does not support the weights of `scheme`; None if it does."""
     if scheme.weight.packed:
         return "it takes codes of one byte"
+    if scheme.weight.dtype not in (FP8, INT8):
+        return f"it takes E4M3 or int8 weights, not {scheme.weight.code.label}"
     return _why_narrow(scheme)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ...formats.code_types import FP8
+from ...formats.exponents import scale_values
 from ..base import ExpertWeights, Input, Routing
 from ..torch_grouped import floats_of
 from . import scaled_mm as triton_mm
@@ -165,7 +166,7 @@ def multiply(x: Input, w: ExpertWeights, routing: Routing, dtype: torch.dtype) -
     bits = not quantized and codes.dtype == FP8 and not native_e4m3(values.device)
     kind = tl.float32 if quantized else dot_dtype(values.dtype, values.device)
     part = n // w.parts
-    scales = w.scale.reshape(n_experts, w.parts * of_w.grid(part, k)[0], -1)
+    scales = scale_values(w.scale).reshape(n_experts, w.parts * of_w.grid(part, k)[0], -1)
     out = torch.empty((s, n), dtype=dtype, device=values.device)
     x_scale = scales if x.scale is None else x.scale
     zeros = scales if w.zero_point is None else w.zero_point

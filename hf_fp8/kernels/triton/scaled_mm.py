@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ...formats.code_types import INT8
+from ...formats.exponents import scale_values
 from ..base import Input, Weight
 from .granularity import columns
 from .scales import times_scales
@@ -87,7 +88,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     n = w.codes.shape[0]
     _, block_m, block_n, block_k, warps, stages = tile(m)
     block_k = columns(of_x, columns(of_w, block_k))
-    scales = w.scale.reshape(of_w.grid(n, k))
+    scales = scale_values(w.scale).reshape(of_w.grid(n, k))
     out = torch.empty((m, n), dtype=dtype, device=q.device)
     with on_device(q):
         _scaled_mm[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ...formats.code_types import FP8
+from ...formats.exponents import scale_values
 from ...formats.scheme import TensorScheme
 from ..base import Input, Weight
 from .granularity import columns
@@ -140,7 +141,7 @@ def multiply(x: Input, w: Weight, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty((m, n), dtype=dtype, device=values.device)
     target = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=values.device)
     bits = codes.dtype == FP8 and not native_e4m3(values.device)
-    scales = w.scale.reshape(granularity.grid(n, k))
+    scales = scale_values(w.scale).reshape(granularity.grid(n, k))
     bias = out if w.bias is None else w.bias
     zeros = scales if w.zero_point is None else w.zero_point
     with on_device(values):
