@@ -288,14 +288,14 @@ def asked_groups(
         found = scheme_named(name)
         group = next(name for name in map("group_{}".format, count()) if name not in written and name not in scheme)
         schemes[group] = found
-        written[group] = write_group(_described(found), [value] if isinstance(value, str) else list(value))
+        written[group] = write_group(described(found), [value] if isinstance(value, str) else list(value))
     request = {"config_groups": {name: with_format(group) for name, group in written.items()}, "ignore": list(ignore)}
     parsed = parse(request)
     groups = read_groups(request, parsed)
     return parsed, tuple(replace(group, scheme=schemes.get(group.name, group.scheme)) for group in groups)
 
 
-def _described(scheme: Scheme) -> Scheme:
+def described(scheme: Scheme) -> Scheme:
     """The scheme for which a request is parsed. Codes that no group describes, which no config is written for, stand in it as
     E4M3."""
     return scheme if scheme.weight.code.format else replace(scheme, weight=replace(scheme.weight, dtype=FP8))

@@ -12,7 +12,6 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from ..errors import ConfigError
-from ..formats.code_types import FP8
 from ..formats.scheme import INT8_DYNAMIC, Scheme, scheme_named
 from .config_groups import (
     Group,
@@ -191,7 +190,7 @@ class QuantizationSpec:
         written = self.as_compressed_tensors()
         written["config_groups"] = with_presets(written["config_groups"])
         for group in self.groups:
-            if group.scheme is not None and group.scheme.weight.dtype == FP8:
+            if group.scheme is not None and group.scheme.weight.code.is_float:
                 written["config_groups"][group.name] = write_group(INT8_DYNAMIC, group.targets)
             elif group.parsed.weights is not None:
                 written["config_groups"][group.name]["format"] = group.format

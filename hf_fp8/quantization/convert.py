@@ -19,14 +19,15 @@ from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpo
 from ..checkpoint.scan import weights_of
 from ..checkpoint.stored_weight import StoredWeight, companion
 from ..errors import CalibrationError, ConfigError, UnsupportedError, first
+from ..formats.exponents import scale_values
 from ..formats.scheme import TENSOR, Scheme
 from ..formats.storage import INPUT_SCALE, SCALAR, SHAPE, WEIGHT, WEIGHT_SCALE, dequantize, format_of
 from ..loading.ops import quantize_named, weight_from
 from .files import ProgressCallback, Reading, Written, read_quantized, total_bytes, write_checkpoint
 from .source import Source
 
-# safetensors' names of the dtypes of scales that are powers of two.
-ONE_BYTE_SCALES = ("F8_E8M0", "U8")
+# safetensors' names of the dtypes of scales that are exponents, and of the one in which MXFP8 checkpoints have them.
+EXPONENT_DTYPES, MX_SCALES = ("F8_E8M0", "U8"), "U8"
 # Names of the scales of the KV cache in other dialects -> the ends of their names in converted checkpoints.
 _CACHE_NAMES = (
     (re.compile(r"(?<=\.)[kv]_proj\.([kv]_scale)$"), (r"\1",)),
@@ -170,10 +171,10 @@ class _Conversion:
                 return [pattern.sub(end, key) for end in ends]
         return [key]
 
-    def _place(self, key: str, keys: list[str], shape: tuple[int, ...]) -> _Place:
-        # Readers of other dialects have no scales of one byte, and float32 has their values.
+    def _place(self, key: str, keys: list[str], shape: tuple[int, ...], mx: bool = False) -> _Place:
+        # Readers of other dialects have scales of one byte for MXFP8 only; float32 has their values.
         dtype = self.checkpoint.tensors[key].dtype
-        return _Place(keys, dtype if dtype not in ONE_BYTE_SCALES else "F32", shape)
+        return _Place(keys, dtype if dtype not in EXPONENT_DTYPES else MX_SCALES if mx else "F32", shape)
 
     def _scalar(self, key: str) -> tuple[int, ...]:
         """The shape of a scale with one value; others, of caches per head, are unchanged."""
@@ -211,7 +212,11 @@ class _Conversion:
         """The tensors of the new checkpoint that are made from the tensor `key` of the source, if it is not copied."""
         if key in self.moved:
             place = self.moved[key]
-            tensor = self.checkpoint.load(key).to(TORCH_DTYPES[place.dtype]).reshape(place.shape)
+            tensor = self.checkpoint.load(key)
+            tensor = (
+                tensor.view(torch.uint8) if place.dtype == MX_SCALES else scale_values(tensor).to(TORCH_DTYPES[place.dtype])
+            )
+            tensor = tensor.reshape(place.shape)
             yield from ((new, tensor) for new in place.keys)
 
 
@@ -229,7 +234,8 @@ class _Relabelled(_Conversion):
             self.copied.add(key)
             for role in (role for role in weight.keys if role != weight.primary and role not in weight.zeros):
                 old = weight.keys[role]
-                self.moved[old] = self._place(old, [self.key_of(weight, role)], self._shape(weight, role))
+                mx = role == WEIGHT_SCALE and weight.scheme.weight.mx
+                self.moved[old] = self._place(old, [self.key_of(weight, role)], self._shape(weight, role), mx)
 
     def groups(self) -> dict[str, Target]:
         return {group.name: Target(group.scheme, group.targets) for group in self._used if group.scheme is not None}

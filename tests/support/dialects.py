@@ -49,6 +49,24 @@ def per_channel(weight: torch.Tensor) -> Made:
     return codes, scale, codes.float() * scale
 
 
+def mx(weight: torch.Tensor) -> Made:
+    """A power of two for each 32 columns, stored as its exponent, as the OCP Microscaling Formats specification has it."""
+    groups = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % 32)).reshape(weight.shape[0], -1, 32)
+    exponent = torch.floor(torch.log2(groups.abs().amax(-1))) - 8
+    scale = torch.exp2(exponent).repeat_interleave(32, 1)[:, : weight.shape[1]]
+    codes = (weight.float() / scale).clamp(-448, 448).to(E4M3)
+    return codes, (exponent + 127).to(torch.uint8), codes.float() * scale
+
+
+def e5m2(weight: torch.Tensor) -> Made:
+    """One scale for each 128x128 block, for codes of the other 8-bit format."""
+    _, grid, _ = per_block(weight, 128, 128)
+    grid = grid * 448 / 57344
+    scale = grid.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    codes = (weight.float() / scale).clamp(-57344, 57344).to(torch.float8_e5m2)
+    return codes, grid, codes.float() * scale
+
+
 def like(
     function: Callable[[torch.Tensor], Made], cast: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[torch.Tensor], Made]:
@@ -89,6 +107,7 @@ _IN_FILE = {"producer": {"name": "modelopt", "version": "0.19.0"}}
 _STATIC = {"input_activations": {"dynamic": False, "num_bits": 8, "type": "float"}}
 _GROUP = {"group_0": {**_STATIC, "weights": {"dynamic": False, "num_bits": 8, "type": "float"}, "targets": ["Linear"]}}
 _KV = ("k_proj.k_scale", "v_proj.v_scale")
+_MX = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
 _FOUR = like(block(128, 128), lambda scale: scale[:, None, :, None].contiguous())
 
 VARIANTS = {
@@ -105,6 +124,17 @@ VARIANTS = {
         per_tensor, _FP8 | {"weight_block_size": None, "activation_scheme": "static"}, "qscale_weight", "qscale_act",
         by_default=False,
     ),
+    "deepseek, exponents": Variant(
+        like(block(128, 128, power_of_two=True), lambda scale: scale.to(torch.float8_e8m0fnu)), _FP8 | {"scale_fmt": "ue8m0"},
+        "weight_scale_inv", by_default=False,
+    ),
+    "E5M2": Variant(e5m2, _FP8 | {"fmt": "e5m2"}, "weight_scale_inv", by_default=False),
+    "mxfp8": Variant(mx, _MX, "weight_scale_inv", by_default=False),
+    "mxfp8, exponents": Variant(
+        like(mx, lambda scale: scale.view(torch.float8_e8m0fnu)), {"quant_method": "mxfp8"}, "weight_scale_inv",
+        by_default=False,
+    ),
+    "modelopt, mxfp8": Variant(mx, {**_MODELOPT, "quant_algo": "MXFP8", "ignore": []}, ignore="ignore"),
     "blocks of 32x64": Variant(block(32, 64), _FP8 | {"weight_block_size": [32, 64]}, "weight_scale_inv", by_default=False),
     "mistral": Variant(
         per_tensor, _FP8 | {"weight_block_size": None, "activation_scheme": "static"}, "weight_scale_inv", "activation_scale",

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...formats.scheme import Scheme
 from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
-from ..config_groups import written_config
+from ..config_groups import described, written_config
 from ..group_schemes import write_group
 
 LINEAR = ("Linear",)
@@ -39,8 +39,8 @@ class Meaning:
     cache: Mapping[str, Any] | None = None
 
     def as_compressed_tensors(self) -> dict[str, Any]:
-        """The `quantization_config` of compressed-tensors that says the same."""
-        groups = {name: write_group(each.scheme, each.targets) for name, each in self.groups.items()}
+        """The `quantization_config` of compressed-tensors that says the same, as far as it can (`described`)."""
+        groups = {name: write_group(described(each.scheme), each.targets) for name, each in self.groups.items()}
         return {**written_config(groups, self.ignore), "kv_cache_scheme": None if self.cache is None else dict(self.cache)}
 
 
@@ -106,7 +106,7 @@ class Writer:
 
 
 def _write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
-    return Meaning(groups, dense).as_compressed_tensors()
+    return written_config({name: write_group(each.scheme, each.targets) for name, each in groups.items()}, dense)
 
 
 COMPRESSED_TENSORS = Writer(

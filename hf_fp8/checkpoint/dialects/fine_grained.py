@@ -2,8 +2,9 @@
 
 Weights are E4M3 (`fmt`) with a `weight_scale_inv` for each block of `weight_block_size`, by which codes are multiplied despite
 its name; with `weight_block_size: null` one for the tensor, and with `activation_scheme: static` also an `activation_scale`
-(Mistral). `scale_fmt: ue8m0` says that scales are powers of two, in float32 or in one byte (E8M0). Sources: transformers'
-utils/quantization_config.py and integrations/finegrained_fp8.py; DeepSeek-V3's README_WEIGHTS.md.
+(Mistral). `scale_fmt: ue8m0` says that scales are powers of two, in float32 or in one byte (E8M0). With groups of 32 columns
+the weights are then MXFP8, which also has a method of its own, `mxfp8`. Sources: transformers' utils/quantization_config.py
+and integrations/finegrained_fp8.py; DeepSeek-V3's README_WEIGHTS.md.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
-from ...formats.code_types import FP8
-from ...formats.scheme import ROW, TENSOR, Granularity, Scheme, TensorScheme
+from ...formats.code_types import E5M2, FP8
+from ...formats.scheme import MXFP8, ROW, TENSOR, Granularity, Scheme, TensorScheme
 from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
 from .base import Dialect, Meaning, Target, Writer, any_of, names_in, never, value
 
-METHOD = "fp8"
+METHOD, MXFP8_METHOD = "fp8", "mxfp8"
 SKIPPED = "modules_to_not_convert"
-CODES = {"e4m3": FP8, "e4m3fn": FP8, "float8_e4m3fn": FP8}
+CODES = {"e4m3": FP8, "e4m3fn": FP8, "float8_e4m3fn": FP8, "e5m2": E5M2, "float8_e5m2": E5M2}
+MX_BLOCK = [1, 32]
 # Where an entry of the skip list must end: transformers' `should_convert_module`.
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$)).*"
 
@@ -38,9 +40,12 @@ def read(config: Mapping[str, Any]) -> Meaning:
             "transformers reads this checkpoint: load it without an FP8Config"
         )
     codes = value(config, "fmt", CODES, "e4m3")
-    value(config, "scale_fmt", {"float": None, "ue8m0": None, None: None})
+    is_mx = config.get("quant_method") == MXFP8_METHOD
+    has_powers = value(config, "scale_fmt", {"float": False, "ue8m0": True, None: is_mx})
     is_static = value(config, "activation_scheme", {"dynamic": False, "static": True}, "dynamic")
-    scheme = _scheme(config.get("weight_block_size"), codes, is_static)
+    scheme = _scheme(config.get("weight_block_size", MX_BLOCK if is_mx else None), codes, is_static)
+    if has_powers and scheme.weight.granularity == MXFP8.weight.granularity and codes == FP8:
+        scheme = MXFP8
     return Meaning({"group_0": Target(scheme)}, skipped(config))
 
 
@@ -90,7 +95,7 @@ def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
     weight, inputs = schemes[0].weight, schemes[0].input
     rows, cols = weight.granularity.rows, weight.granularity.cols
     block = None if weight.granularity == TENSOR else [rows, cols]
-    grouped = TensorScheme(Granularity(1, cols), dynamic=True)
+    grouped = TensorScheme(Granularity(1, cols), dynamic=True, mx=weight.mx)
     possible = (TensorScheme(TENSOR), TensorScheme(ROW, dynamic=True)) if block is None else (grouped,)
     if weight.dtype != FP8 or weight.granularity == ROW or inputs not in possible:
         raise ConfigError(
@@ -101,18 +106,18 @@ def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
     is_static = inputs is not None and not inputs.dynamic
     return {
         "quant_method": METHOD, "fmt": "e4m3", "activation_scheme": "static" if is_static else "dynamic",
-        "weight_block_size": block, SKIPPED: list(dense),
+        "weight_block_size": block, "scale_fmt": "ue8m0" if weight.mx else "float", SKIPPED: list(dense),
     }  # fmt: skip
 
 
 def describes(config: Mapping[str, Any]) -> bool:
     """Whether a config with this method is transformers' own, not AutoFP8's."""
-    return "weight_block_size" in config
+    return "weight_block_size" in config or config.get("quant_method") == MXFP8_METHOD
 
 
 FINE_GRAINED = Dialect(
     name="fine-grained fp8",
-    methods=(METHOD,),
+    methods=(METHOD, MXFP8_METHOD),
     describes=describes,
     by_default=never,  # transformers reads it
     read=read,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
-from ...formats.scheme import FP8_DYNAMIC, FP8_STATIC, Granularity, Scheme, TensorScheme
+from ...formats.scheme import FP8_DYNAMIC, FP8_STATIC, MXFP8, Granularity, Scheme, TensorScheme
 from .base import CACHE, Dialect, Meaning, Sidecar, Target, always, any_of, module_or_inside, names_in
 
 METHOD = "modelopt"
@@ -24,6 +24,7 @@ SCHEMES = {
     "FP8": FP8_STATIC,
     "FP8_PER_CHANNEL_PER_TOKEN": FP8_DYNAMIC,
     "FP8_PB_WO": Scheme(TensorScheme(Granularity(128, 128))),
+    "MXFP8": MXFP8,
 }
 
 
