@@ -131,6 +131,8 @@ def test_two_processes(tmp_path: Path) -> None:
             "tp2.phi3.channel.scaled_mm", "tp2.mixtral.block32.exact",
             "tp2.llama.static.int8", "tp2.mixtral.block128.dequantize", "tp2.mixtral.block32.experts_dense",
             "ep2.gpt_oss.static.weight_only", "ep2_exchanged.qwen3_moe.channel.weight_only",
+            "tp2.llama.deepseek.weight_only", "tp2.qwen3_moe.modelopt.weight_only", "tp2.llama.mxfp8.exact",
+            "fsdp2.mixtral.mxfp8.weight_only", "ep2.qwen3_moe.deepseek.exact",
             "pp2.deepseek_v3.block32.weight_only", "fsdp2.mixtral.static.exact", "fsdp2.llama.block128.int8",
         ],
         tmp_path,

@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from support import moe
+from support import dialects, moe
 from support.build import STATIC_TENSOR, group_input, tiny_llama, write
 from support.kernels import limit_as_of_large_layers
 from transformers import (
@@ -196,6 +196,9 @@ def make(family: str, scheme: str, path: Path) -> PreTrainedModel:
     if family in moe.TRANSPOSED:
         return moe.write_transposed(family, "split", path, **SCHEMES[scheme])[0]
     model = FAMILIES[family]()
+    if scheme in dialects.VARIANTS:
+        dialects.write_in(scheme, model, path, moe.is_linear)
+        return model
     write(model, path, quantized=moe.is_linear, **SCHEMES[scheme])
     return model
 
