@@ -9,7 +9,7 @@ import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..checkpoint.config_groups import concerns_fp8, runs_here
-from ..checkpoint.files import is_there, read_json
+from ..checkpoint.files import read_json
 from ..checkpoint.quantization_spec import METHOD, METHODS
 from ..errors import FP8Error
 from .source import Source
@@ -64,9 +64,9 @@ def how_stored(source: Source) -> Stored | None:
 
 def _unsaid(source: Source) -> Stored | None:
     """How a checkpoint is quantized whose config.json does not say so; None if it is dense."""
-    if is_there(path := source.folder / _MODELOPT):
+    if source.fs.is_there(path := source.folder / _MODELOPT):
         try:
-            about = read_json(path).get("quantization")
+            about = read_json(path, fs=source.fs).get("quantization")
             algorithm = about.get("quant_algo") if isinstance(about, dict) else "?"
         except FP8Error:
             algorithm = "?"
