@@ -85,8 +85,8 @@ def _ask_library(file: str, name: str, info: TensorInfo) -> None:
         deserialize(len(header).to_bytes(8, "little") + header + bytes(size))  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError) as error:
         raise CorruptFileError(
-            f"{file} cannot be read as safetensors: {name} has dtype {reprlib.repr(info.dtype)}, which the installed version does "
-            "not know. The file is damaged, or was written by a newer version"
+            f"{file} cannot be read as safetensors: {name} has dtype {reprlib.repr(info.dtype)}, which the installed version "
+            "does not know. The file is damaged, or was written by a newer version"
         ) from error
 
 

@@ -64,7 +64,7 @@ class HubFolder(FileSystem):
         if info.sha is None:
             raise ConfigError(f"{repository} has no commit on the Hub: it is empty")
         self.commit: str = info.sha
-        listed = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        listed = {file.rfilename: file.size for file in info.siblings or ()}
         self._sizes = {name.removeprefix(self._prefix): size for name, size in listed.items() if name.startswith(self._prefix)}
         if not self._sizes:
             what = f"no folder {self._prefix.rstrip('/')!r}" if self._prefix else "no files"
@@ -81,7 +81,7 @@ class HubFolder(FileSystem):
         """Only the size can differ: the files of a commit never change."""
         if not self.is_there(path):
             raise MissingTensorError(f"{path} does not exist")
-        return 0, 0, self._sizes[self._name(path)], 0
+        return 0, 0, self._size(self._name(path)), 0
 
     @contextmanager
     def reading(self, path: str | Path, stamp: Stamp | None = None) -> Iterator[tuple[BinaryIO, Stamp]]:
@@ -99,7 +99,7 @@ class HubFolder(FileSystem):
         """Read the beginnings of these files at the same time: one after the other, those of 100 files would take a minute."""
         names = [name for name in map(self._name, paths) if name.endswith(_IN_PARTS) and name not in self._starts]
         with ThreadPoolExecutor(_THREADS) as threads:
-            starts = threads.map(lambda name: self.part(name, 0, min(_FIRST, self._sizes[name])), names)
+            starts = threads.map(lambda name: self.part(name, 0, min(_FIRST, self._size(name))), names)
             self._starts |= zip(names, starts, strict=True)
 
     def here(self, path: str | Path) -> Path:
@@ -113,6 +113,12 @@ class HubFolder(FileSystem):
             )
         with asking(self.repository, self.revision):
             return Path(hf_hub_download(self.repository, self._prefix + name, revision=self.commit, **_US))
+
+    def downloaded(self, paths: Iterable[Path]) -> Path | None:
+        """The folder of the cache that has the config and these files of this commit; None if it lacks one of them."""
+        names = ["config.json", *map(self._name, paths)]
+        found = [try_to_load_from_cache(self.repository, self._prefix + name, revision=self.commit) for name in names]
+        return Path(str(found[0])).parent if all(isinstance(path, str) for path in found) else None
 
     def download_code(self) -> None:
         """Download the code of the repository, next to its config."""
@@ -133,7 +139,7 @@ class HubFolder(FileSystem):
         with asking(self.repository, self.revision):
             for left in reversed(range(_ATTEMPTS)):
                 try:
-                    return self._sent(url, headers, begin, end, self._sizes[name])
+                    return self._sent(url, headers, begin, end, self._size(name))
                 except HfHubHTTPError:
                     raise  # it answered
                 except (HTTPError, OSError):
@@ -162,6 +168,12 @@ class HubFolder(FileSystem):
         if len(data) != count:
             raise CheckpointError(f"{url}: the Hub sent {len(data):,} bytes instead of {count:,}: try again")
         return bytes(data[first : first + end - begin])
+
+    def _size(self, name: str) -> int:
+        size = self._sizes[name]
+        if size is None:
+            raise CheckpointError(f"the Hub ({constants.ENDPOINT}) does not say how large {name} is. {self._advice}")
+        return size
 
     @property
     def _advice(self) -> str:
@@ -211,7 +223,8 @@ def download(repository: str, revision: str | None = None, ignore: Iterable[str]
 
 
 def cached(repository: str, revision: str | None = None, subfolder: str | None = None) -> Path | None:
-    """The folder of a repository in the cache; None if its config or weights are not there. Asks nobody."""
+    """The folder of a repository in the cache; None if its config or weights are not there. For use without the Hub: only it
+    knows whether these are all weights."""
     name = f"{subfolder.strip('/')}/config.json" if subfolder and subfolder.strip("/") else "config.json"
     try:
         config = try_to_load_from_cache(repository, name, revision=revision)

@@ -177,11 +177,11 @@ def open_headers(
         if (folder := hub.cached(source, revision, subfolder)) is None:
             raise
         return _open(folder, trust_remote_code)
-    if (folder := hub.cached(source, remote.commit, subfolder)) is not None:
-        return _open(folder, trust_remote_code)
     if trust_remote_code:
         remote.download_code()
-    return _open(remote.root, trust_remote_code, remote)
+    found = _open(remote.root, trust_remote_code, remote)
+    here = remote.downloaded([*found.weights.files, *([found.weights.index] if found.weights.index else [])])
+    return found if here is None else _open(here, trust_remote_code)
 
 
 def _is_on_hub(source: str, revision: str | None) -> bool:

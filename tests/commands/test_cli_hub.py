@@ -134,6 +134,12 @@ def test_a_repository_in_the_cache(hub: HubServer, inspect: Said, tmp_path: Path
     assert inspect(NAME).replace(here, NAME) == expected
     use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
     assert inspect(NAME).replace(here, NAME) == expected
+    use(monkeypatch, hub.url, tmp_path / "cache")
+    hub.is_down = True
+    assert inspect(NAME).replace(here, NAME) == expected
+    assert "answered with HTTP 503" in inspect("user/other", code=1)
+    hub.is_down = False
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
     shutil.rmtree(next((tmp_path / "cache").rglob("refs")))
     assert "cannot be reached" in inspect(NAME, code=1)
     use(monkeypatch, hub.url, tmp_path / "cache")
@@ -152,6 +158,10 @@ def test_pickles(hub: HubServer, inspect: Said, tmp_path: Path) -> None:
     assert hub.weights_served() == 0
     here = snapshot_download(NAME)
     assert inspect(NAME) == inspect(folder).replace(str(folder), here)
+    shutil.copy(checkpoint("llama-block", tmp_path) / "model.safetensors", folder)
+    hub.add(NAME, folder)
+    snapshot_download(NAME, allow_patterns=["config.json", "*.bin"])  # which are not what is loaded now
+    assert inspect(NAME, code=1) == inspect(folder, code=1).replace(str(folder), NAME)
 
 
 def test_errors_are_those_of_the_folder(hub: HubServer, inspect: Said, tmp_path: Path) -> None:
@@ -184,6 +194,13 @@ def test_errors_are_those_of_the_folder(hub: HubServer, inspect: Said, tmp_path:
     (folder / "model.safetensors.index.json").write_text(json.dumps(broken))
     check(moved)
     (folder / "model.safetensors.index.json").write_text(index)
+    shutil.copy(shard, folder / "model.safetensors")
+    check("Delete model.safetensors.index.json")
+    (folder / "model.safetensors").rename(folder / "shard-00000-model-00001-of-00002.safetensors")
+    check("distributed checkpoint")
+    (folder / "shard-00000-model-00001-of-00002.safetensors").rename(folder / "adapter_config.json")
+    check("adapter_config.json")
+    (folder / "adapter_config.json").unlink()
     (folder / "config.json").write_text("[]")
     check("config.json")
     (folder / "config.json").unlink()

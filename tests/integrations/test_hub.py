@@ -10,14 +10,16 @@ import pytest
 import torch
 from huggingface_hub import file_download
 from safetensors.torch import load as loads
-from support.build import differing, load, logits, tensors, tiny_llama, write
+from support.build import differing, error, load, logits, tensors, tiny_llama, write
 from support.checkpoints import checkpoint
 from support.fresh import run_fresh
 from support.hub_server import TOKEN, HubServer, serving, use
+from transformers import AutoModelForCausalLM
 
 from hf_fp8 import FP8Config
-from hf_fp8.errors import CorruptFileError
+from hf_fp8.errors import CorruptFileError, MismatchError
 from hf_fp8.nn.linear import QuantizedLinear
+from hf_fp8.quantization.source import open_headers
 
 NAME = "user/fp8"
 
@@ -42,6 +44,9 @@ def test_a_sharded_checkpoint(hub: HubServer, sharded: Path) -> None:
     assert codes and all(weight.codes.dtype == torch.float8_e4m3fn for weight in codes)
     assert hub.weights_served() == sum(file.stat().st_size for file in sharded.glob("*.safetensors"))
     assert hub.authorized == []
+    hub.forget()
+    source = open_headers(NAME)  # what was loaded is in the cache
+    assert source.checkpoint.tensors.keys() == tensors(sharded).keys() and source.folder.is_dir() and hub.weights_served() == 0
 
 
 def test_revisions(hub: HubServer, tmp_path: Path) -> None:
@@ -58,15 +63,32 @@ def test_revisions(hub: HubServer, tmp_path: Path) -> None:
         assert torch.equal(logits(load(NAME, **where)), found[seed]), revision
 
 
-def test_a_subfolder(hub: HubServer, sharded: Path, fp8: Path) -> None:
+def test_a_subfolder(hub: HubServer, sharded: Path, fp8: Path, tmp_path: Path) -> None:
     """Another checkpoint is at the root: no file of it is taken."""
     repository = hub.repositories
     hub.add(NAME, fp8)
     both = repository[NAME].commits[repository[NAME].refs["main"]]
     below = {f"quantized/fp8/{path.name}": path.read_bytes() for path in sharded.iterdir()}
     repository[NAME].commit({**both, **below})
-    assert torch.equal(logits(load(NAME, subfolder="quantized/fp8")), logits(load(sharded)))
+    model = load(NAME, subfolder="quantized/fp8")
+    assert torch.equal(logits(model), logits(load(sharded)))
+    model.save_pretrained(tmp_path / "saved")
+    assert differing(tensors(tmp_path / "saved"), tensors(sharded)) == []
     assert torch.equal(logits(load(NAME)), logits(load(fp8)))
+
+
+def test_the_config_of_a_model_that_was_dequantized(
+    hub: HubServer, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It no longer says that the repository is in FP8. Codes are never values."""
+    hub.add(NAME, sharded)
+    model = load(NAME, FP8Config(dequantize=True))
+    passed = {"config": model.config, "dtype": torch.float32}
+    again = AutoModelForCausalLM.from_pretrained(NAME, **passed)
+    assert error(logits(again), logits(model)) < 1e-6
+    use(monkeypatch, hub.url, tmp_path / "other")  # config.json is not in this cache
+    with pytest.raises(MismatchError, match="the scales would be dropped"):
+        AutoModelForCausalLM.from_pretrained(NAME, **passed)
 
 
 def test_from_the_cache_after_the_server_has_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: Path) -> None:

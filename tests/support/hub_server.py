@@ -50,7 +50,8 @@ class HubServer:
 
     served: path of a file -> bytes of it that were sent. ranges: path -> ranges that were asked for, "" for the whole file.
     cuts: path -> how many bytes of it to send before the connection is closed. authorized: of requests to the CDN, those with a
-    token, which it must not get. objects: LFS objects by their sha256.
+    token, which it must not get. objects: LFS objects by their sha256. knows_ranges: if not, it sends whole files. is_down:
+    whether it answers everything with HTTP 503.
     """
 
     url: str = ""
@@ -62,6 +63,7 @@ class HubServer:
     authorized: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     knows_ranges: bool = True
+    is_down: bool = False
 
     def add(self, name: str, folder: Path, *, branch: str = "main", below: str = "", **options: bool) -> str:
         """Serve the files of a folder. below: the folder of the repository in which they are. Returns the commit's hash."""
@@ -116,6 +118,8 @@ class _Answers(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.query = parse_qs(split.query)
         try:
+            if self.hub.is_down:
+                raise _Refused(503)
             how([unquote(part) for part in split.path.strip("/").split("/")])
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
