@@ -20,6 +20,7 @@ from support.hub_server import TOKEN, HubServer, serving, use
 from hf_fp8.checkpoint import hub as remote
 from hf_fp8.checkpoint.hub import HubFolder
 from hf_fp8.checkpoint.reader import Checkpoint
+from hf_fp8.checkpoint.weight_files import find_weight_files
 from hf_fp8.errors import CheckpointError
 
 NAME = "user/fp8"
@@ -261,6 +262,19 @@ def test_code_of_a_revision(hub: HubServer, inspect: Said, tmp_path: Path, monke
     assert "OtherForCausalLM" in said and "channel x token" in said
 
 
+def test_a_repository_that_changes_meanwhile(hub: HubServer, tmp_path: Path) -> None:
+    """All that is read is of the commit that was listed."""
+    folder, other = checkpoint("llama-sharded", tmp_path), checkpoint("llama-block", tmp_path)
+    hub.add(NAME, folder)
+    source = HubFolder(NAME)
+    hub.add(NAME, other)
+    files = find_weight_files(source.root, fs=source)
+    assert files is not None
+    found = Checkpoint(list(map(str, files.files)), source)
+    assert differing(found.read(list(found.tensors)), tensors(folder)) == []
+    assert source.here(source.root / "config.json").read_text() == (folder / "config.json").read_text()
+
+
 def test_answers_that_are_not_the_ranges(
     hub: HubServer, inspect: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +287,9 @@ def test_answers_that_are_not_the_ranges(
     assert "closed connection" in inspect(NAME, code=1)
     assert len(hub.ranges[shard]) == 3
     del hub.cuts[shard]
+    hub.short[shard] = 30
+    assert "sent 30 bytes instead of 65,536" in inspect(NAME, code=1)
+    del hub.short[shard]
     source = HubFolder(NAME)
     source._sizes[shard] += 1  # the list of files and the file differ
     with pytest.raises(CheckpointError, match="instead of bytes 0-9/"):

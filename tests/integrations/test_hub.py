@@ -132,6 +132,14 @@ def test_a_download_that_breaks_off(hub: HubServer, sharded: Path, tmp_path: Pat
     assert first == "" and 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 40_000
 
 
+def test_a_file_that_arrives_short(hub: HubServer, sharded: Path) -> None:
+    """The server says that it has sent everything."""
+    hub.add(NAME, sharded)
+    hub.short["model-00002-of-00003.safetensors"] = 40_000
+    with pytest.raises(OSError, match="should be of size 57328 but has size 40000"):
+        load(NAME)
+
+
 def test_a_truncated_file_in_the_cache(hub: HubServer, sharded: Path, tmp_path: Path) -> None:
     hub.add(NAME, sharded)
     load(NAME)

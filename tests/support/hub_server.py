@@ -49,9 +49,9 @@ class HubServer:
     """url: where it answers. cdn: where its large files are.
 
     served: path of a file -> bytes of it that were sent. ranges: path -> ranges that were asked for, "" for the whole file.
-    cuts: path -> how many bytes of it to send before the connection is closed. authorized: of requests to the CDN, those with a
-    token, which it must not get. objects: LFS objects by their sha256. knows_ranges: if not, it sends whole files. is_down:
-    whether it answers everything with HTTP 503.
+    cuts: path -> how many bytes of it to send before the connection is closed. short: path -> how many bytes to send, as if
+    that were all. authorized: of requests to the CDN, those with a token, which it must not get. objects: LFS objects by their
+    sha256. knows_ranges: if not, it sends whole files. is_down: whether it answers everything with HTTP 503.
     """
 
     url: str = ""
@@ -60,6 +60,7 @@ class HubServer:
     served: Counter[str] = field(default_factory=Counter)
     ranges: dict[str, list[str]] = field(default_factory=dict)
     cuts: dict[str, int] = field(default_factory=dict)
+    short: dict[str, int] = field(default_factory=dict)
     authorized: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     knows_ranges: bool = True
@@ -239,7 +240,7 @@ class _Answers(BaseHTTPRequestHandler):
                 raise _Refused(416)
             status, part = 206, content[start:end]
             headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"}
-        cut = self.hub.cuts.get(path)
+        cut, part = self.hub.cuts.get(path), part[: self.hub.short.get(path)]
         if self.command == "GET":
             self.hub.served[path] += len(part) if cut is None else min(cut, len(part))
             self.hub.ranges.setdefault(path, []).append(wanted)
@@ -325,7 +326,8 @@ def serving() -> Iterator[HubServer]:
     hub = HubServer()
     answers = type("Answers", (_Answers,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), answers) for _ in range(2)]
-    hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    one, other = (server.server_address[1] for server in servers)
+    hub.url, hub.cdn = f"http://127.0.0.1:{one}", f"http://localhost:{other}"  # another host for the client
     try:
         for server in servers:
             server.daemon_threads = True
