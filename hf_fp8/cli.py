@@ -53,6 +53,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoi
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")]
 
 
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Of a repository on the Hub: a branch, a tag or the hash of a commit.")
+]
 ObserverName = Literal["amax", "percentile", "mse"]
 DtypeName = Literal["bfloat16", "float16", "float32"]
 ConvertedTo = Literal["compressed-tensors", "fp8"]
@@ -81,6 +84,7 @@ def quantize(
     dense_experts: Annotated[bool, typer.Option("--dense-experts", help="Leave the experts of an MoE model dense.")] = False,
     device: Annotated[str, typer.Option(help="Where to quantize, and to calibrate.")] = "cpu",
     overwrite: Overwrite = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a dense checkpoint to FP8, int8 or int4, tensor by tensor."""
@@ -94,7 +98,7 @@ def quantize(
     if targets and any("=" in entry for entry in scheme):
         raise typer.BadParameter("--target goes with one --scheme; NAME=TARGET has its own target")
     _check_device(device)
-    source = open_source(src, trust_remote_code=trust_remote_code)
+    source = open_source(src, revision=revision, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
     config = FP8Config(
         _schemes(scheme), targets=targets or ["Linear"], ignore=ignore, experts="dequantize" if dense_experts else "auto"
@@ -124,6 +128,7 @@ def dequantize(
     dst: Dst,
     dtype: Annotated[DtypeName | None, typer.Option(help="The dtype of the weights (by default that of config.json).")] = None,
     overwrite: Overwrite = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Dequantize an FP8 checkpoint to a dense one, tensor by tensor."""
@@ -133,7 +138,7 @@ def dequantize(
     from .quantization.source import open_source
 
     start = time.perf_counter()
-    source = open_source(src, trust_remote_code=trust_remote_code)
+    source = open_source(src, revision=revision, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
     of = None if dtype is None else getattr(torch, dtype)
     with _bar("dequantizing", total_bytes(source.checkpoint)) as tick:
@@ -180,15 +185,18 @@ def inspect(
     src: Src,
     device: Annotated[str | None, typer.Option(help="Show what would run on this device of this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    revision: Revision = None,
+    subfolder: Annotated[str | None, typer.Option(help="The folder of SRC that holds the checkpoint.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what a checkpoint holds, and what would run here and why. Reads only headers."""
     from .evaluation.inspection import inspect_source
-    from .quantization.source import open_source
+    from .quantization.source import open_headers
 
     if device is not None:
         _check_device(device)
-    found = inspect_source(open_source(src, trust_remote_code=trust_remote_code), device)
+    source = open_headers(src, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
+    found = inspect_source(source, device)
     if as_json:
         out.print_json(data=found.to_dict())
         return
@@ -217,14 +225,14 @@ def inspect(
 
 
 @app.command()
-def verify(src: Src, trust_remote_code: Trust = False) -> None:
+def verify(src: Src, revision: Revision = None, trust_remote_code: Trust = False) -> None:
     """Run every check of loading, and look for NaN in the FP8 values, without building the model."""
     from .evaluation.verify import verify_source
     from .quantization.files import total_bytes
     from .quantization.source import open_source
 
     start = time.perf_counter()
-    source = open_source(src, trust_remote_code=trust_remote_code)
+    source = open_source(src, revision=revision, trust_remote_code=trust_remote_code)
     with _bar("reading", total_bytes(source.checkpoint)) as tick:
         checks = verify_source(source, tick)
     for check in checks:

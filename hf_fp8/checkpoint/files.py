@@ -8,7 +8,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,14 +79,45 @@ def changed(path: str | Path) -> CheckpointError:
     )
 
 
-def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+class FileSystem:
+    """Finds and reads the files of this machine. A subclass does it elsewhere (`checkpoint.hub`)."""
+
+    def names(self, folder: Path) -> list[str]:
+        """The names of what is in a folder. Raises CheckpointError if it cannot be read."""
+        try:
+            return os.listdir(folder)
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+
+    def is_there(self, path: str | Path) -> bool:
+        return is_there(path)
+
+    def regular(self, path: str | Path) -> Stamp:
+        return regular(path)
+
+    def reading(self, path: str | Path, stamp: Stamp | None = None) -> AbstractContextManager[tuple[BinaryIO, Stamp]]:
+        return reading(path, stamp)
+
+    def here(self, path: str | Path) -> Path:
+        """The path under which other libraries can open a file on this machine."""
+        return Path(path)
+
+    def expect(self, paths: Iterable[str]) -> None:
+        """Called before the headers of these files are read one after the other."""
+
+
+LOCAL = FileSystem()
+
+
+def read_json(path: Path, *, unique: bool = False, fs: FileSystem = LOCAL) -> dict[str, Any]:
     """Return the object in a JSON file. unique: whether a duplicate key is an error; otherwise the last one counts, as usual.
 
     Raises CorruptFileError if it does not contain a JSON object, CheckpointError if it cannot be read.
     """
-    with reading(path) as (file, stamp):
-        if stamp[2] > _MOST_JSON:
-            raise CorruptFileError(f"{path} has {stamp[2]:,} bytes: too many for a JSON file of a checkpoint")
+    stamp = fs.regular(path)
+    if stamp[2] > _MOST_JSON:
+        raise CorruptFileError(f"{path} has {stamp[2]:,} bytes: too many for a JSON file of a checkpoint")
+    with fs.reading(path, stamp) as (file, _):
         content = file.read(stamp[2])
     return parse_object(content, str(path), unique=unique)
 

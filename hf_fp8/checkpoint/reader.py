@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import CheckpointError, CorruptFileError, UnsupportedError
-from .files import Stamp, reading
+from .files import LOCAL, FileSystem, Stamp
 from .headers import TensorInfo as TensorInfo
 from .headers import read_header
 from .pickles import read_pickled
@@ -51,18 +51,20 @@ def weight_scale_dtypes(mx: bool) -> tuple[str, ...]:
 
 
 class Checkpoint:
-    """The tensors in the files of a checkpoint.
+    """The tensors in the files of a checkpoint. fs: where the files are; elsewhere than here only safetensors can be read.
 
     Raises, naming the file: MissingTensorError if it does not exist; CorruptFileError if it is truncated or not a checkpoint;
     UnsupportedError for another file type; CheckpointError for a tensor that two files have with different values. Methods that
     read tensors raise CheckpointError if the file has changed since its header was read.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str], fs: FileSystem = LOCAL) -> None:
+        self._fs = fs
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, dict[str, torch.Tensor]] = {}
         self._found: dict[str, dict[str, TensorInfo]] = {}
         self._stamps: dict[str, Stamp] = {}
+        fs.expect(files)
         for file in dict.fromkeys(files):
             self._found[file] = self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file)
             for name, info in self._found[file].items():
@@ -96,7 +98,7 @@ class Checkpoint:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            with reading(file, self._stamps[file]) as (opened, _):
+            with self._fs.reading(file, self._stamps[file]) as (opened, _):
                 found.update({name: self._tensor(opened, name) for name in wanted})
         return found
 
@@ -110,7 +112,7 @@ class Checkpoint:
     def pieces(self, name: str, size: int = 2**24, file: str | None = None) -> Iterator[torch.Tensor]:
         """The bytes of a tensor, uint8, `size` at a time. file: the one to read if several have the tensor."""
         file = file or self.tensors[name].file
-        with reading(file, self._stamps[file]) as (opened, _):
+        with self._fs.reading(file, self._stamps[file]) as (opened, _):
             if file in self._pickled:
                 data = self._pickled[file][name].contiguous().reshape(-1).view(torch.uint8)
                 yield from (data[start : start + size] for start in range(0, len(data), size))
@@ -122,11 +124,11 @@ class Checkpoint:
 
     def _read_safetensors(self, file: str) -> dict[str, TensorInfo]:
         with _without_collecting():
-            found, self._stamps[file] = read_header(file)
+            found, self._stamps[file] = read_header(file, self._fs)
             return dict(sorted(found.items()))
 
     def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
-        self._pickled[file], self._stamps[file] = read_pickled(file)
+        self._pickled[file], self._stamps[file] = read_pickled(str(self._fs.here(file)))
         return {
             name: TensorInfo(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), file)
             for name, tensor in self._pickled[file].items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, CorruptFileError, MissingTensorError, UnsupportedError
-from .files import Stamp, check_names, is_there, read_json, regular
+from .files import LOCAL, FileSystem, Stamp, check_names, read_json
 
 INDEX = "model.safetensors.index.json"
 # (single file, index of several files), in transformers' order of preference
@@ -40,11 +40,12 @@ def find_weight_files(
     variant: str | None = None,
     use_safetensors: bool | None = None,
     explicit: str | None = None,
+    fs: FileSystem = LOCAL,
 ) -> WeightFiles | None:
     """Return the files that `from_pretrained` reads from `folder`; None if it has no weights. No weight file is opened.
 
     variant, use_safetensors: as for `from_pretrained`. explicit: the file, or index, that config.json names
-    (`transformers_weights`). The folder may consist of links, as in the Hub's cache.
+    (`transformers_weights`). fs: where the folder is. It may consist of links, as in the Hub's cache.
 
     Raises errors that name the files: CheckpointError if there is a single file next to an index of others, or an index that
     leaves out numbers of a series; CorruptFileError for an invalid index, one that names files outside of the folder, and for
@@ -52,24 +53,20 @@ def find_weight_files(
     invalid `explicit`; UnsupportedError for checkpoints of several processes.
     """
     folder = Path(folder)
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from error
-    if any(map(_DISTRIBUTED.match, names)):
+    if any(map(_DISTRIBUTED.match, fs.names(folder))):
         raise UnsupportedError(f"{folder} holds a distributed checkpoint (shard-*.safetensors), which hf_fp8 does not read")
     if explicit is not None:
-        return _explicit(folder, explicit)
+        return _explicit(folder, explicit, fs)
     kinds = ((_SAFETENSORS, use_safetensors is not False), (_PICKLED, not use_safetensors))
     for single, index in (pair for pair, wanted in kinds if wanted):
         one, several = folder / _with_variant(single, variant), folder / _with_variant(index, variant)
-        if is_there(one):
-            stamp = regular(one)
-            if is_there(several):
-                _refuse_two(one, several)
+        if fs.is_there(one):
+            stamp = fs.regular(one)
+            if fs.is_there(several):
+                _refuse_two(one, several, fs)
             return WeightFiles((one,), stamps={one: stamp})
-        if is_there(several):
-            return _sharded(folder, several)
+        if fs.is_there(several):
+            return _sharded(folder, several, fs)
     return None
 
 
@@ -78,25 +75,25 @@ def _with_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{end}"
 
 
-def _explicit(folder: Path, name: object) -> WeightFiles:
+def _explicit(folder: Path, name: object, fs: FileSystem) -> WeightFiles:
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")) or not _is_inside(name):
         raise ConfigError(
             f"{folder}: transformers_weights of config.json is {name!r}; it must name a .safetensors file, or the "
             ".safetensors.index.json of several, in the folder"
         )
     path = folder / name
-    return _sharded(folder, path) if name.endswith(".json") else WeightFiles((path,), stamps={path: regular(path)})
+    return _sharded(folder, path, fs) if name.endswith(".json") else WeightFiles((path,), stamps={path: fs.regular(path)})
 
 
-def _sharded(folder: Path, index: Path) -> WeightFiles:
-    stamp = regular(index)
-    listed = _weight_map(index)
+def _sharded(folder: Path, index: Path, fs: FileSystem) -> WeightFiles:
+    stamp = fs.regular(index)
+    listed = _weight_map(index, fs)
     names = sorted(set(listed.values()))
     _check_series(index, names)
     stamps, missing = {index: stamp}, []
     for name in names:
-        if is_there(folder / name):
-            stamps[folder / name] = regular(folder / name)
+        if fs.is_there(folder / name):
+            stamps[folder / name] = fs.regular(folder / name)
         else:
             missing.append(name)
     if missing:
@@ -108,9 +105,9 @@ def _sharded(folder: Path, index: Path) -> WeightFiles:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: Path, fs: FileSystem) -> dict[str, str]:
     """Tensor -> file, read from the index. Raises CorruptFileError, naming the index, if it is invalid."""
-    content = read_json(index, unique=True)
+    content = read_json(index, unique=True, fs=fs)
     found = content.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise CorruptFileError(f"{index} has no weight_map from tensors to files")
@@ -146,11 +143,11 @@ def _check_series(index: Path, names: Iterable[str]) -> None:
             )
 
 
-def _refuse_two(one: Path, several: Path) -> None:
+def _refuse_two(one: Path, several: Path, fs: FileSystem) -> None:
     """Raise CheckpointError if the index of several files lists other files than the single file next to it."""
     advice = f"Delete {several.name} if {one.name} is the checkpoint"
     try:
-        others = sorted(set(_weight_map(several).values()) - {one.name})
+        others = sorted(set(_weight_map(several, fs).values()) - {one.name})
     except CorruptFileError as error:
         raise CorruptFileError(f"{error}. {advice}") from error
     if others:

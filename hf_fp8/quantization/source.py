@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import get_configuration_file
 from transformers.modeling_utils import local_torch_dtype
 
+from ..checkpoint import hub
 from ..checkpoint.dialects.registry import SIDECARS, config_beside
-from ..checkpoint.files import Stamp, changed, is_there, read_json, regular
+from ..checkpoint.files import LOCAL, FileSystem, Stamp, changed, read_json, regular
 from ..checkpoint.quantization_spec import CONFIG_KEYS
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
 from ..checkpoint.weight_files import WeightFiles, find_weight_files
@@ -29,6 +30,8 @@ from ..integrations.locks import while_changing
 
 # Files that describe the weights of the source, and so are not copied to the written checkpoint.
 _ABOUT_WEIGHTS = ("config.json", *SIDECARS)
+# Files of a repository that are not downloaded: weights in other formats.
+_NOT_READ = ("*.gguf", "*.onnx", "original/*", "*.pth")
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Source:
     """A checkpoint folder.
 
     config, text: `config.json`, parsed by transformers and as JSON. weights: the files with the weights. rest: other files that
-    are copied. stamps: of all these files, taken before they were read.
+    are copied. stamps: of all these files, taken before they were read. fs: where they are.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class Source:
     rest: list[Path]
     stamps: dict[Path, Stamp]
     trust_remote_code: bool = False
+    fs: FileSystem = LOCAL
 
     @property
     def files(self) -> list[str]:
@@ -62,7 +66,7 @@ class Source:
                     raise ConfigError(f"{self.folder / 'config.json'}: {key} is {reprlib.repr(found)}, not an object")
                 if found:
                     return found
-        return config_beside(self.folder)
+        return config_beside(self.folder, self.fs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +82,7 @@ class Source:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The headers of the files, read once. Raises if the index and the files contradict each other."""
-        checkpoint = Checkpoint(self.files)
+        checkpoint = Checkpoint(self.files, self.fs)
         listed = self.weights.listed
         for name, file in listed.items():
             found = checkpoint.files_with(name)
@@ -101,7 +105,7 @@ class Source:
     def check_unchanged(self) -> None:
         """Raise CheckpointError, naming the file, if a file has changed since it was read."""
         for path, stamp in self.stamps.items():
-            if not is_there(path) or regular(path) != stamp:
+            if not self.fs.is_there(path) or self.fs.regular(path) != stamp:
                 raise changed(path)
 
     def structure(self) -> PreTrainedModel:
@@ -148,35 +152,70 @@ class Source:
         (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
 
-def open_source(source: str, *, trust_remote_code: bool = False) -> Source:
-    """Open a folder, or a repository on the Hub by name (downloaded, or from the cache).
+def open_source(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Open a folder, or a repository on the Hub by name (downloaded, or from the cache). revision: of the repository.
 
     Raises ConfigError if `source` is neither, or if transformers cannot read config.json; CorruptFileError for invalid JSON;
     and as `find_weight_files` does.
     """
+    if not _is_on_hub(source, revision):
+        return _open(Path(source), trust_remote_code)
+    return _open(hub.download(source, revision, _NOT_READ), trust_remote_code)
+
+
+def open_headers(
+    source: str, *, revision: str | None = None, subfolder: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """As `open_source`, for a caller that reads only headers: a repository on the Hub is not downloaded, unless it is already.
+
+    subfolder: of the folder or the repository. The headers of pickles on the Hub raise UnsupportedError: they have none.
+    """
+    if not _is_on_hub(source, revision):
+        return _open(Path(source, subfolder or ""), trust_remote_code)
+    try:
+        remote = hub.HubFolder(source, revision, subfolder)
+    except hub.UnreachableError:
+        if (folder := hub.cached(source, revision, subfolder)) is None:
+            raise
+        return _open(folder, trust_remote_code)
+    if trust_remote_code:
+        remote.download_code()
+    found = _open(remote.root, trust_remote_code, remote)
+    here = remote.downloaded([*found.weights.files, *([found.weights.index] if found.weights.index else [])])
+    return found if here is None else _open(here, trust_remote_code)
+
+
+def _is_on_hub(source: str, revision: str | None) -> bool:
+    """Whether `source` is not a folder. Raises ConfigError if it cannot be the name of a repository either."""
     folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists():
-            raise ConfigError(f"{source} is a file: pass the folder that contains it")
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise ConfigError(f"{source} is neither a folder nor the name of a repository on the Hub")
-        folder = _from_hub(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{source} is a folder here: only a repository on the Hub has a revision ({revision})")
+        return False
+    if folder.exists():
+        raise ConfigError(f"{source} is a file: pass the folder that contains it")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ConfigError(f"{source} is neither a folder nor the name of a repository on the Hub")
+    return True
+
+
+def _open(folder: Path, trust_remote_code: bool, fs: FileSystem = LOCAL) -> Source:
     path = folder / "config.json"
-    if not is_there(path):
+    if not fs.is_there(path):
         raise ConfigError(f"{folder} has no config.json: it is not a transformers checkpoint")
-    if is_there(folder / "adapter_config.json"):
+    if fs.is_there(folder / "adapter_config.json"):
         raise ConfigError(
             f"{folder} has an adapter_config.json: transformers loads the base model that it names, with the adapter, and not "
             "the weights here. Merge the adapter and save the model; or remove the file if the weights are the whole model"
         )
-    rest = {file: regular(file) for file in _rest(folder)}
-    stamp = regular(path)
-    text = read_json(path)
-    config = _config(folder, text, trust_remote_code)
-    weights = find_weight_files(folder, explicit=getattr(config, "transformers_weights", None))
+    rest = {file: regular(file) for file in _rest(folder)} if fs is LOCAL else {}  # elsewhere nothing is copied
+    stamp = fs.regular(path)
+    text = read_json(path, fs=fs)
+    config = _config(path, fs.here(path).parent, text, trust_remote_code)
+    weights = find_weight_files(folder, explicit=getattr(config, "transformers_weights", None), fs=fs)
     if weights is None:
         raise ConfigError(f"{folder} has no weights: no model.safetensors, no pytorch_model.bin, and no index of several files")
-    return Source(folder, config, text, weights, list(rest), {path: stamp, **weights.stamps, **rest}, trust_remote_code)
+    return Source(folder, config, text, weights, list(rest), {path: stamp, **weights.stamps, **rest}, trust_remote_code, fs)
 
 
 def type_of(source: Source) -> str:
@@ -185,18 +224,8 @@ def type_of(source: Source) -> str:
     return str((named if isinstance(named, list) and named else [source.config.model_type])[0])
 
 
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(source, ignore_patterns=["*.gguf", "*.onnx", "original/*", "*.pth"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"{source} is not a folder, and was not found on the Hub ({error})") from error
-
-
-def _config(folder: Path, text: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    path = folder / "config.json"
+def _config(path: Path, folder: Path, text: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    """The config that transformers reads from `folder`. path: of the file, for messages."""
     try:
         if "configuration_files" in text and (other := get_configuration_file(text["configuration_files"])) != path.name:
             raise UnsupportedError(f"{path} refers to {other}, which transformers reads instead: replace it by that file")

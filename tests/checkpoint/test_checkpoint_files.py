@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from support.special_files import SPECIAL, no_waiting
 
+from hf_fp8.checkpoint import headers
 from hf_fp8.checkpoint.reader import Checkpoint
 from hf_fp8.errors import CheckpointError, CorruptFileError, FP8Error, UnsupportedError
 
@@ -395,3 +396,17 @@ def test_pickles_in_the_format_before_zip(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     found = Checkpoint([str(tmp_path / "pytorch_model.bin")])
     assert all(torch.equal(found.load(name), tensor) for name, tensor in state.items())
+
+
+def test_dtypes_that_only_the_library_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a newer safetensors: what it says about a dtype counts, also how many bits a value has."""
+    monkeypatch.delitem(headers.BITS, "BF16")
+    monkeypatch.delitem(headers.BITS, "F4")
+    four = {"dtype": "F4", "shape": [3, 2], "data_offsets": [12, 15]}
+    none = {"dtype": "BF16", "shape": [0, 7], "data_offsets": [15, 15]}
+    file = written(tmp_path / "model.safetensors", {"a": BF16, "b": four, "c": none}, 15)
+    assert {name: info.shape for name, info in Checkpoint([file]).tensors.items()} == {"a": (2, 3), "b": (3, 2), "c": (0, 7)}
+    for wrong in ({"shape": [2, 2]}, {"shape": [1]}, {"shape": [0]}, {"shape": [5]}, {"shape": [2**40] * 2}, {"dtype": "BF17"}):
+        file = written(tmp_path / "model.safetensors", {"a": BF16 | wrong}, 12)
+        with pytest.raises(CorruptFileError, match=r"model.safetensors.* a "):
+            Checkpoint([file])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,10 +38,13 @@ json.dump(found, sys.__stdout__)
 """
 
 
-def run_fresh(scripts: Mapping[str, str], folder: Path | None = None) -> dict[str, str]:
-    """Name of a script -> what it printed. Fails with the traceback of the first that raises. folder: where they run."""
+def run_fresh(scripts: Mapping[str, str], folder: Path | None = None, **env: str) -> dict[str, str]:
+    """Name of a script -> what it printed. Fails with the traceback of the first that raises. folder: where they run. env: what
+    is added to the environment.
+    """
     command = [sys.executable, "-W", "ignore", "-c", _FORKS]
-    done = subprocess.run(command, cwd=folder, input=json.dumps(dict(scripts)), capture_output=True, text=True)
+    env, given = {**os.environ, **env}, json.dumps(dict(scripts))
+    done = subprocess.run(command, cwd=folder, env=env, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for name, (code, said) in found.items():

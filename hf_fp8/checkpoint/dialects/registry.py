@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import is_there, read_json
+from ..files import LOCAL, FileSystem, read_json
 from .autofp8 import AUTOFP8
 from .base import COMPRESSED_TENSORS, Dialect, Writer
 from .fbgemm import FBGEMM
@@ -27,10 +27,10 @@ def dialect_of(config: Mapping[str, Any]) -> Dialect | None:
     return next((dialect for dialect in DIALECTS if method in dialect.methods and dialect.describes(config)), None)
 
 
-def config_beside(folder: Path) -> dict[str, Any] | None:
+def config_beside(folder: Path, fs: FileSystem = LOCAL) -> dict[str, Any] | None:
     """The `quantization_config` that another file of a folder than config.json describes; None if there is none.
 
     Raises CorruptFileError, ConfigError.
     """
-    found = (sidecar.read(read_json(folder / name)) for name, sidecar in SIDECARS.items() if is_there(folder / name))
+    found = (sidecar.read(read_json(folder / name, fs=fs)) for name, sidecar in SIDECARS.items() if fs.is_there(folder / name))
     return next((config for config in found if config is not None), None)
