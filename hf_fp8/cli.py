@@ -158,6 +158,7 @@ def convert(
         str | None,
         typer.Option(help=f"Quantize the weights anew, which loses precision: {', '.join(SCHEMES)}."),
     ] = None,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -168,7 +169,7 @@ def convert(
     from .quantization.source import open_source
 
     start = time.perf_counter()
-    source = open_source(src, trust_remote_code=trust_remote_code)
+    source = open_source(src, revision=revision, trust_remote_code=trust_remote_code)
     check_destination(source, dst, overwrite)
     new = None if scheme is None else scheme_named(scheme)
     with _bar("converting", total_bytes(source.checkpoint)) as tick:

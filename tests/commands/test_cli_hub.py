@@ -12,9 +12,10 @@ import pytest
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from support.build import differing, tensors, tiny_llama, write
+from support.build import differing, is_linear, tensors, tiny_llama, write
 from support.checkpoints import FOLDERS, checkpoint
 from support.commands import run
+from support.dialects import write_in
 from support.hub_server import TOKEN, HubServer, serving, use
 
 from hf_fp8.checkpoint import hub as remote
@@ -55,6 +56,17 @@ def wide(path: Path, shard: str = "300KB") -> Path:
 
     AutoModelForCausalLM.from_pretrained(path / "one").save_pretrained(path / "fp8", max_shard_size=shard)
     return path / "fp8"
+
+
+@pytest.mark.parametrize("name", ["modelopt, in its own file", "deepseek"])
+def test_other_libraries_checkpoints(name: str, hub: HubServer, inspect: Said, tmp_path: Path) -> None:
+    path = tmp_path / "fp8"
+    write_in(name, tiny_llama(), path, is_linear)
+    hub.add(NAME, path)
+    below = inspect(path).partition(":")[2]
+    assert inspect(NAME).partition(":")[2] == below and "format; from_pretrained" in below
+    run("convert", NAME, tmp_path / "new", "--to", "compressed-tensors", "--revision", "main")
+    run("verify", tmp_path / "new")
 
 
 def test_only_headers_are_downloaded(hub: HubServer, inspect: Said, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from huggingface_hub import file_download
 from safetensors.torch import load as loads
-from support.build import differing, error, load, logits, tensors, tiny_llama, write
+from support.build import differing, error, is_linear, load, logits, tensors, tiny_llama, write
 from support.checkpoints import checkpoint
+from support.dialects import write_in
 from support.fresh import run_fresh
 from support.hub_server import TOKEN, HubServer, serving, use
 from transformers import AutoModelForCausalLM
@@ -75,6 +76,36 @@ def test_a_subfolder(hub: HubServer, sharded: Path, fp8: Path, tmp_path: Path) -
     model.save_pretrained(tmp_path / "saved")
     assert differing(tensors(tmp_path / "saved"), tensors(sharded)) == []
     assert torch.equal(logits(load(NAME)), logits(load(fp8)))
+
+
+def test_a_config_beside_config_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ModelOpt's hf_quant_config.json: from the Hub, of a revision, in a folder, and from the cache."""
+    path = tmp_path / "modelopt"
+    write_in("modelopt, in its own file", tiny_llama(), path, is_linear)
+    expected = logits(load(path))
+    with serving() as server:
+        use(monkeypatch, server.url, tmp_path / "cache")
+        server.add(NAME, path)
+        for keep in (FP8Config(backend="weight_only"), None):
+            model = load(NAME, keep)
+            assert torch.equal(logits(model), expected)
+        model.push_to_hub("user/again", token=TOKEN)
+        assert torch.equal(logits(load("user/again")), expected)
+        repository = server.repositories["user/again"]
+        files = repository.commits[repository.refs["main"]]
+        assert files["hf_quant_config.json"] == (path / "hf_quant_config.json").read_bytes()
+        server.add("user/below", path)
+        below = server.repositories["user/below"]
+        below.commit({f"fp8/{file.name}": file.read_bytes() for file in path.iterdir()})
+        assert torch.equal(logits(load("user/below", subfolder="fp8")), expected)
+        tiny_llama().save_pretrained(tmp_path / "dense")
+        server.add("user/dense", tmp_path / "dense")
+        dense = AutoModelForCausalLM.from_pretrained("user/dense")
+        assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
+    assert torch.equal(logits(load(NAME)), expected)  # the connection is refused
+    use(monkeypatch, server.url, tmp_path / "cache", offline=True)
+    assert torch.equal(logits(load(NAME)), expected)
+    AutoModelForCausalLM.from_pretrained("user/dense")
 
 
 def test_the_config_of_a_model_that_was_dequantized(
