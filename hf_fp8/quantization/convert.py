@@ -18,7 +18,7 @@ from ..checkpoint.dialects.registry import WRITERS
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.scan import weights_of
 from ..checkpoint.stored_weight import StoredWeight, companion
-from ..errors import CalibrationError, ConfigError, UnsupportedError, first
+from ..errors import CalibrationError, ConfigError, UnsupportedError, UnusedTensorError, first
 from ..formats.exponents import scale_values
 from ..formats.scheme import TENSOR, Scheme
 from ..formats.storage import INPUT_SCALE, SCALAR, SHAPE, WEIGHT, WEIGHT_SCALE, dequantize, format_of
@@ -192,16 +192,24 @@ class _Conversion:
         return companion(plain, self.writer.leaves.get(role, role))
 
     def headers(self) -> Checkpoint:
-        """The tensors of the converted checkpoint."""
-        written = Checkpoint([])
+        """The tensors of the converted checkpoint. Raises UnusedTensorError for two that would have one name."""
+        written, made_from = Checkpoint([]), dict[str, str]()
         for key, info in self.checkpoint.tensors.items():
+            made = {}
             if key in self.copied:
-                written.tensors[key] = info
+                made = {key: info}
             elif key in self.moved:
                 place = self.moved[key]
-                written.tensors.update({new: TensorInfo(place.dtype, place.shape, info.file) for new in place.keys})
+                made = {new: TensorInfo(place.dtype, place.shape, info.file) for new in place.keys}
             elif key in self.weights:
-                written.tensors.update(self.made_of(self.weights[key], info.file))
+                made = self.made_of(self.weights[key], info.file)
+            if twice := made.keys() & written.tensors.keys():
+                name = min(twice)
+                raise UnusedTensorError(
+                    f"{made_from[name]} and {key} of the source would both be {name}: only one can be right"
+                )
+            written.tensors.update(made)
+            made_from.update(dict.fromkeys(made, key))
         return written
 
     def made_of(self, weight: StoredWeight, file: str) -> dict[str, TensorInfo]:

@@ -217,6 +217,13 @@ def test_refused(tmp_path: Path, capsys: Capture) -> None:
     assert not new.exists()
 
 
+def test_two_scales_of_one_cache(tmp_path: Path, capsys: Capture) -> None:
+    also = {"model.layers.0.self_attn.k_scale": torch.tensor(0.5)}
+    write_in("autofp8", tiny_llama(), tmp_path / "fp8", is_linear, edit=lambda state: state | also)
+    said = refused(capsys, tmp_path / "fp8", tmp_path / "new", "--to", "compressed-tensors")
+    assert "self_attn.k_scale and model.layers.0.self_attn.kv_scale" in said and "would both be" in said
+
+
 def test_two_schemes_in_one_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     """compressed-tensors has groups; `fp8` has one scheme for all layers."""
     layers = {f"model.layers.{i}.mlp.{name}": {"quant_algo": algorithm} for i, algorithm in ((0, "FP8"), (1, "FP8_PB_WO"))
