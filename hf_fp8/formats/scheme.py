@@ -195,7 +195,7 @@ class Scheme:
         if self.weight.mx and self.has_static_input:
             raise ConfigError("weights with MX scales go with inputs that are quantized dynamically, or not at all")
         if self.input is not None and self.input.storage not in (FP8, INT8):
-            raise ConfigError(f"inputs are quantized to 8 bits, not to {self.input.code.label}")
+            raise ConfigError(f"inputs are quantized to E4M3 or int8, not to {self.input.code.label}")
         object.__setattr__(self, "text", f"{self.weight}|{self.input if self.input else '-'}")
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from ..errors import KernelError
 from ..formats import native
 from ..formats.code_types import FP8, INT8
-from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, Scheme
+from ..formats.scheme import FP8_WEIGHT_ONLY, INT8_DYNAMIC, ROW, Scheme, TensorScheme
 from .base import BaseKernel, GroupedKernel, Kernel, Problem
 from .probing import probe
 from .registry import GROUPED_KERNELS, GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, KERNELS, QUANTIZED, SLOW_ACCUM, WEIGHT_ONLY
@@ -149,7 +149,7 @@ def _select(device: torch.device, text: str, n: int, k: int, dtype: torch.dtype,
     if reason is None and auto and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}; backend='int8' may be faster for many rows"
     if reason is not None:
-        return Selection(fused, reason)
+        return Selection(fused, reason + _if_none_reads(WEIGHT_ONLY, scheme))
     return _by_rows(quantized, WEIGHT_ONLY, problem, backend, "M = {}")
 
 
@@ -165,7 +165,7 @@ def _select_grouped(
     if reason is None and backend == "auto" and not problem.scheme.weight.packed and (lacking := has_fp8_matmul(device)):
         reason = f"weights stay in FP8, inputs are not quantized: {lacking}"
     if reason is not None:
-        return Selection(_first(GROUPED_WEIGHT_ONLY, problem)[0], reason)
+        return Selection(_first(GROUPED_WEIGHT_ONLY, problem)[0], reason + _if_none_reads(GROUPED_WEIGHT_ONLY, problem.scheme))
     return _by_rows(GROUPED_QUANTIZED, GROUPED_WEIGHT_ONLY, problem, backend, "{} rows per expert")
 
 
@@ -174,6 +174,14 @@ def _why_weight_only(scheme: Scheme, backend: str) -> str | None:
     if backend == "weight_only":
         return "backend='weight_only'"
     return "the checkpoint does not quantize inputs" if scheme.input is None else None
+
+
+def _if_none_reads(kernels: tuple[K, ...], scheme: Scheme) -> str:
+    """What to add to a reason if none of `kernels` but the last, which dequantizes, takes codes of that type at all."""
+    plain = Scheme(TensorScheme(ROW, dtype=scheme.weight.dtype))
+    if any(kernel.why_not_scheme(plain) is None for kernel in kernels[:-1]):
+        return ""
+    return f"; no kernel reads {scheme.weight.code.label} codes, so weights are dequantized at each call"
 
 
 def _by_rows(quantized: tuple[K, ...], weight_only: tuple[K, ...], problem: Problem, backend: str, unit: str) -> Selection[K]:

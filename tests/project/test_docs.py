@@ -179,7 +179,7 @@ def test_the_tables_of_options_in_the_readme_are_complete() -> None:
 def test_schemes_and_observers_in_docs_exist() -> None:
     text = (ROOT / "docs" / "quantizing.md").read_text()
     table = text.partition("| scheme | weights |")[2].partition("\n\n")[0]
-    named = {name for name in re.findall(r"`(\w+)`", table) if name.startswith(("FP8", "INT8", "W4", "W8"))}
+    named = {name for name in re.findall(r"`(\w+)`", table) if name.startswith(("FP8", "INT8", "MX", "W4", "W8"))}
     assert {hf_fp8.SCHEMES[name] for name in named} == set(hf_fp8.SCHEMES.values())  # some have two names
     sentence = text.partition("`calibrate(model, observer=...)`")[2].partition(" or ")[0]
     assert set(re.findall(r'"(\w+)"', sentence)) == set(OBSERVERS)
