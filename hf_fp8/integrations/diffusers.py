@@ -35,6 +35,7 @@ from .config import OUR_METHOD, FP8Config
 from .import_hook import after_import, cancel
 from .linears import candidates
 from .patches import wrap
+from .peft.merge_policy import reporting
 from .peft.state import adapters
 from .requests import asked_for, for_quantizing
 from .saving import refuse_unwritable
@@ -44,6 +45,7 @@ logger = logging.get_logger(__name__)
 
 Merge = Callable[[dict[str, Any], Any], FP8Config]
 _QUANTIZERS, _MODELS = "diffusers.quantizers.auto", "diffusers.models.modeling_utils"
+_ADAPTERS = "diffusers.loaders.peft"
 _CLASS = "FP8DiffusersQuantizer"  # a global of this module as soon as diffusers is imported
 _KEY = "quantization_config"
 
@@ -55,11 +57,12 @@ def install(merge: Merge) -> None:
     """
     after_import(_QUANTIZERS, partial(_register, merge))
     after_import(_MODELS, _teach_saving)
+    after_import(_ADAPTERS, _teach_fusing)
 
 
 def uninstall() -> None:
     """Take the quantizer out of the host's tables. `patches.restore` restores what is replaced."""
-    for module in (_QUANTIZERS, _MODELS):
+    for module in (_QUANTIZERS, _MODELS, _ADAPTERS):
         cancel(module)
     if (auto := sys.modules.get(_QUANTIZERS)) is not None:
         for method in (METHOD, OUR_METHOD):
@@ -81,6 +84,16 @@ def _register(merge: Merge) -> None:
 
 def _teach_saving() -> None:
     wrap(sys.modules[_MODELS].ModelMixin, "save_pretrained", save_pretrained)
+
+
+def _teach_fusing() -> None:
+    wrap(sys.modules[_ADAPTERS].PeftAdapterMixin, "fuse_lora", _fuse)
+
+
+def _fuse(host: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`fuse_lora`, with one report of all layers instead of one for each."""
+    with reporting():
+        return host(self, *args, **kwargs)
 
 
 def _merged(merge: Merge, host: Any, cls: Any, written: Any, passed: Any) -> Any:
@@ -239,6 +252,7 @@ class Hooks:
             if config.backend == "int8":
                 layer.requantize_int8()
         self._files = []
+        model.is_quantized = False  # the host refuses casts of such models, which saving adapters needs; layers here take them
         if config.dequantize:
             self.dequantize(model)
             return
@@ -342,7 +356,6 @@ def describe(model: Any) -> None:
 def forget(model: Any) -> None:
     """Make the host take `model`, whose layers are dense now, for a dense one."""
     vars(model).pop("hf_quantizer", None)
-    model.is_quantized = False
     kept = {key: value for key, value in model.config.items() if key != _KEY}
     model._internal_dict = type(model._internal_dict)(kept)
 
