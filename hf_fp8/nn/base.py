@@ -55,7 +55,8 @@ class QuantizedModule(nn.Module):
     """Base class of modules with codes and scales; `holds` maps the name of each codes parameter to those of its scales.
 
     `.to(dtype)`, `.half()` and similar casts leave codes and scales unchanged, as a cast would change or lose the
-    values; casts to 8 bits, with which diffusers stores modules between calls, leave biases unchanged, too. A state dict with codes of another dtype, or with codes but not their scale, is refused.
+    values; casts to 8 bits, in which diffusers keeps modules between calls (layerwise casting), leave biases unchanged, too.
+    A state dict with codes of another dtype, or with codes but not their scale, is refused.
     """
 
     # codes parameter -> its scales: the weight's scale first, then the input's; any of them may be None

@@ -1,0 +1,1 @@
+"""Ways in which other libraries name and describe quantized weights in files."""
