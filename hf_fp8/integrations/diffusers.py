@@ -34,7 +34,7 @@ from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, swap_b
 from .config import OUR_METHOD, FP8Config
 from .import_hook import after_import, cancel
 from .linears import candidates
-from .patches import wrap
+from .patches import wrap, wrap_everywhere
 from .peft.merge_policy import reporting
 from .peft.state import adapters
 from .requests import asked_for, for_quantizing
@@ -45,7 +45,8 @@ logger = logging.get_logger(__name__)
 
 Merge = Callable[[dict[str, Any], Any], FP8Config]
 _QUANTIZERS, _MODELS = "diffusers.quantizers.auto", "diffusers.models.modeling_utils"
-_ADAPTERS = "diffusers.loaders.peft"
+_ADAPTERS, _LORA = "diffusers.loaders.peft", "diffusers.loaders.lora_pipeline"
+_EXPAND = "_maybe_expand_transformer_param_shape_or_error_"
 _CLASS = "FP8DiffusersQuantizer"  # a global of this module as soon as diffusers is imported
 _KEY = "quantization_config"
 
@@ -56,13 +57,14 @@ def install(merge: Merge) -> None:
     merge: makes one FP8Config of the config of a checkpoint and of what a user passes beside it.
     """
     after_import(_QUANTIZERS, partial(_register, merge))
-    after_import(_MODELS, _teach_saving)
+    after_import(_MODELS, _teach_models)
     after_import(_ADAPTERS, _teach_fusing)
+    after_import(_LORA, _teach_expanding)
 
 
 def uninstall() -> None:
     """Take the quantizer out of the host's tables. `patches.restore` restores what is replaced."""
-    for module in (_QUANTIZERS, _MODELS, _ADAPTERS):
+    for module in (_QUANTIZERS, _MODELS, _ADAPTERS, _LORA):
         cancel(module)
     if (auto := sys.modules.get(_QUANTIZERS)) is not None:
         for method in (METHOD, OUR_METHOD):
@@ -82,12 +84,33 @@ def _register(merge: Merge) -> None:
     wrap(auto.DiffusersAutoQuantizer, "merge_quantization_configs", partial(_merged, merge))
 
 
-def _teach_saving() -> None:
+def _teach_models() -> None:
     wrap(sys.modules[_MODELS].ModelMixin, "save_pretrained", save_pretrained)
+    wrap_everywhere(_MODELS, "get_parameter_dtype", float_dtype)
 
 
 def _teach_fusing() -> None:
     wrap(sys.modules[_ADAPTERS].PeftAdapterMixin, "fuse_lora", _fuse)
+
+
+def _teach_expanding() -> None:
+    loader = getattr(sys.modules[_LORA], "FluxLoraLoaderMixin", None)
+    if _EXPAND in vars(loader or object):
+        wrap(loader, _EXPAND, _expand)
+
+
+def _expand(host: Any, cls: Any, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Loads an adapter with more inputs than its layer, as Flux's control adapters have: the host adds columns to the weight,
+    so the layer is made dense first."""
+    for name, module in list(transformer.named_modules()):
+        plain_name = name.replace(".base_layer", "")
+        down = [v for k, v in (lora_state_dict or {}).items() if f".{k}".endswith(f".{plain_name}.lora_A.weight")]
+        if isinstance(module, QuantizedLinear) and any(value.shape[1] > module.in_features for value in down):
+            dense = module.to_dense(module.float_dtype)
+            copy_hooks(module, dense)
+            transformer.set_submodule(name, dense)
+            logger.warning(f"hf_fp8: {name} is made dense, because the adapter that is loaded adds inputs to it")
+    return host(cls, transformer, lora_state_dict, *args, **kwargs)
 
 
 def _fuse(host: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -321,6 +344,28 @@ def _stored(model: nn.Module, checkpoint: Checkpoint, spec: QuantizationSpec) ->
             raise UnsupportedError(f"{key} is quantized in the files, and {weight.name} must be dense: {why}")
     check_scale_values(found, checkpoint)
     return found
+
+
+def float_dtype(host: Any, parameter: Any) -> torch.dtype | None:
+    """`get_parameter_dtype`, and so `model.dtype`, to which pipelines and models cast inputs: never that of codes or scales."""
+    found: torch.dtype | None = host(parameter)
+    quantized = [module for module in parameter.modules() if isinstance(module, QuantizedModule)]
+    if not quantized or getattr(_casting(parameter), "compute_dtype", None) is not None:
+        return found
+    codes = {id(tensor) for module in quantized for tensor in module.of_codes()}
+    wide = getattr(parameter, "_keep_in_fp32_modules", None) or ()
+    for name, tensor in parameter.named_parameters():
+        if tensor.is_floating_point() and id(tensor) not in codes and not any(part in name for part in wide):
+            kept: torch.dtype = tensor.dtype
+            return kept
+    return quantized[0].float_dtype
+
+
+def _casting(model: nn.Module) -> Any:
+    """The host's hook that casts a module of `model` for each call (layerwise casting), None if there is none."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = (registry.get_hook("layerwise_casting") for registry in registries if registry is not None)
+    return next((hook for hook in hooks if hook is not None), None)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
