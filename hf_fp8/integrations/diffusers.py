@@ -395,7 +395,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 def describe(model: Any) -> None:
     """Set the `quantization_config` in the config of a host's model to what its layers are now."""
-    model.register_to_config(**{_KEY: FP8Config(checkpoint=config_of(model))})
+    model.register_to_config(**{_KEY: config_of(model)})
 
 
 def forget(model: Any) -> None:
@@ -423,6 +423,6 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
         if kwargs.get("use_flashpack"):
             raise UnsupportedError("use_flashpack casts all tensors to one dtype, codes too: leave it out")
         describe(self)
-    elif isinstance(self.config.get(_KEY), FP8Config):
-        forget(self)
+    elif isinstance(found := self.config.get(_KEY), Mapping) and found.get("quant_method") == METHOD:
+        forget(self)  # it has been dequantized
     return host(self, save_directory, *args, **kwargs)
