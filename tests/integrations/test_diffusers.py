@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from support.markdown import ROOT, blocks
 from torch import nn
 from transformers import CompressedTensorsConfig
 
@@ -675,3 +676,28 @@ def test_fp8_files(form: str, dense: dict[Any, Path], tmp_path: Path) -> None:
     assert torch.equal(run(again), run(model))
     again.save_pretrained(tmp_path / "saved")  # its layers have no input scheme, and the config says so
     assert_same(load(FLUX, tmp_path / "saved"), model)
+
+
+# -- the page --
+
+
+def test_the_page(
+    dense: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/diffusion.md: its Python runs on small models, and prints what it says."""
+    monkeypatch.chdir(tmp_path)
+    pipeline(build(FLUX)).save_pretrained("pipeline")
+    hf_fp8.save_quantized(quantize_model(build(FLUX), "FP8_TENSOR"), "flux1-dev_fp8_scaled.safetensors", format="fp8_scaled")
+    whole = diffusers.DiffusionPipeline.from_pretrained  # a small pipeline has no parts but these
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: whole(*args, **kwargs, **PARTS))
+    names: dict[str, Any] = {
+        "dense": dense[FLUX], "folder": "folder", "pipeline": "pipeline", "other": "other",
+        "build_the_float_model": lambda: build(FLUX),
+    }  # fmt: skip
+    page = (ROOT / "docs" / "diffusion.md").read_text()
+    for block in blocks(page):
+        exec(compile(block.code, "docs/diffusion.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed and all(f"# {line}" in page for line in printed)
+    assert kept(names["pipe"].text_encoder_2) and (tmp_path / "other" / "transformer").exists()
+    assert len(kept(names["model"])) == len(kept(names["quantized"])) > 20
