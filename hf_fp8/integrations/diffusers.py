@@ -34,7 +34,7 @@ from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, swap_b
 from .config import OUR_METHOD, FP8Config
 from .import_hook import after_import, cancel
 from .linears import candidates
-from .patches import wrap, wrap_everywhere
+from .patches import is_patched, wrap, wrap_everywhere
 from .peft.merge_policy import reporting
 from .peft.state import adapters
 from .requests import asked_for, for_quantizing
@@ -85,6 +85,8 @@ def _register(merge: Merge) -> None:
 
 
 def _teach_models() -> None:
+    if _QUANTIZERS not in sys.modules:
+        return  # before 0.31: it would not look at the config
     wrap(sys.modules[_MODELS].ModelMixin, "save_pretrained", save_pretrained)
     wrap_everywhere(_MODELS, "get_parameter_dtype", float_dtype)
 
@@ -391,6 +393,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
         for number, (scheme, names) in enumerate(ordered)
     }
     return written_config(groups, dense)
+
+
+def is_described(model: nn.Module) -> bool:
+    """Whether `model` is one of the host's, whose `save_pretrained` describes its quantized layers."""
+    models = sys.modules.get(_MODELS)
+    return models is not None and isinstance(model, models.ModelMixin) and is_patched(models.ModelMixin, "save_pretrained")
 
 
 def describe(model: Any) -> None:

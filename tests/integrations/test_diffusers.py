@@ -356,6 +356,25 @@ def test_quantized_in_place_and_saved(dense: dict[Any, Path], tmp_path: Path) ->
     assert_same(load(FLUX, tmp_path / "static"), static)
 
 
+def test_models_that_save_their_parts(tmp_path: Path) -> None:
+    from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+
+    torch.manual_seed(0)
+    nets = [
+        diffusers.ControlNetModel(
+            in_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=8,
+            conditioning_embedding_out_channels=(8, 8),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    both = quantize_model(MultiControlNetModel(nets), backend="weight_only")
+    both.save_pretrained(str(tmp_path / "nets"))
+    again = MultiControlNetModel.from_pretrained(str(tmp_path / "nets"))
+    assert len(again.nets) == 2 and all(kept(net) for net in again.nets)
+    assert_same(again, both)
+
+
 def test_what_is_not_saved(dense: dict[Any, Path], tmp_path: Path) -> None:
     unet = quantize_model(load(UNET, dense[UNET]), conv1x1=True)
     with pytest.raises(errors.UnsupportedError, match="is a convolution in FP8"):
