@@ -40,6 +40,7 @@ from .quantization.calibration import apply_scales, calibrate
 from .quantization.model import quantize_model, requantize_model
 from .quantization.portable import load_quantized, save_quantized
 from .quantization.qat import convert_qat, prepare_qat
+from .quantization.single_file import load_fp8_state_dict
 from .version import __version__
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "errors",
     "explain",
     "kernels",
+    "load_fp8_state_dict",
     "load_quantized",
     "merging",
     "perplexity",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import reprlib
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from safetensors import SafetensorError, deserialize
 
@@ -47,8 +47,16 @@ class TensorInfo:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def read_header(file: str, fs: FileSystem = LOCAL) -> tuple[dict[str, TensorInfo], Stamp]:
-    """Return the tensors of a safetensors file by name, and the stamp of the file that was read. fs: where it is.
+class Header(NamedTuple):
+    """The header of a safetensors file: its tensors by name, its `__metadata__`, and the stamp of the file that was read."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    stamp: Stamp
+
+
+def read_header(file: str, fs: FileSystem = LOCAL) -> Header:
+    """Read the header of a safetensors file. fs: where it is.
 
     Raises CorruptFileError, naming the file, and the tensor if one is the cause, unless the header is well-formed and its
     tensors fill the file. A dtype that is not in `BITS` is accepted if the installed safetensors knows it.
@@ -63,12 +71,14 @@ def read_header(file: str, fs: FileSystem = LOCAL) -> tuple[dict[str, TensorInfo
             raise _corrupt(file, f"it has {stamp[2]:,} bytes, but claims a header of {length:,}")
         opened.seek(8)
         content = opened.read(length)
-    found = _tensors(file, parse_object(content, f"{file}: its header", unique=True), 8 + length)
+    header = parse_object(content, f"{file}: its header", unique=True)
+    metadata = _metadata(file, header)
+    found = _tensors(file, header, 8 + length)
     _check_places(file, found, 8 + length, stamp[2])
     for name, info in found.items():
         if info.dtype not in BITS:
             _ask_library(file, name, info)
-    return found, stamp
+    return Header(found, metadata, stamp)
 
 
 def _ask_library(file: str, name: str, info: TensorInfo) -> None:
@@ -90,10 +100,15 @@ def _ask_library(file: str, name: str, info: TensorInfo) -> None:
         ) from error
 
 
-def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, TensorInfo]:
-    metadata = header.pop("__metadata__", None)
+def _metadata(file: str, header: dict[str, Any]) -> dict[str, str]:
+    """Take `__metadata__` out of a header."""
+    metadata: dict[str, str] | None = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _corrupt(file, "__metadata__ is not a map of strings to strings")
+    return metadata or {}
+
+
+def _tensors(file: str, header: dict[str, Any], base: int) -> dict[str, TensorInfo]:
     check_names(file, header)
     found = {}
     for name, entry in header.items():

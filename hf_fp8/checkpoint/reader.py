@@ -64,6 +64,7 @@ class Checkpoint:
         self._pickled: dict[str, dict[str, torch.Tensor]] = {}
         self._found: dict[str, dict[str, TensorInfo]] = {}
         self._stamps: dict[str, Stamp] = {}
+        self._metadata: dict[str, dict[str, str]] = {}
         fs.expect(files)
         for file in dict.fromkeys(files):
             self._found[file] = self._read_safetensors(file) if file.endswith(".safetensors") else self._read_pickle(file)
@@ -82,6 +83,10 @@ class Checkpoint:
     def files_with(self, name: str) -> list[str]:
         """The files that contain a tensor: more than one only if all have the same values."""
         return [file for file, found in self._found.items() if name in found]
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """The `__metadata__` of a safetensors file; empty for other files."""
+        return self._metadata.get(file, {})
 
     def stamp(self, file: str) -> Stamp:
         """The stamp of a file when its header was read."""
@@ -124,8 +129,9 @@ class Checkpoint:
 
     def _read_safetensors(self, file: str) -> dict[str, TensorInfo]:
         with _without_collecting():
-            found, self._stamps[file] = read_header(file, self._fs)
-            return dict(sorted(found.items()))
+            header = read_header(file, self._fs)
+            self._stamps[file], self._metadata[file] = header.stamp, header.metadata
+            return dict(sorted(header.tensors.items()))
 
     def _read_pickle(self, file: str) -> dict[str, TensorInfo]:
         self._pickled[file], self._stamps[file] = read_pickled(str(self._fs.here(file)))

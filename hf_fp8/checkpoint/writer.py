@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, and folders atomically: complete or not at all."""
+"""Writes safetensors files tensor by tensor, and files and folders atomically: complete or not at all."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class ShardWriter:
     library writes them, so that every tensor is aligned.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
         self.tensors = tensors
         self._missing = set(tensors)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         self._starts: dict[str, int] = {}
         position = 0
         for name in sorted(tensors, key=lambda name: (-BITS[tensors[name].dtype], name)):
@@ -201,6 +201,26 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Context manager: gives the path of a temporary file to write, which is renamed to `path` on success, over a file that is
+    there, and deleted on an exception. Raises ConfigError if no file can be written to `path`."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a file")
+    _check_parent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _new_beside(path)
+    try:
+        yield part
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _move_in(part: Path, path: Path, old: Path | None) -> None:

@@ -50,7 +50,7 @@ _finders: dict[str, _Finder] = {}
 
 
 def after_import(library: str, then: Callable[[], None]) -> None:
-    """Call `then` after `library`, a top-level package, is imported, before the importing code continues.
+    """Call `then` after `library`, a package or a module in one, is imported, before the importing code continues.
 
     If it is imported already, call `then` now; and again if the library is imported again.
     """

@@ -1,4 +1,4 @@
-"""Makes `save_pretrained` of other libraries' models (diffusers, huggingface_hub's mixin) raise if there are quantized layers.
+"""Makes `save_pretrained` of other libraries' models (huggingface_hub's mixin) raise if there are quantized layers.
 
 They write a state dict without saying that it contains codes (stored 8-bit values), so it would be loaded as weights.
 """
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..nn.base import QuantizedModule
+from .diffusers import is_described
 from .patches import wrap
 
 _METHOD = "save_pretrained"
@@ -19,7 +20,7 @@ _METHOD = "save_pretrained"
 def guard_savers(model: nn.Module) -> None:
     """Make `save_pretrained` of `model` and its submodules raise for codes, except in transformers models, which save them.
 
-    Also except in PEFT's, which save adapters only.
+    Also except in PEFT's, which save adapters only. The method of diffusers' models describes codes (`diffusers`).
     """
     for module in model.modules():
         for cls in type(module).__mro__:
@@ -40,8 +41,13 @@ def _save_pretrained(host: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _unspoken_for(model: nn.Module) -> str | None:
-    """Name of a quantized layer that is not in a transformers model with an `hf_quantizer`; None if there is none."""
-    knowing = [name for name, module in model.named_modules() if getattr(module, "hf_quantizer", None) is not None]
+    """Name of a quantized layer that is in no model whose own method describes it: of transformers, with an `hf_quantizer`, or
+    of diffusers. None if there is none."""
+    knowing = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "hf_quantizer", None) is not None or is_described(module)
+    ]
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule) and not any(not part or name.startswith(f"{part}.") for part in knowing):
             return str(name)

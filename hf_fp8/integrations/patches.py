@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib import import_module
 from typing import Any
 
 _patched: list[tuple[Any, str, Any]] = []  # (owner, name, original value)
@@ -35,6 +37,18 @@ def wrap(owner: Any, name: str, function: Callable[..., Any], *, lasting: bool =
     patch(owner, name, new if replaced is before else type(before)(new))
     if lasting and (owner, name, function) not in _lasting:
         _lasting.append((owner, name, function))
+
+
+def wrap_everywhere(module: str, name: str, function: Callable[..., Any]) -> None:
+    """`wrap` a function of a module, and in every module that has imported it, users' modules included, by any name."""
+    owner = import_module(module)
+    if is_patched(owner, name):
+        return
+    replaced = vars(owner)[name]
+    wrapper = calling(function, replaced)
+    for known in list(sys.modules.values()):
+        for leaf in [leaf for leaf, held in list(getattr(known, "__dict__", {}).items()) if held is replaced]:
+            patch(known, leaf, wrapper)
 
 
 def calling(function: Callable[..., Any], replaced: Callable[..., Any]) -> Callable[..., Any]:

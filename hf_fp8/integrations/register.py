@@ -19,7 +19,7 @@ from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, is_known, is_our
 from ..errors import ConfigError
 from ..formats import plain_pickle
 from ..loading.options import current
-from . import ddp, fsdp, patches, pretrained, zero3
+from . import ddp, diffusers, fsdp, patches, pretrained, zero3
 from .config import OUR_METHOD, FP8Config
 from .peft import install as peft
 from .quantizer import FP8HfQuantizer
@@ -40,6 +40,7 @@ def register() -> None:
     fsdp.install()
     zero3.install()
     peft.install()
+    diffusers.install(merge)
     plain_pickle.install()
     patches.wrap_again()
 
@@ -53,6 +54,7 @@ def unregister() -> None:
     auto.AUTO_QUANTIZER_MAPPING.pop(OUR_METHOD, None)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OUR_METHOD, None)
     peft.uninstall()
+    diffusers.uninstall()
     zero3.uninstall()
     patches.restore()
 

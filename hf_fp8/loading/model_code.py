@@ -18,6 +18,7 @@ from torch import nn
 _READ = re.compile(r"\bself\.((?:\w+(?:\[\d+\])?\.)*\w+(?:\[\d+\])?)\.weight\b(?!\s*=[^=])")
 
 _DTYPE = re.compile(_READ.pattern + r"\.dtype\b")
+_FIRST = re.compile(r"\bnext\((?:iter\()?self\.((?:\w+(?:\[\d+\])?\.)*)parameters\(\)\)?\)\.dtype\b")
 _OF_SELF = re.compile(r"\b(?:self|super\(\))\.(\w+)")
 
 
@@ -100,6 +101,30 @@ def weights_read_directly(model: nn.Module) -> dict[str, str]:
         for path in _reads(type(module)):  # type: ignore[arg-type]  # typeshed thinks that classes cannot be hashed
             found[f"{name}.{path}" if name else path] = type(module).__name__
     return found
+
+
+def dtypes_read_of_first(model: nn.Module) -> dict[str, str]:
+    """Name of a module of `model` whose first parameter has the dtype to which code casts inputs
+    (``next(self.time_embedder.parameters()).dtype``) -> name of the class with that code.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        for path in _firsts(type(module)):  # type: ignore[arg-type]
+            below: Any = module
+            for part in filter(None, path.split(".")):
+                below = getattr(below, part, None)
+            held = next(below.named_parameters(), None) if isinstance(below, nn.Module) else None
+            if held is not None:
+                parts = (name, path, held[0].rpartition(".")[0])
+                found[".".join(filter(None, parts))] = type(module).__name__
+    return found
+
+
+@cache
+def _firsts(cls: type[nn.Module]) -> frozenset[str]:
+    """Paths below `cls` ("" for itself) of whose parameters its forward reads the dtype of the first."""
+    sources = (_source(m) for name in _run_by_forward(cls) for m in _members(cls, name).values())  # type: ignore[arg-type]
+    return frozenset(_as_path(path.removesuffix(".")) for source in sources for path in _FIRST.findall(source))
 
 
 def weights_read_by_kernels(model: nn.Module) -> dict[str, str]:

@@ -6,6 +6,7 @@ Casts leave codes and scales unchanged; state dicts are checked before they are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -57,7 +58,8 @@ class QuantizedModule(nn.Module):
     """Base class of modules with codes and scales; `holds` maps the name of each codes parameter to those of its scales.
 
     `.to(dtype)`, `.half()` and similar casts leave codes and scales unchanged, as a cast would change or lose the
-    values. A state dict with codes of another dtype, or with codes but not their scale, is refused.
+    values; casts to 8 bits, in which diffusers keeps modules between calls (layerwise casting), leave biases unchanged, too.
+    A state dict with codes of another dtype, or with codes but not their scale, is refused.
     """
 
     # codes parameter -> its scales: the weight's scale first, then the input's; any of them may be None
@@ -358,6 +360,9 @@ class QuantizedModule(nn.Module):
             )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        if fn(torch.empty(0, dtype=torch.float32)).itemsize == 1:
+            fn = partial(moved_as_it_is, fn=fn)
+
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             is_quantized = any(tensor is getattr(self, name) for name in self.quantized)
             return moved_as_it_is(codes_of(tensor), fn) if is_quantized else fn(tensor)

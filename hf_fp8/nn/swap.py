@@ -126,9 +126,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | str | None = None) -
 
     Raises UnsupportedError, before anything is changed, if a layer is offloaded.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
-        dequantize: Any = model.dequantize
-        dequantized: nn.Module = dequantize(dtype)
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        dequantized: nn.Module = quantizer.dequantize(model, dtype=dtype)
         return dequantized
     for module in list(model.modules()):
         if module is not model and getattr(module, "hf_quantizer", None) is not None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..checkpoint.dialects.comfyui import COMFY_QUANT, SCALED_FP8
 from ..checkpoint.files import read_json
 from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, SCALE_DTYPES, Checkpoint, TensorInfo, weight_scale_dtypes
 from ..checkpoint.writer import ShardWriter, nbytes, shard_names, whole_folder, write_index
@@ -35,6 +37,7 @@ from ..nn.linear import QuantizedLinear
 from ..nn.packed_linear import linear_of
 from ..nn.swap import choose_fused_paths, copy_hooks, let_siblings_share, replace_module, submodule
 from ..version import __version__
+from .single_file import save_single_file
 
 CONFIG = "quantization.json"
 # Version of the layout of `quantization.json`: files with another number are refused.
@@ -42,36 +45,35 @@ FORMAT = 1
 COMPUTE = ("bfloat16", "float16", "float32", "float64")
 
 
-def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+# Other formats of `save_quantized`: the form of the single file.
+FORMATS = {"fp8_scaled": SCALED_FP8, "comfy_quant": COMFY_QUANT}
+
+
+def save_quantized(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9, format: str = "folder"
+) -> None:
     """Write `model`, quantized by `quantize_model`, to `folder`, which is created or replaced when everything is written.
 
     Files: `model.safetensors` (or several with an index) with the state dict, shared tensors once; `quantization.json` with the
     scheme of each layer and the names of shared tensors. Kept float weights are not saved. `load_quantized` loads the folder
     into the structure of the float model.
 
+    format: "folder", or how ComfyUI stores FP8 weights with one scale per tensor, in one file: "fp8_scaled" (a marker
+    `scaled_fp8`, `X.scale_weight`) or "comfy_quant" (`_quantization_metadata` in the header, `X.weight_scale`). Then `folder`
+    is the name of the .safetensors file, which is replaced if it exists. `load_fp8_state_dict` loads it. Neither can say that
+    input scales are dynamic (FP8_TENSOR): such layers are read back as ones whose inputs are not quantized.
+
     Raises ConfigError if `folder` exists and was not written by this function; UnsupportedError for quantized transformers
-    models (use `save_pretrained`, which other tools can read), offloaded layers and state that is not a tensor;
-    CalibrationError for layers without a calibrated input scale, StaleError for layers whose kept float weight was changed.
+    models (use `save_pretrained`, which other tools can read), offloaded layers, state that is not a tensor, and schemes that
+    `format` cannot store; CalibrationError for layers without a calibrated input scale, StaleError for layers whose kept float
+    weight was changed.
     """
-    layers = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedModule)
-    }
-    for name, module in layers.items():
-        if not isinstance(module, QuantizedLinear):
-            raise UnsupportedError(f"{name} is a {type(module).__name__} of a transformers model: use its save_pretrained")
-        if module.is_offloaded:
-            raise UnsupportedError(f"{name} is on the meta device, or offloaded, and cannot be saved: load it onto a device")
-        if module.needs_calibration:
-            raise CalibrationError(f"{name} has no input scale yet: calibrate the model before saving (hf_fp8.calibrate)")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedError(f"{type(model).__name__} is a transformers model: use its save_pretrained")
-    state = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.is_meta or value.dtype not in DTYPE_NAMES:
-            raise UnsupportedError(
-                f"{name} in the state dict cannot be saved: it is a {type(value).__name__}, and must be a tensor with values "
-                "and a dtype of safetensors"
-            )
+    if format != "folder" and format not in FORMATS:
+        raise ConfigError(f"format={format!r}: it must be one of folder, {', '.join(FORMATS)}")
+    layers, state = _savable(model, single=format != "folder")
+    if format != "folder":
+        save_single_file(layers, state, Path(folder), FORMATS[format])
+        return
     first: dict[Any, str] = {}
     shared = {}
     for name, value in state.items():
@@ -82,7 +84,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
     described = {
         "format": FORMAT,
         "hf_fp8": __version__,
-        "modules": {name: _describe(module) for name, module in layers.items() if isinstance(module, QuantizedLinear)},
+        "modules": {name: _describe(module) for name, module in layers.items()},
         "shared": shared,
     }
     with whole_folder(Path(folder), replaces=CONFIG) as part:
@@ -93,6 +95,32 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], *, max_shar
                     shard.write(name, state[name])
         write_index(part, files)
         (part / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def _savable(model: nn.Module, single: bool) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+    """The quantized layers of `model` by name, and its state dict. Raises as `save_quantized`. single: whether it is written as
+    one file, which describes Linears of transformers models as well."""
+    layers: dict[str, QuantizedLinear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, QuantizedModule):
+            continue
+        if not isinstance(module, QuantizedLinear):
+            raise UnsupportedError(f"{name} is a {type(module).__name__} of a transformers model: use its save_pretrained")
+        if module.is_offloaded:
+            raise UnsupportedError(f"{name} is on the meta device, or offloaded, and cannot be saved: load it onto a device")
+        if module.needs_calibration:
+            raise CalibrationError(f"{name} has no input scale yet: calibrate the model before saving (hf_fp8.calibrate)")
+        layers[name] = module
+    if not single and isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedError(f"{type(model).__name__} is a transformers model: use its save_pretrained")
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.dtype not in DTYPE_NAMES:
+            raise UnsupportedError(
+                f"{name} in the state dict cannot be saved: it is a {type(value).__name__}, and must be a tensor with values "
+                "and a dtype of safetensors"
+            )
+    return layers, state
 
 
 @torch.inference_mode(False)

@@ -90,9 +90,9 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def test_pages_have_snippets() -> None:
-    # That of distributed.md runs in tests/distributed.
+    # Those of distributed.md and diffusion.md run in tests/distributed and tests/integrations/test_diffusers.
     assert {path.name for path in PAGES if python(path)} == {
-        "README.md", "quantizing.md", "torchao.md", "qat.md", "training.md", "distributed.md",
+        "README.md", "quantizing.md", "torchao.md", "qat.md", "training.md", "distributed.md", "diffusion.md",
     }  # fmt: skip
 
 

@@ -10,9 +10,7 @@ methods to the tuners and adapters on these layers (`create.inject_adapter`, `cr
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 from packaging import version
 
 from ..import_hook import after_import, cancel
-from ..patches import calling, is_patched, patch, wrap
+from ..patches import wrap, wrap_everywhere
 from .create import inject_adapter, refuse_all
 from .prepare import prepare, reduce_intruders, update_copy, with_float_heads
 
@@ -68,10 +66,10 @@ def _teach() -> None:
         return
     wrap(tuner, "inject_adapter", inject_adapter)
     wrap(resolve_name("peft.utils.other:ModulesToSaveWrapper"), "update", update_copy)
-    _wrap_everywhere("peft.utils.other", "prepare_model_for_kbit_training", prepare)
-    _wrap_everywhere("peft.utils.save_and_load", "get_peft_model_state_dict", with_float_heads)
+    wrap_everywhere("peft.utils.other", "prepare_model_for_kbit_training", prepare)
+    wrap_everywhere("peft.utils.save_and_load", "get_peft_model_state_dict", with_float_heads)
     if find_spec("peft.tuners.lora.intruders") is not None:  # from 0.21 on
-        _wrap_everywhere("peft.tuners.lora.intruders", "reduce_intruder_dimension", reduce_intruders)
+        wrap_everywhere("peft.tuners.lora.intruders", "reduce_intruder_dimension", reduce_intruders)
 
 
 def _why_unknown(found: str) -> str | None:
@@ -83,15 +81,3 @@ def _why_unknown(found: str) -> str | None:
     except (ImportError, AttributeError) as error:
         return str(error)
     return None
-
-
-def _wrap_everywhere(module: str, name: str, function: Any) -> None:
-    """Wrap a function where it is defined, and in every module that has imported it, users' modules included, by any name."""
-    owner = import_module(module)
-    if is_patched(owner, name):
-        return
-    replaced = vars(owner)[name]
-    wrapper = calling(function, replaced)
-    for known in list(sys.modules.values()):
-        for leaf in [leaf for leaf, held in list(getattr(known, "__dict__", {}).items()) if held is replaced]:
-            patch(known, leaf, wrapper)
