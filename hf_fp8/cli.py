@@ -48,6 +48,9 @@ out = _Plain(highlight=False, soft_wrap=True, markup=False)
 err = _Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or the name of a repository on the Hub.")]
+SrcOrFile = Annotated[
+    str, typer.Argument(metavar="SRC", help="As for the other commands; or a single .safetensors file, as of ComfyUI.")
+]
 Dst = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write. It appears when it is complete.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DST when the new one is complete.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")]
@@ -183,7 +186,7 @@ def convert(
 
 @app.command()
 def inspect(
-    src: Src,
+    src: SrcOrFile,
     device: Annotated[str | None, typer.Option(help="Show what would run on this device of this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     revision: Revision = None,
@@ -192,12 +195,16 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and what would run here and why. Reads only headers."""
     from .evaluation.inspection import inspect_source
+    from .evaluation.single_file import inspect_file
     from .quantization.source import open_headers
 
     if device is not None:
         _check_device(device)
-    source = open_headers(src, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
-    found = inspect_source(source, device)
+    if _is_single_file(src):
+        found = inspect_file(src)
+    else:
+        source = open_headers(src, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code)
+        found = inspect_source(source, device)
     if as_json:
         out.print_json(data=found.to_dict())
         return
@@ -226,16 +233,21 @@ def inspect(
 
 
 @app.command()
-def verify(src: Src, revision: Revision = None, trust_remote_code: Trust = False) -> None:
+def verify(src: SrcOrFile, revision: Revision = None, trust_remote_code: Trust = False) -> None:
     """Run every check of loading, and look for NaN in the FP8 values, without building the model."""
+    from .evaluation.single_file import verify_file
     from .evaluation.verify import verify_source
     from .quantization.files import total_bytes
     from .quantization.source import open_source
 
     start = time.perf_counter()
-    source = open_source(src, revision=revision, trust_remote_code=trust_remote_code)
-    with _bar("reading", total_bytes(source.checkpoint)) as tick:
-        checks = verify_source(source, tick)
+    if _is_single_file(src):
+        with _bar("reading", Path(src).stat().st_size) as tick:
+            checks = verify_file(src, tick)
+    else:
+        source = open_source(src, revision=revision, trust_remote_code=trust_remote_code)
+        with _bar("reading", total_bytes(source.checkpoint)) as tick:
+            checks = verify_source(source, tick)
     for check in checks:
         out.print(f"ok: {check}")
     out.print(f"{src}: nothing wrong found, {time.perf_counter() - start:.1f} s")
@@ -252,6 +264,11 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
+
+
+def _is_single_file(src: str) -> bool:
+    """Whether a path is a file with weights, without a config: as ComfyUI's."""
+    return src.endswith(".safetensors") and Path(src).is_file()
 
 
 def _check_device(device: str) -> None:

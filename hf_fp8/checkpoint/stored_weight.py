@@ -273,7 +273,7 @@ def check_scale_values(weights: list[StoredWeight], checkpoint: Checkpoint) -> d
                     f"{weight.keys[role]} is not zero: config group {weight.group.name!r} is symmetric, without zero points"
                 )
         key = weight.keys.get(WEIGHT_SCALE)
-        if key is not None and (wrong := _wrong_values(found[key])) is not None:
+        if key is not None and (wrong := wrong_values(found[key])) is not None:
             raise ScaleError(
                 f"{key} {wrong}: the dequantized weights would be wrong. The checkpoint is damaged or badly calibrated."
             )
@@ -307,12 +307,13 @@ def wrong_input_scales(weights: list[StoredWeight], scales: Mapping[str, torch.T
             continue
         if key is None:
             found[weight.name] = f"{weight.name}.{INPUT_SCALE} is not in the files"
-        elif (wrong := _wrong_values(scales[key])) is not None:
+        elif (wrong := wrong_values(scales[key])) is not None:
             found[weight.name] = f"{key} {wrong}"
     return found
 
 
-def _wrong_values(scale: torch.Tensor) -> str | None:
+def wrong_values(scale: torch.Tensor) -> str | None:
+    """What is wrong with the values of a scale, for a message; None if all are finite and positive."""
     scale = scale_values(scale).float()
     bad = ~(scale.isfinite() & (scale > 0))
     if not bad.any():

@@ -62,22 +62,27 @@ def inspect_source(source: Source, device: torch.device | str | None = None) -> 
     Raises CheckpointError only for files that cannot be read: other errors are in `Inspection.error`.
     """
     checkpoint = source.checkpoint
-    counts, sizes = Counter[str](), Counter[str]()
-    for info in checkpoint.tensors.values():
-        counts[info.dtype] += 1
-        sizes[info.dtype] += nbytes(info)
     found = Inspection(
         folder=str(source.folder),
         model=type_of(source),
         files=source.files,
         bytes=total_bytes(checkpoint),
-        dtypes=[(dtype, count, sizes[dtype]) for dtype, count in counts.most_common()],
+        dtypes=sizes_of(checkpoint),
     )
     try:
         _look(source, checkpoint, found, device)
     except FP8Error as error:
         found.error = str(error)
     return found
+
+
+def sizes_of(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """(dtype, number of its tensors, their bytes), the most frequent first."""
+    counts, sizes = Counter[str](), Counter[str]()
+    for info in checkpoint.tensors.values():
+        counts[info.dtype] += 1
+        sizes[info.dtype] += nbytes(info)
+    return [(dtype, count, sizes[dtype]) for dtype, count in counts.most_common()]
 
 
 def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: torch.device | str | None) -> None:
