@@ -41,11 +41,13 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 class Foreign:
     """The config of a checkpoint that is in another dialect than compressed-tensors.
 
-    written: as it is in the files. ignored: the entries of the spec's `ignore` that follow from the files, and are not written.
+    written: as it is in the files. listed: the modules that it says are dense, in its own words. ignored: the entries of the
+    spec's `ignore` that follow from the files, and are not written.
     """
 
     dialect: Dialect
     written: Mapping[str, Any]
+    listed: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
 
 
@@ -79,7 +81,7 @@ class QuantizationSpec:
         translated = meaning.as_compressed_tensors()
         parsed = parse(translated)
         groups = (replace(group, scheme=meaning.groups[group.name].scheme) for group in read_groups(translated, parsed))
-        return cls(parsed, tuple(groups), translated, foreign=Foreign(dialect, written))
+        return cls(parsed, tuple(groups), translated, foreign=Foreign(dialect, written, tuple(meaning.listed)))
 
     @classmethod
     def asked(

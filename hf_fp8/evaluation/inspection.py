@@ -103,10 +103,13 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
     for group in config.groups:
         scheme = str(group.format) if group.scheme is None else group.scheme.describe()
         groups[group.name] = GroupFound(group.name, scheme, list(group.targets))
-    found.groups, found.ignore = list(groups.values()), list(config.ignore)
+    foreign = config.spec.foreign
+    found.groups, found.ignore = list(groups.values()), list(config.ignore if foreign is None else foreign.listed)
     model = source.structure()
     quantizer = FP8HfQuantizer(config)
     layout = quantizer.dry_run(model, get_model_conversion_mapping(model), checkpoint, source.dtype, device)
+    if foreign is not None:  # its config need not name them
+        found.ignore += [name for name in layout.scan.dense if name not in found.ignore]
     for weight in [*layout.scan.weights, *layout.scan.host]:
         one = groups[weight.group.name]
         one.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1

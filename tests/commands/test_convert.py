@@ -251,5 +251,6 @@ def test_inspect_and_verify_know_the_dialects(tmp_path: Path, capsys: Capture) -
         said = capsys.readouterr().out
         assert f"FP8 in the {called} format" in said and "nothing wrong found" in said
         assert ("FP8Config()" in said) == (not VARIANTS[name].by_default)
+        assert "dense: lm_head\n" in said
         run("dequantize", tmp_path / name, tmp_path / f"{name} dense")
         assert "quantization_config" not in json.loads((tmp_path / f"{name} dense" / "config.json").read_text())

@@ -29,7 +29,7 @@ def read(config: Mapping[str, Any]) -> Meaning:
     listed = names_in(config, SKIPPED, "modules_to_not_convert")
     patterns = [name.removeprefix("re:") if name.startswith("re:") else module_or_inside(name) for name in listed]
     has_cache = value(config, "kv_cache_scheme", {None: False, "static": True})
-    return Meaning(groups, any_of(patterns), CACHE if has_cache else None)
+    return Meaning(groups, any_of(patterns), listed, CACHE if has_cache else None)
 
 
 def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:

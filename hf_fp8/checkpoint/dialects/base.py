@@ -30,12 +30,13 @@ class Target:
 class Meaning:
     """What a config of a dialect says, in the terms of compressed-tensors.
 
-    groups: name -> its modules and their scheme. ignore: names and "re:" patterns of modules that stay dense. cache: the
-    `kv_cache_scheme`, None without one.
+    groups: name -> its modules and their scheme. ignore: names and "re:" patterns of modules that stay dense. listed: the same
+    as the config has it, to be shown. cache: the `kv_cache_scheme`, None without one.
     """
 
     groups: Mapping[str, Target]
     ignore: Sequence[str] = ()
+    listed: Sequence[str] = ()
     cache: Mapping[str, Any] | None = None
 
     def as_compressed_tensors(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...formats.scheme import FP8_DYNAMIC
 from .base import Dialect, Meaning, Target, never
-from .fine_grained import SKIPPED, skipped
+from .fine_grained import SKIPPED, listed, skipped
 from .fine_grained import ignoring as ignoring_more
 
 
@@ -21,7 +21,7 @@ def read(config: Mapping[str, Any]) -> Meaning:
     bound = config.get("activation_scale_ub")
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
         raise ConfigError(f"quantization_config.activation_scale_ub is {bound!r}: it must be a positive number")
-    return Meaning({"group_0": Target(FP8_DYNAMIC)}, skipped(config))
+    return Meaning({"group_0": Target(FP8_DYNAMIC)}, skipped(config), listed(config))
 
 
 def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:

@@ -46,7 +46,12 @@ def read(config: Mapping[str, Any]) -> Meaning:
     scheme = _scheme(config.get("weight_block_size", MX_BLOCK if is_mx else None), codes, is_static)
     if has_powers and scheme.weight.granularity == MXFP8.weight.granularity and codes == FP8:
         scheme = MXFP8
-    return Meaning({"group_0": Target(scheme)}, skipped(config))
+    return Meaning({"group_0": Target(scheme)}, skipped(config), listed(config))
+
+
+def listed(config: Mapping[str, Any]) -> list[str]:
+    """The skip list of a config. Raises ConfigError if it is none."""
+    return names_in(config, SKIPPED, "ignored_layers")
 
 
 def _scheme(block: Any, codes: Any, is_static: bool) -> Scheme:
@@ -68,7 +73,7 @@ def _scheme(block: Any, codes: Any, is_static: bool) -> Scheme:
 def skipped(config: Mapping[str, Any]) -> list[str]:
     """The `ignore` for a skip list of transformers: each entry is a regular expression that matches from the start of a name to
     the end of one of its parts, or the end of a name. Raises ConfigError."""
-    entries = names_in(config, SKIPPED, "ignored_layers")
+    entries = listed(config)
     for entry in entries:
         try:
             re.compile(entry)

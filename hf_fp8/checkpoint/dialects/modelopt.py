@@ -39,7 +39,7 @@ def read(config: Mapping[str, Any]) -> Meaning:
     else:
         groups = {"group_0": Target(_scheme(algorithm, said, "quantization_config"))}
     listed = names_in(said, "exclude_modules", "ignore")
-    return Meaning(groups, any_of(map(_wildcards, listed)), _cache(said))
+    return Meaning(groups, any_of(map(_wildcards, listed)), listed, _cache(said))
 
 
 def _details(config: Mapping[str, Any]) -> Mapping[str, Any]:
