@@ -42,9 +42,13 @@ def is_plain(fmt: Any) -> bool:
     return fmt == MX_FORMAT or not (isinstance(fmt, str) and fmt.startswith("mx"))
 
 
+def _are_exponents(arguments: QuantizationArgs) -> bool:
+    return str(arguments.scale_dtype) == "torch.uint8"
+
+
 def _is_mx(arguments: QuantizationArgs) -> bool:
     """Whether scales are MX scales, as compressed-tensors tells it."""
-    return str(arguments.scale_dtype) == "torch.uint8" and arguments.group_size == MX_GROUP
+    return _are_exponents(arguments) and arguments.group_size == MX_GROUP
 
 
 def scheme_of(name: str, group: QuantizationScheme, fmt: Any, ordered: bool) -> Scheme | None:
@@ -88,7 +92,7 @@ def _input_scheme(inputs: QuantizationArgs) -> TensorScheme | None:
     }
     kind = kinds.get((value_of(inputs.strategy), inputs.dynamic))
     mx = _is_mx(inputs) and dtype == FP8
-    if dtype is None or inputs.num_bits != 8 or not inputs.symmetric or kind is None or (inputs.scale_dtype and not mx):
+    if dtype is None or inputs.num_bits != 8 or not inputs.symmetric or kind is None or _are_exponents(inputs) != mx:
         return None
     return TensorScheme(kind, dynamic=bool(inputs.dynamic), dtype=dtype, mx=mx)
 
@@ -133,7 +137,7 @@ def _fp8_scheme(name: str, group: QuantizationScheme, fmt: Any) -> Scheme:
         how = "dynamic" if inputs.dynamic is True else value_of(inputs.dynamic) or "static"
         raise refuse(
             "input_activations.strategy",
-            f"{value_of(inputs.strategy)} ({how}){f', scale_dtype {inputs.scale_dtype}' * bool(inputs.scale_dtype)}",
+            f"{value_of(inputs.strategy)} ({how}){', scale_dtype torch.uint8' * _are_exponents(inputs)}",
             f"tensor (static or dynamic), token and group (dynamic); scale_dtype torch.uint8 with groups of {MX_GROUP} only",
         )
     return Scheme(stored, found)

@@ -76,9 +76,12 @@ def quantize_weight(
             torch.maximum(part, amax_of(piece, granularity).to(compute), out=part)
     if checked:
         refuse_non_finite(scale, weight)
-    scale.copy_(scale_values(mx_exponents(scale)) if mx else weight_scale_of(scale, dtype))
+    of_mx = scale_values(mx_exponents(scale)) if mx else None
+    scale.copy_(weight_scale_of(scale, dtype))
+    if held is None and of_mx is not None:
+        scale.copy_(of_mx)
     if held is not None:
-        fresh = _rounded_to(scale, held.dtype)
+        fresh = _rounded_to(scale, held.dtype) if of_mx is None else of_mx.to(compute)
         before = scale_values(held).reshape(scale.shape).to(compute)
         # Keep the held scale unless it is too small, or so large that integers would lose more than one bit.
         fits = scale <= before if code.is_float else _fits(weight, before, granularity, dtype)

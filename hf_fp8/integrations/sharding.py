@@ -25,7 +25,7 @@ from ..loading.layout import Layout
 from ..loading.ops import Reshape
 from ..loading.parts import Parts, parts_of
 from ..nn.base import QuantizedModule
-from ..nn.dtensors import is_dtensor
+from ..nn.dtensors import gathered, is_dtensor
 from ..nn.experts import QuantizedExperts
 from ..nn.linear import QuantizedLinear
 from ..nn.shard import Shard
@@ -293,7 +293,7 @@ def gathered_state(model: Any) -> dict[str, torch.Tensor]:
     keeps = has_own or model.should_save_on_this_rank(True)
     for name in list(state):
         tensor = state.pop(name)
-        whole = tensor.full_tensor().cpu() if is_dtensor(tensor) else tensor
+        whole = gathered(tensor).cpu() if is_dtensor(tensor) else tensor
         if keeps:
             found[name] = codes_of(whole)
     return pipeline.collect(model, found)

@@ -182,8 +182,10 @@ class QuantizedModule(nn.Module):
 
         Code that is compiled gets these as they are, and kernels convert them. Raises as `stored_scale`.
         """
+        if torch.compiler.is_compiling():
+            return self.stored_scale(name)
         scale, shard = self._checked_scale(name)
-        if shard is None and (scale.dtype not in EXPONENTS or scale.is_meta or torch.compiler.is_compiling()):
+        if shard is None and (scale.dtype not in EXPONENTS or scale.is_meta):
             return scale
         return self._derived_scale(name, shard, scale)
 

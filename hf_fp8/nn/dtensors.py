@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-from ..formats.code_types import FLOATS_OF_A_BYTE
 from ..formats.quantized_weight.source import Decoder, Source
 from ..formats.quantized_weight.tensor import QuantizedWeight, whole
 
@@ -32,7 +31,7 @@ def gathered(tensor: Any) -> Any:
     """The whole of a parameter, on every process: all of them must call it. Others than DTensors unchanged."""
     if not is_dtensor(tensor):
         return tensor
-    if tensor.dtype in FLOATS_OF_A_BYTE and not isinstance(tensor._local_tensor, QuantizedWeight):
+    if tensor.dtype == torch.float8_e8m0fnu:  # scales, which gloo cannot send
         return seen_as(tensor, torch.uint8).full_tensor().view(tensor.dtype)
     return tensor.full_tensor()
 

@@ -140,6 +140,20 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scales_that_are_exponents(tmp_path: Path) -> None:
+    """gloo cannot send F8_E8M0."""
+    check(
+        2,
+        [
+            "tp2.llama.e8m0.exact", "tp2.llama.mx.exact", "tp2.mixtral.e8m0.weight_only", "tp2.mixtral.mx.exact",
+            "ep2.mixtral.mx.weight_only", "ep2.mixtral.e8m0.weight_only", "fsdp2.llama.e8m0.weight_only",
+            "fsdp2.mixtral.mx.weight_only", "fsdp2.mixtral.e8m0.scaled_mm", "tp2.llama.mx.int8", "tp2.mixtral.e8m0.dequantize",
+        ],
+        tmp_path,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "fsdp2"])
 def test_dense(layout: str, tmp_path: Path) -> None:
     check(2, some(layout, DENSE), tmp_path)

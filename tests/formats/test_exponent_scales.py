@@ -62,22 +62,28 @@ def test_mx_scales_of_every_power() -> None:
 
 
 @pytest.mark.parametrize("granularity", [Granularity(128, 128), Granularity(1, 32), ROW])
+@pytest.mark.parametrize("mx", [False, True])
 @pytest.mark.parametrize("dtype", EXPONENTS)
-def test_a_small_change_keeps_scales_and_a_large_one_rounds_them_up(granularity: Granularity, dtype: torch.dtype) -> None:
+def test_a_small_change_keeps_scales_and_a_large_one_rounds_them_up(
+    granularity: Granularity, dtype: torch.dtype, mx: bool
+) -> None:
     weight = torch.randn(150, 96, generator=torch.Generator().manual_seed(0))
-    codes, scale = quantize_weight(weight, granularity)
+    _, scale = quantize_weight(weight, granularity)
+    held = exponents_of(scale, dtype)
+    weight[0, :32] = 448 * scale_values(held).max()  # the largest code, with which MX formats have the next scale
+    _, scale = quantize_weight(weight, granularity)
     held = exponents_of(scale, dtype)
     codes = numerics.quantize(weight, held, granularity)
     dense = numerics.dequantize(codes, held, granularity)
-    same, kept = quantize_weight(dense, granularity, held=held)
+    same, kept = quantize_weight(dense, granularity, held=held, mx=mx)
     assert kept.dtype == dtype
     assert torch.equal(kept.view(torch.uint8), held.view(torch.uint8))
     assert torch.equal(same.view(torch.uint8), codes.view(torch.uint8))
 
-    larger, new = quantize_weight(dense * 5, granularity, held=held)
+    larger, new = quantize_weight(dense * 5, granularity, held=held, mx=mx)
     amax = numerics.amax_of(dense * 5, granularity).reshape(new.shape)
     assert bool((amax <= 448 * scale_values(new)).all())
-    assert bool((amax > 224 * scale_values(new)).all())
+    assert bool((amax >= 224 * scale_values(new)).all())
     back = numerics.dequantize(larger, new, granularity)
     assert float((back - dense * 5).norm() / (dense * 5).norm()) <= 0.04
 

@@ -14,9 +14,8 @@ from support.build import State, is_linear, tensors, tiny_llama
 from support.exponents import E8M0, KINDS, write_exponents
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import hf_fp8
 from hf_fp8 import FP8Config
-from hf_fp8.errors import ScaleError
+from hf_fp8.errors import ScaleError, UnsupportedError
 from hf_fp8.formats.exponents import scale_values
 from hf_fp8.nn.experts import QuantizedExperts
 from hf_fp8.nn.linear import QuantizedLinear
@@ -205,16 +204,33 @@ def test_merged_adapters_get_powers_of_two_that_hold_them(kind: str, tmp_path: P
     assert torch.equal(logits(again), logits(merged))
 
 
-@pytest.mark.parametrize("kind", ["MXFP8", "block"])
-def test_an_edited_weight_is_written_back(kind: str, tmp_path: Path) -> None:
-    written, dense = write_exponents(tiny_llama(), tmp_path / "model", kind)
-    model = load(tmp_path / "model", dequantize=True)
-    del written
+@pytest.mark.parametrize("kind", ["MXFP8", "MXFP8 E8M0", "block"])
+def test_edited_experts_are_written_back(kind: str, tmp_path: Path) -> None:
+    """A dense expert that was changed gets new scales, which no value exceeds; all others their bytes."""
+
+    def is_expert(name: str) -> bool:
+        return "experts" in name and is_linear(name)
+
+    def others_are_dense(config: dict[str, Any]) -> None:
+        config["quantization_config"]["ignore"] = ["lm_head", "re:.*self_attn.*"]
+
+    written, dense = write_exponents(tiny_moe(), tmp_path / "model", kind, is_expert, others_are_dense)
+    model = load(tmp_path / "model", experts="dequantize")
     with torch.no_grad():
-        model.get_submodule(Q).weight.mul_(5.0)
-    kept = load(tmp_path / "model", experts="dequantize", **{"backend": "weight_only"})
-    dense_again = hf_fp8.dequantize_model(kept)
-    assert torch.equal(dense_again.get_submodule(Q).weight, dense[f"{Q}.weight"])
+        model.model.layers[0].mlp.experts.down_proj[2].mul_(5.0)
+    model.save_pretrained(tmp_path / "edited")
+    found, changed = tensors(tmp_path / "edited"), "model.layers.0.mlp.experts.2.down_proj.weight"
+    for name, tensor in written.items():
+        if name.startswith(changed):
+            assert found[name].dtype == tensor.dtype
+        else:
+            assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    again = load(tmp_path / "edited", dequantize=True).model.layers[0].mlp.experts.down_proj[2]
+    wanted = 5.0 * dense[changed]
+    assert difference(again, wanted) <= 0.06
+    scale = scale_values(found[changed + "_scale"])
+    assert float(wanted.abs().max()) <= 448 * float(scale.max())
+    assert bool((scale >= 2 * scale_values(written[changed + "_scale"])).all())
 
 
 @pytest.mark.parametrize("kind", ["MXFP8", "block"])
@@ -234,3 +250,41 @@ def test_compiled(tmp_path: Path) -> None:
         wanted = layer(x)
         assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), wanted)
     assert layer.weight_scale.dtype == E8M0
+
+
+def test_inputs_with_exponents_for_other_groups_are_refused(tmp_path: Path) -> None:
+    """compressed-tensors computes MX scales for groups of 32 only, and would round other scales to whole numbers."""
+
+    def by_64(config: dict[str, Any]) -> None:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["input_activations"] = {**group["input_activations"], "group_size": 64}
+
+    write_exponents(tiny_llama(), tmp_path, "MXFP8", config_edit=by_64)
+    with pytest.raises(UnsupportedError, match=r"input_activations\.strategy is 'group \(dynamic\), scale_dtype torch.uint8'"):
+        load(tmp_path, **KEPT)
+
+
+@pytest.mark.parametrize("kind", ["MXFP8", "MXFP8 E8M0", "block"])
+def test_experts_that_adapters_change(kind: str, tmp_path: Path) -> None:
+    """As merging does: through the family's dense module and back."""
+
+    def is_expert(name: str) -> bool:
+        return is_linear(name) and ".gate." not in name
+
+    write_exponents(tiny_moe(), tmp_path / "model", kind, is_expert)
+    experts = load(tmp_path / "model", **KEPT).model.layers[0].mlp.experts
+    dense = experts.to_dense(torch.float32)
+    with torch.no_grad():
+        dense.down_proj[1].mul_(3.0)
+        dense.gate_up_proj[2, 5].mul_(100.0)
+    wanted = {name: getattr(dense, name).detach().clone() for name in ("gate_up_proj", "down_proj")}
+    new, change = experts.requantized(dense, torch.Generator().manual_seed(0))
+    assert change.kept >= 0.99
+    again = new.to_dense(torch.float32)
+    for name, values in wanted.items():
+        scale = getattr(new, f"{name}_scale")
+        assert scale.dtype == KINDS[kind][-1]
+        assert difference(getattr(again, name), values) <= 0.06
+        is_same = torch.eq(scale.view(torch.uint8), getattr(experts, f"{name}_scale").view(torch.uint8))
+        assert bool(is_same[0].all()) and bool(is_same[3].all())
+        assert not bool(is_same.all())

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import hf_fp8
 from hf_fp8 import FP8Config
 from hf_fp8.formats import numerics
+from hf_fp8.formats.exponents import EXPONENTS, exponents_of
 from hf_fp8.formats.scheme import ROW, TENSOR, Granularity
 from hf_fp8.nn.base import QuantizedModule
 
@@ -80,7 +81,8 @@ def write(
         if not quantized(name) or tensor.ndim != 2:
             out[name] = tensor
             continue
-        scale = numerics.compute_scale(tensor, weight).to(scale_dtype)
+        scale = numerics.compute_scale(tensor, weight)
+        scale = exponents_of(scale, scale_dtype) if scale_dtype in EXPONENTS else scale.to(scale_dtype)
         q = numerics.quantize(tensor, scale, weight)
         stem = name.removesuffix("weight")
         out[name] = q

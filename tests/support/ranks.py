@@ -159,6 +159,14 @@ FAMILIES = {
     "llama": llama, "biased": biased, "qwen3": qwen3, "gemma3": gemma3, "phi3": phi3,
     "mixtral": mixtral, "qwen3_moe": qwen3_moe, "deepseek_v3": moe.deepseek_v3, **moe.TRANSPOSED,
 }  # fmt: skip
+
+
+def _as_mx(config: dict[str, Any]) -> None:
+    found = config["quantization_config"]
+    found["config_groups"]["group_0"]["weights"]["scale_dtype"] = "torch.uint8"
+    found["format"] = "mxfp8-quantized"
+
+
 # Blocks of 32 divide the parts of most weights here, those of 128 none: they are cut.
 SCHEMES: dict[str, dict[str, Any]] = {
     "channel": {},
@@ -167,6 +175,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "group32": {"weight": Granularity(1, 32), "inputs": group_input(32)},
     "block32": {"weight": Granularity(32, 32), "inputs": group_input(32), "scale_dtype": torch.float32},
     "block128": {"weight": Granularity(128, 128), "inputs": group_input(), "scale_dtype": torch.float32},
+    "e8m0": {"weight": Granularity(128, 128), "inputs": group_input(), "scale_dtype": torch.float8_e8m0fnu},
+    "mx": {
+        "weight": Granularity(1, 32),
+        "inputs": {**group_input(32), "scale_dtype": "torch.uint8"},
+        "scale_dtype": torch.uint8,
+        "config_edit": _as_mx,
+    },
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "weight_only": {"backend": "weight_only", "experts": "fp8"},
