@@ -104,10 +104,11 @@ def _teach_expanding() -> None:
 def _expand(host: Any, cls: Any, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Loads an adapter with more inputs than its layer, as Flux's control adapters have: the host adds columns to the weight,
     so the layer is made dense first."""
+    prefix = f"{kwargs.get('prefix') or cls.transformer_name}."
+    named = {key.removeprefix(prefix): value for key, value in (lora_state_dict or {}).items()}
     for name, module in list(transformer.named_modules()):
-        plain_name = name.replace(".base_layer", "")
-        down = [v for k, v in (lora_state_dict or {}).items() if f".{k}".endswith(f".{plain_name}.lora_A.weight")]
-        if isinstance(module, QuantizedLinear) and any(value.shape[1] > module.in_features for value in down):
+        down = named.get(f"{name.replace('.base_layer', '')}.lora_A.weight")
+        if isinstance(module, QuantizedLinear) and down is not None and down.shape[1] > module.in_features:
             dense = module.to_dense(module.float_dtype)
             copy_hooks(module, dense)
             transformer.set_submodule(name, dense)
