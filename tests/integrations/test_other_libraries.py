@@ -13,7 +13,6 @@ from huggingface_hub import PyTorchModelHubMixin
 from peft import LoraConfig, get_peft_model
 from support.build import IDS, differing, error, load, logits, stock_transformers, tensors, tiny_llama
 from torch import nn
-from transformers import Swinv2Config, Swinv2Model
 
 import hf_fp8
 from hf_fp8 import FP8Config, QuantizedLinear, quantize_model
@@ -150,19 +149,6 @@ def test_fused_projections_are_made_of_the_dequantized_weights(scheme: str, dtyp
     assert (attention.to_q, attention.to_k, attention.out[0]) == layers
     with stock_transformers():
         assert not hasattr(Attention.norm, "__wrapped__")
-
-
-def test_a_layer_to_whose_dtype_inputs_are_cast() -> None:
-    """Swin v2 casts a table to the dtype of the first parameter of an MLP."""
-    config = Swinv2Config(image_size=16, patch_size=4, embed_dim=32, depths=[1], num_heads=[2], window_size=2)
-    torch.manual_seed(0)
-    model = quantize_model(Swinv2Model(config).eval(), backend="weight_only")
-    biases = [module for name, module in model.named_modules() if name.endswith("continuous_position_bias_mlp")]
-    assert biases and all(type(mlp[0]) is nn.Linear and isinstance(mlp[2], QuantizedLinear) for mlp in biases)
-    x = torch.randn(1, 3, 16, 16)
-    with torch.no_grad():
-        found = model(x).last_hidden_state
-        assert error(found, hf_fp8.dequantize_model(model)(x).last_hidden_state) < 1e-5
 
 
 def test_diffusers_own_transformer(tmp_path: Path) -> None:
