@@ -459,6 +459,10 @@ def test_e5m2(tmp_path: Path) -> None:
     if E5M2 not in hf_fp8.formats.code_types.CODE_TYPES:
         with pytest.raises(errors.UnsupportedError, match=r"blocks\.0\.qkv\.weight is F8_E5M2.*dequantize=True"):
             load_fp8_state_dict(net(), state)
+        return
+    quantized = load_fp8_state_dict(net(), state, backend="weight_only")
+    with torch.no_grad():
+        assert error(quantized(X), model(X)) <= 1e-5
 
 
 def test_layers_whose_weight_others_read_are_dense(caplog: pytest.LogCaptureFixture) -> None:

@@ -168,6 +168,14 @@ def test_sharded_and_placed(dense: dict[Any, Path], tmp_path: Path) -> None:
             load(FLUX, path, config, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
 
 
+def test_variants_and_pickles(dense: dict[Any, Path], tmp_path: Path) -> None:
+    model = load(FLUX, dense[FLUX], WEIGHT_ONLY)
+    model.save_pretrained(tmp_path / "variant", variant="fp8")
+    assert_same(load(FLUX, tmp_path / "variant", variant="fp8"), model)
+    model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert_same(load(FLUX, tmp_path / "pickle"), model)
+
+
 def test_without_hf_fp8_it_is_an_error(dense: dict[Any, Path], tmp_path: Path) -> None:
     load(FLUX, dense[FLUX], WEIGHT_ONLY).save_pretrained(tmp_path / "saved")
     before = load(FLUX, tmp_path / "saved")
