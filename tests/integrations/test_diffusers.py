@@ -701,6 +701,14 @@ def test_gradient_checkpointing(dense: dict[Any, Path]) -> None:
     assert error(grads[1], grads[0]) < 1e-6
 
 
+@pytest.mark.slow
+def test_compiled_blocks(dense: dict[Any, Path]) -> None:
+    model = load(FLUX, dense[FLUX], WEIGHT_ONLY)
+    wanted = run(model)
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    assert error(run(model), wanted) <= 1e-6
+
+
 # -- single files of ComfyUI's world --
 
 
