@@ -49,6 +49,7 @@ _ADAPTERS, _LORA = "diffusers.loaders.peft", "diffusers.loaders.lora_pipeline"
 _EXPAND = "_maybe_expand_transformer_param_shape_or_error_"
 _CLASS = "FP8DiffusersQuantizer"  # a global of this module as soon as diffusers is imported
 _KEY = "quantization_config"
+_replaced: list[tuple[dict[str, Any], str, Any]] = []  # (table of the host, method, what it had)
 
 
 def install(merge: Merge) -> None:
@@ -66,10 +67,12 @@ def uninstall() -> None:
     """Take the quantizer out of the host's tables. `patches.restore` restores what is replaced."""
     for module in (_QUANTIZERS, _MODELS, _ADAPTERS, _LORA):
         cancel(module)
-    if (auto := sys.modules.get(_QUANTIZERS)) is not None:
-        for method in (METHOD, OUR_METHOD):
-            if auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) is FP8Config:
-                del auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method], auto.AUTO_QUANTIZER_MAPPING[method]
+    while _replaced:
+        table, method, before = _replaced.pop()
+        if before is None:
+            table.pop(method, None)
+        else:
+            table[method] = before
 
 
 def _register(merge: Merge) -> None:
@@ -79,8 +82,13 @@ def _register(merge: Merge) -> None:
         made = type(_CLASS, (Hooks, base), {"__module__": __name__, "__doc__": Hooks.__doc__})
         globals()[_CLASS] = made  # so that models can be pickled
     for method in (METHOD, OUR_METHOD):
-        auto.AUTO_QUANTIZER_MAPPING[method] = globals()[_CLASS]
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = FP8Config
+        for table, ours in (
+            (auto.AUTO_QUANTIZER_MAPPING, globals()[_CLASS]),
+            (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, FP8Config),
+        ):
+            if table.get(method) is not ours:
+                _replaced.append((table, method, table.get(method)))
+                table[method] = ours
     wrap(auto.DiffusersAutoQuantizer, "merge_quantization_configs", partial(_merged, merge))
 
 
@@ -104,10 +112,11 @@ def _teach_expanding() -> None:
 def _expand(host: Any, cls: Any, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Loads an adapter with more inputs than its layer, as Flux's control adapters have: the host adds columns to the weight,
     so the layer is made dense first."""
+    prefix = f"{kwargs.get('prefix') or cls.transformer_name}."
+    named = {key.removeprefix(prefix): value for key, value in (lora_state_dict or {}).items()}
     for name, module in list(transformer.named_modules()):
-        plain_name = name.replace(".base_layer", "")
-        down = [v for k, v in (lora_state_dict or {}).items() if f".{k}".endswith(f".{plain_name}.lora_A.weight")]
-        if isinstance(module, QuantizedLinear) and any(value.shape[1] > module.in_features for value in down):
+        down = named.get(f"{name.replace('.base_layer', '')}.lora_A.weight")
+        if isinstance(module, QuantizedLinear) and down is not None and down.shape[1] > module.in_features:
             dense = module.to_dense(module.float_dtype)
             copy_hooks(module, dense)
             transformer.set_submodule(name, dense)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..formats.scheme import FP8_DYNAMIC
-from ..loading.model_code import dtypes_read_of_first, weights_read_directly
+from ..loading.model_code import weights_read_directly
 from ..nn.base import QuantizedModule, foreign_attributes
 from ..nn.conv import Convolution, QuantizedConv1x1
 from ..nn.dense import DenseLinear
@@ -33,7 +33,6 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
     users = _users(model)
     read = weights_read_directly(model)
     wide = _kept_wide(model)
-    cast_to = {name: f"{code} casts inputs to the dtype of its weight" for name, code in dtypes_read_of_first(model).items()}
     layers = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -43,7 +42,7 @@ def candidates(model: nn.Module, *, conv1x1: bool) -> Iterator[Candidate]:
     reasons: dict[int, str] = {}  # by id of the layer, for all its names
     for name, module in layers:
         direct = f"{read[name]} reads its weight instead of calling it" if name in read else None
-        if reason := _own_code(module) or direct or _weight(module, users) or wide.get(name) or cast_to.get(name):
+        if reason := _own_code(module) or direct or _weight(module, users) or wide.get(name):
             reasons[id(module)] = reason
     for name, module in layers:
         yield Candidate(name, module, reasons.get(id(module)))

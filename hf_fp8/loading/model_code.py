@@ -18,17 +18,18 @@ from torch import nn
 _READ = re.compile(r"\bself\.((?:\w+(?:\[\d+\])?\.)*\w+(?:\[\d+\])?)\.weight\b(?!\s*=[^=])")
 
 _DTYPE = re.compile(_READ.pattern + r"\.dtype\b")
+# The dtype of the first parameter of a module, to which inputs are cast.
 _FIRST = re.compile(r"\bnext\((?:iter\()?self\.((?:\w+(?:\[\d+\])?\.)*)parameters\(\)\)?\)\.dtype\b")
 _OF_SELF = re.compile(r"\b(?:self|super\(\))\.(\w+)")
 
 
 @cache
-def _file_reads(module: str) -> bool:
+def _file_has(module: str, pattern: re.Pattern[str]) -> bool:
     """Whether a source file has such code at all: checked first, as extracting the source of one class takes far longer."""
     if module.partition(".")[0] == "torch" or re.match(r"transformers\.(?!models\.)", module):
         return False
     try:
-        return _READ.search(inspect.getsource(sys.modules[module])) is not None
+        return pattern.search(inspect.getsource(sys.modules[module])) is not None
     except (OSError, TypeError, KeyError):  # made at run time: no source
         return False
 
@@ -36,10 +37,12 @@ def _file_reads(module: str) -> bool:
 @cache
 def _reads(cls: type[nn.Module]) -> frozenset[str]:
     """Paths below `cls` whose weight its forward reads, directly or through ``self.``, or whose weight's dtype is read."""
-    if not any(_file_reads(base.__module__) for base in cls.__mro__):
+    if not any(_file_has(base.__module__, _READ) for base in cls.__mro__):
         return frozenset()
     # A dtype is read to cast inputs to it, so it counts in any method.
-    found = {path for base in cls.__mro__ if _file_reads(base.__module__) for path in _DTYPE.findall(inspect.getsource(base))}
+    found = {
+        path for base in cls.__mro__ if _file_has(base.__module__, _READ) for path in _DTYPE.findall(inspect.getsource(base))
+    }
     for name in _run_by_forward(cls):  # type: ignore[arg-type]
         for member in _members(cls, name).values():
             found.update(_READ.findall(_source(member)))
@@ -50,7 +53,7 @@ def _reads(cls: type[nn.Module]) -> frozenset[str]:
 def read_by_methods(cls: type[nn.Module]) -> dict[tuple[type, str], frozenset[str]]:
     """Methods of `cls` that its forward does not use: (class that defines it, name) -> paths below it whose weight it reads."""
     found = {}
-    if any(_file_reads(base.__module__) for base in cls.__mro__):
+    if any(_file_has(base.__module__, _READ) for base in cls.__mro__):
         forward = _run_by_forward(cls)  # type: ignore[arg-type]
         for base in cls.__mro__:
             for name, member in vars(base).items():
@@ -95,36 +98,32 @@ def _source(member: Any) -> str:
 
 
 def weights_read_directly(model: nn.Module) -> dict[str, str]:
-    """Name of a module of `model` -> name of the class whose code reads its weight."""
+    """Name of a module of `model` -> name of the class whose code reads its weight, or the dtype of it."""
     found = {}
     for name, module in model.named_modules():
-        for path in _reads(type(module)):  # type: ignore[arg-type]  # typeshed thinks that classes cannot be hashed
-            found[f"{name}.{path}" if name else path] = type(module).__name__
-    return found
-
-
-def dtypes_read_of_first(model: nn.Module) -> dict[str, str]:
-    """Name of a module of `model` whose first parameter has the dtype to which code casts inputs
-    (``next(self.time_embedder.parameters()).dtype``) -> name of the class with that code.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        for path in _firsts(type(module)):  # type: ignore[arg-type]
-            below: Any = module
-            for part in filter(None, path.split(".")):
-                below = getattr(below, part, None)
-            held = next(below.named_parameters(), None) if isinstance(below, nn.Module) else None
-            if held is not None:
-                parts = (name, path, held[0].rpartition(".")[0])
-                found[".".join(filter(None, parts))] = type(module).__name__
+        firsts = (_first_below(module, path) for path in _firsts(type(module)))  # type: ignore[arg-type]
+        for path in (*_reads(type(module)), *firsts):  # type: ignore[arg-type]  # typeshed thinks that classes cannot be hashed
+            if path is not None:
+                found[f"{name}.{path}" if name else path] = type(module).__name__
     return found
 
 
 @cache
 def _firsts(cls: type[nn.Module]) -> frozenset[str]:
     """Paths below `cls` ("" for itself) of whose parameters its forward reads the dtype of the first."""
+    if not any(_file_has(base.__module__, _FIRST) for base in cls.__mro__):
+        return frozenset()
     sources = (_source(m) for name in _run_by_forward(cls) for m in _members(cls, name).values())  # type: ignore[arg-type]
     return frozenset(_as_path(path.removesuffix(".")) for source in sources for path in _FIRST.findall(source))
+
+
+def _first_below(module: nn.Module, path: str) -> str | None:
+    """The name, from `module`, of the module with the first parameter of the one at `path`; None if there is none."""
+    below: Any = module
+    for part in filter(None, path.split(".")):
+        below = getattr(below, part, None)
+    held = next(below.named_parameters(), None) if isinstance(below, nn.Module) else None
+    return None if held is None else ".".join(filter(None, (path, held[0].rpartition(".")[0])))
 
 
 def weights_read_by_kernels(model: nn.Module) -> dict[str, str]:

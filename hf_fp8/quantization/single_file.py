@@ -68,7 +68,8 @@ def load_fp8_state_dict(
             `X.comfy_quant` with `X.weight_scale`; or FP8 weights without any scale, which are values.
         backend: of the layers. "auto" follows the file: inputs of layers with an input scale are quantized with it where there
             are FP8 matmuls, unless the file asks for full precision; all other inputs stay as they are (where ComfyUI rounds
-            inputs to FP8 without a scale). "weight_only" never quantizes inputs; "scaled_mm" does wherever there is a scale.
+            inputs to FP8 without a scale). "weight_only" never quantizes inputs; "scaled_mm" does wherever there is a scale;
+            "int8" quantizes weights again, to int8.
         dequantize: load all weights dense.
         prefix: of the keys that belong to the model; others are left out. None: the one of "", "model.diffusion_model.",
             "diffusion_model.", "transformer.", "unet." and "model." with which the file has the model's names.
@@ -275,6 +276,9 @@ def _fill(
             done[id(held)] = nn.Parameter(value, requires_grad=held.requires_grad) if keeps else value
             done[id(done[id(held)])] = done[id(held)]
         setattr(module, leaf, done[id(held)])
+    for layer in new.values():
+        if layer.backend == "int8":
+            layer.requantize_int8()
     if device is not None:
         model.to(device)
     let_siblings_share(model)
@@ -309,7 +313,7 @@ def save_single_file(layers: Mapping[str, QuantizedLinear], state: Mapping[str, 
     """
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path}: this format is one file, whose name must end in .safetensors")
-    full = {name: layer.backend == "weight_only" or not layer.has_static_input for name, layer in layers.items()}
+    full = {name: layer.backend == "weight_only" or layer.input_scale is None for name, layer in layers.items()}
     for name, layer in layers.items():
         weight = layer.scheme.weight
         if type(layer) is not QuantizedLinear or weight.dtype != FP8 or not weight.granularity.is_tensor:

@@ -147,6 +147,15 @@ def test_inputs_are_quantized_with_the_scale_of_the_file() -> None:
         assert error(layer(x), twin.blocks[0].qkv(x)) > 1e-3
 
 
+def test_int8() -> None:
+    state, metadata, twin = file_of("metadata", full=True)
+    model = load_fp8_state_dict(net(), state, metadata=metadata, backend="int8")
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {layer.weight.dtype for layer in layers} == {torch.int8} and len(layers) == len(LAYERS)
+    with torch.no_grad():
+        assert error(model(X), twin(X)) < 0.03
+
+
 def test_values_that_were_cast_have_the_scale_one(tmp_path: Path) -> None:
     """A checkpoint that was cast as a whole: biases, norms, embeddings and convolutions, too."""
     state = {k: t.to(E4M3) if t.is_floating_point() else t for k, t in net().state_dict().items()}
@@ -450,6 +459,10 @@ def test_e5m2(tmp_path: Path) -> None:
     if E5M2 not in hf_fp8.formats.code_types.CODE_TYPES:
         with pytest.raises(errors.UnsupportedError, match=r"blocks\.0\.qkv\.weight is F8_E5M2.*dequantize=True"):
             load_fp8_state_dict(net(), state)
+        return
+    quantized = load_fp8_state_dict(net(), state, backend="weight_only")
+    with torch.no_grad():
+        assert error(quantized(X), model(X)) <= 1e-5
 
 
 def test_layers_whose_weight_others_read_are_dense(caplog: pytest.LogCaptureFixture) -> None:

@@ -67,8 +67,8 @@ def inputs(kind: Any) -> dict[str, Any]:
 
     if kind is FLUX:
         return {
-            "hidden_states": values(1, 16, 16), "encoder_hidden_states": values(1, 8, 32), "timestep": torch.ones(1),
-            "pooled_projections": values(1, 32), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3),
+            "hidden_states": values(1, 20, 16), "encoder_hidden_states": values(1, 8, 32), "timestep": torch.ones(1),
+            "pooled_projections": values(1, 32), "img_ids": torch.zeros(20, 3), "txt_ids": torch.zeros(8, 3),
         }  # fmt: skip
     if kind is SD3:
         return {
@@ -166,6 +166,14 @@ def test_sharded_and_placed(dense: dict[Any, Path], tmp_path: Path) -> None:
             load(FLUX, path, config, low_cpu_mem_usage=False)
         with pytest.raises(errors.UnsupportedError, match="offloads to disk"):
             load(FLUX, path, config, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+
+
+def test_variants_and_pickles(dense: dict[Any, Path], tmp_path: Path) -> None:
+    model = load(FLUX, dense[FLUX], WEIGHT_ONLY)
+    model.save_pretrained(tmp_path / "variant", variant="fp8")
+    assert_same(load(FLUX, tmp_path / "variant", variant="fp8"), model)
+    model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert_same(load(FLUX, tmp_path / "pickle"), model)
 
 
 def test_without_hf_fp8_it_is_an_error(dense: dict[Any, Path], tmp_path: Path) -> None:
@@ -556,12 +564,18 @@ def test_adapters_with_more_inputs(dense: dict[Any, Path]) -> None:
         "transformer.x_embedder.lora_A.weight": torch.randn(4, 32),
         "transformer.x_embedder.lora_B.weight": torch.randn(32, 4),
         "transformer.x_embedder.lora_B.bias": torch.randn(32),
+        # Of a layer with the name of another one, which has fewer inputs.
+        "transformer.single_transformer_blocks.0.proj_out.lora_A.weight": torch.randn(4, 160),
+        "transformer.single_transformer_blocks.0.proj_out.lora_B.weight": torch.randn(32, 4),
+        "transformer.single_transformer_blocks.0.proj_out.lora_B.bias": torch.randn(32),
     }
     for transformer in (model, plain):
         pipeline(transformer).load_lora_weights(dict(state), adapter_name="control")
     held, x = model.x_embedder.base_layer, torch.randn(2, 32)
     assert type(held) is nn.Linear and torch.equal(held.weight[:, :16], weight) and not held.weight[:, 16:].any()
     assert torch.equal(model.x_embedder(x), plain.x_embedder(x))
+    assert isinstance(model.proj_out, QuantizedLinear)
+    assert isinstance(model.single_transformer_blocks[0].proj_out.base_layer, QuantizedLinear)
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8_WEIGHT_ONLY"])
@@ -582,6 +596,23 @@ def test_adapters_that_replace_forward(scheme: str, dense: dict[Any, Path]) -> N
     assert error(run(model), run(plain)) <= 1e-5 < error(run(model), run(load(FLUX, dense[FLUX])))
 
 
+def copies_of_weights(model: nn.Module, given: dict[str, Any]) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+    """(shapes of tensors that a graph keeps, which have the shape of a quantized weight and are no parameters; the loss)."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    sizes = {(layer.out_features, layer.in_features) for layer in kept(model).values()}
+    found: list[tuple[int, ...]] = []
+
+    def seen(tensor: torch.Tensor) -> torch.Tensor:
+        shape = tuple(tensor.shape)
+        if (shape in sizes or shape[::-1] in sizes) and tensor.untyped_storage().data_ptr() not in held:
+            found.append(shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        loss = model(**given).sample.square().mean()
+    return found, loss
+
+
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
 @pytest.mark.parametrize("kind", [FLUX, UNET])
 def test_training_of_adapters(kind: Any, scheme: str, dense: dict[Any, Path]) -> None:
@@ -589,30 +620,17 @@ def test_training_of_adapters(kind: Any, scheme: str, dense: dict[Any, Path]) ->
     model = quantize_model(load(kind, dense[kind]), scheme).train()
     model.requires_grad_(False)
     model.add_adapter(adapter(), "one")
-    held = {tensor.data_ptr() for tensor in model.parameters()}
-    sizes = {(layer.out_features, layer.in_features) for layer in kept(model).values()}
-    copies: list[tuple[int, ...]] = []
-
-    def seen(tensor: torch.Tensor) -> torch.Tensor:
-        shape = tuple(tensor.shape)
-        is_weight = shape in sizes or shape[::-1] in sizes
-        if is_weight and tensor.data_ptr() not in held and tensor.untyped_storage().data_ptr() not in held:
-            copies.append(shape)
-        return tensor
-
-    given = inputs(kind)
-    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-        loss = model(**given).sample.square().mean()
+    copies, loss = copies_of_weights(model, inputs(kind))
+    assert not copies
     loss.backward()
-    weights = [s for s in copies if s not in {(n, m) for n, m in sizes if n < 32 or m < 32}]
-    assert not [shape for shape in weights if shape not in _activations(given)]
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
-
-
-def _activations(given: dict[str, Any]) -> set[tuple[int, ...]]:
-    return {tuple(value.shape) for value in given.values() if torch.is_tensor(value)}
+    # A forward that multiplies by a dequantized weight would have been found.
+    layer = next(layer for name, layer in kept(model).items() if name.endswith(("ff.net.2", "proj_mlp")))
+    layer.forward = lambda x: nn.functional.linear(x, layer.dequantized_weight(), layer.bias)
+    shape = layer.out_features, layer.in_features
+    assert {shape, shape[::-1]} & set(copies_of_weights(model, inputs(kind))[0])
 
 
 # -- casting and offloading --
@@ -681,6 +699,14 @@ def test_gradient_checkpointing(dense: dict[Any, Path]) -> None:
         model.train()(**{**given, "sample": sample}).sample.sum().backward()
         grads.append(sample.grad)
     assert error(grads[1], grads[0]) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_blocks(dense: dict[Any, Path]) -> None:
+    model = load(FLUX, dense[FLUX], WEIGHT_ONLY)
+    wanted = run(model)
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    assert error(run(model), wanted) <= 1e-6
 
 
 # -- single files of ComfyUI's world --
