@@ -38,17 +38,25 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
-class Foreign:
+class DialectConfig:
     """The config of a checkpoint that is in another dialect than compressed-tensors.
 
-    written: as it is in the files. listed: the modules that it says are dense, in its own words. ignored: the entries of the
-    spec's `ignore` that follow from the files, and are not written.
+    written: as it is in the files. listed: the modules that it says are dense, in its own words. file: the contents of another
+    file that says the same (`Dialect.file`), None if there is none. known_dense: the spec's `ignore` when the checkpoint was
+    read; what has been added since is written, too.
     """
 
     dialect: Dialect
     written: Mapping[str, Any]
     listed: tuple[str, ...] = ()
-    ignored: frozenset[str] = frozenset()
+    file: Mapping[str, Any] | None = None
+    known_dense: frozenset[str] = frozenset()
+
+    def updated(self, config: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+        """`config`, in this dialect, with the modules that have become dense since. ignore: that of the spec now."""
+        new = [name for name in ignore if name not in self.known_dense]
+        every = [name for name in ignore if not name.startswith("re:")]
+        return self.dialect.ignoring(plain(config), new, every) if new else plain(config)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class QuantizationSpec:
     parsed: the config as parsed by compressed-tensors. json: the whole `quantization_config` of a checkpoint, translated from
     its dialect; None for a user's request to quantize a dense one. dense_by_default: whether output embeddings and routers are
     quantized only if a target matches nothing else. origin: the spec of the files, if this one describes a model that has
-    changed since it was loaded. foreign: the config in its own dialect, None for compressed-tensors.
+    changed since it was loaded. in_dialect: the config in its own dialect, None for compressed-tensors.
     """
 
     parsed: QuantizationConfig | None = None
@@ -66,7 +74,7 @@ class QuantizationSpec:
     json: Mapping[str, Any] | None = None
     dense_by_default: bool = True
     origin: QuantizationSpec | None = None
-    foreign: Foreign | None = None
+    in_dialect: DialectConfig | None = None
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> QuantizationSpec:
@@ -77,11 +85,11 @@ class QuantizationSpec:
         if dialect is None:
             parsed = parse(written)
             return cls(parsed, read_groups(written, parsed), written)
-        meaning = dialect.read(written)
-        translated = meaning.as_compressed_tensors()
+        translation = dialect.read(written)
+        translated = translation.as_compressed_tensors()
         parsed = parse(translated)
-        groups = (replace(group, scheme=meaning.groups[group.name].scheme) for group in read_groups(translated, parsed))
-        return cls(parsed, tuple(groups), translated, foreign=Foreign(dialect, written, tuple(meaning.listed)))
+        groups = (replace(group, scheme=translation.groups[group.name].scheme) for group in read_groups(translated, parsed))
+        return cls(parsed, tuple(groups), translated, in_dialect=DialectConfig(dialect, written, tuple(translation.listed)))
 
     @classmethod
     def asked(
@@ -130,22 +138,31 @@ class QuantizationSpec:
     @property
     def written(self) -> Mapping[str, Any] | None:
         """The `quantization_config` as it is in the files, in their dialect; None for a request."""
-        return self.json if self.foreign is None else self.foreign.written
+        return self.json if self.in_dialect is None else self.in_dialect.written
 
     @property
     def files_decide(self) -> bool:
         """Whether a weight may be dense although a group matches it: in other dialects than compressed-tensors, configs need
         not name all of them."""
-        return self.foreign is not None
+        return self.in_dialect is not None
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` for `config.json`, in the dialect of the files."""
-        if self.foreign is None:
+        if self.in_dialect is None:
             return self.as_compressed_tensors()
-        new = [name for name in self.ignore if name not in self.foreign.ignored]
-        every = [name for name in self.ignore if not name.startswith("re:")]
-        written = plain(self.foreign.written)
-        return self.foreign.dialect.ignoring(written, new, every) if new else written
+        return self.in_dialect.updated(self.in_dialect.written, self.ignore)
+
+    def file_beside(self) -> tuple[str, dict[str, Any]] | None:
+        """(name, contents) of the other file that the dialect has for the config, if it was read; None without one."""
+        if self.in_dialect is None or self.in_dialect.file is None or self.in_dialect.dialect.file is None:
+            return None
+        method = {"quant_method": self.in_dialect.dialect.methods[0]}
+        content = self.in_dialect.updated({**self.in_dialect.file, **method}, self.ignore)
+        return self.in_dialect.dialect.file.name, {key: part for key, part in content.items() if key not in method}
+
+    def with_file(self, content: Mapping[str, Any] | None) -> QuantizationSpec:
+        """The spec of a checkpoint that has `content` in the other file of its dialect."""
+        return self if self.in_dialect is None else replace(self, in_dialect=replace(self.in_dialect, file=content))
 
     def as_compressed_tensors(self) -> dict[str, Any]:
         """The `quantization_config` in the format of compressed-tensors.
@@ -157,12 +174,13 @@ class QuantizationSpec:
         return {**plain(self.json), "quant_method": METHOD, "quantization_status": "compressed"}
 
     def settled(self, used: Iterable[str], dense: Iterable[str]) -> QuantizationSpec:
-        """The spec after the files of a foreign checkpoint have been seen: with the groups in `used`, and the modules `dense`
-        of the files ignored, which its config need not say."""
-        if self.foreign is None:
+        """The spec after the files of a checkpoint in another dialect have been seen: with the groups in `used`, and the
+        modules `dense` of the files ignored, which its config need not say.
+        """
+        if self.in_dialect is None:
             return self
         new = self.ignoring(dense, without={group.name for group in self.groups} - set(used))
-        return replace(new, foreign=replace(self.foreign, ignored=frozenset(new.ignore)))
+        return replace(new, in_dialect=replace(self.in_dialect, known_dense=frozenset(new.ignore)))
 
     def restricted_to(self, used: Iterable[str], dense: Iterable[str]) -> QuantizationSpec:
         """The spec of the checkpoint that this request produces: the groups in `used`, with the modules `dense` ignored."""
@@ -185,7 +203,7 @@ class QuantizationSpec:
 
     def _saying(self, written: Mapping[str, Any]) -> QuantizationSpec:
         new = self.read(written)
-        return replace(self, parsed=new.parsed, groups=new.groups, json=new.json)  # foreign stays
+        return replace(self, parsed=new.parsed, groups=new.groups, json=new.json)
 
     def as_int8(self, dense: Iterable[str]) -> QuantizationSpec:
         """The spec for the same model with its FP8 Linears re-quantized to int8, and with the modules `dense` ignored."""
@@ -199,7 +217,7 @@ class QuantizationSpec:
         formats = {group.get("format") for group in written["config_groups"].values()} - {None}
         written["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
         written["ignore"] = list(dict.fromkeys([*self.ignore, *dense]))
-        return replace(self._saying(written), origin=self, foreign=None)
+        return replace(self._saying(written), origin=self, in_dialect=None)
 
     def host_part(self, dense: Iterable[str] = ()) -> dict[str, Any]:
         """The config, as JSON, of a model whose FP8 modules, named `dense`, have been dequantized: its other groups."""
@@ -234,7 +252,7 @@ def is_ours(config: Mapping[str, Any], *, asked: bool = False) -> bool:
     """Whether hf_fp8 reads a `quantization_config` in place of transformers; asked: if an FP8Config was passed."""
     dialect = dialect_of(config)
     if dialect is not None:
-        return asked or dialect.by_default(config)
+        return asked or dialect.by_default
     return _is_compressed_tensors(config) and (concerns_fp8(dict(config)) or (asked and runs_here(config)))
 
 

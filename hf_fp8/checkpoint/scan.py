@@ -24,19 +24,25 @@ ORPHAN = re.compile(
 # A stack of experts has no ".weight": suffixes that give the names of its scales.
 STACK_SUFFIXES = {
     WEIGHT_SCALE: ("_scale", "_weight_scale", ".weight_scale", "_scale_inv"),
-    INPUT_SCALE: ("_input_scale", ".input_scale"),
+    INPUT_SCALE: ("_input_scale", ".input_scale", "_activation_scale"),
 }
 
 
 @dataclass
 class Scan:
     """Quantized weights in the files. weights: of groups that hf_fp8 runs. host: of other groups. cache: keys of the KV cache's
-    scales. dense: names of matrices that are dense although a group matches them, in the files and in the model."""
+    scales. dense: name in the files of a matrix that is dense although the targets of a group match it, whatever `ignore` says
+    -> all its names that readers may look for."""
 
     weights: list[StoredWeight] = field(default_factory=list)
     host: list[StoredWeight] = field(default_factory=list)
     cache: list[str] = field(default_factory=list)
-    dense: list[str] = field(default_factory=list)
+    dense: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def all_dense(self) -> list[str]:
+        """All names of dense matrices, for a config."""
+        return list(dict.fromkeys(name for names in self.dense.values() for name in names))
 
     @property
     def groups(self) -> set[str]:
@@ -101,16 +107,29 @@ def scan(checkpoint: Checkpoint, spec: QuantizationSpec, owners: Mapping[str, Ow
             assert group is not None
             found.weights.append(stored(name, keys, checkpoint, group))
             used.update(keys.values())
-        elif group is not None and len(checkpoint.tensors[key].shape) == 2:
-            found.dense += dict.fromkeys(names[:2])
+        elif checkpoint.tensors[key].dtype in DENSE_DTYPES:
+            found.dense |= _dense(name, key, checkpoint, spec, owner)
     found.cache = [key for key in checkpoint.tensors if CACHE_SCALE.search(key)]
     _check_orphans(checkpoint, {*used, *found.cache, *params})
-    if spec.foreign is not None and not found.weights:
+    if spec.in_dialect is not None and not found.weights:
         raise MismatchError(
-            f"the config says that the checkpoint is quantized ({spec.foreign.dialect.name}), but no weight in the files is "
+            f"the config says that the checkpoint is quantized ({spec.in_dialect.dialect.name}), but no weight in the files is "
             "stored in FP8: remove `quantization_config` from config.json if the checkpoint is dense"
         )
     return found
+
+
+def _dense(name: str, key: str, checkpoint: Checkpoint, spec: QuantizationSpec, owner: Owner) -> dict[str, tuple[str, ...]]:
+    """The entry of `Scan.dense` for a dense weight; none if no target would match it.
+
+    Routers have classes of their own in the model, and experts are parts of one module; for other readers each is a Linear.
+    """
+    is_merged = owner.module is not None and owner.module not in owner.names
+    also = ("Linear",) if owner.cls is None or is_merged or is_router(owner.names) else ()
+    if len(checkpoint.tensors[key].shape) != 2 or not groups_of(spec.groups, owner.names, (*owner.classes, *also)):
+        return {}
+    names = (name, owner.names[1] if len(owner.names) > 1 else name, *([owner.module] if is_merged and owner.module else []))
+    return {name: tuple(dict.fromkeys(names))}
 
 
 def _check_orphans(checkpoint: Checkpoint, used: set[str]) -> None:

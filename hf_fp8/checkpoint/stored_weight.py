@@ -183,8 +183,11 @@ class StoredWeight:
         needed = format_of(scheme).forms(scheme, 1, 1, torch.float32)
         for role in needed:
             if role not in self.keys:
+                also = [name for name in SPELLINGS[role] if name != role]
+                or_else = f", nor under another of its names ({', '.join(also)})" if also else ""
                 raise MissingTensorError(
-                    f"{self.name}.{role} is not in the files, but {self.keys[self.primary]} is stored in {scheme.code.label} "
+                    f"{self.name}.{role} is not in the files{or_else}, but {self.keys[self.primary]} is stored in "
+                    f"{scheme.code.label} "
                     f"({self.scheme.describe()}) and cannot be dequantized without it: download or export the checkpoint again."
                 )
         for role in (SHAPE, COLUMN_GROUPS):

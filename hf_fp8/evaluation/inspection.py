@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ..checkpoint.config_groups import match
 from ..checkpoint.quantization_spec import is_ours
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import nbytes
@@ -103,13 +104,14 @@ def _look(source: Source, checkpoint: Checkpoint, found: Inspection, device: tor
     for group in config.groups:
         scheme = str(group.format) if group.scheme is None else group.scheme.describe()
         groups[group.name] = GroupFound(group.name, scheme, list(group.targets))
-    foreign = config.spec.foreign
-    found.groups, found.ignore = list(groups.values()), list(config.ignore if foreign is None else foreign.listed)
+    spec = config.spec
+    found.groups = list(groups.values())
+    found.ignore = list(config.ignore if spec.in_dialect is None else spec.in_dialect.listed)
     model = source.structure()
     quantizer = FP8HfQuantizer(config)
     layout = quantizer.dry_run(model, get_model_conversion_mapping(model), checkpoint, source.dtype, device)
-    if foreign is not None:  # its config need not name them
-        found.ignore += [name for name in layout.scan.dense if name not in found.ignore]
+    if spec.in_dialect is not None:  # such a config need not name them
+        found.ignore += [name for name, every in layout.scan.dense.items() if match(every, (), spec.ignore) is None]
     for weight in [*layout.scan.weights, *layout.scan.host]:
         one = groups[weight.group.name]
         one.matrices += weight.shapes[weight.primary][0] if len(weight.shapes[weight.primary]) == 3 else 1

@@ -57,7 +57,7 @@ def verify_file(file: str, tick: Callable[[int], Any] = lambda count: None) -> l
     checkpoint = Checkpoint([file])
     described = _described(checkpoint)
     if not described.layers:
-        raise CheckpointError(f"{file} has no FP8 weights")
+        raise CheckpointError(f"{file} has no FP8 weights. It is a file: of a checkpoint with a config.json pass the folder")
     codes = {layer.keys[WEIGHT] for layer in described.layers.values()}
     scales = {key for layer in described.layers.values() for key in layer.keys.values()} - codes
     for key, info in checkpoint.tensors.items():
@@ -84,6 +84,7 @@ def _described(checkpoint: Checkpoint) -> comfyui.Description:
     if unused:
         raise UnusedTensorError(
             f"{unused[0]} belongs to no FP8 weight that the file describes (form {described.form!r}): its weight, the marker "
-            f"{comfyui.MARKER!r} or the metadata is missing, or it is of a format that hf_fp8 does not read here"
+            f"{comfyui.MARKER!r} or the metadata is missing, or it is of a format that hf_fp8 does not read here. "
+            "Of a checkpoint with a config.json pass the folder"
         )
     return described

@@ -26,7 +26,7 @@ from .locks import one_at_a_time, while_changing
 from .patches import wrap
 from .peft.state import adapters as adapters_on
 from .quantizer import FP8HfQuantizer
-from .saving import FILE_DTYPES, restore_dtypes
+from .saving import FILE_DTYPES, drop_stale_file, restore_dtypes
 from .sharding import expand_plan, slice_and_cat
 
 logger = logging.get_logger(__name__)
@@ -98,10 +98,13 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
     if not isinstance(quantizer, FP8HfQuantizer):
         saved = host(self, save_directory, *args, **kwargs)
         _drop_stale_index(Path(save_directory))
+        drop_stale_file(Path(save_directory), None)
         return saved
     with quantizer.saving(Path(save_directory)):
         saved = host(self, save_directory, *args, **kwargs)
         _drop_stale_index(Path(save_directory))
+        is_dense = getattr(self.config, "quantization_config", None) is None
+        drop_stale_file(Path(save_directory), None if is_dense else quantizer.quantization_config.spec)
     return saved
 
 

@@ -50,7 +50,7 @@ from .saving import (
     reopen,
     restore_dtypes,
     warn_of_readers,
-    write_sidecar,
+    write_file_beside,
 )
 
 logger = logging.get_logger(__name__)
@@ -235,7 +235,7 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             facts = ModelFacts.of(model, self._dtype, use_kernels=self._use_kernels)
             keymap = KeyMap.of(facts, conversions, checkpoint.tensors)
             layout = self.layout = match_checkpoint(facts, keymap, checkpoint, config.spec, policy)
-            config.spec = config.spec.settled(layout.scan.groups, layout.scan.dense)
+            config.spec = config.spec.settled(layout.scan.groups, layout.scan.all_dense)
             self.conversions = build_conversions(layout, conversions)
         self._dense_because = None if layout.saves_fp8(policy.dense_because) else policy.dense_because
         apply_layout(model, layout, backend=config.backend, needs_input_scales=self.planned is not None)
@@ -370,8 +370,6 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         refuse_unwritable(model)
-        if self.saving_to is not None:
-            write_sidecar(self.saving_to, self.quantization_config.spec)
         if self._dense_because is None and self.layout is not None:
             if self.host is None and is_dense_now(model, self.layout):
                 self.dequantize(model)
@@ -379,6 +377,8 @@ class FP8HfQuantizer(HfQuantizer):  # type: ignore[misc]
             if leave_experts(model, self.quantization_config, self.layout):
                 model._weight_conversions = self._conversions_of_dense_experts()
             fit_config(model, self.quantization_config, self.layout, self.unplaced.keys.values())
+            if self.saving_to is not None:
+                write_file_beside(self.saving_to, self.quantization_config.spec)
         if self.host is not None or (self._dense_because is None and not self.quantization_config.dequantize):
             warn_of_readers(model, self.quantization_config)
         state = sharding.gathered_state(model)

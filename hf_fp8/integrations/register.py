@@ -14,7 +14,8 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils.hub import cached_file
 
 from ..checkpoint.config_groups import concerns_fp8, runs_here
-from ..checkpoint.dialects.registry import SIDECARS, config_beside
+from ..checkpoint.dialects.registry import CONFIG_FILES, check_beside, config_in, dialect_of
+from ..checkpoint.files import is_there, read_json
 from ..checkpoint.quantization_spec import CONFIG_KEYS, METHOD, is_known, is_ours, plain
 from ..errors import ConfigError
 from ..formats import plain_pickle
@@ -79,15 +80,20 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
         quantization_config = found if quantization_config is None else quantization_config
         config.quantization_config = None  # so that config.json is read
     written, before = _written((config, config.get_text_config(decoder=True))), _earlier_config(config)
-    if written is None and before is None:
-        written = _config_beside(config)
+    other = _other_file(config, written or before)
+    is_beside = written is None and before is None and other is not None
+    if is_beside and other is not None:
+        written = config_in(*other)
     if written is None and before is not None and not is_ours(before):
         config.quantization_config = written = before  # codes that transformers runs, which it would take for values
     if vars(config).get("quantization_config", ...) is None:
         # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
         written, before = written or before, None
     if written is not None and is_ours(written, asked=_is_asked(quantization_config)):
-        config.quantization_config = merge(written, quantization_config)
+        if other is not None and not is_beside:
+            check_beside(written, other[1])
+        config.quantization_config = merge(written, quantization_config, None if other is None else other[1])
+        config.quantization_config.of_another_load = is_beside  # the files decide whether they are dense by now
         for part in (config, config.get_text_config(decoder=True)):
             for key in CONFIG_KEYS:
                 if hasattr(part, key) and not (part is config and key == "quantization_config"):
@@ -124,7 +130,7 @@ def _for_another_kind(config: PreTrainedConfig, written: dict[str, Any] | None, 
         return _for_quantizing(config, asked)
     if written is None:
         raise ConfigError(
-            "FP8Config was passed, but the checkpoint's config.json has no compressed-tensors `quantization_config`. Pass "
+            "FP8Config was passed, but the checkpoint's config.json has no `quantization_config` that hf_fp8 reads. Pass "
             "FP8Config(scheme='FP8_DYNAMIC'), or another scheme, to quantize it while loading; or load it without FP8Config"
         )
     if asked.backend != "auto":
@@ -184,32 +190,43 @@ def _earlier_config(config: PreTrainedConfig) -> dict[str, Any] | None:
     return _written(part for part in (on_disk, on_disk.get("text_config")) if isinstance(part, dict))
 
 
-def _config_beside(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The quantization config in another file of the checkpoint than config.json, which has none; None if there is none."""
+def _other_file(config: PreTrainedConfig, written: dict[str, Any] | None) -> tuple[str, dict[str, Any]] | None:
+    """(name, contents) of another file of the checkpoint than config.json that describes the quantization; None without one.
+
+    Not looked for if the config in config.json is in a dialect that has no such file.
+    """
     load = current()
-    if load.name is None or getattr(config, "quantization_config", None) is not None:
+    if load.name is None or (written is None and getattr(config, "quantization_config", None) is not None):
         return None
-    if load.folder is not None:
-        return config_beside(load.folder)
-    for name in SIDECARS:
-        path = cached_file(
-            load.name, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _commit_hash=getattr(config, "_commit_hash", None), **load.where,
-        )  # fmt: skip
-        if path is not None:
-            return config_beside(Path(path).parent)
+    dialect = None if written is None else dialect_of(written)
+    for name in (name for name, one in CONFIG_FILES.items() if written is None or one is dialect):
+        path = load.folder and load.folder / name
+        if path is None:
+            found = cached_file(
+                load.name, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False, _commit_hash=getattr(config, "_commit_hash", None), **load.where,
+            )  # fmt: skip
+            path = found and Path(found)
+        if path and is_there(path):
+            return name, read_json(path)
     return None
 
 
-def merge(written: dict[str, Any], passed: Any) -> FP8Config:
+def merge(written: dict[str, Any], passed: Any, other: Mapping[str, Any] | None = None) -> FP8Config:
     """The checkpoint's config with the user's loading options. Other options that the user passed have no effect, so they must
-    agree with the checkpoint. Raises ConfigError if they do not, and for configs that are not valid."""
+    agree with the checkpoint. other: the contents of the other file of its dialect, None without one.
+
+    Raises ConfigError if they do not agree, and for configs that are not valid.
+    """
     asked = asked_for(passed)
     found = FP8Config(**asked.get_loading_attributes(), checkpoint=written)
+    found.spec = found.spec.with_file(other)
     if asked.checkpoint is not None:
         refuse_other_groups(asked.spec, found.spec)
     elif asked.scheme is not None:
+        method = written.get("quant_method", METHOD)
         raise ConfigError(
-            f"scheme={asked.scheme!r} quantizes dense checkpoints, and this one is quantized already: leave the scheme out"
+            f"scheme={asked.scheme!r} quantizes dense checkpoints, and this one is quantized already ({method}): leave the "
+            "scheme out"
         )
     return found

@@ -71,7 +71,7 @@ def asked_for(passed: Any) -> FP8Config:
         return FP8Config(dequantize=dequantize, checkpoint=said)
     if isinstance(passed, Mapping):
         found: FP8Config = FP8Config.from_dict(passed)
-        is_own = found.checkpoint is not None and found.spec.foreign is None
+        is_own = found.checkpoint is not None and found.spec.in_dialect is None
         unknown = set(found.checkpoint or ()) - _OF_CHECKPOINTS if is_own else set()
         if unknown:
             raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from ..checkpoint.config_groups import classes_of
+from ..checkpoint.dialects.registry import CONFIG_FILES, config_beside
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stored_weight import HOST_ROLES
@@ -190,10 +193,26 @@ def recompress(model: nn.Module, state: dict[str, torch.Tensor], layout: Layout)
         state.update({f"{name}.{key}": value for key, value in packed.items()})
 
 
-def write_sidecar(folder: Path, spec: QuantizationSpec) -> None:
-    """Write what the dialect of a checkpoint has beside config.json."""
-    if spec.foreign is not None and (sidecar := spec.foreign.dialect.sidecar) is not None:
-        (folder / sidecar.file).write_text(sidecar.write(spec.to_json()), encoding="utf-8")
+def write_file_beside(folder: Path, spec: QuantizationSpec) -> None:
+    """Write the other file that the dialect of a checkpoint has for its config, if it was read."""
+    if (beside := spec.file_beside()) is not None:
+        name, content = beside
+        (folder / name).write_text(json.dumps(content, indent=4), encoding="utf-8")  # as ModelOpt formats it
+
+
+def drop_stale_file(folder: Path, spec: QuantizationSpec | None) -> None:
+    """Remove a file that describes the quantization of what was in `folder` before a model was saved to it.
+
+    spec: that of the model that was saved, None for any other than hf_fp8's.
+    """
+    beside = None if spec is None else spec.file_beside()
+    for name in CONFIG_FILES:
+        path = folder / name
+        if (beside is None or beside[0] != name) and path.is_file():
+            with suppress(FP8Error):
+                if config_beside(folder) is None:
+                    continue  # about the KV cache alone
+            path.unlink(missing_ok=True)  # another process of a sharded model may have done it
 
 
 def reopen(folder: Path, checkpoints: Iterable[Checkpoint | None]) -> list[str]:

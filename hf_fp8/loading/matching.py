@@ -25,7 +25,7 @@ from ..checkpoint.stored_weight import (
     name_beside,
     wrong_input_scales,
 )
-from ..errors import MismatchError, MissingTensorError, ScaleError
+from ..errors import CheckpointError, MismatchError, MissingTensorError, ScaleError
 from ..formats.scheme import Scheme
 from ..formats.storage import INPUT_SCALE, WEIGHT
 from .coverage import check_coverage
@@ -69,6 +69,23 @@ def match_checkpoint(
 
     Raises a subclass of CheckpointError if files, config and model contradict each other.
     """
+    try:
+        return _match(model, keymap, checkpoint, spec, policy, parts)
+    except CheckpointError as error:
+        if (said := spec.in_dialect) is None:
+            raise
+        # These errors speak of compressed-tensors' keys, into which the config was translated.
+        raise type(error)(f"{error}. (The config is in the format of {said.dialect.name}: {said.dialect.words}.)") from error
+
+
+def _match(
+    model: ModelFacts,
+    keymap: KeyMap,
+    checkpoint: Checkpoint,
+    spec: QuantizationSpec,
+    policy: Policy,
+    parts: Mapping[str, TensorSlice] | None,
+) -> Layout:
     owners = {key: keymap.owner(key, name, model) for key, name in weights_of(checkpoint).items()}
     scanned = scan(checkpoint, spec, owners, model.params.keys())
     layout = Layout(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
+from ..checkpoint.dialects.registry import READ
 from ..checkpoint.reader import TORCH_DTYPES, Checkpoint
 from ..checkpoint.scan import companions, module_named
 from ..errors import FP8Error, MismatchError
@@ -56,6 +57,6 @@ def refuse_undeclared(
         raise MismatchError(
             f"{len(lost)} weights of the files, such as {key}, are {kind} codes with scales ({scale}), but {said}: the scales "
             f"would be dropped or misread, and {type(model).__name__} would use codes as values. hf_fp8 reads FP8 that "
-            "config.json describes as compressed-tensors (docs/formats.md): use a checkpoint made by llm-compressor or "
-            "`hf-fp8 quantize`, or add such a `quantization_config` if you know how this checkpoint was made"
+            f"config.json describes (in one of the formats {READ}; docs/formats.md): use such a checkpoint, or add a "
+            "`quantization_config` if you know how this one was made"
         )

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.config_groups import Group, groups_of
-from ..checkpoint.dense_by_default import is_router
+from ..checkpoint.config_groups import Group
 from ..checkpoint.dialects.base import CACHE, Target, Writer
 from ..checkpoint.dialects.registry import WRITERS
-from ..checkpoint.reader import DENSE_DTYPES, DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
-from ..checkpoint.scan import weights_of
+from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.stored_weight import StoredWeight, companion
 from ..errors import CalibrationError, ConfigError, UnsupportedError, UnusedTensorError, first
 from ..formats.exponents import scale_values
 from ..formats.scheme import TENSOR, Scheme
 from ..formats.storage import INPUT_SCALE, SCALAR, SHAPE, WEIGHT, WEIGHT_SCALE, dequantize, format_of
+from ..formats.weights import scale_dtype_of
 from ..loading.ops import quantize_named, weight_from
 from .files import ProgressCallback, Reading, Written, read_quantized, total_bytes, write_checkpoint
 from .source import Source
@@ -30,14 +29,14 @@ from .source import Source
 EXPONENT_DTYPES, MX_SCALES = ("F8_E8M0", "U8"), "U8"
 # Names of the scales of the KV cache in other dialects -> the ends of their names in converted checkpoints.
 _CACHE_NAMES = (
-    (re.compile(r"(?<=\.)[kv]_proj\.([kv]_scale)$"), (r"\1",)),
+    (re.compile(r"(?<=\.)(?:[kv]|qkv)_proj\.([kv]_scale)$"), (r"\1",)),
     (re.compile(r"(?<=\.)([kv])_proj\.output_scale$"), (r"\1_scale",)),
     (re.compile(r"(?<=\.)kv_scale$"), ("k_scale", "v_scale")),
 )
 
 
 @dataclass
-class Loss:
+class WeightError:
     """What quantizing weights anew has changed: their error against the weights that the source stands for.
 
     sqnr: of all weights together, in dB; infinite if nothing has changed. worst, name: the lowest of a weight, and which.
@@ -77,7 +76,7 @@ def convert_checkpoint(
     scheme: Scheme | None = None,
     overwrite: bool = False,
     tick: ProgressCallback = lambda count: None,
-) -> tuple[Written, Loss | None]:
+) -> tuple[Written, WeightError | None]:
     """Write a quantized checkpoint in another dialect; `destination` is created when everything is written.
 
     to: "compressed-tensors" or "fp8" (`WRITERS`). Codes are copied byte for byte, and scales keep their values. scheme:
@@ -92,16 +91,17 @@ def convert_checkpoint(
         raise ConfigError(f"to={to!r}: a checkpoint can be converted to {' or '.join(WRITERS)}")
     reading, checkpoint = read_quantized(source), source.checkpoint
     if scheme is None:
-        new: _Conversion = _Relabelled(reading, WRITERS[to])
+        new: _Conversion = _Renamed(reading, WRITERS[to])
     else:
         new = _Requantized(reading, WRITERS[to], scheme)
     config = new.config()
-    foreign = reading.spec.foreign
-    if scheme is None and (foreign and foreign.dialect) is WRITERS[to].dialect and not new.renames:
-        raise ConfigError(f"{source.folder} is in the {to} format already: there is nothing to convert")
+    now = reading.spec.in_dialect
+    if scheme is None and (now and now.dialect) is WRITERS[to].dialect and not new.renames:
+        said = to if now is None else now.dialect.name
+        raise ConfigError(f"{source.folder} is in the {said} format already: there is nothing to convert")
     written = new.headers()
     write_checkpoint(source, destination, checkpoint, written, new.make, new.copied, config, overwrite, tick)
-    return Written(len(new.weights), total_bytes(checkpoint), total_bytes(written)), new.loss
+    return Written(len(new.weights), total_bytes(checkpoint), total_bytes(written)), new.error
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class _Conversion:
     """The tensors and the config of a checkpoint in another dialect.
 
     weights: key of the codes -> the weight. moved: key of a tensor -> where it goes. copied: keys of tensors that are copied
-    under their name. loss: what quantizing anew has changed, None if codes are copied.
+    under their name. error: what quantizing anew has changed, None if codes are copied.
     """
 
-    loss: Loss | None = None
+    error: WeightError | None = None
 
     def __init__(self, reading: Reading, writer: Writer) -> None:
         self.reading, self.writer, self.checkpoint = reading, writer, reading.checkpoint
@@ -145,25 +145,11 @@ class _Conversion:
 
     def config(self) -> dict[str, Any]:
         """The new `quantization_config`. Raises ConfigError for schemes that the dialect cannot describe."""
-        written = self.writer.write(self.groups(), self._dense())
+        written = self.writer.write(self.groups(), self.reading.layout.scan.all_dense)
         if "kv_cache_scheme" in written:
             said, scales = self.reading.spec.kv_cache_scheme, self.reading.layout.scan.cache
             written["kv_cache_scheme"] = said.model_dump(mode="json") if said else CACHE if scales else None
         return written
-
-    def _dense(self) -> list[str]:
-        """The names, in the files, of matrices that are dense although the targets of a group match them."""
-        reading, found = self.reading, []
-        for key, name in weights_of(self.checkpoint).items():
-            info = self.checkpoint.tensors[key]
-            if key in self.weights or info.dtype not in DENSE_DTYPES or len(info.shape) != 2:
-                continue
-            owner = reading.keymap.owner(key, name, reading.model)
-            # A router has a class of its own in the model; readers that have a Linear there must know that it is dense.
-            also = ("Linear",) if owner.cls is None or is_router(owner.names) else ()
-            if groups_of(reading.spec.groups, owner.names, (*owner.classes, *also)):
-                found.append(name)
-        return found
 
     def _cache_keys(self, key: str) -> list[str]:
         for pattern, ends in _CACHE_NAMES:
@@ -187,9 +173,9 @@ class _Conversion:
         """The new name of a tensor of a weight."""
         primary = weight.keys[weight.primary]
         if primary == weight.name:  # a stack of experts
-            return primary if role == WEIGHT else primary + self.writer.of_stack[role]
+            return primary if role == WEIGHT else primary + self.writer.stack_suffixes[role]
         plain = primary.removesuffix(weight.primary) + WEIGHT
-        return companion(plain, self.writer.leaves.get(role, role))
+        return companion(plain, self.writer.scale_names.get(role, role))
 
     def headers(self) -> Checkpoint:
         """The tensors of the converted checkpoint. Raises UnusedTensorError for two that would have one name."""
@@ -228,7 +214,7 @@ class _Conversion:
             yield from ((new, tensor) for new in place.keys)
 
 
-class _Relabelled(_Conversion):
+class _Renamed(_Conversion):
     """Codes are copied, and scales get the names and shapes of the dialect."""
 
     def __init__(self, reading: Reading, writer: Writer) -> None:
@@ -261,11 +247,11 @@ class _Relabelled(_Conversion):
 class _Requantized(_Conversion):
     """Weights are dequantized in float32, and quantized to another scheme."""
 
-    loss: Loss
+    error: WeightError
 
     def __init__(self, reading: Reading, writer: Writer, scheme: Scheme) -> None:
         super().__init__(reading, writer)
-        self.scheme, self.loss = scheme, Loss()
+        self.scheme, self.error = scheme, WeightError()
         self._refuse_impossible()
         if scheme.has_static_input:
             for weight in self.weights.values():
@@ -296,7 +282,7 @@ class _Requantized(_Conversion):
         scheme, shape = self.scheme.weight, self._shape(weight)
         n, k = shape[-2:] if not weight.transposed else shape[:-3:-1]
         found = {}
-        for role, form in format_of(scheme).forms(scheme, n, k, torch.float32).items():
+        for role, form in format_of(scheme).forms(scheme, n, k, scale_dtype_of(torch.float32, scheme.mx)).items():
             one = SCALAR if form.shape == (1,) and self.writer.is_scalar and len(shape) == 2 else form.shape
             if len(shape) == 3:
                 one = (shape[0], *(form.shape[::-1] if weight.transposed else form.shape))
@@ -319,7 +305,7 @@ class _Requantized(_Conversion):
         each = [before] if before.ndim == 2 else [one[WEIGHT] for one in weight.matrices({WEIGHT: before})]
         made = [quantize_named(weight.name, one.contiguous(), scheme) for one in each]
         for one, tensors in zip(each, made, strict=True):
-            self.loss.add(weight.name, one, dequantize(tensors, scheme, one.shape[1], torch.float32))
+            self.error.add(weight.name, one, dequantize(tensors, scheme, one.shape[1], torch.float32))
         if before.ndim == 2:
             return made[0]
         stacks = {role: torch.stack([one[role] for one in made]) for role in made[0]}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ..checkpoint.dialects.registry import READ
 from ..checkpoint.quantization_spec import QuantizationSpec
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
 from ..checkpoint.stored_weight import StoredWeight, TensorSlice
@@ -129,7 +130,7 @@ def read_quantized(source: Source) -> Reading:
     if stored is None:
         raise ConfigError(f"{source.folder} is not quantized: its config.json has no quantization_config")
     if stored.reader != HF_FP8:
-        raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads compressed-tensors FP8")
+        raise ConfigError(f"{source.folder} is {stored}. hf-fp8 reads FP8 of {READ}")
     spec = QuantizationSpec.read(source.quantization or {})
     model, checkpoint = source.structure(), source.checkpoint
     facts = ModelFacts.of(model, source.dtype)
@@ -141,7 +142,7 @@ def read_quantized(source: Source) -> Reading:
         needs_input_scales=False,
     )
     layout = match_checkpoint(facts, keymap, checkpoint, spec, policy)
-    return Reading(checkpoint, spec.settled(layout.scan.groups, layout.scan.dense), facts, keymap, layout)
+    return Reading(checkpoint, spec.settled(layout.scan.groups, layout.scan.all_dense), facts, keymap, layout)
 
 
 def dequantize_checkpoint(

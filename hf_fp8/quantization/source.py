@@ -19,7 +19,7 @@ from transformers.configuration_utils import get_configuration_file
 from transformers.modeling_utils import local_torch_dtype
 
 from ..checkpoint import hub
-from ..checkpoint.dialects.registry import SIDECARS, config_beside
+from ..checkpoint.dialects.registry import CONFIG_FILES, check_beside, config_beside, dialect_of
 from ..checkpoint.files import LOCAL, FileSystem, Stamp, changed, read_json, regular
 from ..checkpoint.quantization_spec import CONFIG_KEYS
 from ..checkpoint.reader import DENSE_DTYPES, TORCH_DTYPES, Checkpoint
@@ -29,7 +29,7 @@ from ..errors import CheckpointError, ConfigError, FP8Error, MissingTensorError,
 from ..integrations.locks import while_changing
 
 # Files that describe the weights of the source, and so are not copied to the written checkpoint.
-_ABOUT_WEIGHTS = ("config.json", *SIDECARS)
+_ABOUT_WEIGHTS = ("config.json", *CONFIG_FILES)
 # Files of a repository that are not downloaded: weights in other formats.
 _NOT_READ = ("*.gguf", "*.onnx", "original/*", "*.pth")
 
@@ -65,8 +65,15 @@ class Source:
                 if found is not None and not isinstance(found, dict):
                     raise ConfigError(f"{self.folder / 'config.json'}: {key} is {reprlib.repr(found)}, not an object")
                 if found:
+                    self._check_beside(found)
                     return found
         return config_beside(self.folder, self.fs)
+
+    def _check_beside(self, config: dict[str, Any]) -> None:
+        """Raise ConfigError if another file contradicts the config in config.json."""
+        file = dialect.file if (dialect := dialect_of(config)) is not None else None
+        if file is not None and self.fs.is_there(self.folder / file.name):
+            check_beside(config, read_json(self.folder / file.name, fs=self.fs))
 
     @property
     def dtype(self) -> torch.dtype:

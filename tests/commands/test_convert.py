@@ -24,10 +24,11 @@ from support.build import (
     write,
 )
 from support.commands import run
-from support.dialects import VARIANTS, write_in
-from support.moe import MOE, causal, dense_logits, write_transposed
+from support.dialects import VARIANTS, llava, per_tensor, write_in
+from support.moe import MOE, causal, dense_logits, llama4, write_transposed
 from support.moe import is_linear as is_linear_of_moe
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_fp8 import FP8Config, QuantizedLinear
 from hf_fp8.formats.scheme import TENSOR, Granularity
@@ -125,6 +126,85 @@ def test_experts(name: str, family: str, tmp_path: Path) -> None:
     assert any(name.endswith("gate") for name in config_of(tmp_path / "0")["ignore"])  # the routers
 
 
+def skipped_by_transformers(path: Path, model: Any) -> set[str]:
+    """The Linears and experts that transformers leaves dense when it reads the converted `fp8` config."""
+    listed = config_of(path)["modules_to_not_convert"]
+    kinds = (torch.nn.Linear,)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) or name.endswith(".experts")]
+    return {name for name in names if not should_convert_module(name, listed)}
+
+
+@pytest.mark.parametrize("name", ["autofp8", "fbgemm"])
+def test_stock_quantizes_nothing_that_is_dense(name: str, tmp_path: Path) -> None:
+    """The new config has the names of the files and of the model, whose vision tower and head are dense."""
+    model, path = llava(), tmp_path / "source"
+    _, dense = write_in(name, model, path, lambda key: is_linear(key) and "language" in key, dense=())
+    wanted = dense_logits(model, dense, tmp_path / "dense")
+    run("convert", path, tmp_path / "new", "--to", "compressed-tensors")
+    with stock_transformers():
+        stock = causal(type(model).from_pretrained(tmp_path / "new", dtype=torch.float32))
+    assert error(stock, wanted) <= 0.3  # its inputs are quantized; random scales gave 1 to 1e18
+    if name == "autofp8":
+        run("convert", path, tmp_path / "fp8", "--to", "fp8")
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        text = {name for name in linears if "language_model.layers" in name}
+        assert skipped_by_transformers(tmp_path / "fp8", model) == linears - text
+
+
+def test_dense_experts_are_named(tmp_path: Path) -> None:
+    """The experts of one layer are dense: each by its name in the files, and the module that holds them."""
+    model, path = MOE["qwen3_moe"](), tmp_path / "source"
+    write_in(
+        "autofp8", model, path, lambda key: is_linear_of_moe(key) and not ("layers.1." in key and "experts" in key), dense=()
+    )
+    run("convert", path, tmp_path / "ct", "--to", "compressed-tensors")
+    ignore = config_of(tmp_path / "ct")["ignore"]
+    assert {f"model.layers.1.mlp.experts.{i}.{p}_proj" for i in range(4) for p in ("gate", "up", "down")} <= set(ignore)
+    run("convert", path, tmp_path / "fp8", "--to", "fp8")
+    assert skipped_by_transformers(tmp_path / "fp8", model) >= {"model.layers.1.mlp.experts", "lm_head"}
+    assert "model.layers.0.mlp.experts" not in skipped_by_transformers(tmp_path / "fp8", model)
+
+
+def test_static_stacks_of_experts(tmp_path: Path) -> None:
+    """As NVIDIA publishes Llama-4: one scale for a whole stack, and one for its inputs."""
+
+    def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out = {}
+        for key, tensor in state.items():
+            out[key] = tensor
+            if tensor.ndim == 3:
+                codes, scale, _ = per_tensor(tensor.flatten(1))
+                out |= {
+                    key: codes.reshape(tensor.shape),
+                    f"{key}_weight_scale": scale,
+                    f"{key}_input_scale": torch.tensor(0.01),
+                }
+        return out
+
+    write_in(
+        "modelopt, in its own file",
+        llama4(),
+        tmp_path / "fp8",
+        lambda key: is_linear(key) and "experts" not in key,
+        edit=stacked,
+    )
+    wanted = causal(load(tmp_path / "fp8", FP8Config(backend="weight_only", experts="fp8")))
+    for to in ("fp8", "compressed-tensors"):
+        new = tmp_path / f"new {to}"
+        run("convert", tmp_path / "fp8", new, "--to", to)
+        run("verify", new)
+        assert error(causal(load(new, FP8Config(backend="weight_only", experts="fp8"))), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("to", ["fp8", "compressed-tensors"])
+def test_quantized_anew_to_mxfp8(to: str, tmp_path: Path) -> None:
+    _, dense = write_in("deepseek", tiny_llama(), tmp_path / "fp8", is_linear)
+    run("convert", tmp_path / "fp8", tmp_path / "new", "--to", to, "--scheme", "MXFP8")
+    run("verify", tmp_path / "new")
+    found = dict(load(tmp_path / "new", FP8Config(dequantize=True)).named_parameters())
+    assert min(sqnr(found[key], value) for key, value in dense.items() if is_linear(key)) >= 25
+
+
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W4A16"])
 def test_quantized_anew(scheme: str, tmp_path: Path, capsys: Capture) -> None:
     """From the dequantized values, with the loss that is reported."""
@@ -200,7 +280,7 @@ def test_refused(tmp_path: Path, capsys: Capture) -> None:
     assert "in the compressed-tensors format already" in refused(
         capsys, tmp_path / "channel", new, "--to", "compressed-tensors"
     )
-    assert "in the fp8 format already" in refused(capsys, tmp_path / "blocks", new, "--to", "fp8")
+    assert "in the fine-grained fp8 format already" in refused(capsys, tmp_path / "blocks", new, "--to", "fp8")
     assert "cannot have channel x token (dynamic)" in refused(capsys, tmp_path / "channel", new, "--to", "fp8")
     assert "cannot have tensor x tensor (dynamic)" in refused(capsys, tmp_path / "tensor", new, "--to", "fp8")
     write_in("E5M2", tiny_llama(), tmp_path / "e5m2", is_linear)

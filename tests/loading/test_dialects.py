@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from support.build import differing, error, is_linear, tensors, tiny_llama
-from support.dialects import VARIANTS, State, write_in
+from support.commands import run
+from support.dialects import VARIANTS, State, llava, write_in
 from support.moe import MOE, causal, dense_logits
 from support.moe import is_linear as is_linear_of_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,6 +34,7 @@ from hf_fp8.errors import (
 )
 
 KEEP = FP8Config(backend="weight_only", experts="fp8")
+FILE = "hf_quant_config.json"
 UNEVEN = {"hidden_size": 192, "intermediate_size": 320}  # 128 divides neither
 
 
@@ -280,7 +283,24 @@ MALFORMED: dict[str, tuple[str, Any, Any, type[FP8Error], str]] = {
         "modelopt", None, {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {}}}, ConfigError, r"\['a.b'\]",
     ),
     "its own file is no object": (
-        "modelopt, in its own file", None, {"quantization": ["FP8"]}, ConfigError, "hf_quant_config.json: quantization",
+        "modelopt, in its own file", None, {"quantization": ["FP8"]}, ConfigError, "hf_quant_config.json has no object",
+    ),
+    "its own file says another method": (
+        "modelopt, in its own file", lambda state: {k: v for k, v in state.items() if k != f"{UP}.weight_scale"},
+        {"quant_method": "fp8"}, MissingTensorError, "format of ModelOpt",
+    ),
+    "groups of four bits": (
+        "modelopt", None, {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}}}, UnsupportedError, "4-bit",
+    ),
+    "groups that are none": ("modelopt", None, {"config_groups": [1]}, ConfigError, "config_groups"),
+    "cache that is a number": ("modelopt", None, {"kv_cache_scheme": 8}, ConfigError, "kv_cache_scheme is 8"),
+    "AutoFP8's pattern": ("autofp8", None, {"ignored_layers": ["re:a("]}, ConfigError, r"ignored_layers: 're:a\('"),
+    "AutoFP8's codes": ("autofp8", None, {"fmt": "e5m2"}, ConfigError, "fmt is 'e5m2'"),
+    "both lists, one malformed": (
+        "autofp8", None, {"modules_to_not_convert": 3}, ConfigError, "modules_to_not_convert",
+    ),
+    "a flag inside of a pattern": (
+        "deepseek", None, {"modules_to_not_convert": ["(?i)lm_head"]}, ConfigError, r"modules_to_not_convert: '\(\?i\)lm_head'",
     ),
     "its own file in NVFP4": (
         "modelopt, in its own file", None, {"quantization": {"quant_algo": "NVFP4"}}, UnsupportedError, "'NVFP4'",
@@ -304,6 +324,97 @@ def test_a_file_of_modelopt_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text("{")
     with pytest.raises(FP8Error, match=r"hf_quant_config\.json cannot be read as JSON"):
         load(tmp_path)
+
+
+def test_two_entries_with_one_name_for_a_group(tmp_path: Path) -> None:
+    write_in("deepseek", tiny_llama(), tmp_path, is_linear, dense=("(?P<x>lm_head)", "(?P<x>norm)"))
+    load(tmp_path)
+
+
+def test_errors_are_in_the_words_of_the_config(tmp_path: Path) -> None:
+    for name, word in (("deepseek", "modules_to_not_convert"), ("modelopt", "quant_algo"), ("autofp8", "ignored_layers")):
+        write_in(name, tiny_llama(), tmp_path / name, is_linear, dense=("model.layers.0.mlp.up_proj",))
+        with pytest.raises(MismatchError, match=word):
+            load(tmp_path / name)
+
+
+def both_files(path: Path, **about: Any) -> Path:
+    """A ModelOpt checkpoint with its config in both files."""
+    write_in("modelopt", tiny_llama(), path, is_linear)
+    content = {
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["lm_head"],
+        "awq_block_size": None,
+    } | about
+    (path / FILE).write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": content}, indent=4))
+    return path
+
+
+def test_both_files_of_modelopt(tmp_path: Path) -> None:
+    """Both are saved as they were read, and both name a layer that has become dense. One is not invented."""
+    path = both_files(tmp_path / "fp8")
+    model = load(path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    assert config_of(tmp_path / "saved") == config_of(path)
+    assert (tmp_path / "saved" / FILE).read_bytes() == (path / FILE).read_bytes()
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "changed")
+    lists = [config_of(tmp_path / "changed")["ignore"], json.loads((tmp_path / "changed" / FILE).read_text())["quantization"]]
+    assert lists[0] == lists[1]["exclude_modules"] and "model.layers.1.mlp.up_proj" in lists[0]
+    assert torch.equal(causal(load(tmp_path / "changed", dtype=torch.bfloat16)), causal(model))
+    write_in("modelopt", tiny_llama(), tmp_path / "one", is_linear)
+    load(tmp_path / "one").save_pretrained(tmp_path / "one saved")
+    assert not (tmp_path / "one saved" / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "about", [{"quant_algo": "NVFP4"}, {"quant_algo": "FP8_PB_WO"}, {"quant_algo": None}, {"exclude_modules": 1}]
+)
+def test_files_that_contradict_each_other(about: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = both_files(tmp_path, **about)
+    with pytest.raises(ConfigError, match=r"hf_quant_config\.json (contradicts|says)"):
+        load(path)
+    run("verify", path, code=1)
+    assert "hf_quant_config.json" in capsys.readouterr().err
+
+
+def test_a_file_of_what_was_there_before_is_removed(tmp_path: Path) -> None:
+    """A model that is dense, or in another format, is saved over a ModelOpt checkpoint."""
+    for number, config in enumerate((FP8Config(dequantize=True), FP8Config(backend="int8"), None)):
+        path = both_files(tmp_path / str(number))
+        model = tiny_llama() if config is None else load(path, config, dtype=torch.bfloat16)
+        model.save_pretrained(path)
+        assert not (path / FILE).exists()
+        AutoModelForCausalLM.from_pretrained(path)
+    write_in("modelopt, in its own file", tiny_llama(), tmp_path / "fp8", is_linear)
+    model = load(tmp_path / "fp8")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            model.set_submodule(name, module.to_linear(dtype=torch.float32))
+    model.save_pretrained(tmp_path / "dense")
+    assert config_of(tmp_path / "dense") is None and not (tmp_path / "dense" / FILE).exists()
+    tiny_llama().save_pretrained(tmp_path / "other")  # by another program, which leaves the file
+    shutil.copy(tmp_path / "fp8" / FILE, tmp_path / "other")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
+
+
+@pytest.mark.parametrize("name", ["deepseek", "autofp8", "modelopt", "fbgemm"])
+def test_files_with_other_names_than_the_model(name: str, tmp_path: Path) -> None:
+    """A vision-language model: its config lists modules by the names of the files, and is saved as it was."""
+    model, path = llava(), tmp_path / "fp8"
+    listed = ("lm_head", "vision_tower", "multi_modal_projector")
+    entries = tuple(f"*{entry}*" for entry in listed) if name == "modelopt" else listed
+    if name == "autofp8":
+        entries = ("language_model.lm_head", *listed[1:])
+    written, dense = write_in(name, model, path, lambda key: is_linear(key) and "language" in key, dense=entries)
+    wanted = dense_logits(model, dense, tmp_path / "dense")
+    kept = type(model).from_pretrained(path, quantization_config=KEEP, dtype=torch.float32)
+    assert error(causal(kept), wanted) <= 1e-5
+    type(model).from_pretrained(path, quantization_config=KEEP, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    assert differing(written, tensors(tmp_path / "saved")) == []
+    assert config_of(tmp_path / "saved") == config_of(path)
 
 
 def test_modelopts_file_about_the_cache_alone_changes_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 State = dict[str, torch.Tensor]
 # (codes, scale as the file has it, dequantized weight in float32)
@@ -99,6 +99,22 @@ class Variant:
 
 def block(rows: int, cols: int, **rest: Any) -> Callable[[torch.Tensor], Made]:
     return lambda weight: per_block(weight, rows, cols, **rest)
+
+
+def llava() -> PreTrainedModel:
+    """A vision-language model whose files have other names than its modules: `language_model.model.layers`, ..."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=127, dtype="bfloat16", tie_word_embeddings=False
+    )
+    return LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
 
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}

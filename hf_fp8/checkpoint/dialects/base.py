@@ -27,7 +27,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Meaning:
+class Translation:
     """What a config of a dialect says, in the terms of compressed-tensors.
 
     groups: name -> its modules and their scheme. ignore: names and "re:" patterns of modules that stay dense. listed: the same
@@ -45,47 +45,36 @@ class Meaning:
         return {**written_config(groups, self.ignore), "kv_cache_scheme": None if self.cache is None else dict(self.cache)}
 
 
-def always(config: Mapping[str, Any]) -> bool:
-    """True: a function with a name, as configs are pickled with their dialect."""
-    return True
-
-
-def never(config: Mapping[str, Any]) -> bool:
-    """False."""
-    return False
-
-
 @dataclass(frozen=True)
-class Sidecar:
-    """A file beside config.json that describes the quantization.
+class ConfigFile:
+    """Another file than config.json that describes the quantization.
 
-    read: its contents -> a config, None if they do not say that weights are quantized. write: a config -> its contents, as
-    text.
+    read: its contents -> a config of the dialect, None if they do not say that weights are quantized; raises ConfigError.
     """
 
-    file: str
+    name: str
     read: Callable[[Mapping[str, Any]], dict[str, Any] | None]
-    write: Callable[[Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How another library describes FP8 checkpoints.
 
-    name: for messages. methods: values of `quant_method`. describes: which of the configs with such a method. by_default:
-    whether hf_fp8 reads a config without being asked for, because transformers does not, or takes codes for values; otherwise
-    an FP8Config asks for it. read: a config -> its meaning; raises ConfigError or UnsupportedError. ignoring: (a config, names
-    of modules that are dense in addition, names of all dense modules) -> the config that also says so. sidecar: another file
-    that describes the quantization, None if there is none.
+    name, words: for messages: what the dialect is called, and which keys of its config say what. methods: values of
+    `quant_method`. describes: which of the configs with such a method, None for all. by_default: whether hf_fp8 reads them
+    without being asked for, because transformers does not, or takes codes for values; otherwise an FP8Config asks for it. read:
+    a config -> its translation; raises ConfigError or UnsupportedError. ignoring: (a config, names of modules that are dense in
+    addition, names of all dense modules) -> the config that also says so. file: another file with the config.
     """
 
     name: str
+    words: str
     methods: tuple[str, ...]
-    by_default: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any]], Meaning]
+    read: Callable[[Mapping[str, Any]], Translation]
     ignoring: Callable[[Mapping[str, Any], Sequence[str], Sequence[str]], dict[str, Any]]
-    describes: Callable[[Mapping[str, Any]], bool] = always
-    sidecar: Sidecar | None = None
+    by_default: bool = False
+    describes: Callable[[Mapping[str, Any]], bool] | None = None
+    file: ConfigFile | None = None
 
 
 @dataclass(frozen=True)
@@ -93,15 +82,15 @@ class Writer:
     """How converted checkpoints are described and their scales named.
 
     write: (groups, names of all dense modules) -> the `quantization_config`; raises ConfigError for schemes that it cannot
-    describe. leaves: role -> the last part of the name of a scale. of_stack: the same for stacks of experts, after the name of
-    the stack. is_scalar: whether a scale of a whole tensor has the shape (), not (1,). dialect: the one in which they then
+    describe. scale_names: role -> the last part of the name of a scale. stack_suffixes: role -> what follows the name of a
+    stack of experts. is_scalar: whether a scale of a whole tensor has the shape (), not (1,). dialect: the one in which they
     are, None for compressed-tensors.
     """
 
     name: str
     write: Callable[[Mapping[str, Target], Sequence[str]], dict[str, Any]]
-    leaves: Mapping[str, str]
-    of_stack: Mapping[str, str]
+    scale_names: Mapping[str, str]
+    stack_suffixes: Mapping[str, str]
     is_scalar: bool = False
     dialect: Dialect | None = None
 
@@ -113,12 +102,12 @@ def _write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]
 COMPRESSED_TENSORS = Writer(
     "compressed-tensors",
     _write,
-    leaves={WEIGHT_SCALE: WEIGHT_SCALE, INPUT_SCALE: INPUT_SCALE},
-    of_stack={WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"},
+    scale_names={WEIGHT_SCALE: WEIGHT_SCALE, INPUT_SCALE: INPUT_SCALE},
+    stack_suffixes={WEIGHT_SCALE: "_scale", INPUT_SCALE: "_input_scale"},
 )
 
 
-def value(config: Mapping[str, Any], key: str, allowed: Mapping[Any, Any], default: Any = None) -> Any:
+def one_of(config: Mapping[str, Any], key: str, allowed: Mapping[Any, Any], default: Any = None) -> Any:
     """What `allowed` gives for the value of a key, which may be missing if there is a default. Strings in lower case.
 
     Raises ConfigError, naming the key, for other values.
@@ -133,12 +122,25 @@ def value(config: Mapping[str, Any], key: str, allowed: Mapping[Any, Any], defau
 
 
 def names_in(config: Mapping[str, Any], *keys: str) -> list[str]:
-    """The names under the first of `keys` that is there. Raises ConfigError, naming it, if it is not a list of names."""
-    key = next((key for key in keys if config.get(key) is not None), None)
-    found = [] if key is None else config[key]
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise ConfigError(f"quantization_config.{key} is {str(found)[:120]!r}: it must be a list of names of modules")
-    return list(found)
+    """The names under the first of `keys` that is there. Raises ConfigError, naming the key, if any is not a list of names."""
+    found = {key: config[key] for key in keys if config.get(key) is not None}
+    for key, listed in found.items():
+        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+            raise ConfigError(f"quantization_config.{key} is {str(listed)[:120]!r}: it must be a list of names of modules")
+    return list(next(iter(found.values()), ()))
+
+
+def check_patterns(config: Mapping[str, Any], keys: Iterable[str], patterns: Mapping[str, str]) -> None:
+    """Raise ConfigError, naming the key and the entry, for an entry that is no regular expression.
+
+    patterns: entry -> the regular expression that it stands for.
+    """
+    key = next((key for key in keys if config.get(key) is not None), "")
+    for entry, pattern in patterns.items():
+        try:
+            re.compile(f"(?:{pattern})")
+        except re.error as error:
+            raise ConfigError(f"quantization_config.{key}: {entry!r} is not a valid regular expression ({error})") from None
 
 
 def any_of(patterns: Iterable[str]) -> list[str]:
@@ -146,7 +148,12 @@ def any_of(patterns: Iterable[str]) -> list[str]:
 
     One entry, because compressed-tensors compares every module with every entry, and some configs list each layer.
     """
-    joined = "|".join(dict.fromkeys(patterns))
+    patterns = list(dict.fromkeys(patterns))
+    joined = "|".join(patterns)
+    try:
+        re.compile(joined)
+    except re.error:  # of two expressions with one name for a group
+        return [f"re:(?:{pattern})$" for pattern in patterns]
     return [f"re:(?:{joined})$"] if joined else []
 
 

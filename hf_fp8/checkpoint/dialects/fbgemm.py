@@ -6,33 +6,27 @@ values are clamped; hf_fp8 does not, and keeps them. Source: transformers' integ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ConfigError
 from ...formats.scheme import FP8_DYNAMIC
-from .base import Dialect, Meaning, Target, never
-from .fine_grained import SKIPPED, listed, skipped
-from .fine_grained import ignoring as ignoring_more
+from . import skip_list
+from .base import Dialect, Target, Translation
 
 
-def read(config: Mapping[str, Any]) -> Meaning:
+def read(config: Mapping[str, Any]) -> Translation:
     """What such a config says. Raises ConfigError."""
     bound = config.get("activation_scale_ub")
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
         raise ConfigError(f"quantization_config.activation_scale_ub is {bound!r}: it must be a positive number")
-    return Meaning({"group_0": Target(FP8_DYNAMIC)}, skipped(config), listed(config))
-
-
-def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
-    """The config with more dense modules."""
-    return ignoring_more({SKIPPED: None, **config}, new, every)
+    return Translation({"group_0": Target(FP8_DYNAMIC)}, skip_list.skipped(config), skip_list.listed(config))
 
 
 FBGEMM = Dialect(
     name="FBGEMM",
+    words="modules_to_not_convert lists dense modules",
     methods=("fbgemm_fp8",),
-    by_default=never,  # transformers reads it, on GPUs
     read=read,
-    ignoring=ignoring,
+    ignoring=skip_list.ignoring,
 )

@@ -9,7 +9,6 @@ and integrations/finegrained_fp8.py; DeepSeek-V3's README_WEIGHTS.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,17 +16,15 @@ from ...errors import ConfigError, UnsupportedError
 from ...formats.code_types import E5M2, FP8
 from ...formats.scheme import MXFP8, ROW, TENSOR, Granularity, Scheme, TensorScheme
 from ...formats.storage import INPUT_SCALE, WEIGHT_SCALE
-from .base import Dialect, Meaning, Target, Writer, any_of, names_in, never, value
+from . import skip_list
+from .base import Dialect, Target, Translation, Writer, one_of
 
 METHOD, MXFP8_METHOD = "fp8", "mxfp8"
-SKIPPED = "modules_to_not_convert"
 CODES = {"e4m3": FP8, "e4m3fn": FP8, "float8_e4m3fn": FP8, "e5m2": E5M2, "float8_e5m2": E5M2}
 MX_BLOCK = [1, 32]
-# Where an entry of the skip list must end: transformers' `should_convert_module`.
-_BOUNDARY = r"(?:(?<=\.)|(?=\.|$)).*"
 
 
-def read(config: Mapping[str, Any]) -> Meaning:
+def read(config: Mapping[str, Any]) -> Translation:
     """What such a config says. Raises ConfigError, UnsupportedError."""
     if config.get("expert_dtype", "fp8") != "fp8":
         raise UnsupportedError(
@@ -39,19 +36,14 @@ def read(config: Mapping[str, Any]) -> Meaning:
             f"quantization_config.modules_to_convert is {config['modules_to_convert']!r}: hf_fp8 has no embeddings in FP8. "
             "transformers reads this checkpoint: load it without an FP8Config"
         )
-    codes = value(config, "fmt", CODES, "e4m3")
+    codes = one_of(config, "fmt", CODES, "e4m3")
     is_mx = config.get("quant_method") == MXFP8_METHOD
-    has_powers = value(config, "scale_fmt", {"float": False, "ue8m0": True, None: is_mx})
-    is_static = value(config, "activation_scheme", {"dynamic": False, "static": True}, "dynamic")
+    has_powers = one_of(config, "scale_fmt", {"float": False, "ue8m0": True, None: is_mx})
+    is_static = one_of(config, "activation_scheme", {"dynamic": False, "static": True}, "dynamic")
     scheme = _scheme(config.get("weight_block_size", MX_BLOCK if is_mx else None), codes, is_static)
     if has_powers and scheme.weight.granularity == MXFP8.weight.granularity and codes == FP8:
         scheme = MXFP8
-    return Meaning({"group_0": Target(scheme)}, skipped(config), listed(config))
-
-
-def listed(config: Mapping[str, Any]) -> list[str]:
-    """The skip list of a config. Raises ConfigError if it is none."""
-    return names_in(config, SKIPPED, "ignored_layers")
+    return Translation({"group_0": Target(scheme)}, skip_list.skipped(config), skip_list.listed(config))
 
 
 def _scheme(block: Any, codes: Any, is_static: bool) -> Scheme:
@@ -68,27 +60,6 @@ def _scheme(block: Any, codes: Any, is_static: bool) -> Scheme:
             "dynamic inputs"
         )
     return Scheme(TensorScheme(Granularity(*block), dtype=codes), TensorScheme(Granularity(1, block[1]), dynamic=True))
-
-
-def skipped(config: Mapping[str, Any]) -> list[str]:
-    """The `ignore` for a skip list of transformers: each entry is a regular expression that matches from the start of a name to
-    the end of one of its parts, or the end of a name. Raises ConfigError."""
-    entries = listed(config)
-    for entry in entries:
-        try:
-            re.compile(entry)
-        except re.error as error:
-            raise ConfigError(f"quantization_config.{SKIPPED}: {entry!r} is not a valid regular expression ({error})") from None
-    starts = [f"(?:{entry}){_BOUNDARY}" for entry in entries]
-    return any_of([*starts, *(f".*{re.escape(entry)}" for entry in entries)])
-
-
-def ignoring(config: Mapping[str, Any], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
-    """The config with more dense modules. Without a list, transformers skips the output embedding: so it is given all of
-    them."""
-    key = "ignored_layers" if "ignored_layers" in config and config.get(SKIPPED) is None else SKIPPED
-    listed = names_in(config, key) if config.get(key) is not None else list(every)
-    return {**config, key: list(dict.fromkeys([*listed, *(name.removeprefix("re:") for name in new)]))}
 
 
 def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
@@ -111,7 +82,7 @@ def write(groups: Mapping[str, Target], dense: Sequence[str]) -> dict[str, Any]:
     is_static = inputs is not None and not inputs.dynamic
     return {
         "quant_method": METHOD, "fmt": "e4m3", "activation_scheme": "static" if is_static else "dynamic",
-        "weight_block_size": block, "scale_fmt": "ue8m0" if weight.mx else "float", SKIPPED: list(dense),
+        "weight_block_size": block, "scale_fmt": "ue8m0" if weight.mx else "float", skip_list.KEY: list(dense),
     }  # fmt: skip
 
 
@@ -122,17 +93,18 @@ def describes(config: Mapping[str, Any]) -> bool:
 
 FINE_GRAINED = Dialect(
     name="fine-grained fp8",
+    words="modules_to_not_convert lists dense modules, weight_block_size says what a scale covers, fmt what codes are, and "
+    "activation_scheme whether inputs have static scales",
     methods=(METHOD, MXFP8_METHOD),
     describes=describes,
-    by_default=never,  # transformers reads it
     read=read,
-    ignoring=ignoring,
+    ignoring=skip_list.ignoring,
 )
 WRITER = Writer(
     METHOD,
     write,
-    leaves={WEIGHT_SCALE: "weight_scale_inv", INPUT_SCALE: "activation_scale"},
-    of_stack={WEIGHT_SCALE: "_scale_inv", INPUT_SCALE: "_activation_scale"},
+    scale_names={WEIGHT_SCALE: "weight_scale_inv", INPUT_SCALE: "activation_scale"},
+    stack_suffixes={WEIGHT_SCALE: "_scale_inv", INPUT_SCALE: "_activation_scale"},
     is_scalar=True,
     dialect=FINE_GRAINED,
 )

@@ -8,14 +8,13 @@ config.json: `ignore`) has names with wildcards. Tensors: `weight` (E4M3), `weig
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
 from ...formats.scheme import FP8_DYNAMIC, FP8_STATIC, MXFP8, Granularity, Scheme, TensorScheme
-from .base import CACHE, Dialect, Meaning, Sidecar, Target, always, any_of, module_or_inside, names_in
+from .base import CACHE, ConfigFile, Dialect, Target, Translation, any_of, module_or_inside, names_in
 
 METHOD = "modelopt"
 # Name of the file in which older versions describe the quantization, and newer ones, too.
@@ -28,7 +27,7 @@ SCHEMES = {
 }
 
 
-def read(config: Mapping[str, Any]) -> Meaning:
+def read(config: Mapping[str, Any]) -> Translation:
     """What such a config says, in the form of either file. Raises ConfigError, UnsupportedError."""
     said = _details(config)
     algorithm = said.get("quant_algo")
@@ -38,8 +37,9 @@ def read(config: Mapping[str, Any]) -> Meaning:
         groups = _mixed(said.get("quantized_layers"))
     else:
         groups = {"group_0": Target(_scheme(algorithm, said, "quantization_config"))}
+    _check_groups(said)
     listed = names_in(said, "exclude_modules", "ignore")
-    return Meaning(groups, any_of(map(_wildcards, listed)), listed, _cache(said))
+    return Translation(groups, any_of(map(_wildcards, listed)), listed, _cache(said))
 
 
 def _details(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -48,6 +48,20 @@ def _details(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise ConfigError(f"{FILE}: quantization is {found!r}, not an object")
     return found
+
+
+def _check_groups(said: Mapping[str, Any]) -> None:
+    """Raise for `config_groups`, which say the same as `quant_algo`, if they are not about FP8."""
+    groups = said.get("config_groups") or {}
+    for name, group in groups.items() if isinstance(groups, Mapping) else [("", groups)]:
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            raise ConfigError(f"quantization_config.config_groups is {str(groups)[:120]!r}: it must say what `weights` are")
+        if (weights.get("num_bits"), weights.get("type", "float")) != (8, "float"):
+            raise UnsupportedError(
+                f"quantization_config.config_groups[{name!r}] has {weights.get('num_bits')}-bit {weights.get('type')} weights: "
+                f"of ModelOpt's checkpoints hf_fp8 reads those in FP8 ({', '.join(SCHEMES)})"
+            )
 
 
 def _scheme(algorithm: str, said: Mapping[str, Any], where: str) -> Scheme:
@@ -79,6 +93,10 @@ def _mixed(layers: Any) -> dict[str, Target]:
 def _cache(said: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `kv_cache_scheme`. hf_fp8 carries its scales, whatever they are for."""
     found = said.get("kv_cache_scheme") or said.get("kv_cache_quant_algo")
+    if not isinstance(found, str | Mapping | None):
+        raise ConfigError(
+            f"quantization_config.kv_cache_scheme is {found!r}: it must be an object, or the name of an algorithm"
+        )
     is_fp8 = (isinstance(found, str) and found.upper() == "FP8") or (isinstance(found, Mapping) and found.get("num_bits") == 8)
     return dict(CACHE) if is_fp8 else None
 
@@ -103,31 +121,19 @@ def _as_wildcards(name: str) -> str:
     return re.sub(r"\\(.)", r"\1", name.removeprefix("re:").removesuffix("$").replace(r"\d+", "*"))
 
 
-def read_sidecar(content: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_file(content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config that `hf_quant_config.json` stands for; None if it is about the KV cache only. Raises ConfigError."""
-    if _details({"quantization": None, **content}).get("quant_algo") is None:
-        return None
-    return {"quant_method": METHOD, **content}
-
-
-def write_sidecar(config: Mapping[str, Any]) -> str:
-    """The contents of `hf_quant_config.json` that say the same as a config, in the form in which ModelOpt writes it."""
-    if "quantization" in config:
-        found = {key: part for key, part in config.items() if key != "quant_method"}
-    else:
-        keys = ("quant_algo", "quantized_layers", "group_size")
-        about = {key: config[key] for key in keys if key in config}
-        about["kv_cache_quant_algo"] = "FP8" if _cache(config) else None
-        about["exclude_modules"] = names_in(config, "ignore")
-        found = {"producer": config.get("producer", {"name": METHOD}), "quantization": about}
-    return json.dumps(found, indent=4)
+    if not isinstance(about := content.get("quantization"), Mapping):
+        raise ConfigError(f"{FILE} has no object `quantization` (found {str(about)[:120]!r})")
+    return None if about.get("quant_algo") is None else {**content, "quant_method": METHOD}
 
 
 MODELOPT = Dialect(
     name="ModelOpt",
+    words="ignore (in hf_quant_config.json: exclude_modules) lists dense modules, and quant_algo names the scheme",
     methods=(METHOD, "modelopt_fp8", "modelopt_mixed"),
-    by_default=always,
+    by_default=True,
     read=read,
     ignoring=ignoring,
-    sidecar=Sidecar(FILE, read_sidecar, write_sidecar),
+    file=ConfigFile(FILE, read_file),
 )

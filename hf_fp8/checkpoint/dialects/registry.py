@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...errors import ConfigError, FP8Error
 from ..files import LOCAL, FileSystem, read_json
 from .autofp8 import AUTOFP8
 from .base import COMPRESSED_TENSORS, Dialect, Writer
@@ -15,16 +16,19 @@ from .fine_grained import WRITER as FP8
 from .modelopt import MODELOPT
 
 DIALECTS = (FINE_GRAINED, AUTOFP8, FBGEMM, MODELOPT)
+# What hf_fp8 reads, for messages.
+READ = ", ".join(["compressed-tensors", *(dialect.name for dialect in DIALECTS)])
 # What a checkpoint can be converted to.
 WRITERS: dict[str, Writer] = {writer.name: writer for writer in (COMPRESSED_TENSORS, FP8)}
-# Files beside config.json that may describe the quantization.
-SIDECARS = {dialect.sidecar.file: dialect.sidecar for dialect in DIALECTS if dialect.sidecar is not None}
+# Files beside config.json that may describe the quantization, with the dialect that they are in.
+CONFIG_FILES = {dialect.file.name: dialect for dialect in DIALECTS if dialect.file is not None}
 
 
 def dialect_of(config: Mapping[str, Any]) -> Dialect | None:
     """The dialect of a `quantization_config`; None for compressed-tensors and methods that hf_fp8 does not read."""
     method = config.get("quant_method")
-    return next((dialect for dialect in DIALECTS if method in dialect.methods and dialect.describes(config)), None)
+    mine = (dialect for dialect in DIALECTS if method in dialect.methods)
+    return next((dialect for dialect in mine if dialect.describes is None or dialect.describes(config)), None)
 
 
 def config_beside(folder: Path, fs: FileSystem = LOCAL) -> dict[str, Any] | None:
@@ -32,5 +36,30 @@ def config_beside(folder: Path, fs: FileSystem = LOCAL) -> dict[str, Any] | None
 
     Raises CorruptFileError, ConfigError.
     """
-    found = (sidecar.read(read_json(folder / name, fs=fs)) for name, sidecar in SIDECARS.items() if fs.is_there(folder / name))
-    return next((config for config in found if config is not None), None)
+    there = (name for name in CONFIG_FILES if fs.is_there(folder / name))
+    return next((config_in(name, read_json(folder / name, fs=fs)) for name in there), None)
+
+
+def config_in(name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config` that `content`, of the file `name` of `CONFIG_FILES`, stands for; None if it says nothing of
+    weights. Raises ConfigError."""
+    file = CONFIG_FILES[name].file
+    assert file is not None
+    return file.read(content)
+
+
+def check_beside(config: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the contents of another file (`Dialect.file`) contradict the config that is in config.json."""
+    dialect = dialect_of(config)
+    assert dialect is not None and dialect.file is not None
+    try:
+        other = dialect.file.read(content)
+        schemes = [] if other is None else [target.scheme for target in dialect.read(other).groups.values()]
+    except FP8Error as error:
+        raise ConfigError(f"{dialect.file.name} contradicts the quantization_config in config.json ({error})") from error
+    if set(schemes) != {target.scheme for target in dialect.read(config).groups.values()}:
+        said = "; ".join(scheme.describe() for scheme in schemes) or "that no weights are quantized"
+        raise ConfigError(
+            f"{dialect.file.name} says {said}, and the quantization_config in config.json something else: only one of them can "
+            "be right. Remove the other"
+        )
