@@ -273,7 +273,7 @@ def test_options(option: dict[str, Any], words: str) -> None:
 
 def test_config_for_a_model_that_is_not_quantized(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no compressed-tensors"):
+    with pytest.raises(ConfigError, match="no `quantization_config`"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FP8Config())
 
 

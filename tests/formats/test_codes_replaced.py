@@ -37,12 +37,28 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "data = another shape": lambda w: setattr(w, "data", w.float()[:3]),
     "cast back": lambda w: setattr(w, "data", (w.data * 1.01).to(w.dtype)),
     "copied, cast back": lambda w: w.data.copy_(((w.data + w.data * 0.99) / 2).to(w.dtype)),
+    "an empty one, filled": lambda w: setattr(w, "data", torch.empty_like(w).copy_((w.data * 1.01).to(w.dtype))),
     "out=": lambda w: torch.add(OTHER, 1, out=w),
     "foreach": lambda w: torch._foreach_mul_([w], 2),
     "lerp_": lambda w: w.lerp_(OTHER, 0.1),
     "input cast to codes": lambda w: X.to(w.dtype) @ w.T,
     "linear of codes": lambda w: nn.functional.linear(X.to(w.dtype), w),
 }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "INT8"])
+@pytest.mark.parametrize("byte", [0, 1, 0x7F])
+def test_memory_of_codes_may_be_freed(scheme: str, byte: int) -> None:
+    """diffusers does so when it offloads to disk. What is in fresh memory may look like values that were cast."""
+    model = net(scheme)
+    weight, x = model[0].weight, torch.randn(3, K)
+    codes, wanted = weight.codes.clone(), model(x)
+    for made in (torch.empty_like(weight.data), weight.new_empty(weight.shape)):
+        made.untyped_storage().fill_(byte)
+        weight.data = made
+        weight.data = codes.clone()
+        assert torch.equal(model(x), wanted)
 
 
 @torch.no_grad()

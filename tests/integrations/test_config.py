@@ -197,7 +197,7 @@ def test_a_request_for_quantizing_is_not_for_an_fp8_checkpoint(fp8: Path, dense:
         with pytest.raises(ConfigError, match="quantized already"):
             load(fp8, way)
     for way in (KEEP, KEEP.to_dict(), {"quant_method": "hf_fp8"}):
-        with pytest.raises(ConfigError, match="has no compressed-tensors"):
+        with pytest.raises(ConfigError, match="has no `quantization_config`"):
             load(dense, way)
 
 

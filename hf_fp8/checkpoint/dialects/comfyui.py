@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, MismatchError, MissingTensorError, ScaleError, UnsupportedError
-from ...formats.code_types import CODE_TYPES
 from ...formats.scheme import TENSOR, Scheme, TensorScheme
 from ...formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..headers import TensorInfo
@@ -72,17 +71,9 @@ class Layer:
 
     @property
     def scheme(self) -> Scheme:
-        """One scale for the weight; inputs static if there is a scale for them, else not quantized.
-
-        Raises UnsupportedError for codes that hf_fp8 does not run.
-        """
-        dtype = DTYPES[self.dtype]
-        if dtype not in CODE_TYPES:
-            raise UnsupportedError(
-                f"{self.keys[WEIGHT]} is {self.dtype}: hf_fp8 runs F8_E4M3 weights. Pass dequantize=True to load it dense"
-            )
+        """One scale for the weight; inputs static if there is a scale for them, else not quantized."""
         inputs = TensorScheme(TENSOR) if INPUT_SCALE in self.keys else None
-        return Scheme(TensorScheme(TENSOR, dtype=dtype), inputs)
+        return Scheme(TensorScheme(TENSOR, dtype=DTYPES[self.dtype]), inputs)
 
 
 @dataclass(frozen=True)

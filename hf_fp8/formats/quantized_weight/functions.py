@@ -48,6 +48,8 @@ _ASKS = frozenset(
         "__dlpack_device__",
     }
 )  # fmt: skip
+# Of these, functions whose result has no values yet; and the attribute that says so of it.
+_EMPTY, _UNFILLED = frozenset({"empty_like", "new_empty", "new_empty_strided"}), "_hf_fp8_unfilled"
 # Functions that return the same numbers on another device or in another shape.
 _MOVES = frozenset(
     {
@@ -70,7 +72,8 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     name = name_of(func)
     if name in _ASKS:
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+        return _marked_empty(found) if name in _EMPTY else found
     first: Any = args[0] if args else None
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and str(func).startswith("hf_fp8."):
         args, kwargs = tree_map_only(QuantizedWeight, codes_of, (args, kwargs))
@@ -112,6 +115,18 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     read = partial(values, dtype=torch.float32) if name in _COMPARES and not others else values
     args, kwargs = tree_map_only(QuantizedWeight, read, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _marked_empty(found: Any) -> Any:
+    """A new tensor without values, marked as such: with one, memory of a weight is freed (``p.data = torch.empty_like(p)``)."""
+    if not torch.compiler.is_compiling():
+        setattr(found, _UNFILLED, True)
+    return found
+
+
+def _is_unfilled(tensor: torch.Tensor) -> bool:
+    """Whether nothing has been written to a tensor of `_marked_empty`: what is in it may look like anything."""
+    return getattr(tensor, _UNFILLED, False) and not tensor.is_inference() and tensor._version == 0
 
 
 def _is_dtype(args: Any, kwargs: Any) -> bool:
@@ -227,7 +242,7 @@ def _accept_codes(weight: QuantizedWeight, new: torch.Tensor, how: str) -> None:
 
     Raises UnsupportedError for codes whose scale cannot be taken over, and for values that were cast to the dtype of codes.
     """
-    if is_certain():
+    if is_certain() or _is_unfilled(new):
         return
     if type(new) is not QuantizedWeight and (weight._source.exported or is_whole(weight)):
         if not weight._source.exported:  # data loaded into a state dict comes with scales
