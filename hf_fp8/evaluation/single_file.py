@@ -13,10 +13,13 @@ from ..checkpoint.dialects import comfyui
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stored_weight import wrong_values
 from ..checkpoint.writer import nbytes
-from ..errors import CheckpointError, FP8Error, ScaleError, UnusedTensorError
+from ..errors import CheckpointError, FP8Error, MissingTensorError, ScaleError, UnusedTensorError
 from ..formats.storage import WEIGHT
 from ..quantization.files import total_bytes
 from .inspection import GroupFound, Inspection, sizes_of
+
+# Names of embeddings, which may be cast to FP8 without a scale in a file where Linears have scales.
+_EMBEDDING = re.compile(r"embed|shared|wte")
 
 
 def inspect_file(file: str) -> Inspection:
@@ -79,6 +82,12 @@ def _described(checkpoint: Checkpoint) -> comfyui.Description:
     """`comfyui.describe`, and the check that all scales are used."""
     (file,) = checkpoint.files
     described = comfyui.describe(checkpoint.metadata(file), checkpoint.tensors, checkpoint.load)
+    bare = [layer for layer in described.layers.values() if described.form == comfyui.SCALED_FP8 and len(layer.keys) == 1]
+    if lacking := [layer.name for layer in bare if not _EMBEDDING.search(layer.name)]:
+        raise MissingTensorError(
+            f"{lacking[0]}.scale_weight is not in the file, but {lacking[0]}.{WEIGHT} is in FP8, and the file is marked as one "
+            f"with scales ({comfyui.MARKER})"
+        )
     used = {key for layer in described.layers.values() for key in layer.keys.values()} | described.markers
     unused = [key for key in checkpoint.tensors if comfyui.is_beside(key) and key not in used]
     if unused:

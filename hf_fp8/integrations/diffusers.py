@@ -422,6 +422,13 @@ def forget(model: Any) -> None:
     model._internal_dict = type(model._internal_dict)(kept)
 
 
+def _not_quantized(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The parameters of a model outside of its quantized layers, by name."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    inside = {id(tensor) for module in quantized for tensor in module.parameters()}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in inside]
+
+
 def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """`ModelMixin.save_pretrained`, which writes what `state_dict` has: codes and scales. Here the config is made to say so.
 
@@ -432,11 +439,18 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
         if (adapter := adapters(self)) is not None:
             raise UnsupportedError(
                 f"{adapter} has an adapter, which a checkpoint of the model cannot contain: save it by itself "
-                "(save_lora_adapter), and unload it (pipe.unload_lora_weights()) or fuse it before the model is saved"
+                "(save_lora_adapter), and unload it (model.unload_lora(), pipe.unload_lora_weights()), after fuse_lora() if the "
+                "model is to keep its change"
             )
         offloaded = [name for name, m in self.named_modules() if isinstance(m, QuantizedModule) and m.is_offloaded]
         if offloaded:
             raise UnsupportedError(f"{first(offloaded)} are offloaded, and cannot be saved: move the model to the CPU first")
+        cast = [name for name, parameter in _not_quantized(self) if parameter.is_floating_point() and parameter.itemsize == 1]
+        if cast:
+            raise UnsupportedError(
+                f"{first(cast)} are held in 8 bits by layerwise casting, and would be read as codes: save the model before "
+                "enable_layerwise_casting"
+            )
         if kwargs.get("use_flashpack"):
             raise UnsupportedError("use_flashpack casts all tensors to one dtype, codes too: leave it out")
         describe(self)

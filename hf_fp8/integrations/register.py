@@ -90,8 +90,8 @@ def get_hf_quantizer(host: Any, config: PreTrainedConfig, quantization_config: A
         # The host's Auto classes treat ``quantization_config=None`` as a setting of the model's config, and overwrite it.
         written, before = written or before, None
     if written is not None and is_ours(written, asked=_is_asked(quantization_config)):
-        if other is not None and not is_beside:
-            check_beside(written, other[1])
+        if other is not None and not is_beside and (lists := check_beside(written, other[1])):
+            logger.warning(f"hf_fp8: {other[0]} lists other dense modules than config.json, whose list is used: {lists}")
         config.quantization_config = merge(written, quantization_config, None if other is None else other[1])
         config.quantization_config.of_another_load = is_beside  # the files decide whether they are dense by now
         for part in (config, config.get_text_config(decoder=True)):

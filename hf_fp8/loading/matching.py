@@ -75,7 +75,9 @@ def match_checkpoint(
         if (said := spec.in_dialect) is None:
             raise
         # These errors speak of compressed-tensors' keys, into which the config was translated.
-        raise type(error)(f"{error}. (The config is in the format of {said.dialect.name}: {said.dialect.words}.)") from error
+        raise type(error)(
+            f"{str(error).rstrip('.')}. (The config is in the format of {said.dialect.name}: {said.dialect.words}.)"
+        ) from error
 
 
 def _match(

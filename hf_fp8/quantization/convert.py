@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..checkpoint.config_groups import Group
+from ..checkpoint.config_groups import Group, groups_of
 from ..checkpoint.dialects.base import CACHE, Target, Writer
 from ..checkpoint.dialects.registry import WRITERS
 from ..checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Checkpoint, TensorInfo
@@ -94,12 +95,11 @@ def convert_checkpoint(
         new: _Conversion = _Renamed(reading, WRITERS[to])
     else:
         new = _Requantized(reading, WRITERS[to], scheme)
-    config = new.config()
     now = reading.spec.in_dialect
     if scheme is None and (now and now.dialect) is WRITERS[to].dialect and not new.renames:
         said = to if now is None else now.dialect.name
         raise ConfigError(f"{source.folder} is in the {said} format already: there is nothing to convert")
-    written = new.headers()
+    config, written = new.config(), new.headers()
     write_checkpoint(source, destination, checkpoint, written, new.make, new.copied, config, overwrite, tick)
     return Written(len(new.weights), total_bytes(checkpoint), total_bytes(written)), new.error
 
@@ -145,11 +145,18 @@ class _Conversion:
 
     def config(self) -> dict[str, Any]:
         """The new `quantization_config`. Raises ConfigError for schemes that the dialect cannot describe."""
-        written = self.writer.write(self.groups(), self.reading.layout.scan.all_dense)
+        written = self.writer.write(self.groups(), list(dict.fromkeys([*self.reading.layout.scan.all_dense, *self._tied()])))
         if "kv_cache_scheme" in written:
             said, scales = self.reading.spec.kv_cache_scheme, self.reading.layout.scan.cache
             written["kv_cache_scheme"] = said.model_dump(mode="json") if said else CACHE if scales else None
         return written
+
+    def _tied(self) -> list[str]:
+        """Linears of the model that the files have no weight for, such as an output embedding that is tied: they are dense, and
+        readers would take them for quantized."""
+        there = {weight.module for weight in self.weights.values()}
+        linears = [name for name, module in self.reading.model.modules.items() if issubclass(module.cls, nn.Linear)]
+        return [name for name in linears if name not in there and groups_of(self.reading.spec.groups, (name,), ("Linear",))]
 
     def _cache_keys(self, key: str) -> list[str]:
         for pattern, ends in _CACHE_NAMES:

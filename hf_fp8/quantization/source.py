@@ -233,6 +233,11 @@ def type_of(source: Source) -> str:
 
 def _config(path: Path, folder: Path, text: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     """The config that transformers reads from `folder`. path: of the file, for messages."""
+    if "_class_name" in text and "model_type" not in text:
+        raise ConfigError(
+            f"{path} is of diffusers (_class_name {text['_class_name']!r}), and this command takes transformers' checkpoints: "
+            "quantize and load it in Python (docs/diffusion.md)"
+        )
     try:
         if "configuration_files" in text and (other := get_configuration_file(text["configuration_files"])) != path.name:
             raise UnsupportedError(f"{path} refers to {other}, which transformers reads instead: replace it by that file")

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import save_file
 from support.commands import run
 
+from hf_fp8 import load_fp8_state_dict
+from hf_fp8.errors import UnusedTensorError
+
 Capture = pytest.CaptureFixture[str]
 FP8 = torch.float8_e4m3fn
 State = dict[str, torch.Tensor]
@@ -63,11 +66,27 @@ def test_other_forms(tmp_path: Path, capsys: Capture) -> None:
     assert "has no FP8 weights" in capsys.readouterr().err
 
 
+def test_diffusers_folders_are_named(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    run("inspect", tmp_path, code=1)
+    assert "is of diffusers (_class_name 'FluxTransformer2DModel')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scale", "weight.scale", "deq_scale", "weight_inv_scale", "weight_scaler"])
+def test_scales_under_other_names(name: str, tmp_path: Path, capsys: Capture) -> None:
+    path = file(tmp_path, {"a.weight": torch.ones(8, 8).to(FP8), f"a.{name}": torch.tensor(0.5)})
+    run("verify", path, code=1)
+    assert f"a.{name} looks like a scale of a.weight" in capsys.readouterr().err
+    with pytest.raises(UnusedTensorError, match=f"a.{name}"):
+        load_fp8_state_dict(torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8, bias=False)}), path, strict=False)
+
+
 FAULTS = {
     "NaN scale": ("blocks.1.attn.scale_weight", torch.tensor(torch.nan), "scale_weight contains nan", False),
     "NaN code": ("blocks.1.attn.weight", torch.full((32, 16), torch.nan).to(FP8), "attn.weight has codes that are not", False),
     "scale without its weight": ("blocks.9.attn.scale_weight", torch.tensor(1.0), "blocks.9.attn.weight is not in", True),
     "scale of another format": ("blocks.9.attn.weight_scale", torch.tensor(1.0), "weight_scale belongs to no FP8 weight", True),
+    "no scale": ("blocks.9.attn.weight", torch.ones(32, 16).to(FP8), "blocks.9.attn.scale_weight is not in the file", True),
     "scale per channel": ("blocks.1.attn.scale_weight", torch.ones(32), "scale_weight is F32 [32]", True),
 }
 

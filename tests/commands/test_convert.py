@@ -151,6 +151,17 @@ def test_stock_quantizes_nothing_that_is_dense(name: str, tmp_path: Path) -> Non
         assert skipped_by_transformers(tmp_path / "fp8", model) == linears - text
 
 
+def test_a_tied_head_is_named(tmp_path: Path) -> None:
+    """It is not in the files: other readers would take it for quantized, and make up a scale."""
+    model, path = tiny_llama(tie_word_embeddings=True), tmp_path / "source"
+    _, dense = write_in("autofp8", model, path, is_linear)
+    run("convert", path, tmp_path / "new", "--to", "compressed-tensors")
+    assert config_of(tmp_path / "new")["ignore"] == ["lm_head"]
+    with stock_transformers():
+        stock = causal(AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32))
+    assert error(stock, dense_logits(model, dense, tmp_path / "dense")) <= 0.3  # its inputs are quantized
+
+
 def test_dense_experts_are_named(tmp_path: Path) -> None:
     """The experts of one layer are dense: each by its name in the files, and the module that holds them."""
     model, path = MOE["qwen3_moe"](), tmp_path / "source"
@@ -284,6 +295,7 @@ def test_refused(tmp_path: Path, capsys: Capture) -> None:
     assert "cannot have channel x token (dynamic)" in refused(capsys, tmp_path / "channel", new, "--to", "fp8")
     assert "cannot have tensor x tensor (dynamic)" in refused(capsys, tmp_path / "tensor", new, "--to", "fp8")
     write_in("E5M2", tiny_llama(), tmp_path / "e5m2", is_linear)
+    assert "in the fine-grained fp8 format already" in refused(capsys, tmp_path / "e5m2", new, "--to", "fp8")
     assert "cannot describe E5M2 weights" in refused(capsys, tmp_path / "e5m2", new, "--to", "compressed-tensors")
     run("convert", tmp_path / "e5m2", tmp_path / "e4m3", "--to", "fp8", "--scheme", "FP8_BLOCK")
     assert "is not quantized" in refused(capsys, tmp_path / "dense", new, "--to", "fp8")

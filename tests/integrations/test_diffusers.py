@@ -651,6 +651,14 @@ def test_layerwise_casting(dense: dict[Any, Path]) -> None:
     assert half.dtype == torch.bfloat16 and run(half).dtype == torch.bfloat16
 
 
+def test_layers_that_are_cast_are_not_saved_as_codes(dense: dict[Any, Path], tmp_path: Path) -> None:
+    model = load(FLUX, dense[FLUX], FP8Config("FP8_DYNAMIC", ignore=["re:single.*"], backend="weight_only"))
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(errors.UnsupportedError, match=r"single_transformer_blocks.*layerwise casting"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("kind", [FLUX, UNET])
 @pytest.mark.parametrize("how", ["leaf", "block", "disk"])
 def test_group_offload(kind: Any, how: str, dense: dict[Any, Path], tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def both_files(path: Path, **about: Any) -> Path:
     return path
 
 
-def test_both_files_of_modelopt(tmp_path: Path) -> None:
+def test_both_files_of_modelopt(tmp_path: Path, propagated: None, caplog: pytest.LogCaptureFixture) -> None:
     """Both are saved as they were read, and both name a layer that has become dense. One is not invented."""
     path = both_files(tmp_path / "fp8")
     model = load(path, dtype=torch.bfloat16)
@@ -363,6 +363,9 @@ def test_both_files_of_modelopt(tmp_path: Path) -> None:
     lists = [config_of(tmp_path / "changed")["ignore"], json.loads((tmp_path / "changed" / FILE).read_text())["quantization"]]
     assert lists[0] == lists[1]["exclude_modules"] and "model.layers.1.mlp.up_proj" in lists[0]
     assert torch.equal(causal(load(tmp_path / "changed", dtype=torch.bfloat16)), causal(model))
+    both_files(tmp_path / "other", exclude_modules=["*"])
+    load(tmp_path / "other")
+    assert "hf_quant_config.json lists other dense modules" in caplog.text
     write_in("modelopt", tiny_llama(), tmp_path / "one", is_linear)
     load(tmp_path / "one").save_pretrained(tmp_path / "one saved")
     assert not (tmp_path / "one saved" / FILE).exists()

@@ -18,6 +18,7 @@ Scales are factors that stored values are multiplied by. Nothing here reads valu
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError, MismatchError, MissingTensorError, ScaleError, UnsupportedError
+from ...errors import ConfigError, MismatchError, MissingTensorError, ScaleError, UnsupportedError, UnusedTensorError
 from ...formats.scheme import TENSOR, Scheme, TensorScheme
 from ...formats.storage import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from ..headers import TensorInfo
@@ -96,23 +97,24 @@ def describe(
 
     metadata: the header's `__metadata__`. tensors: by key. read: the values of a tensor, called for `X.comfy_quant` only.
 
-    Raises, naming the tensor or the layer: ConfigError for metadata that cannot be read; UnsupportedError for other formats
-    than FP8 with one scale per tensor; MissingTensorError, MismatchError and ScaleError for layers whose tensors do not fit.
+    Raises, naming the tensor or the layer: UnusedTensorError for a scale under a name that is not known; ConfigError for
+    metadata that cannot be read; UnsupportedError for other formats than FP8 with one scale per tensor; MissingTensorError,
+    MismatchError and ScaleError for layers whose tensors do not fit.
     """
     markers = {key for key in tensors if _leaf(key) in (MARKER, QUANT) or key == ATTENTION or key.endswith(f".{ATTENTION}")}
     configs = _configs(metadata, tensors, read)
     if configs is not None:
         layers = {name: _configured(name, config, tensors) for name, config in configs.items()}
-        layers |= {layer.name: layer for layer in _cast(tensors, without=layers)}
+        layers |= _cast(tensors, without=layers)
         return Description(COMFY_QUANT, layers, frozenset(markers))
     prefixes = {key.removesuffix(MARKER): tensors[key] for key in markers if _leaf(key) == MARKER}
     if not prefixes:
-        return Description(CAST, {layer.name: layer for layer in _cast(tensors)}, frozenset(markers))
+        return Description(CAST, _cast(tensors), frozenset(markers))
     layers = {}
     for prefix, marker in sorted(prefixes.items()):  # the longest last
         _check_marker(prefix + MARKER, marker)
         layers |= _scaled(prefix, marker, tensors)
-    layers |= {layer.name: layer for layer in _cast(tensors, without=layers)}
+    layers |= _cast(tensors, without=layers)
     return Description(SCALED_FP8, layers, frozenset(markers))
 
 
@@ -218,11 +220,21 @@ def _layer(name: str, form: str, tensors: Mapping[str, TensorInfo], full_precisi
     return Layer(name, weight.dtype, keys, full_precision)
 
 
-def _cast(tensors: Mapping[str, TensorInfo], without: Mapping[str, Any] | None = None) -> list[Layer]:
-    """The matrices named `weight` that are in FP8 without a scale, of layers that are not in `without`."""
-    found = []
+def _cast(tensors: Mapping[str, TensorInfo], without: Mapping[str, Any] | None = None) -> dict[str, Layer]:
+    """The matrices named `weight` that are in FP8 without a scale, of layers that are not in `without`, by name.
+
+    Raises UnusedTensorError if there is a number beside one that may be its scale.
+    """
+    found = {}
     for key, info in tensors.items():
         name = key.removesuffix(WEIGHT).removesuffix(".")
         if _leaf(key) == WEIGHT and info.dtype in DTYPES and len(info.shape) == 2 and name not in (without or {}):
-            found.append(Layer(name, info.dtype, {WEIGHT: key}))
+            found[name] = Layer(name, info.dtype, {WEIGHT: key})
+    for key, info in tensors.items():
+        owner = re.sub(r"[._](weight\.)?[a-z_]*scale[a-z_]*$", "", key)
+        if owner != key and owner in found and math.prod(info.shape) == 1 and not is_beside(key):
+            raise UnusedTensorError(
+                f"{key} looks like a scale of {owner}.{WEIGHT}, which is in FP8, but is not a name of one that hf_fp8 knows "
+                f"({', '.join([*SCALES[SCALED_FP8].values(), *SCALES[COMFY_QUANT].values()])}): rename it, or remove it"
+            )
     return found

@@ -48,18 +48,24 @@ def config_in(name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
     return file.read(content)
 
 
-def check_beside(config: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the contents of another file (`Dialect.file`) contradict the config that is in config.json."""
+def check_beside(config: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Raise ConfigError if the contents of another file (`Dialect.file`) contradict the config that is in config.json.
+
+    Returns the lists of dense modules, for a message, if they differ; else "".
+    """
     dialect = dialect_of(config)
     assert dialect is not None and dialect.file is not None
+    own = dialect.read(config)
     try:
         other = dialect.file.read(content)
-        schemes = [] if other is None else [target.scheme for target in dialect.read(other).groups.values()]
+        said_there = None if other is None else dialect.read(other)
     except FP8Error as error:
         raise ConfigError(f"{dialect.file.name} contradicts the quantization_config in config.json ({error})") from error
-    if set(schemes) != {target.scheme for target in dialect.read(config).groups.values()}:
+    schemes = [] if said_there is None else [target.scheme for target in said_there.groups.values()]
+    if said_there is None or set(schemes) != {target.scheme for target in own.groups.values()}:
         said = "; ".join(scheme.describe() for scheme in schemes) or "that no weights are quantized"
         raise ConfigError(
             f"{dialect.file.name} says {said}, and the quantization_config in config.json something else: only one of them can "
             "be right. Remove the other"
         )
+    return "" if set(said_there.listed) == set(own.listed) else f"{list(said_there.listed)}, {list(own.listed)}"
