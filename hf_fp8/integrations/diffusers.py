@@ -439,8 +439,8 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
         if (adapter := adapters(self)) is not None:
             raise UnsupportedError(
                 f"{adapter} has an adapter, which a checkpoint of the model cannot contain: save it by itself "
-                "(save_lora_adapter), and unload it (model.unload_lora(), pipe.unload_lora_weights()), after fuse_lora() if the "
-                "model is to keep its change"
+                "(save_lora_adapter), and unload it (model.unload_lora(), pipe.unload_lora_weights()), after fuse_lora() if "
+                "the model is to keep its change"
             )
         offloaded = [name for name, m in self.named_modules() if isinstance(m, QuantizedModule) and m.is_offloaded]
         if offloaded:

@@ -318,8 +318,8 @@ def save_single_file(layers: Mapping[str, QuantizedLinear], state: Mapping[str, 
         weight = layer.scheme.weight
         if type(layer) is not QuantizedLinear or weight.dtype != FP8 or not weight.granularity.is_tensor:
             raise UnsupportedError(
-                f"{name} is a {type(layer).__name__} with {layer.scheme.describe()}; this format has Linears in FP8 (E4M3) with "
-                "one scale per tensor: quantize the float model with scheme='FP8_TENSOR' (or 'FP8' and hf_fp8.calibrate)"
+                f"{name} is a {type(layer).__name__} with {layer.scheme.describe()}; this format has Linears in FP8 (E4M3) "
+                "with one scale per tensor: quantize the float model with scheme='FP8_TENSOR' (or 'FP8' and hf_fp8.calibrate)"
             )
         one = form == SCALED_FP8 and layer.input_scale is not None and bool((layer.input_scale == 1).all())
         if one or (form == SCALED_FP8 and full[name] != all(full.values())):
