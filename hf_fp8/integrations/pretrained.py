@@ -90,15 +90,16 @@ def save_pretrained(host: Any, self: Any, save_directory: Any, *args: Any, **kwa
     If a model was dequantized, tensors that the host holds in a wider dtype than the rest are written in the files' dtype.
     """
     _refuse_unsavable(self, kwargs)
-    dtypes = vars(self).get(FILE_DTYPES)
-    if dtypes and getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None and len(args) < 2:
+    dtypes, is_given = vars(self).get(FILE_DTYPES), kwargs.get("state_dict") is not None or len(args) > 1
+    if dtypes and getattr(self, "hf_quantizer", None) is None and not is_given:
         kwargs["state_dict"] = self.state_dict()
         restore_dtypes(self, kwargs["state_dict"], dtypes, beyond=dtype_of(self))
     quantizer = getattr(self, "hf_quantizer", None)
     if not isinstance(quantizer, FP8HfQuantizer):
         saved = host(self, save_directory, *args, **kwargs)
         _drop_stale_index(Path(save_directory))
-        drop_stale_file(Path(save_directory), None)
+        if not is_given:  # else nobody knows what is saved: ModelOpt writes its file first, and then codes
+            drop_stale_file(Path(save_directory), None)
         return saved
     with quantizer.saving(Path(save_directory)):
         saved = host(self, save_directory, *args, **kwargs)

@@ -390,6 +390,9 @@ def test_a_file_of_what_was_there_before_is_removed(tmp_path: Path) -> None:
         model.save_pretrained(path)
         assert not (path / FILE).exists()
         AutoModelForCausalLM.from_pretrained(path)
+    path = both_files(tmp_path / "of ModelOpt itself")  # which writes the file, and then passes the codes as a state dict
+    tiny_llama().save_pretrained(path, state_dict=load_file(path / "model.safetensors"))
+    assert (path / FILE).exists()
     write_in("modelopt, in its own file", tiny_llama(), tmp_path / "fp8", is_linear)
     model = load(tmp_path / "fp8")
     for name, module in list(model.named_modules()):
