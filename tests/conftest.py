@@ -93,3 +93,13 @@ def fp8_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = FP8Config("FP8_DYNAMIC", targets=["Linear", "lm_head"], backend="weight_only")
     load(folder / "dense", config, dtype=torch.float32).save_pretrained(folder / "fp8")
     return folder / "fp8"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hub on this machine, with an empty cache (`support.hub_server`)."""
+    from support.hub_server import serving, use
+
+    with serving() as server:
+        use(monkeypatch, server.url, tmp_path / "cache")
+        yield server

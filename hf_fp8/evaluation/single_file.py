@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from ..checkpoint.dialects import comfyui
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stored_weight import wrong_values
@@ -17,6 +15,7 @@ from ..errors import CheckpointError, FP8Error, MissingTensorError, ScaleError, 
 from ..formats.storage import WEIGHT
 from ..quantization.files import total_bytes
 from .inspection import GroupFound, Inspection, sizes_of
+from .verify import refuse_not_finite
 
 # Names of embeddings, which may be cast to FP8 without a scale in a file where Linears have scales.
 _EMBEDDING = re.compile(r"embed|shared|wte")
@@ -66,8 +65,8 @@ def verify_file(file: str, tick: Callable[[int], Any] = lambda count: None) -> l
     for key, info in checkpoint.tensors.items():
         if key in scales and (wrong := wrong_values(checkpoint.load(key))) is not None:
             raise ScaleError(f"{key} {wrong}: the dequantized weights would be wrong")
-        if key in codes and not bool(checkpoint.load(key).to(torch.float32).isfinite().all()):
-            raise CheckpointError(f"{key} has codes that are not finite: the weight was damaged, or is")
+        if key in codes:
+            refuse_not_finite(key, checkpoint.load(key))
         tick(nbytes(info))
     kinds = Counter(layer.scheme.describe() for layer in described.layers.values())
     return [

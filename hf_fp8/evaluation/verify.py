@@ -9,13 +9,13 @@ import torch
 
 from ..checkpoint.writer import nbytes
 from ..errors import CheckpointError, MissingTensorError
-from ..formats.code_types import FP8
+from ..formats.code_types import E5M2, FP8
 from ..formats.storage import WEIGHT
 from ..quantization.files import read_quantized, total_bytes
 from ..quantization.source import Source, type_of
 
-# The code (8-bit value) of NaN in E4M3, without its sign.
-_NAN = 0x7F
+# The bits that are all set in codes (8-bit values) that are not finite: E4M3 has one NaN, E5M2 several, and infinity.
+_NOT_FINITE = {FP8: 0x7F, E5M2: 0x7C}
 
 
 def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: None) -> list[str]:
@@ -33,12 +33,10 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
             "all): they would be random"
         )
     unmatched = [weight.name for weight in [*weights, *layout.scan.host] if not weight.target]
-    codes = {weight.keys[WEIGHT] for weight in weights if weight.scheme.weight.dtype == FP8}  # int8 has no NaN
+    codes = {weight.keys[WEIGHT] for weight in weights if weight.scheme.weight.dtype in _NOT_FINITE}  # int8 has no NaN
     for key, info in checkpoint.tensors.items():
-        if key in codes and bool(((checkpoint.load(key).view(torch.uint8) & _NAN) == _NAN).any()):
-            raise CheckpointError(
-                f"{key} has codes that are NaN: the weight was not finite when it was quantized, or is damaged"
-            )
+        if key in codes:
+            refuse_not_finite(key, checkpoint.load(key))
         tick(nbytes(info))
     source.check_unchanged()
     checks = [
@@ -53,3 +51,12 @@ def verify_source(source: Source, tick: Callable[[int], Any] = lambda count: Non
     if unmatched:
         checks.append(f"{len(unmatched)} weights (for example {unmatched[0]}) that the model lacks: they are not loaded")
     return checks
+
+
+def refuse_not_finite(key: str, codes: torch.Tensor) -> None:
+    """Raise CheckpointError, naming the tensor, for E4M3 or E5M2 codes that are NaN or infinite."""
+    bits = _NOT_FINITE[codes.dtype]
+    if bool(((codes.view(torch.uint8) & bits) == bits).any()):
+        raise CheckpointError(
+            f"{key} has codes that are NaN or infinite: the weight was not finite when it was quantized, or is damaged"
+        )

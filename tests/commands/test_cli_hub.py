@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from support.build import differing, is_linear, tensors, tiny_llama, write
 from support.checkpoints import FOLDERS, checkpoint
 from support.commands import run
 from support.dialects import write_in
-from support.hub_server import TOKEN, HubServer, serving, use
+from support.hub_server import TOKEN, HubServer, use
 
 from hf_fp8.checkpoint import hub as remote
 from hf_fp8.checkpoint.hub import HubFolder
@@ -26,13 +26,6 @@ from hf_fp8.errors import CheckpointError
 
 NAME = "user/fp8"
 Said = Callable[..., str]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with serving() as server:
-        use(monkeypatch, server.url, tmp_path / "cache")
-        yield server
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_scales_under_other_names(name: str, tmp_path: Path, capsys: Capture) ->
 
 FAULTS = {
     "NaN scale": ("blocks.1.attn.scale_weight", torch.tensor(torch.nan), "scale_weight contains nan", False),
-    "NaN code": ("blocks.1.attn.weight", torch.full((32, 16), torch.nan).to(FP8), "attn.weight has codes that are not", False),
+    "NaN code": ("blocks.1.attn.weight", torch.full((32, 16), torch.nan).to(FP8), "attn.weight has codes that are NaN", False),
     "scale without its weight": ("blocks.9.attn.scale_weight", torch.tensor(1.0), "blocks.9.attn.weight is not in", True),
     "scale of another format": ("blocks.9.attn.weight_scale", torch.tensor(1.0), "weight_scale belongs to no FP8 weight", True),
     "no scale": ("blocks.9.attn.weight", torch.ones(32, 16).to(FP8), "blocks.9.attn.scale_weight is not in the file", True),

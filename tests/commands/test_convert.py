@@ -334,6 +334,19 @@ def test_two_schemes_in_one_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     assert "one scheme for all layers, and this one has 2" in refused(capsys, path, tmp_path / "no", "--to", "fp8")
 
 
+@pytest.mark.parametrize("byte", [0x7C, 0xFC, 0x7D])
+def test_verify_finds_codes_in_e5m2_that_are_not_finite(byte: int, tmp_path: Path, capsys: Capture) -> None:
+    """It has infinity, which E4M3 lacks."""
+
+    def damaged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        state["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 5] = byte
+        return state
+
+    write_in("E5M2", tiny_llama(), tmp_path, is_linear, edit=damaged)
+    run("verify", tmp_path, code=1)
+    assert "model.layers.1.mlp.up_proj.weight has codes that are NaN or infinite" in capsys.readouterr().err
+
+
 def test_inspect_and_verify_know_the_dialects(tmp_path: Path, capsys: Capture) -> None:
     for name, called in (("deepseek", "fine-grained fp8"), ("autofp8", "AutoFP8"), ("fbgemm", "FBGEMM"),
                          ("modelopt, in its own file", "ModelOpt")):  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,6 @@ from hf_fp8.nn.linear import QuantizedLinear
 from hf_fp8.quantization.source import open_headers
 
 NAME = "user/fp8"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with serving() as server:
-        use(monkeypatch, server.url, tmp_path / "cache")
-        yield server
 
 
 @pytest.fixture
